@@ -1,0 +1,126 @@
+"""What every command shares: --json, --state, errors, and asking the admin API."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
+
+import click
+
+from corral.config.errors import ConfigError
+from corral.stack import http
+from corral.stack.state import StackError, StateFolder, running
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def options(function: Function) -> Function:
+    """Add --json and --state, and turn the errors a command may raise into exit status 1."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ConfigError, StackError, http.Unreachable) as error:
+            fail(str(error), kwargs.get("as_json", False))
+        except BrokenPipeError:
+            # The reader (head, less) has enough; nothing more may be flushed into the pipe.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+
+    state = click.option("--state", metavar="DIR", help="State folder.  [default: ~/.local/state/corral]")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return as_json(state(wrapped))  # type: ignore[return-value]
+
+
+def fail(message: str, as_json: bool = False) -> NoReturn:
+    """End with status 1 and the reason on standard error (as JSON too, on standard output, with --json)."""
+    if as_json:
+        click.echo(json.dumps({"error": {"code": "failed", "message": message}}))
+    lines = message.splitlines() or ["failed"]
+    click.echo("\n".join(f"corral: {line}" if number == 0 else line for number, line in enumerate(lines)), err=True)
+    raise SystemExit(1)
+
+
+def folder(state: str | None) -> StateFolder:
+    """The state folder of a command."""
+    return StateFolder.locate(state, os.environ)
+
+
+def emit(value: object, as_json: bool, text: Callable[[], str]) -> None:
+    """Print ``value`` as JSON, or ``text()``."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text())
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
+    """Rows under upper-case headings; ``empty`` where there are none."""
+    if not rows:
+        return empty
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(columns)]
+    lines = [[name.upper().replace("_", " ") for name in columns], *cells]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def pairs(fields: Mapping[str, Any]) -> str:
+    """One field a line."""
+    width = max((len(name) for name in fields), default=0)
+    return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in fields.items())
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value) or "-"
+    # What a caller sent (a model's name, say) must not move the operator's cursor.
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))
+
+
+class Admin:
+    """The admin API: of ``$CORRAL_URL``, or of the stack of the state folder."""
+
+    def __init__(self, state: StateFolder) -> None:
+        self.url = os.environ.get("CORRAL_URL", "").rstrip("/")
+        self.key = os.environ.get("CORRAL_ADMIN_KEY", "")
+        if not self.url:
+            stack = state.stack() or {}
+            if not running(state) or "url" not in stack:
+                raise StackError(f"nothing runs with the state folder {state.root}: `corral up`, or set CORRAL_URL")
+            self.url = str(stack["url"])
+            try:
+                self.key = self.key or state.admin_key.read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise StackError(f"{state.admin_key} cannot be read: {error.strerror}") from None
+        if not self.key:
+            raise StackError("CORRAL_URL is set but CORRAL_ADMIN_KEY is not")
+
+    def __call__(self, method: str, path: str, body: object = None, timeout: float = 30.0) -> Any:
+        """The answer's JSON. StackError with the API's own words for a status of 400 and above."""
+        answer = http.request(self.url, method, "/admin" + path, body=body, key=self.key, timeout=timeout)
+        value = answer.json()
+        if answer.status >= 400:
+            error = value.get("error") if isinstance(value, dict) else None
+            message = error.get("message") if isinstance(error, dict) else error
+            raise StackError(str(message or f"{method} {path}: status {answer.status}"))
+        return value
+
+
+def rows(value: Any, name: str) -> list[dict[str, Any]]:
+    """The list in an answer: bare, or under its noun."""
+    listed = value.get(name, []) if isinstance(value, dict) else value
+    return [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+
+
+def segment(text: str) -> str:
+    """A name as one segment of a path."""
+    return quote(text, safe="")

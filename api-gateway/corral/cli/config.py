@@ -1,0 +1,68 @@
+"""`corral config`: what is configured, and whether it is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from corral.cli import common
+from corral.config import settings as model
+
+
+@click.group("config")
+def command() -> None:
+    """Check and show the configuration."""
+
+
+def _path(config: str | None) -> str | None:
+    return config or os.environ.get("CORRAL_CONFIG") or ("corral.yaml" if Path("corral.yaml").exists() else None)
+
+
+@command.command("check")
+@click.argument("file", required=False)
+@common.options
+def check(file: str | None, as_json: bool, state: str | None) -> None:
+    """Check a configuration: every problem, with its line."""
+    path = _path(file)
+    model.load(path)
+    common.emit({"valid": True, "file": path}, as_json, lambda: f"{path or 'the defaults'}: right")
+
+
+@command.command("show")
+@click.option("--config", metavar="FILE", help="Configuration.")
+@common.options
+def show(config: str | None, as_json: bool, state: str | None) -> None:
+    """Show the effective configuration: file, environment and defaults; passwords are hidden."""
+    value = _hidden(model.load(_path(config)).model_dump(mode="json"))
+    common.emit(value, as_json, lambda: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@command.command("schema")
+@common.options
+def schema(as_json: bool, state: str | None) -> None:
+    """Print the JSON Schema of corral.yaml, for editors."""
+    click.echo(json.dumps(model.schema(), indent=2))
+
+
+@command.command("reload")
+@common.options
+def reload(as_json: bool, state: str | None) -> None:
+    """Have HAProxy read its configuration again; no stream is cut."""
+    from corral.stack import haproxy
+
+    haproxy.reload(common.folder(state))
+    common.emit({"reloaded": True}, as_json, lambda: "reloaded")
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _hidden(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_hidden(item) for item in value]
+    return re.sub(r"(://[^/@]*:)[^/]*@", r"\1***@", value) if isinstance(value, str) else value

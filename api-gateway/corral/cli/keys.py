@@ -1,0 +1,102 @@
+"""`corral keys`: who may call."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from corral.cli import common
+from corral.cli.common import Admin, rows, segment
+from corral.config.values import duration
+
+_COLUMNS = ("id", "name", "role", "tenant", "models", "rpm", "concurrency", "class", "expires", "revoked")
+
+
+class Span(click.ParamType):
+    """A duration such as 30d, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.group("keys")
+def command() -> None:
+    """Create, list, rotate and revoke keys."""
+
+
+@command.command("create")
+@click.argument("name")
+@click.option("--role", type=click.Choice(["inference", "operator", "admin"]), default="inference", show_default=True)
+@click.option("--models", metavar="GLOB,…", help="Models it may use.  [default: all]")
+@click.option("--rpm", type=click.IntRange(1), help="Requests a minute.")
+@click.option("--tpm", type=click.IntRange(1), help="Tokens a minute.")
+@click.option("--concurrency", type=click.IntRange(1), help="Requests at once.")
+@click.option("--daily-tokens", type=click.IntRange(1))
+@click.option("--monthly-tokens", type=click.IntRange(1))
+@click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
+@click.option("--expires", type=Span(), help="After how long it ends, such as 30d.")
+@click.option("--tenant", help="Whom it belongs to.")
+@common.options
+def create(as_json: bool, state: str | None, **given: Any) -> None:
+    """Create a key; it is shown once."""
+    body = {name: value for name, value in given.items() if value is not None and name not in ("class_", "expires")}
+    if given["class_"]:
+        body["class"] = given["class_"]
+    if given["expires"] is not None:
+        body["expires"] = time.time() + given["expires"]
+    if given["models"]:
+        body["models"] = [part.strip() for part in given["models"].split(",") if part.strip()]
+    made = Admin(common.folder(state))("POST", "/keys", body)
+    common.emit(made, as_json, lambda: f"{made['key']}\n(id {made['id']}; it is not shown again)")
+
+
+@command.command("list")
+@common.options
+def list_keys(as_json: bool, state: str | None) -> None:
+    """List keys; their secrets are not kept."""
+    listed = rows(Admin(common.folder(state))("GET", "/keys"), "keys")
+    common.emit(listed, as_json, lambda: common.table([_shown(key) for key in listed], _COLUMNS, "no keys"))
+
+
+@command.command("show")
+@click.argument("id")
+@common.options
+def show(id: str, as_json: bool, state: str | None) -> None:
+    """Show a key."""
+    key = Admin(common.folder(state))("GET", f"/keys/{segment(id)}")
+    common.emit(key, as_json, lambda: common.pairs(_shown(key)))
+
+
+@command.command("rotate")
+@click.argument("id")
+@click.option("--overlap", type=Span(), default="24h", show_default=True, help="How long the old secret still works.")
+@common.options
+def rotate(id: str, overlap: float, as_json: bool, state: str | None) -> None:
+    """Give a key a new secret; it is shown once."""
+    made = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/rotate", {"overlap": overlap})
+    common.emit(made, as_json, lambda: f"{made['key']}\n(id {made['id']}; it is not shown again)")
+
+
+@command.command("revoke")
+@click.argument("id")
+@common.options
+def revoke(id: str, as_json: bool, state: str | None) -> None:
+    """End a key; every gateway knows within a second."""
+    done = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/revoke")
+    late = done.get("gateways", {}).get("pending", [])
+    text = f"revoked {id}" + (f"; not yet acknowledged by {', '.join(late)}" if late else "")
+    common.emit(done, as_json, lambda: text)
+
+
+def _shown(key: dict[str, Any]) -> dict[str, Any]:
+    expires = key.get("expires")
+    if isinstance(expires, int | float):
+        key = {**key, "expires": time.strftime("%Y-%m-%d %H:%M", time.localtime(expires))}
+    return key

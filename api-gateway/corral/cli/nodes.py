@@ -1,0 +1,74 @@
+"""`corral nodes`: the Ollama servers of the fleet."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from corral.cli import common
+from corral.cli.common import Admin, rows, segment
+from corral.stack.state import StackError
+
+
+@click.group("nodes")
+def command() -> None:
+    """List, add, drain and remove nodes."""
+
+
+@command.command("list")
+@common.options
+def list_nodes(as_json: bool, state: str | None) -> None:
+    """List nodes and their states."""
+    listed = rows(Admin(common.folder(state))("GET", "/nodes"), "nodes")
+    columns = ("name", "state", "url", "slots", "version")
+    common.emit(listed, as_json, lambda: common.table(listed, columns, "no nodes"))
+
+
+@command.command("add")
+@click.argument("url")
+@click.option("--name", help="Unique in the fleet.  [default: the next node-N]")
+@click.option("--slots", type=click.IntRange(1), help="Requests at once per model (its OLLAMA_NUM_PARALLEL).")
+@common.options
+def add(url: str, name: str | None, slots: int | None, as_json: bool, state: str | None) -> None:
+    """Add an Ollama server; no request is dropped."""
+    given = {"url": url, "name": name, "slots": slots}
+    made = Admin(common.folder(state))("POST", "/nodes", {key: item for key, item in given.items() if item is not None})
+    common.emit(made, as_json, lambda: f"added {made.get('name', name)}")
+
+
+@command.command("remove")
+@click.argument("name")
+@common.options
+def remove(name: str, as_json: bool, state: str | None) -> None:
+    """Take a node out of the fleet."""
+    done = Admin(common.folder(state))("DELETE", f"/nodes/{segment(name)}")
+    common.emit(done or {"name": name}, as_json, lambda: f"removed {name}")
+
+
+@command.command("drain")
+@click.argument("name")
+@click.option("--wait", is_flag=True, help="Return when nothing runs on it.")
+@click.option("--timeout", type=click.IntRange(1), default=1800, show_default=True, help="Seconds for --wait.")
+@common.options
+def drain(name: str, wait: bool, timeout: int, as_json: bool, state: str | None) -> None:
+    """Send no new work to a node; what runs ends in peace."""
+    admin = Admin(common.folder(state))
+    deadline = time.monotonic() + timeout
+    while True:
+        done = admin("POST", f"/nodes/{segment(name)}/drain{'?wait=5' if wait else ''}", timeout=60)
+        if not wait or done.get("drained"):
+            break
+        if time.monotonic() > deadline:
+            raise StackError(f"{name}: {done.get('streams')} requests still run after {timeout} s")
+        time.sleep(0.5)
+    common.emit(done, as_json, lambda: f"{name} is {'drained' if wait else 'draining'}")
+
+
+@command.command("resume")
+@click.argument("name")
+@common.options
+def resume(name: str, as_json: bool, state: str | None) -> None:
+    """Use a drained node again."""
+    done = Admin(common.folder(state))("POST", f"/nodes/{segment(name)}/resume")
+    common.emit(done or {"name": name}, as_json, lambda: f"{name} is in use again")

@@ -1,0 +1,40 @@
+"""`corral status`: what runs and how it is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from corral.cli import common
+
+
+@click.command("status")
+@common.options
+def command(as_json: bool, state: str | None) -> None:
+    """Show what runs: address, processes, nodes and their models, store."""
+    from corral.stack import status
+
+    admin = common.Admin(common.folder(state))
+    local = common.folder(state) if not os.environ.get("CORRAL_URL") else None
+    known = status.status(admin.url, lambda: admin("GET", "/status"), local)
+    common.emit(known, as_json, lambda: _text(known))
+
+
+def _text(known: dict[str, Any]) -> str:
+    valkey, database = known["store"]["valkey"], known["store"]["database"]
+    parts = [
+        {"part": "edge", "state": known["edge"]["state"], "pid": known["edge"]["pid"], "url": known["url"]},
+        *({"part": gateway["name"], **gateway} for gateway in known["gateways"]),
+        {"part": "control", **known["control"]},
+        {"part": "valkey", **valkey},
+        {"part": "database", **database},
+    ]
+    columns = ("name", "state", "pid", "url", "models")
+    return "\n\n".join(
+        (
+            common.table(parts, ("part", "state", "pid", "url"), ""),
+            common.table(known["nodes"], columns, "no nodes"),
+        )
+    )

@@ -1,0 +1,84 @@
+"""`corral up`: the whole stack on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from corral.cli import common
+from corral.config.settings import Settings
+
+
+@click.command("up")
+@click.option("--nodes", type=click.IntRange(1, 256), help="How many nodes to start.  [default: 2, or one per GPU]")
+@click.option("--attach", multiple=True, metavar="URL", help="Use an Ollama that runs already (repeatable).")
+@click.option(
+    "--node-backend",
+    type=click.Choice(["ollama", "llama", "simulated"]),
+    help="What the nodes run.  [default: ollama if it is on PATH, else llama]",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the address that clients use.  [default: 8080]")
+@click.option("--config", metavar="FILE", help="Configuration.  [default: ./corral.yaml if it is there]")
+@click.option("--detach", is_flag=True, help="Return when it is ready; `corral down` stops it.")
+@common.options
+def command(
+    nodes: int | None,
+    attach: tuple[str, ...],
+    node_backend: str | None,
+    port: int | None,
+    config: str | None,
+    detach: bool,
+    as_json: bool,
+    state: str | None,
+) -> None:
+    """Start the whole stack on this machine; ready when it says so."""
+    from corral.config.values import base_url
+    from corral.stack import up as stack
+
+    if attach and (nodes or node_backend):
+        raise click.UsageError("--attach uses what runs already: it goes with neither --nodes nor --node-backend")
+    try:
+        urls = tuple(base_url(url) for url in attach)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--attach") from None
+    stack.stop_on_signals()
+    where = common.folder(state)
+    chosen = stack.Options(config, port, nodes, urls, node_backend, detach)
+    click.echo("corral: starting", err=True)
+    try:
+        made = stack.up(where, chosen, os.environ, _progress, _bootstrap)
+    except (stack.Stopped, KeyboardInterrupt):
+        click.echo("corral: stopped before it was ready", err=True)
+        raise SystemExit(1) from None
+    click.echo(json.dumps(made) if as_json else _welcome(made, detach), nl=True)
+    if not detach:
+        status = stack.stay(where)
+        click.echo("corral: stopped", err=True)
+        raise SystemExit(status)
+
+
+def _bootstrap(state: Path, settings: Settings) -> None:
+    from corral.control.bootstrap import BootstrapError
+    from corral.control.main import bootstrap
+    from corral.stack.state import StackError
+    from corral.store.database import DatabaseError
+    from corral.store.keys import PepperError
+
+    try:
+        bootstrap(state, settings)
+    except (BootstrapError, DatabaseError, PepperError) as error:
+        raise StackError(str(error)) from None
+
+
+def _progress(line: str) -> None:
+    click.echo(f"  ready: {line}", err=True)
+
+
+def _welcome(made: dict[str, Any], detach: bool) -> str:
+    key = made["key"] or "shown on the first start; another: corral keys create NAME"
+    stop = "`corral down` stops it." if detach else "Ctrl-C stops it."
+    return f"\nCorral serves at {made['url']}\nKey   {key}\n\nTry   {made['curl']}\n\n{stop}"

@@ -1,0 +1,288 @@
+"""haproxy.cfg: the edge before the gateways and the strict back ends before the nodes.
+
+``python -m corral.config.haproxy > ../load-balancer/haproxy.cfg`` writes the default rendering anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from corral.config.values import base_url
+
+NODE_HEADER = "X-Corral-Node"
+PROXY_HEADER = "X-Corral-Proxy"
+
+# Each pool of idle connections closes before its peer does: HAProxy's own before a gateway's 75 s (a node keeps
+# them for good), and the gateway's before HAProxy's front end.
+KEEP_ALIVE = "60s"
+POOL_PURGE = "20s"
+
+_ERRORS = {
+    400: ("bad_request", "The request is not valid HTTP."),
+    401: ("unauthorized", "A key is needed."),
+    403: ("forbidden", "This is not allowed."),
+    404: ("not_found", "There is nothing at this address."),
+    405: ("method_not_allowed", "This method is not allowed here."),
+    408: ("request_timeout", "The request did not arrive in time."),
+    410: ("gone", "There is nothing at this address any more."),
+    413: ("request_too_large", "The request is too large."),
+    425: ("too_early", "The request came too early."),
+    429: ("too_many_requests", "There are too many requests."),
+    500: ("proxy_error", "The proxy failed."),
+    501: ("not_implemented", "The proxy does not support this."),
+    502: ("bad_gateway", "The answer was not valid HTTP."),
+    503: ("unavailable", "No server is available to take the request."),
+    504: ("gateway_timeout", "The server did not answer in time."),
+}
+
+
+@dataclass(frozen=True)
+class HaproxyPlan:
+    """Who listens where. ``nodes`` are (name, URL); ``max_duration`` is the longest request in seconds.
+
+    ``ca_file`` has the certificates that an https node's is checked against.
+    """
+
+    edge_host: str
+    edge_port: int
+    nodes_host: str
+    nodes_port: int
+    stats_host: str
+    stats_port: int
+    stats_socket: str
+    gateways: list[tuple[str, str, int]]
+    control: tuple[str, int]
+    nodes: list[tuple[str, str]]
+    max_duration: float
+    ca_file: str = "@system-ca"
+
+
+DEFAULT = HaproxyPlan(
+    edge_host="127.0.0.1",
+    edge_port=8080,
+    nodes_host="127.0.0.1",
+    nodes_port=8082,
+    stats_host="127.0.0.1",
+    stats_port=8404,
+    stats_socket="/run/corral/haproxy.sock",
+    gateways=[("gateway-1", "127.0.0.1", 8081)],
+    control=("127.0.0.1", 8090),
+    nodes=[("node-1", "http://127.0.0.1:11435"), ("node-2", "http://127.0.0.1:11436")],
+    max_duration=1800.0,
+)
+"""What load-balancer/haproxy.cfg shows."""
+
+
+def render(plan: HaproxyPlan) -> str:
+    """The whole haproxy.cfg of ``plan``. ValueError for a name or an address that cannot stand in it."""
+    longest = f"{math.ceil(plan.max_duration) + 60}s"
+    return "\n".join(
+        [
+            *_global(plan),
+            *_defaults(longest),
+            *(_resolvers() if any(_by_name(url) for _, url in plan.nodes) else []),
+            *_statistics(plan),
+            *_edge(plan),
+            *_gateways(plan),
+            *_control(plan),
+            *_node_front_end(plan),
+            *(line for name, url in plan.nodes for line in _node(name, url, plan.ca_file)),
+        ]
+    )
+
+
+def _global(plan: HaproxyPlan) -> list[str]:
+    return [
+        "# Rendered by Corral from corral.yaml: changes made here are lost.",
+        "global",
+        "    log stderr format raw local0 notice",
+        f"    stats socket {_path(plan.stats_socket)} mode 600 level admin expose-fd listeners",
+        "    stats timeout 30s",
+        "    # Reloads: the old worker serves its streams to their end, but not for ever.",
+        f"    hard-stop-after {math.ceil(plan.max_duration) + 120}s",
+        "    # Connections follow from this, or from the user's own limit where that is lower.",
+        "    fd-hard-limit 40000",
+        "    # What fits one buffer can be replayed.",
+        "    tune.bufsize 65536",
+        "",
+    ]
+
+
+def _defaults(longest: str) -> list[str]:
+    lines = [
+        "defaults",
+        "    mode http",
+        "    log global",
+        "    option dontlognull",
+        "    # Small chunks leave at once; without it a token waits up to 208 ms for the next one.",
+        "    option http-no-delay",
+        "    # A client that left frees its place upstream.",
+        "    option abortonclose",
+        "    timeout connect 2s",
+        "    timeout http-request 10s",
+        f"    timeout http-keep-alive {KEEP_ALIVE}",
+        f"    timeout client {longest}",
+        f"    timeout server {longest}",
+        "    timeout queue 2s",
+        "    timeout check 2s",
+        "    retries 0",
+        "    # Every answer that HAProxy makes itself is marked, so that nobody takes it for a server's. (But for what",
+        "    # is no HTTP at all: that 400 is made before a rule is looked at.)",
+    ]
+    return [*lines, *(f"    {_error(status)}" for status in _ERRORS), ""]
+
+
+def _error(status: int) -> str:
+    return f"http-error {_answer(status)}"
+
+
+def _answer(status: int) -> str:
+    code, message = _ERRORS[status]
+    body = json.dumps({"error": {"code": code, "message": message}}, separators=(",", ":"))
+    extra = "hdr Retry-After 1 " if status == 503 else ""
+    return f"status {status} content-type application/json hdr {PROXY_HEADER} haproxy {extra}string '{body}'"
+
+
+def _statistics(plan: HaproxyPlan) -> list[str]:
+    return [
+        "frontend stats",
+        f"    bind {_address(plan.stats_host, plan.stats_port)}",
+        "    timeout client 30s",
+        "    http-request use-service prometheus-exporter if { path /metrics }",
+        "    stats enable",
+        "    stats uri /",
+        "    stats refresh 10s",
+        "    stats show-legends",
+        "",
+    ]
+
+
+def _edge(plan: HaproxyPlan) -> list[str]:
+    return [
+        "frontend edge",
+        f"    bind {_address(plan.edge_host, plan.edge_port)}",
+        "    # The whole of a small request is here before a gateway sees it: slow callers cost no gateway, and",
+        "    # a replay has what it needs.",
+        "    option http-buffer-request",
+        "    # What only Corral says is not taken from a caller.",
+        "    http-request del-header x-corral- -m beg",
+        "    http-request del-header x-forwarded- -m beg",
+        "    http-request del-header forwarded",
+        "    http-request del-header x-real-ip",
+        "    http-request set-header X-Forwarded-For %[src]",
+        "    # One id from here to the audit record; the caller's own where it is well formed and given once.",
+        "    acl id_fit req.hdr(X-Request-ID) -m reg ^[A-Za-z0-9._-]{1,64}$",
+        "    acl id_once req.hdr_cnt(X-Request-ID) eq 1",
+        "    http-request set-header X-Request-ID %[uuid()] unless id_fit id_once",
+        "    # Names this request alone, so that a replay towards another gateway is settled once.",
+        "    http-request set-header X-Corral-Edge-ID %[uuid()]",
+        "    http-request return " + _answer(404) + " if { path,url_dec,lower -m reg ^/+(metrics|internal)(/|$) }",
+        "    acl to_control path /admin /docs /openapi.json /console",
+        "    acl to_control path_beg /admin/ /docs/ /console/",
+        "    use_backend control if to_control",
+        "    default_backend gateways",
+        "",
+    ]
+
+
+def _gateways(plan: HaproxyPlan) -> list[str]:
+    lines = [
+        "backend gateways",
+        "    balance leastconn",
+        "    option httpchk GET /health",
+        "    http-check expect status 200",
+        "    # Once more, elsewhere, and only when the first gateway cannot have done anything with it.",
+        "    retries 1",
+        "    option redispatch 1",
+        "    retry-on conn-failure empty-response",
+        "    http-reuse safe",
+        f"    http-response del-header {PROXY_HEADER}",
+        f"    default-server check inter 1s fastinter 250ms fall 2 rise 1 pool-purge-delay {POOL_PURGE}",
+    ]
+    servers = [f"    server {_word(name)} {_address(host, port)}" for name, host, port in plan.gateways]
+    return [*lines, *servers, ""]
+
+
+def _control(plan: HaproxyPlan) -> list[str]:
+    return [
+        "backend control",
+        "    option httpchk GET /health",
+        "    http-check expect status 200",
+        "    http-reuse safe",
+        f"    server control {_address(*plan.control)} check inter 1s fastinter 250ms fall 2 rise 1"
+        f" pool-purge-delay {POOL_PURGE}",
+        "",
+    ]
+
+
+def _node_front_end(plan: HaproxyPlan) -> list[str]:
+    known = [
+        f"    use_backend node_{_word(name)} if {{ req.fhdr({NODE_HEADER}) -m str {name} }}" for name, _ in plan.nodes
+    ]
+    return [
+        "# The gateway names the node and owns its deadlines and retries; here nothing is tried twice.",
+        "frontend nodes",
+        f"    bind {_address(plan.nodes_host, plan.nodes_port)}",
+        *known,
+        "    default_backend no_such_node",
+        "",
+        "backend no_such_node",
+        "    http-request return " + _answer(503),
+        "",
+    ]
+
+
+def _node(name: str, url: str, ca_file: str) -> list[str]:
+    parts = urlsplit(base_url(url))
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    options = "check inter 1s fastinter 500ms fall 2 rise 2 pool-purge-delay " + POOL_PURGE
+    if parts.scheme == "https":
+        options += f" ssl verify required ca-file {_path(ca_file)} sni str({host}) check-sni {host}"
+    if _by_name(url):
+        options += " resolvers system init-addr last,libc,none"
+    return [
+        f"backend node_{_word(name)}",
+        "    option httpchk GET /api/version",
+        "    http-check expect status 200",
+        f"    http-request set-header Host {parts.netloc}",
+        f"    http-request del-header {NODE_HEADER}",
+        f"    http-response del-header {PROXY_HEADER}",
+        "    http-reuse safe",
+        f"    server {_word(name)} {_address(host, port)} {options}",
+        "",
+    ]
+
+
+def _resolvers() -> list[str]:
+    return ["resolvers system", "    parse-resolv-conf", "    hold valid 5s", ""]
+
+
+def _by_name(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return ":" not in host and not host.replace(".", "").isdigit()
+
+
+def _address(host: str, port: int) -> str:
+    base_url(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _word(name: str) -> str:
+    if not name or not all(letter.isascii() and (letter.isalnum() or letter in "-_.") for letter in name):
+        raise ValueError(f"{name!r} cannot stand in haproxy.cfg")
+    return name
+
+
+def _path(path: str) -> str:
+    """A path as one word of the configuration."""
+    if any(letter in path for letter in "\n\r\0"):
+        raise ValueError(f"{path!r} cannot stand in haproxy.cfg")
+    return "".join("\\" + letter if letter in " #\"'\\$" else letter for letter in path)
+
+
+if __name__ == "__main__":
+    print(render(DEFAULT), end="")

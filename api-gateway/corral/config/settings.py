@@ -1,0 +1,193 @@
+"""The one settings model: what corral.yaml may say, with its defaults.
+
+Durations are float seconds and sizes are bytes once loaded. Every process reads the same file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from corral.config.values import (
+    BaseUrl,
+    DatabaseUrl,
+    Duration,
+    Listen,
+    Name,
+    Network,
+    RedisUrl,
+    Size,
+    Whole,
+)
+
+
+class Section(BaseModel):
+    """A mapping of the file: unknown fields are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NodeSettings(Section):
+    """One Ollama server."""
+
+    url: BaseUrl = Field(description="Where its API listens.")
+    name: Name = Field("", description="Unique in the fleet; node-1, node-2, … by default.")
+    slots: Whole = Field(4, ge=1, le=1024, description="Requests at once per model (OLLAMA_NUM_PARALLEL).")
+    memory: Size | None = Field(None, description="Memory for models; learned when not given.")
+    max_models: Whole | None = Field(None, ge=1, description="Resident at once (OLLAMA_MAX_LOADED_MODELS).")
+    accelerator: Literal["gpu", "cpu"] | None = Field(None, description="What it computes on.")
+
+
+class ModelSettings(Section):
+    """One model of the catalogue. No catalogue: whatever the nodes list."""
+
+    name: str = Field(min_length=1, max_length=256, description="As Ollama writes it, such as llama3.2:3b.")
+    digest: str | None = Field(None, pattern=r"^sha256:[0-9a-f]{64}$", description="The digest it must have.")
+    copies: Whole = Field(1, ge=1, description="Nodes that keep it resident.")
+    pin: bool = Field(False, description="Never unloaded to make room.")
+    num_ctx: Whole | None = Field(None, ge=1, description="Context length in tokens, of every request.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Per option: a pinned value, or refuse.")
+
+
+class QueueSettings(Section):
+    """Who waits for a free slot."""
+
+    length: Whole = Field(256, ge=0, description="Requests that may wait per model.")
+    wait: Duration = Field(30.0, description="Longest wait for a slot.")
+
+
+class GatewaySettings(Section):
+    """The data plane."""
+
+    processes: Whole = Field(1, ge=1, le=256, description="Gateway processes under `corral up`.")
+    max_duration: Duration = Field(1800.0, gt=0, description="Longest life of one request.")
+    queue: QueueSettings = QueueSettings()
+    first_token: Duration = Field(60.0, gt=0, description="Longest wait for a node's first token.")
+    between_tokens: Duration = Field(20.0, gt=0, description="Longest silence within a stream.")
+    listen: Listen = Field("127.0.0.1:8081", description="Where this gateway listens.")
+    name: Name = Field("gateway-1", description="Unique in the fleet; names its spool.")
+    nodes_url: BaseUrl = Field("http://127.0.0.1:8082", description="HAProxy's front end before the nodes.")
+    control_url: BaseUrl = Field("http://127.0.0.1:8090", description="Control's own address, for /internal.")
+    spool: Path = Field(Path("spool"), description="Folder of spools; this gateway's is <name> in it.")
+    cache: Path = Field(Path("cache"), description="Folder of snapshots; this gateway's is <name> in it.")
+    access_log: str = Field("-", description="File of the access log; - is standard output.")
+    max_body: Size = Field(32 << 20, gt=0, description="Largest request body.")
+    trusted_proxies: tuple[Network, ...] = Field(
+        ("127.0.0.1/32",), description="Peers whose X-Forwarded-For and X-Request-ID are believed."
+    )
+
+
+class LimitSettings(Section):
+    """Limits of a key that states none of its own; null is no limit."""
+
+    rpm: Whole | None = Field(600, ge=1, description="Requests a minute.")
+    tpm: Whole | None = Field(200_000, ge=1, description="Tokens a minute.")
+    concurrency: Whole | None = Field(32, ge=1, description="Requests at once.")
+
+
+class LimitsSettings(Section):
+    """Limits, and what happens to them without Valkey."""
+
+    on_store_failure: Literal["local", "deny"] = Field(
+        "local", description="Without Valkey: each gateway admits its share, or none is admitted."
+    )
+    default: LimitSettings = LimitSettings()
+
+
+class StoreSettings(Section):
+    """Where things are kept."""
+
+    database: DatabaseUrl = Field(
+        "sqlite:///corral.db", description="Opened by control alone; a relative file is in control.state."
+    )
+    valkey: RedisUrl = Field("redis://127.0.0.1:6390/0", description="Valkey or Redis 7.")
+
+
+class AuditSettings(Section):
+    """The audit trail."""
+
+    durability: Literal["written", "synced"] = Field(
+        "written", description="A record survives a killed process, or a power cut as well."
+    )
+    retention: Duration = Field(400 * 86400.0, description="How long records are kept.")
+    content: Literal["none", "hash"] = Field("hash", description="What is kept of a prompt.")
+
+
+class EdgeSettings(Section):
+    """The address that clients use."""
+
+    host: str = Field("127.0.0.1", pattern=r"^[0-9A-Za-z.:_-]+$", description="Address to listen on.")
+    port: Whole = Field(8080, ge=1, le=65535, description="The one fixed port of `corral up`.")
+    plaintext: bool = Field(False, description="Allow plain HTTP beyond loopback.")
+
+    @model_validator(mode="after")
+    def _keys_stay_private(self) -> EdgeSettings:
+        if not self.plaintext and not (self.host in ("localhost", "::1") or self.host.startswith("127.")):
+            raise ValueError("keys would cross the network in clear text: edge.plaintext: true allows that")
+        return self
+
+
+class ControlSettings(Section):
+    """The control plane."""
+
+    listen: Listen = Field("127.0.0.1:8090", description="Where control listens.")
+    state: Path = Field(Path("."), description="State folder: database and secrets.")
+    haproxy_socket: Path | None = Field(None, description="HAProxy's master socket, to reload it.")
+
+
+class AuthSettings(Section):
+    """Keys."""
+
+    pepper_file: Path = Field(Path("pepper"), description="File with the pepper of the key verifiers.")
+    internal_token_file: Path = Field(Path("internal.token"), description="Has the bearer of /internal.")
+    stale: Duration = Field(600.0, gt=0, description="Age at which a snapshot of keys is distrusted.")
+
+
+class Settings(Section):
+    """corral.yaml."""
+
+    nodes: tuple[NodeSettings, ...] = ()
+    models: tuple[ModelSettings, ...] = ()
+    gateway: GatewaySettings = GatewaySettings()
+    limits: LimitsSettings = LimitsSettings()
+    store: StoreSettings = StoreSettings()
+    audit: AuditSettings = AuditSettings()
+    edge: EdgeSettings = EdgeSettings()
+    control: ControlSettings = ControlSettings()
+    auth: AuthSettings = AuthSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_nodes(cls, data: Any) -> Any:
+        nodes = data.get("nodes") if isinstance(data, dict) else None
+        if not isinstance(nodes, list | tuple):
+            return data
+        named = [
+            {**node, "name": f"node-{number}"} if isinstance(node, dict) and not node.get("name") else node
+            for number, node in enumerate(nodes, 1)
+        ]
+        return {**data, "nodes": named}
+
+    @model_validator(mode="after")
+    def _unique(self) -> Settings:
+        for what, names in (("node", [n.name for n in self.nodes]), ("model", [m.name for m in self.models])):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"two {what}s are called {name!r}: names must differ")
+        return self
+
+
+def load(path: str | Path | None = None, env: Mapping[str, str] | None = None) -> Settings:
+    """Settings of a file (none: the defaults) with the environment over it. Raises ConfigError."""
+    from corral.config.reader import read
+
+    return read(Path(path) if path is not None else None, os.environ if env is None else env)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of corral.yaml, for editors and checkers."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Settings.model_json_schema()

@@ -1,0 +1,136 @@
+"""Durations, sizes, addresses: how they are written in corral.yaml and what they are in the program."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_BYTES = {"": 1, "b": 1} | {
+    unit: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for unit, base in ((letter, 1024), (letter + "b", 1000), (letter + "ib", 1024))
+}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw]?)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+
+
+def duration(value: object) -> float:
+    """Seconds of ``30``, ``"30s"``, ``"1h30m"`` or ``"250ms"``. ValueError otherwise."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    if isinstance(value, str) and (text := value.strip().lower()):
+        parts = list(_DURATION.finditer(text))
+        # A bare number is seconds, but only alone: "1h30" is more likely a slip than 30 seconds.
+        bare = any(not part[2] for part in parts)
+        if "".join(part[0] for part in parts) == text and not (bare and len(parts) > 1):
+            return sum(float(part[1]) * _SECONDS[part[2]] for part in parts)
+    raise ValueError("expected a duration such as 500ms, 30s, 30m, 12h or 400d")
+
+
+def size(value: object) -> int:
+    """Bytes of ``1024``, ``"22GiB"`` (powers of 1024) or ``"22GB"`` (of 1000). ValueError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())) and match[2].lower() in _BYTES:
+        return int(float(match[1]) * _BYTES[match[2].lower()])
+    raise ValueError("expected a size such as 64KiB, 32MiB or 22GiB")
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """Host and port of ``127.0.0.1:8080`` or ``[::1]:8080``. ValueError otherwise."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not colon or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 65535:
+        raise ValueError("expected host:port such as 127.0.0.1:8080")
+    _check_host(host, bracketed)
+    return host, int(port)
+
+
+def _check_host(host: str, ipv6: bool) -> None:
+    if ipv6:
+        ipaddress.IPv6Address(host)
+    elif not _HOST.fullmatch(host):
+        raise ValueError("expected host:port such as 127.0.0.1:8080")
+
+
+def _listen(value: str) -> str:
+    host_port(value)
+    return value
+
+
+def base_url(value: str) -> str:
+    """``http(s)://host[:port]`` and nothing behind it: it names a server, and ends up in haproxy.cfg."""
+    wanted = "expected an address such as http://10.0.0.11:11434"
+    if not value.strip().isprintable():
+        raise ValueError(wanted)  # urlsplit would drop line ends without a word
+    try:
+        parts = urlsplit(value.strip())
+        port = parts.port
+        host = parts.hostname or ""
+        _check_host(host, ":" in host)
+    except ValueError:
+        raise ValueError(wanted) from None
+    if parts.scheme not in ("http", "https") or port == 0:
+        raise ValueError(wanted)
+    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
+        raise ValueError(f"{wanted}: no user, path or query")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("expected lower-case letters, digits and hyphens, such as node-1")
+    return value
+
+
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value)
+    except ValueError:
+        raise ValueError("expected a network such as 10.0.0.0/8") from None
+    return value
+
+
+def _redis_url(value: str) -> str:
+    parts = urlsplit(value)
+    known = parts.scheme in ("redis", "rediss", "valkey", "valkeys", "unix")
+    if not known or not (parts.hostname or parts.path):
+        raise ValueError("expected an address such as redis://127.0.0.1:6379/0")
+    return value
+
+
+def _database_url(value: str) -> str:
+    if not re.match(r"(sqlite|postgresql)(\+\w+)?://", value):
+        raise ValueError("expected sqlite:///file or postgresql://user@host/name")
+    return value
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number")
+    return value
+
+
+_TEXT_OR_NUMBER = ["string", "number"]
+Duration = Annotated[
+    float,
+    BeforeValidator(duration),
+    WithJsonSchema({"type": _TEXT_OR_NUMBER, "examples": ["30s", "30m", "400d"]}),
+]
+Size = Annotated[int, BeforeValidator(size), WithJsonSchema({"type": _TEXT_OR_NUMBER, "examples": ["32MiB"]})]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Listen = Annotated[str, AfterValidator(_listen)]
+BaseUrl = Annotated[str, AfterValidator(base_url)]
+Name = Annotated[str, AfterValidator(_name)]
+Network = Annotated[str, AfterValidator(_network)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+DatabaseUrl = Annotated[str, AfterValidator(_database_url)]

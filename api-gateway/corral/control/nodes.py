@@ -1,0 +1,191 @@
+"""Nodes: those of corral.yaml and those added by API; HAProxy knows a node before any gateway does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, delete, select, update
+
+from corral.config.settings import NodeSettings
+from corral.config.values import BaseUrl, Name, Size, Whole
+from corral.control.audit import record
+from corral.control.auth import Caller, Principal
+from corral.control.context import Control, Here
+from corral.control.errors import Problem
+from corral.control.haproxy import HaproxyError
+from corral.control.prober import Member
+from corral.store.database import insert
+from corral.store.tables import nodes
+
+DRAIN = 30.0
+LONGEST = 3600.0
+ACKNOWLEDGE = 1.5
+POLL = 0.1
+FIELDS = ("url", "slots", "memory", "max_models", "accelerator")
+
+router = APIRouter(tags=["nodes"])
+Wait = Annotated[float, Query(ge=0, le=LONGEST, description="Seconds to wait for its streams.")]
+
+
+class NewNode(BaseModel):
+    """A node to add."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: BaseUrl = Field(description="Where its API listens.")
+    name: Name | None = Field(None, description="node-N, the first that is free, by default.")
+    slots: Whole = Field(4, ge=1, le=1024, description="Requests at once per model (OLLAMA_NUM_PARALLEL).")
+    memory: Size | None = Field(None, description="Memory for models.")
+    max_models: Whole | None = Field(None, ge=1, le=1024, description="Resident at once.")
+    accelerator: Literal["gpu", "cpu"] | None = None
+
+
+@router.get("/admin/nodes")
+async def list_nodes(control: Here) -> dict[str, Any]:
+    """All nodes as the prober sees them."""
+    return {"nodes": [node.describe() for node in control.fleet.members.values()]}
+
+
+@router.post("/admin/nodes", status_code=201)
+async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, Any]:
+    """Add a node: HAProxy gets its back end first, then the gateways hear of it."""
+    async with control.fleet.changing:
+        members = control.fleet.members
+        name = wanted.name or next(
+            name for number in range(1, len(members) + 2) if (name := f"node-{number}") not in members
+        )
+        if name in members:
+            raise Problem(409, "conflict", f"name: there is a node {name} already")
+        for member in members.values():
+            if member.url == wanted.url:
+                raise Problem(409, "conflict", f"url: {member.name} is at {wanted.url} already")
+        await _serve(control, [*_pairs(control), (name, wanted.url)])
+        row = {**wanted.model_dump(), "name": name, "source": "api"}
+        await control.database.write(_enter, caller, row)
+        member = Member(**row)
+        await control.fleet.add(member)
+    return member.describe()
+
+
+@router.delete("/admin/nodes/{name}")
+async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRAIN) -> dict[str, Any]:
+    """Remove a node: it gets no new work, its streams may end within `wait`, then HAProxy forgets it."""
+    member = await _set_draining(control, caller, name, True, None)
+    streams = await _drained(control, name, wait)
+    async with control.fleet.changing:
+        if control.fleet.members.get(name) is not member:
+            raise Problem(404, "not_found", f"there is no node {name!r}")
+        await _serve(control, [pair for pair in _pairs(control) if pair[0] != name])
+        await control.database.write(_leave, caller, member.describe())
+        await control.fleet.remove(name)
+    return {"name": name, "removed": True, "streams": streams}
+
+
+@router.post("/admin/nodes/{name}/drain")
+async def drain_node(control: Here, caller: Caller, name: str, wait: Wait = 0.0) -> dict[str, Any]:
+    """Give a node no new work; wait at most `wait` seconds for what runs on it."""
+    member = await _set_draining(control, caller, name, True, "drain")
+    streams = await _drained(control, name, wait)
+    return {**member.describe(), "drained": streams == 0, "streams": streams}
+
+
+@router.post("/admin/nodes/{name}/resume")
+async def resume_node(control: Here, caller: Caller, name: str) -> dict[str, Any]:
+    """Give a drained node work again."""
+    return (await _set_draining(control, caller, name, False, "resume")).describe()
+
+
+async def _set_draining(control: Control, who: Principal, name: str, draining: bool, action: str | None) -> Member:
+    async with control.fleet.changing:
+        member = control.fleet.members.get(name)
+        if member is None:
+            raise Problem(404, "not_found", f"there is no node {name!r}")
+        if member.draining != draining:
+            await control.database.write(_mark, who, member.describe(), draining, action)
+            member.draining = draining
+            control.hub.refresh()
+    return member
+
+
+async def _drained(control: Control, name: str, wait: float) -> int | None:
+    """Streams on a node that gateways give no more work, once there are none or `wait` seconds are over."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + wait
+    if wait:
+        # A gateway that has not heard of it yet may just be sending something there.
+        await control.hub.acknowledged(control.hub.number, min(wait, ACKNOWLEDGE))
+    while True:
+        streams = await control.haproxy.streams(name)
+        if not streams or loop.time() >= until:
+            return streams
+        await asyncio.sleep(POLL)
+
+
+def _pairs(control: Control) -> list[tuple[str, str]]:
+    return [(node.name, node.url) for node in control.fleet.members.values()]
+
+
+async def _serve(control: Control, pairs: Sequence[tuple[str, str]]) -> None:
+    try:
+        await control.haproxy.apply(pairs)
+    except HaproxyError as error:
+        raise Problem(502, "haproxy_failed", f"nothing was changed: {error}") from None
+
+
+# -- in the database
+
+
+def load(connection: Connection, configured: Sequence[NodeSettings]) -> list[Member]:
+    """The fleet at the start: corral.yaml's nodes, but for those an operator removed, and those added by API."""
+    known = {row.name: row for row in connection.execute(select(nodes))}
+    for node in configured:
+        row = {**node.model_dump(), "source": "config"}
+        fresh = {**row, "draining": False, "removed": False, "created": time.time()}
+        statement = insert(connection, nodes).values(fresh)
+        connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=row))
+    names = [node.name for node in configured]
+    gone = [row.name for row in known.values() if row.source == "config" and row.name not in names]
+    connection.execute(delete(nodes).where(nodes.c.name.in_(gone)))
+    rows = connection.execute(select(nodes).where(~nodes.c.removed).order_by(nodes.c.created, nodes.c.name))
+    return [
+        Member(
+            name=row.name,
+            source=row.source,
+            draining=row.draining,
+            **{field: getattr(row, field) for field in FIELDS},
+        )
+        for row in rows
+    ]
+
+
+def _enter(connection: Connection, who: Principal, row: dict[str, Any]) -> None:
+    fresh = {**row, "draining": False, "removed": False, "created": time.time()}
+    statement = insert(connection, nodes).values(fresh)
+    connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=fresh))
+    record(connection, who, "POST", "/admin/nodes", None, row, status=201)
+
+
+def _leave(connection: Connection, who: Principal, node: dict[str, Any]) -> None:
+    this = nodes.c.name == node["name"]
+    if node["source"] == "config":
+        connection.execute(update(nodes).where(this).values(removed=True, draining=False))
+    else:
+        connection.execute(delete(nodes).where(this))
+    record(connection, who, "DELETE", f"/admin/nodes/{node['name']}", _short(node), None)
+
+
+def _mark(connection: Connection, who: Principal, node: dict[str, Any], draining: bool, action: str | None) -> None:
+    connection.execute(update(nodes).where(nodes.c.name == node["name"]).values(draining=draining))
+    if action is not None:
+        before = _short(node)
+        after = before | {"draining": draining}
+        record(connection, who, "POST", f"/admin/nodes/{node['name']}/{action}", before, after)
+
+
+def _short(node: dict[str, Any]) -> dict[str, Any]:
+    return {name: node[name] for name in ("name", *FIELDS, "source", "state")}

@@ -1,0 +1,190 @@
+"""Asks each node what it is and holds: `/api/ps` each second, `/api/tags` and `/api/version` as they may change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+INTERVAL = 1.0
+TIMEOUT = 2.0
+TAGS_INTERVAL = 5.0
+MISSES = 2
+
+
+@dataclass(eq=False)
+class Member:
+    """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them."""
+
+    name: str
+    url: str
+    slots: int = 4
+    memory: int | None = None
+    max_models: int | None = None
+    accelerator: str | None = None
+    source: str = "api"
+    draining: bool = False
+    up: bool = False
+    misses: int = 0
+    error: str | None = "not asked yet"
+    version: str = ""
+    tags: list[dict[str, Any]] = field(default_factory=list)
+    ps: list[dict[str, Any]] = field(default_factory=list)
+    tags_at: float = 0.0
+
+    @property
+    def state(self) -> str:
+        """draining if told so, else ready or down."""
+        return "draining" if self.draining else "ready" if self.up else "down"
+
+    @property
+    def resident(self) -> list[str]:
+        """Names of the models in its memory, sorted."""
+        return sorted(entry["name"] for entry in self.ps)
+
+    def entry(self) -> dict[str, Any]:
+        """The node in the gateways' snapshot."""
+        return {
+            "name": self.name,
+            "url": self.url,
+            "slots": self.slots,
+            "state": self.state,
+            "version": self.version,
+            "tags": self.tags,
+            "ps": self.ps if self.up else [],
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The node in the admin API."""
+        return {
+            "name": self.name,
+            "url": self.url,
+            "slots": self.slots,
+            "memory": self.memory,
+            "max_models": self.max_models,
+            "accelerator": self.accelerator,
+            "state": self.state,
+            "version": self.version,
+            "source": self.source,
+            "models": sorted(entry["name"] for entry in self.tags),
+            "resident": self.resident if self.up else [],
+            "error": self.error,
+        }
+
+
+class Fleet:
+    """The nodes and the tasks that ask them. ``on_change`` is called after every probe.
+
+    ``changing`` is held by who adds, removes or drains a node.
+    """
+
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+        self.members: dict[str, Member] = {}
+        self.on_change = on_change
+        self.changing = asyncio.Lock()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._client: httpx.AsyncClient | None = None
+
+    async def start(self, members: list[Member]) -> None:
+        """Ask all nodes once, so that the first snapshot does not call a working fleet down, and go on asking."""
+        self._client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, follow_redirects=False)
+        self.members = {member.name: member for member in members}
+        await asyncio.gather(*(self.probe(member) for member in members))
+        for member in members:
+            self._watch(member)
+
+    async def add(self, member: Member) -> None:
+        """Take a node in, asked once already."""
+        await self.probe(member)
+        self.members[member.name] = member
+        self._watch(member)
+        self.on_change()
+
+    async def remove(self, name: str) -> None:
+        """Forget a node."""
+        self.members.pop(name, None)
+        await self._end(self._tasks.pop(name, None))
+        self.on_change()
+
+    async def close(self) -> None:
+        """Stop asking."""
+        for name in list(self._tasks):
+            await self._end(self._tasks.pop(name))
+        if self._client is not None:
+            await self._client.aclose()
+
+    def _watch(self, member: Member) -> None:
+        self._tasks[member.name] = asyncio.get_running_loop().create_task(self._run(member))
+
+    @staticmethod
+    async def _end(task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _run(self, member: Member) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            due = max(due + INTERVAL, loop.time())
+            await asyncio.sleep(due - loop.time())
+            await self.probe(member)
+            self.on_change()
+
+    async def probe(self, member: Member) -> None:
+        """Ask a node once and note what it says: two misses make it down, one answer ready."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                ps = await self._models(member, "/api/ps")
+                names = {entry["name"] for entry in ps}
+                now = time.monotonic()
+                stale = not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
+                if stale or names != {entry["name"] for entry in member.ps}:
+                    tags = await self._models(member, "/api/tags")
+                    # A node that was away may come back as another version.
+                    version = member.version if member.up and member.version else await self._version(member)
+                    member.tags, member.version, member.tags_at = tags, version, now
+        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            member.misses += 1
+            member.error = reason(error)
+            if member.misses >= MISSES:
+                member.up = False
+            return
+        member.ps = ps
+        member.up, member.misses, member.error = True, 0, None
+
+    async def _models(self, member: Member, path: str) -> list[dict[str, Any]]:
+        listed = (await self._get(member, path)).get("models") or []
+        for entry in listed:
+            if not isinstance(entry["name"], str):
+                raise TypeError(f"{path} lists a model without a name")
+        return list(listed)
+
+    async def _version(self, member: Member) -> str:
+        return str((await self._get(member, "/api/version"))["version"])
+
+    async def _get(self, member: Member, path: str) -> dict[str, Any]:
+        if self._client is None:
+            raise RuntimeError("the fleet was not started")
+        response = await self._client.get(member.url + path)
+        if response.status_code != 200:
+            raise ValueError(f"{path} answers {response.status_code}")
+        value = response.json()
+        if not isinstance(value, dict):
+            raise TypeError(f"{path} answers no JSON object")
+        return value
+
+
+def reason(error: Exception) -> str:
+    """Why a node could not be asked, for people."""
+    if isinstance(error, TimeoutError | httpx.TimeoutException):
+        return f"no answer within {TIMEOUT:g} s"
+    if isinstance(error, httpx.ConnectError):
+        return "no connection"
+    return f"{type(error).__name__}: {error}"[:200]

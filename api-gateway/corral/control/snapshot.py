@@ -1,0 +1,168 @@
+"""The gateways' snapshot of keys, nodes and catalogue: its version, who has it, and the word that it changed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import hiredis
+import msgspec
+from sqlalchemy import Connection, select
+
+from corral.config.settings import ModelSettings
+from corral.control.prober import Fleet
+from corral.store.database import Database
+from corral.store.tables import key_verifiers, keys
+from corral.store.valkey import Valkey, ValkeyDown
+
+CHANNEL = b"corral:snapshot"
+PRESENT = 3.0
+VERSIONS_KEPT = 4096
+FIELDS = ("id", "name", "tenant", "role", "models", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Gateway:
+    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has."""
+
+    name: str
+    seen: float
+    version: str
+
+
+class Hub:
+    """Holds what the snapshot is made of and tells when it changes.
+
+    The version is a hash of what matters: keys, nodes, their states and tags, and which models are resident,
+    but not how long they stay so.
+    """
+
+    def __init__(self, database: Database, fleet: Fleet, valkey: Valkey, catalogue: Iterable[ModelSettings]) -> None:
+        self.version = ""
+        self.gateways: dict[str, Gateway] = {}
+        self._database, self._fleet, self._valkey = database, fleet, valkey
+        self._catalogue = [model.model_dump(mode="json") for model in catalogue]
+        self._keys: list[dict[str, Any]] = []
+        self._keys_digest = b""
+        self._rows: list[tuple[dict[str, Any], list[tuple[str, float | None]]]] = []
+        self._verifier_ends = math.inf
+        self.number = 0
+        self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._arrived = asyncio.Condition()
+        self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        fleet.on_change = self.refresh
+        valkey.on_connect = self._publish
+
+    async def reload(self) -> int:
+        """Read the keys again after they changed; the number of the snapshot that has them."""
+        async with self._loading:
+            self._rows = await self._database.read(_read_keys)
+            self._build_keys()
+            self.refresh()
+        return self.number
+
+    def refresh(self) -> None:
+        """Look whether what matters has changed, and tell if so."""
+        if time.time() >= self._verifier_ends:
+            self._build_keys()
+        matters = [
+            [node.name, node.url, node.slots, node.state, node.version, node.tags, node.resident if node.up else []]
+            for node in self._fleet.members.values()
+        ]
+        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue])
+        version = hashlib.sha256(content).hexdigest()[:16]
+        if version != self.version:
+            self.number += 1
+            self.version = version
+            self._numbers[version] = self.number
+            self._numbers.move_to_end(version)
+            if len(self._numbers) > VERSIONS_KEPT:
+                self._numbers.popitem(last=False)
+            self._publish()
+
+    def content(self) -> bytes:
+        """The snapshot as JSON."""
+        nodes = [node.entry() for node in self._fleet.members.values()]
+        return msgspec.json.encode(
+            {"version": self.version, "keys": self._keys, "nodes": nodes, "models": self._catalogue}
+        )
+
+    # -- who has it
+
+    async def heard(self, name: str, version: str) -> None:
+        """Note that a gateway asked, and what it has."""
+        self.gateways[name] = Gateway(name, time.time(), version)
+        async with self._arrived:
+            self._arrived.notify_all()
+
+    async def acknowledged(self, number: int, within: float) -> tuple[list[str], list[str]]:
+        """Wait until every gateway has snapshot `number` or a later one: names of those that have, and have not."""
+
+        def waiting() -> bool:
+            return not self._behind(number)
+
+        try:
+            async with asyncio.timeout(within), self._arrived:
+                await self._arrived.wait_for(waiting)
+        except TimeoutError:
+            log.warning("gateways without snapshot %d after %g s: %s", number, within, self._behind(number))
+        behind = self._behind(number)
+        return sorted(set(self._present()) - set(behind)), behind
+
+    def _behind(self, number: int) -> list[str]:
+        known = self._numbers
+        return [name for name in self._present() if known.get(self.gateways[name].version, 0) < number]
+
+    def _present(self) -> list[str]:
+        """Gateways that were heard lately: those that are gone need not acknowledge."""
+        since = time.time() - PRESENT
+        return sorted(name for name, gateway in self.gateways.items() if gateway.seen >= since)
+
+    # -- making it
+
+    def _build_keys(self) -> None:
+        now = time.time()
+        self._verifier_ends = min(
+            (end for _, proofs in self._rows for _, end in proofs if end is not None and end > now),
+            default=math.inf,
+        )
+        self._keys = [
+            {**row, "verifiers": [verifier for verifier, end in proofs if end is None or end > now]}
+            for row, proofs in self._rows
+        ]
+        self._keys_digest = hashlib.sha256(msgspec.json.encode(self._keys)).digest()
+
+    def _publish(self) -> None:
+        # Only a nudge: a gateway that misses it asks within half a second anyway.
+        if self._valkey.connected:
+            task = asyncio.get_running_loop().create_task(self._send(self.version.encode()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _send(self, version: bytes) -> None:
+        try:
+            await self._valkey.request(b"PUBLISH", CHANNEL, version)
+        except (ValkeyDown, hiredis.HiredisError) as error:
+            log.warning("the change was not published: %s", error)
+
+
+def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[str, float | None]]]]:
+    proofs: dict[str, list[tuple[str, float | None]]] = {}
+    proof = key_verifiers.c
+    for row in connection.execute(select(proof.key_id, proof.verifier, proof.expires).order_by(proof.created)):
+        proofs.setdefault(row.key_id, []).append((row.verifier, row.expires))
+    found = []
+    for row in connection.execute(select(keys).order_by(keys.c.id)).mappings():
+        entry = {name: row[name] for name in (*FIELDS, "class", "expires")}
+        found.append(({**entry, "revoked": row["revoked"] is not None}, proofs.get(row["id"], [])))
+    return found

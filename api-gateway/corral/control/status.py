@@ -1,0 +1,85 @@
+"""What the fleet holds, and how everything is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import hiredis
+from fastapi import APIRouter
+
+from corral.control.context import Control, Here
+from corral.control.snapshot import PRESENT
+from corral.store.valkey import ValkeyDown
+
+router = APIRouter(tags=["fleet"])
+
+
+@router.get("/admin/models")
+async def list_models(control: Here) -> dict[str, Any]:
+    """Every model that a node holds or the catalogue names, and where it is."""
+    catalogue = {model.name for model in control.settings.models}
+    found: dict[str, dict[str, Any]] = {name: _model(name, {}) for name in catalogue}
+    for node in control.fleet.members.values():
+        resident = set(node.resident) if node.up else set()
+        for entry in node.tags:
+            model = found.setdefault(entry["name"], _model(entry["name"], entry))
+            if model["digest"] is None:
+                model.update(_model(entry["name"], entry) | {"nodes": model["nodes"], "resident": model["resident"]})
+            model["nodes"].append(node.name)
+            if entry["name"] in resident:
+                model["resident"].append(node.name)
+    for name, model in found.items():
+        model["catalogue"] = name in catalogue
+    return {"models": [found[name] for name in sorted(found)]}
+
+
+def _model(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    known = {field: entry.get(field) for field in ("digest", "size", "details")}
+    return {"name": name, **known, "nodes": [], "resident": []}
+
+
+@router.get("/admin/status")
+async def status(control: Here) -> dict[str, Any]:
+    """Control, gateways, nodes and stores. A part that is away makes this no error."""
+    database, valkey = await asyncio.gather(control.database.answers(), _valkey(control))
+    now = time.time()
+    return {
+        "control": {"pid": os.getpid(), "leader": True, "url": f"http://{control.settings.control.listen}"},
+        "snapshot": {"version": control.hub.version},
+        "gateways": [
+            {
+                "name": gateway.name,
+                "last_seen": gateway.seen,
+                "state": "ready" if now - gateway.seen < PRESENT else "down",
+                "current": gateway.version == control.hub.version,
+            }
+            for gateway in sorted(control.hub.gateways.values(), key=lambda one: one.name)
+        ],
+        "nodes": [
+            {
+                "name": node.name,
+                "url": node.url,
+                "state": node.state,
+                "pid": None,
+                "models": sorted(entry["name"] for entry in node.tags),
+            }
+            for node in control.fleet.members.values()
+        ],
+        "store": {
+            "valkey": {"state": "ready" if valkey else "down", "pid": None},
+            "database": {"state": "ready" if database else "down"},
+        },
+        "haproxy": {"managed": control.haproxy.configured},
+    }
+
+
+async def _valkey(control: Control) -> bool:
+    try:
+        async with asyncio.timeout(1.0):
+            await control.valkey.request(b"PING")
+    except (ValkeyDown, TimeoutError, hiredis.HiredisError):
+        return False
+    return True

@@ -1,0 +1,54 @@
+"""A node of the fleet as a gateway sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class NodeState(StrEnum):
+    """Whether a node may be given work: only READY may."""
+
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    DOWN = "down"
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One Ollama server.
+
+    ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and
+    ``resident`` are the model names in them. ``in_flight`` counts this gateway's requests on it, and
+    ``shunned_until`` (monotonic seconds) is set when it failed this gateway.
+    """
+
+    name: str
+    url: str
+    slots: int
+    state: NodeState = NodeState.READY
+    version: str = ""
+    tags: list[dict[str, Any]] = field(default_factory=list)
+    ps: list[dict[str, Any]] = field(default_factory=list)
+    held: frozenset[str] = frozenset()
+    resident: frozenset[str] = frozenset()
+    in_flight: int = 0
+    shunned_until: float = 0.0
+
+    def update(self, entry: dict[str, Any]) -> None:
+        """Take over what control says of the node (an entry of the snapshot's ``nodes``)."""
+        self.url = entry["url"]
+        self.slots = max(1, int(entry.get("slots") or 1))
+        self.state = NodeState(entry["state"])
+        self.version = entry.get("version") or ""
+        self.tags = entry.get("tags") or []
+        self.ps = entry.get("ps") or []
+        self.held = frozenset(model["name"] for model in self.tags)
+        self.resident = frozenset(model["name"] for model in self.ps)
+
+
+def canonical_name(model: str) -> str:
+    """Ollama's full name of a model: a missing tag is ``latest``."""
+    return model if ":" in model.rpartition("/")[2] else f"{model}:latest"

@@ -1,0 +1,108 @@
+"""Step 3: who calls. One extractor, a checksum before any look-up, and a constant-time comparison."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+from re import Pattern
+from re import compile as compile_pattern
+from typing import Any
+
+from corral.fleet.node import canonical_name
+from corral.store import keys
+from corral.store.limits import Budget
+from corral.wire.errors import ApiError
+
+
+@dataclass(slots=True, eq=False)
+class Key:
+    """A key as the gateway uses it. ``expires`` is epoch seconds."""
+
+    id: str
+    verifiers: list[bytes]
+    patterns: list[Pattern[str]] | None
+    expires: float | None
+    revoked: bool
+    budget: Budget
+
+    def may_use(self, model: str) -> bool:
+        """Whether one of the key's globs matches the model's canonical name, or its name without `:latest`."""
+        if self.patterns is None:
+            return True
+        short = model.removesuffix(":latest")
+        return any(pattern.match(model) or pattern.match(short) for pattern in self.patterns)
+
+
+def build_key(entry: Mapping[str, Any], rpm: int | None, concurrency: int | None) -> Key:
+    """A key from an entry of the snapshot; `rpm` and `concurrency` are the defaults for a key with none."""
+    globs = entry.get("models") or ["*"]
+    return Key(
+        id=entry["id"],
+        verifiers=[bytes.fromhex(text) for text in entry["verifiers"]],
+        patterns=None if "*" in globs else [compile_pattern(translate(glob)) for glob in globs],
+        expires=entry.get("expires"),
+        revoked=bool(entry.get("revoked")),
+        budget=Budget(
+            entry["id"],
+            entry["rpm"] if entry.get("rpm") is not None else rpm,
+            entry["concurrency"] if entry.get("concurrency") is not None else concurrency,
+        ),
+    )
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, "unauthorized", message)
+
+
+def credential(headers: Mapping[bytes, bytes]) -> str:
+    """The one credential of a request: `Authorization: Bearer`, or `x-api-key` as Anthropic's clients send it.
+
+    Raises:
+        ApiError: 401 where there is none or it is malformed; 400 where two differ.
+    """
+    bearer, other = headers.get(b"authorization"), headers.get(b"x-api-key")
+    found = other
+    if bearer is not None:
+        scheme, _, rest = bearer.partition(b" ")
+        if scheme.lower() != b"bearer":
+            raise _unauthorized("the Authorization header must be `Bearer <key>`")
+        found = rest.strip()
+        if other is not None and other != found:
+            raise ApiError(400, "bad_request", "two different credentials: send Authorization or x-api-key, not both")
+    if not found:
+        raise _unauthorized("no API key: send `Authorization: Bearer crl_…`")
+    return found.decode("latin-1")
+
+
+def authenticate(headers: Mapping[bytes, bytes], known: Mapping[str, Key], pepper: bytes, wall: float) -> Key:
+    """The key of a request. `wall` is epoch seconds.
+
+    Raises:
+        ApiError: 401 for a key that is missing, malformed, unknown, revoked or expired; says which.
+    """
+    text = credential(headers)
+    key_id = keys.parse(text)
+    if key_id is None:
+        raise _unauthorized("the API key is malformed: check that it was copied whole")
+    key = known.get(key_id)
+    digest = hmac.digest(pepper, text.encode(), "sha256")
+    if key is None:
+        raise _unauthorized("the API key is unknown")
+    matched = False
+    for verifier in key.verifiers:
+        matched |= hmac.compare_digest(verifier, digest)
+    if not matched:
+        raise _unauthorized("the API key is unknown")
+    if key.revoked:
+        raise _unauthorized("the API key was revoked")
+    if key.expires is not None and wall >= key.expires:
+        raise _unauthorized("the API key has expired")
+    return key
+
+
+def authorize(key: Key, model: str) -> None:
+    """Refuse a model that the key may not use, with the same words as for one that nobody has."""
+    if not key.may_use(canonical_name(model)):
+        raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")

@@ -1,0 +1,83 @@
+"""What the fleet holds, as each API lists it, and only what the key may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from corral.fleet.node import Node, NodeState, canonical_name
+from corral.gateway.authenticate import Key
+from corral.gateway.snapshot import Snapshot
+from corral.wire.errors import ApiError
+
+_encode = msgspec.json.Encoder().encode
+
+
+def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
+    """The body of a route that the fleet answers; `name` is the model of `/v1/models/{id}`.
+
+    Raises:
+        ApiError: 404 for a model that nobody holds or the key may not use; 503 with no node known.
+    """
+    if path == "/api/version":
+        versions = {node.version for node in snapshot.nodes.values() if node.version}
+        if not versions:
+            raise ApiError(503, "overloaded", "no node has told its version yet", retry_after=2)
+        return _encode({"version": min(versions, key=_version)})
+    if path == "/api/ps":
+        return _encode({"models": _merge(snapshot, key, lambda node: node.ps)})
+    tags = _merge(snapshot, key, lambda node: node.tags)
+    if path == "/api/tags":
+        return _encode({"models": tags})
+    if path == "/v1/models":
+        return _encode({"object": "list", "data": [_openai(tag) for tag in tags] or None})
+    wanted = canonical_name(name)
+    for tag in tags:
+        if tag["name"] == wanted:
+            return _encode(_openai(tag) | {"id": name})
+    raise ApiError(404, "model_not_found", f"model '{name}' not found", param="model")
+
+
+def readiness(snapshot: Snapshot, wall: float, stale_after: float) -> tuple[int, bytes]:
+    """Status and body of `/health/ready`."""
+    if not snapshot.version:
+        reason = "no snapshot of keys and nodes yet"
+    elif wall - snapshot.confirmed > stale_after:
+        reason = "the snapshot of keys is too old: control is away"
+    elif not any(node.state is NodeState.READY for node in snapshot.nodes.values()):
+        reason = "no node is ready"
+    else:
+        return 200, b'{"status":"healthy"}'
+    return 503, _encode({"status": "unhealthy", "reason": reason})
+
+
+def _merge(snapshot: Snapshot, key: Key, entries: Callable[[Node], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    # One entry a model, from the first node by name that has it; a node that is down lists nothing.
+    merged: dict[str, dict[str, Any]] = {}
+    for node in sorted(snapshot.nodes.values(), key=lambda node: node.name):
+        if node.state is NodeState.DOWN:
+            continue
+        for entry in entries(node):
+            if key.may_use(entry["name"]):
+                merged.setdefault(entry["name"], entry)
+    return sorted(merged.values(), key=lambda entry: str(entry.get("modified_at", "")), reverse=True)
+
+
+def _openai(tag: dict[str, Any]) -> dict[str, Any]:
+    name = tag["name"]
+    owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
+    return {"id": name, "object": "model", "created": _epoch(tag.get("modified_at")), "owned_by": owner}
+
+
+def _epoch(text: Any) -> int:
+    try:
+        return int(datetime.fromisoformat(str(text)[:19] + str(text)[-6:].replace("Z", "+00:00")).timestamp())
+    except ValueError:
+        return 0
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split("-")[0].split("."))

@@ -1,0 +1,27 @@
+"""Step 4: what is asked. The body becomes one upstream dialect (`corral.wire`), held to key and fleet."""
+
+from __future__ import annotations
+
+from corral.fleet.node import canonical_name
+from corral.gateway.authenticate import Key, authorize
+from corral.gateway.snapshot import Snapshot
+from corral.wire import decode as wire
+from corral.wire.errors import ApiError
+
+
+def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapshot) -> wire.Decoded:
+    """The typed request with its upstream body and its responder.
+
+    Raises:
+        ApiError: 400 naming the field; 404 for a model that no node holds or the key may not use.
+    """
+    decoded = wire.decode(route, body, request_id, snapshot.policy)
+    authorize(key, decoded.model)
+    if canonical_name(decoded.model) not in snapshot.held and any_known(snapshot):
+        raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
+    return decoded
+
+
+def any_known(snapshot: Snapshot) -> bool:
+    """Whether any node ever told its models: before that, nothing can be said to be missing."""
+    return any(node.version for node in snapshot.nodes.values())

@@ -1,0 +1,330 @@
+"""One request and its answer: the nine steps, joined by callbacks.
+
+`start` runs listen's request through route, authenticate and decode; admit and relay call back. Whatever happens,
+`_settle` runs once: the slot and the lease are given back, the record is written, and only then do the last bytes
+leave.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from corral.fleet.node import Node
+from corral.gateway import admit, catalogue, schedule, settle
+from corral.gateway.authenticate import Key, authenticate
+from corral.gateway.decode import decode
+from corral.gateway.journal import Then
+from corral.gateway.listen import ClientConnection, Request
+from corral.gateway.recover import SHUN, Failure, History, final_error, may_retry
+from corral.gateway.relay import Attempt
+from corral.gateway.route import Kind, api_of, model_of, resolve
+from corral.store.limits import Verdict
+from corral.wire import errors
+from corral.wire.decode import Decoded
+from corral.wire.errors import ApiError, UpstreamNonsense
+
+if TYPE_CHECKING:
+    from corral.gateway.server import Gateway
+
+JSON = b"Content-Type: application/json\r\n"
+
+
+class Exchange:
+    """State of one request. Times are monotonic seconds."""
+
+    __slots__ = (
+        "_admitted",
+        "_attempt",
+        "_open",
+        "_rate_headers",
+        "_settled",
+        "_tail",
+        "_tried",
+        "address",
+        "api",
+        "connection",
+        "deadline",
+        "decoded",
+        "first_token",
+        "gateway",
+        "history",
+        "key",
+        "key_id",
+        "model",
+        "node_name",
+        "path",
+        "queue_ms",
+        "record_id",
+        "request",
+        "request_id",
+        "until",
+    )
+
+    def __init__(self, gateway: Gateway, connection: ClientConnection, request: Request) -> None:
+        self.gateway = gateway
+        self.connection = connection
+        self.request = request
+        self.record_id, self.request_id, self.address = gateway.identify(connection, request)
+        self.api = "native"
+        self.path = ""
+        self.model = ""
+        self.key: Key | None = None
+        self.key_id = ""
+        self.decoded: Decoded = None  # type: ignore[assignment]  # set by decode, read by what follows it
+        self.node_name = ""
+        self.history = History()
+        self.queue_ms = 0.0
+        self.first_token = 0.0
+        self.deadline = 0.0
+        self.until = request.arrived + gateway.max_duration
+        self._attempt: Attempt | None = None
+        self._tried: set[str] = set()
+        self._rate_headers = b""
+        self._tail = b""
+        self._admitted = self._settled = self._open = False
+
+    def start(self) -> None:
+        """Steps 2 to 5, up to the call of the store."""
+        gateway, request = self.gateway, self.request
+        try:
+            route = resolve(request.method, request.target)
+            self.api, self.path = route.api, route.path
+            if route.kind is Kind.HEALTH:
+                self._health()
+                return
+            snapshot = gateway.snapshot_now(request.wall)
+            self.key = key = authenticate(request.headers, snapshot.keys, gateway.pepper, request.wall)
+            self.key_id = key.id
+            if route.kind is Kind.RELAY:
+                decoded = decode(route.path, request.body, self.request_id, key, snapshot)
+                self.decoded, self.model = decoded, decoded.model
+            gateway.limits.admit(key.budget, self.record_id, request.arrived, self._on_verdict)
+        except ApiError as error:
+            if not self.path:
+                self.api = api_of(request.target)
+            self.refuse(error)
+
+    def _health(self) -> None:
+        if self.path == "/health":
+            status, body = 200, b'{"status":"healthy"}'
+        else:
+            status, body = catalogue.readiness(self.gateway.snapshot, self.request.wall, self.gateway.stale_after)
+        self._settled = True  # health checks are not requests of anybody: no record
+        self.connection.respond(status, JSON, body, self.request.keep_alive)
+
+    # -- admit
+
+    def _on_verdict(self, verdict: Verdict) -> None:
+        key = self.key
+        assert key is not None
+        if self._settled:  # the caller left meanwhile
+            if not verdict.refused:
+                self.gateway.limits.release(key.budget, self.record_id)
+            return
+        self._rate_headers = admit.headers(verdict, key.budget)
+        if verdict.refused:
+            self.refuse(admit.refusal(verdict, key.budget))
+            return
+        self._admitted = True
+        if self.decoded is None:
+            self._answer_from_fleet(key)
+            return
+        self.gateway.retries.earn()
+        self.gateway.journal.record(settle.admitted(self), self._on_recorded)
+
+    def _on_recorded(self, written: bool) -> None:
+        if self._settled:
+            return
+        if not written:
+            self.refuse(ApiError(503, "overloaded", "the audit record cannot be written", retry_after=5))
+            return
+        self.queue_ms = (self.gateway.loop.time() - self.request.arrived) * 1e3
+        self._dispatch()
+
+    def _answer_from_fleet(self, key: Key) -> None:
+        try:
+            name = model_of(self.request.target) if self.path == "/v1/models/{id}" else ""
+            body = catalogue.answer(self.path, name, self.gateway.snapshot, key)
+        except ApiError as error:
+            self.refuse(error)
+            return
+        self._finish_whole(200, JSON, body)
+
+    # -- schedule, relay
+
+    def _dispatch(self) -> None:
+        gateway = self.gateway
+        now = gateway.loop.time()
+        try:
+            node = schedule.schedule(gateway.snapshot, self.model, now, self._tried)
+        except ApiError as error:
+            self.refuse(error)
+            return
+        self.node_name = node.name
+        self.history.attempts += 1
+        self.deadline = min(self.until, now + gateway.first_token)
+        gateway.running.add(self)
+        self._attempt = attempt = Attempt(self, node)
+        attempt.begin()
+
+    def progress(self, out: bytes) -> None:
+        """The node sent something; `out` is what of it goes to the caller now."""
+        gateway = self.gateway
+        now = gateway.loop.time()
+        self.deadline = min(self.until, now + gateway.between_tokens)
+        responder = self.decoded.responder
+        if not self.first_token and responder.started:
+            self.first_token = now
+        if responder.done:
+            self._tail += out  # the last bytes leave when the settle record is written
+        elif not out:
+            return
+        elif self._open:
+            self.connection.send(out)
+        elif responder.started:
+            self._open = True
+            self.connection.begin(self._head(responder.content_type), out, self.request)
+
+    def answered(self) -> None:
+        """The node's answer is whole."""
+        attempt, self._attempt = self._attempt, None
+        responder = self.decoded.responder
+        try:
+            rest = self._tail + responder.finish()
+        except UpstreamNonsense as error:
+            assert attempt is not None
+            self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
+            return
+        keep_alive = self.request.keep_alive
+        if self._open:
+            self._settle(200, "ok", len(rest), lambda _: self.connection.end(rest, keep_alive))
+        elif responder.stream:
+            head = self._head(responder.content_type)
+            self._settle(200, "ok", len(rest), lambda _: self.connection.whole_stream(head, rest, self.request))
+        else:
+            self._finish_whole(200, self._head(responder.content_type), rest)
+
+    def attempt_failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
+        """Step 8. The attempt is over and gave back its place on the node."""
+        gateway, history = self.gateway, self.history
+        self._attempt = None
+        if failure is Failure.CONNECT:
+            history.connects += 1
+        elif failure is Failure.RESET:
+            history.crashes += 1
+        if failure is not Failure.CALLER:
+            node.shunned_until = gateway.loop.time() + SHUN
+            self._tried.add(node.name)
+        if not self._open and may_retry(failure, history, len(gateway.snapshot.nodes), gateway.retries):
+            self._again()
+            return
+        error = final_error(failure, history, cause)
+        if self._open:
+            last = errors.in_band(self.api, error)
+            self._settle(
+                error.status,
+                "upstream_error",
+                len(last),
+                lambda _: self.connection.end(last, keep_alive=False),
+            )
+        else:
+            self.refuse(error)
+
+    def _again(self) -> None:
+        # A responder lives for one answer, and nothing of this one was sent.
+        key = self.key
+        assert key is not None
+        self.first_token, self._tail = 0.0, b""
+        try:
+            self.decoded = decode(self.path, self.request.body, self.request_id, key, self.gateway.snapshot)
+        except ApiError as error:
+            self.refuse(error)
+            return
+        self._dispatch()
+
+    def _head(self, content_type: str) -> bytes:
+        history = self.history
+        return (
+            b"Content-Type: %b\r\nX-Request-ID: %b\r\nX-Corral-Node: %b\r\nX-Corral-Attempts: %d\r\n"
+            b"X-Corral-Queue-Ms: %d\r\n%b"
+            % (
+                content_type.encode(),
+                self.request_id.encode(),
+                self.node_name.encode(),
+                history.attempts,
+                self.queue_ms,
+                self._rate_headers,
+            )
+        )
+
+    # -- the end
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer with an error; nothing was sent before."""
+        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
+        if error.retry_after is not None:
+            headers += b"Retry-After: %d\r\n" % error.retry_after
+        if error.status == 401:
+            headers += b"WWW-Authenticate: Bearer\r\n"
+        self._finish_whole(error.status, headers, errors.render(self.api, error))
+
+    def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
+        keep_alive = self.request.keep_alive
+        self._settle(
+            status,
+            settle.outcome_of(status),
+            len(body),
+            lambda _: self.connection.respond(status, headers, body, keep_alive),
+        )
+
+    def _settle(self, status: int, outcome: str, last: int, then: Then | None) -> None:
+        if self._settled:
+            return
+        self._settled = True
+        gateway = self.gateway
+        gateway.running.discard(self)
+        if self._admitted and self.key is not None:
+            gateway.limits.release(self.key.budget, self.record_id)
+        record = settle.settled(self, status, outcome, self.connection.sent + last, gateway.loop.time())
+        gateway.journal.record(record, then)
+        gateway.journal.access(record)
+
+    def client_gone(self) -> None:
+        """The caller left: stop the node's work now; it is not the node's fault."""
+        if self._settled:
+            return
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.abandon()
+        self._settle(499, "client_gone", 0, None)
+
+    # -- time and back-pressure
+
+    def check(self, now: float) -> None:
+        """End what is past its deadline."""
+        if self._attempt is not None and 0.0 < self.deadline <= now:
+            attempt = self._attempt
+            if now >= self.until:
+                attempt.abandon()
+                self._attempt = None
+                self._expire()
+            else:
+                attempt.timed_out()
+
+    def _expire(self) -> None:
+        error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")
+        if self._open:
+            last = errors.in_band(self.api, error)
+            self._settle(504, "timeout", len(last), lambda _: self.connection.end(last, keep_alive=False))
+        else:
+            self.refuse(error)
+
+    def pause(self) -> None:
+        """The caller's connection is full."""
+        if self._attempt is not None:
+            self._attempt.pause()
+
+    def resume(self) -> None:
+        """The caller's connection takes bytes again."""
+        if self._attempt is not None:
+            self._attempt.resume()

@@ -1,0 +1,27 @@
+"""`corral serve gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+
+import uvloop
+
+from corral.config.settings import Settings
+from corral.gateway.server import Gateway
+
+
+def run(settings: Settings) -> None:
+    """Run one gateway process until it is told to stop."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # What lives as long as the process need not be looked at by each collection.
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
+    host, _, port = settings.gateway.listen.rpartition(":")
+    uvloop.run(_serve(settings, host.strip("[]"), int(port)))
+
+
+async def _serve(settings: Settings, host: str, port: int) -> None:
+    await Gateway(settings, asyncio.get_running_loop()).serve(host, port)

@@ -1,0 +1,95 @@
+"""Step 8: what to do when an attempt failed. Pure decisions; nothing here touches a socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from corral.wire.errors import ApiError
+
+ATTEMPTS_MAX = 3
+CRASHES_MAX = 2
+SHUN = 2.0
+BUDGET_SHARE = 0.2
+BUDGET_FLOOR = 3.0
+BUDGET_CAP = 100.0
+
+
+class Failure(Enum):
+    """Why an attempt gave no answer."""
+
+    CONNECT = "the node could not be reached"
+    RESET = "the node's connection ended before its answer did"
+    NODE = "the node failed"
+    TIMEOUT = "the node was silent for too long"
+    NONSENSE = "the node's answer made no sense"
+    CALLER = "the request itself is at fault"
+
+
+ORPHANED = frozenset((Failure.CONNECT, Failure.RESET))
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """At most a share of the requests may be tries anew, so that a sick fleet is not buried in retries."""
+
+    tokens: float = BUDGET_CAP / 2
+
+    def earn(self) -> None:
+        """A request came in."""
+        if self.tokens < BUDGET_CAP:
+            self.tokens += BUDGET_SHARE
+
+    def spend(self) -> bool:
+        """Take one retry, if the budget has it."""
+        if self.tokens < 1.0:
+            return False
+        self.tokens -= 1.0
+        return True
+
+
+@dataclass(slots=True)
+class History:
+    """What a request went through: attempts that reached a node, and nodes that crashed under it."""
+
+    attempts: int = 0
+    crashes: int = 0
+    connects: int = 0
+
+
+def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget) -> bool:
+    """Whether a request that was answered with nothing yet is tried on another node.
+
+    Orphans (a dead node's requests) are outside the budget, but a request that was there when two nodes
+    crashed is not tried a third time; a node's own failures are retried within the budget.
+    """
+    if failure is Failure.CALLER:
+        return False
+    if failure is Failure.CONNECT:
+        return history.connects <= nodes
+    if failure is Failure.RESET:
+        return history.crashes < CRASHES_MAX
+    return history.attempts < ATTEMPTS_MAX and budget.spend()
+
+
+def final_error(failure: Failure, history: History, cause: ApiError | None) -> ApiError:
+    """What the caller hears when no further attempt is made."""
+    if failure is Failure.CALLER and cause is not None:
+        return cause
+    if failure is Failure.CONNECT:
+        return ApiError(503, "overloaded", "no node could be reached", retry_after=2)
+    if failure is Failure.TIMEOUT:
+        return ApiError(504, "upstream_timeout", f"{failure.value}, {history.attempts} attempts")
+    detail = f": {cause.message}" if cause is not None else ""
+    return ApiError(502, "upstream_error", f"{failure.value} ({history.attempts} attempts){detail}")
+
+
+def classify(status: int, proxied: bool, message: str) -> Failure:
+    """The kind of an answer that is not a 200. `proxied`: HAProxy made it, no node did."""
+    if proxied:
+        # 502 and 504 mean that the request had reached the node.
+        return Failure.RESET if status == 502 else Failure.TIMEOUT if status == 504 else Failure.CONNECT
+    # Ollama answers a wrong option with 500: the caller's error under a 5xx.
+    if status < 500 or message.startswith(("option ", "invalid option")):
+        return Failure.CALLER
+    return Failure.NODE

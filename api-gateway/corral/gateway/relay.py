@@ -1,0 +1,141 @@
+"""Step 7: one attempt at one node. Its answer goes through the responder, chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from corral.fleet.node import Node
+from corral.gateway.recover import Failure, classify
+from corral.gateway.upstream import UpstreamConnection
+from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
+
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
+
+ERROR_BODY_MAX = 64 << 10
+
+
+class Attempt:
+    """A request on a node; tells the exchange how it goes until it is over."""
+
+    __slots__ = ("_connection", "_error_body", "_exchange", "_over", "_proxied", "_status", "node")
+
+    def __init__(self, exchange: Exchange, node: Node) -> None:
+        self._exchange = exchange
+        self.node = node
+        self._connection: UpstreamConnection | None = None
+        self._over = False
+        self._status = 0
+        self._proxied = False
+        self._error_body = b""
+        node.in_flight += 1
+
+    def begin(self, fresh: bool = False) -> None:
+        """Take a connection and send the request."""
+        gateway = self._exchange.gateway
+        gateway.upstreams.acquire(gateway.nodes_address, self._connected, fresh)
+
+    def _connected(self, connection: UpstreamConnection | OSError) -> None:
+        if isinstance(connection, OSError):
+            if not self._over:
+                self._fail(Failure.CONNECT)
+            return
+        if self._over:
+            connection.abort()
+            return
+        self._connection = connection
+        exchange = self._exchange
+        decoded = exchange.decoded
+        connection.send(
+            b"POST %b HTTP/1.1\r\nHost: nodes\r\nX-Corral-Node: %b\r\nX-Request-ID: %b\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (
+                decoded.upstream_path.encode(),
+                self.node.name.encode(),
+                exchange.request_id.encode(),
+                len(decoded.body),
+                decoded.body,
+            ),
+            self,
+        )
+
+    # -- the answer
+
+    def on_head(self, status: int, proxied: bool) -> None:
+        self._status, self._proxied = status, proxied
+
+    def on_body(self, data: bytes) -> None:
+        if self._over:
+            return
+        if self._status != 200:
+            self._error_body += data[: ERROR_BODY_MAX - len(self._error_body)]
+            return
+        responder = self._exchange.decoded.responder
+        try:
+            out = responder.feed(data)
+        except UpstreamNonsense as error:
+            self._fail(Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
+            return
+        if responder.error is not None:
+            # In band, under status 200: the model's runner died, or refused in mid-answer.
+            self._fail(Failure.NODE, responder.error)
+            return
+        self._exchange.progress(out)
+
+    def on_end(self) -> None:
+        self._connection = None
+        if self._over:
+            return
+        if self._status != 200:
+            message = upstream_message(self._error_body)
+            failure = classify(self._status, self._proxied, message)
+            status = 400 if failure is Failure.CALLER and self._status >= 500 else self._status
+            code = {400: "bad_request", 404: "model_not_found"}.get(status, "upstream_error")
+            self._fail(failure, ApiError(status, code, message))
+        elif not self._exchange.decoded.responder.done:
+            self._fail(Failure.RESET)  # an orderly end in the middle of an answer is none
+        else:
+            self._close()
+            self._exchange.answered()
+
+    def on_lost(self, untouched: bool) -> None:
+        self._connection = None
+        if self._over:
+            return
+        if untouched:
+            self.begin(fresh=True)  # a reused connection that its peer had closed: nothing was lost
+        else:
+            self._fail(Failure.RESET)
+
+    def timed_out(self) -> None:
+        """The deadline to the first token or between tokens has passed."""
+        if not self._over:
+            self._fail(Failure.TIMEOUT)
+
+    # -- back-pressure, end
+
+    def pause(self) -> None:
+        """The caller takes no more bytes now."""
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        """The caller takes bytes again."""
+        if self._connection is not None:
+            self._connection.resume()
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more: close, so that the node stops."""
+        if not self._over:
+            self._close()
+
+    def _close(self) -> None:
+        self._over = True
+        self.node.in_flight -= 1
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+
+    def _fail(self, failure: Failure, cause: ApiError | None = None) -> None:
+        self._close()
+        self._exchange.attempt_failed(self.node, failure, cause)

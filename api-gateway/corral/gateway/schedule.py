@@ -1,0 +1,28 @@
+"""Step 6: which node. A pure choice over the fleet, or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from corral.fleet.choose import choose
+from corral.fleet.node import Node, canonical_name
+from corral.gateway.snapshot import Snapshot
+from corral.wire.errors import ApiError
+
+RETRY_AFTER = 2
+
+
+def schedule(snapshot: Snapshot, model: str, now: float, tried: Collection[str] = ()) -> Node:
+    """The node for a request; `tried` are the names of nodes that failed it already.
+
+    Raises:
+        ApiError: 503 with Retry-After where no node can take it now, 404 where no node has the model.
+    """
+    name = canonical_name(model)
+    node = choose(snapshot.nodes.values(), name, now, tried)
+    if node is not None:
+        return node
+    if name in snapshot.held or not snapshot.held:
+        message = f"no node that holds '{model}' is ready" if name in snapshot.held else "no node is ready"
+        raise ApiError(503, "overloaded", message, retry_after=RETRY_AFTER)
+    raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")

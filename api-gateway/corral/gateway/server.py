@@ -1,0 +1,198 @@
+"""The gateway process: what all exchanges share, and its life from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import itertools
+import logging
+import re
+import secrets
+import signal
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from corral.config.settings import Settings
+from corral.gateway import settle
+from corral.gateway.exchange import Exchange
+from corral.gateway.journal import Journal
+from corral.gateway.listen import ClientConnection, Request
+from corral.gateway.recover import RetryBudget
+from corral.gateway.shipper import Shipper
+from corral.gateway.snapshot import Feed, Snapshot
+from corral.gateway.upstream import Upstreams
+from corral.store import keys
+from corral.store.limits import ADMIT, RENEW_SCRIPT, Limits
+from corral.store.valkey import Valkey, encode
+from corral.wire.errors import ApiError
+
+SWEEP = 0.5
+DRAIN = 25.0
+CHANNEL = b"corral:snapshot"
+
+log = logging.getLogger(__name__)
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class Gateway:
+    """One gateway: settings, snapshot, limits, pool and journal, and the exchanges that run."""
+
+    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+        gateway = settings.gateway
+        self.loop = loop
+        self.name = gateway.name
+        self.max_body = gateway.max_body
+        self.max_duration = gateway.max_duration
+        self.first_token = gateway.first_token
+        self.between_tokens = gateway.between_tokens
+        self.stale_after = settings.auth.stale
+        nodes = urlsplit(gateway.nodes_url)
+        self.nodes_address = (nodes.hostname or "127.0.0.1", nodes.port or 80)
+        self.pepper = keys.read_pepper(settings.auth.pepper_file)
+        token = settings.auth.internal_token_file.read_text().strip()
+        spool, cache = gateway.spool / self.name, gateway.cache / self.name
+        default = settings.limits.default
+        self.snapshot = Snapshot(default.rpm, default.concurrency)
+        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache)
+        self.store = Valkey(settings.store.valkey, scripts=(ADMIT, RENEW_SCRIPT))
+        self.changes = Valkey(settings.store.valkey)
+        self.limits = Limits(self.store, self.name, settings.limits.on_store_failure)
+        self.journal = Journal(spool, gateway.access_log, loop)
+        self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
+        self.upstreams = Upstreams(loop)
+        self.retries = RetryBudget()
+        self.connections: set[ClientConnection] = set()
+        self.running: set[Exchange] = set()
+        self.stopping = False
+        self._idle = asyncio.Event()
+        self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
+        self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
+        self._numbers = itertools.count(1)
+
+    # -- for connections and exchanges
+
+    def exchange(self, connection: ClientConnection, request: Request) -> Exchange:
+        """A new exchange for a request that was read."""
+        return Exchange(self, connection, request)
+
+    def closed(self, connection: ClientConnection) -> None:
+        """A caller's connection ended."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._idle.set()
+
+    def trusts(self, peer: str) -> bool:
+        """Whether a peer is a proxy of ours, whose word on the caller counts."""
+        if not peer:
+            return False
+        address = ipaddress.ip_address(peer)
+        return any(address in network for network in self._trusted)
+
+    def identify(self, connection: ClientConnection, request: Request) -> tuple[str, str, str]:
+        """Record id, request id as shown to the caller, and the caller's address.
+
+        The record id is the edge's (a replay settles once) or made here, never the caller's: who repeats an
+        `X-Request-ID` is still counted each time.
+        """
+        headers = request.headers
+        record_id = f"{self._prefix}{next(self._numbers):x}"
+        address = connection.peer
+        if connection.trusted:
+            edge_id = headers.get(b"x-corral-edge-id")
+            if edge_id is not None and _REQUEST_ID.fullmatch(edge_id):
+                record_id = edge_id.decode()
+            forwarded = headers.get(b"x-forwarded-for")
+            if forwarded is not None:
+                address = forwarded.rpartition(b",")[2].strip().decode("latin-1")[:64]
+        shown = headers.get(b"x-request-id")
+        request_id = shown.decode() if shown is not None and _REQUEST_ID.fullmatch(shown) else record_id
+        return record_id, request_id, address
+
+    def snapshot_now(self, wall: float) -> Snapshot:
+        """The snapshot, if it may still be used.
+
+        Raises:
+            ApiError: 503 before the first one, and when control has been away for `auth.stale`.
+        """
+        snapshot = self.snapshot
+        if wall - snapshot.confirmed > self.stale_after:
+            raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
+        return snapshot
+
+    def refuse_unread(self, connection: ClientConnection, error: ApiError, sent: int) -> None:
+        """Record a request that was refused before it could be read whole."""
+        request = getattr(connection, "_request", None) or Request()
+        request.arrived = request.arrived or self.loop.time()
+        request.wall = request.wall or time.time()
+        exchange = Exchange(self, connection, request)
+        record = settle.settled(exchange, error.status, "refused", sent, self.loop.time())
+        self.journal.record(record)
+        self.journal.access(record)
+
+    # -- life
+
+    async def serve(self, host: str, port: int) -> None:
+        """Serve until SIGTERM or SIGINT, then drain: end what runs, ship the spool."""
+        self.feed.load()
+        tasks = [
+            self.loop.create_task(work)
+            for work in (
+                self.store.run(),
+                self.changes.run(),
+                self.feed.run(),
+                self.limits.keep(),
+                self.shipper.run(),
+                self._sweep(),
+            )
+        ]
+        self.changes.on_message = self._changed
+        self.changes.on_connect = lambda: self.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
+        server = await self.loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
+        log.info("%s listens on %s:%d", self.name, host, port)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, stop.set)
+        ended = asyncio.gather(*tasks)
+        waiting = self.loop.create_task(stop.wait())
+        await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        self.stopping = True
+        server.close()
+        waiting.cancel()
+        try:
+            await self._drain()
+        finally:
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ended
+            self.journal.close()
+            self.upstreams.close()
+            await self.shipper.drain()
+
+    async def _drain(self) -> None:
+        for connection in list(self.connections):
+            if connection.exchange is None and connection.transport is not None:
+                connection.transport.close()
+        self._idle.clear()
+        if self.connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), DRAIN)
+        for connection in list(self.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(0)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP)
+            now = self.loop.time()
+            for connection in list(self.connections):
+                connection.check(now)
+            for exchange in list(self.running):
+                exchange.check(now)
+            self.upstreams.sweep()
+
+    def _changed(self, message: Any) -> None:
+        self.feed.poke()

@@ -1,0 +1,72 @@
+"""Ships the spool to control, in order, from the offset that control confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import httpx
+
+from corral.store.spool import SpoolReader, SpoolWriter
+
+PAUSE = 0.2
+PAUSE_FAILED = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Shipper:
+    """One gateway's spool on its way to control; ``backlog`` tells whether anything waits."""
+
+    def __init__(self, writer: SpoolWriter, folder: Path, control_url: str, token: str, gateway: str) -> None:
+        self._writer = writer
+        self._folder = folder
+        self._reader = SpoolReader(folder)
+        self._url = f"{control_url}/internal/spool/{gateway}"
+        self._headers = {"Authorization": f"Bearer {token}"}
+
+    async def run(self) -> None:
+        """Ship until cancelled."""
+        silent = False
+        async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
+            while True:
+                try:
+                    await self.ship_all(client)
+                    silent = False
+                    await asyncio.sleep(PAUSE)
+                except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
+                    if not silent:
+                        log.warning("control takes no records, they stay in the spool: %r", error)
+                    silent = True
+                    await asyncio.sleep(PAUSE_FAILED)
+
+    async def ship_all(self, client: httpx.AsyncClient) -> None:
+        """Ship what is in the spool now.
+
+        Raises:
+            httpx.HTTPError: control cannot be reached.
+            ValueError: control refused the frames.
+        """
+        while (piece := self._reader.next_chunk()) is not None:
+            segment, offset, frames = piece
+            response = await client.post(
+                f"{self._url}/{segment}", params={"offset": offset}, content=frames, headers=self._headers
+            )
+            if response.status_code not in (200, 409):
+                raise ValueError(f"status {response.status_code}: {response.text[:200]}")
+            self._reader.confirm(segment, int(response.json()["offset"]))
+        self._reader.drop_shipped(self._writer.segment, self._put_aside)
+
+    async def drain(self) -> None:
+        """Ship the rest before the process ends; what control does not take stays for the next start."""
+        async with httpx.AsyncClient(timeout=3.0, trust_env=False) as client:
+            try:
+                await self.ship_all(client)
+            except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
+                log.warning("the spool was not shipped to its end: %r", error)
+
+    def _put_aside(self, path: Path, offset: int) -> None:
+        aside = path.with_suffix(".torn")
+        path.replace(aside)
+        log.error("%s ends in a torn frame at byte %d; kept as %s", path.name, offset, aside.name)

@@ -1,0 +1,244 @@
+"""Connections towards the nodes: a pool per address of plain protocols, most recently used first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import httptools
+
+CONNECT_TIMEOUT = 2.0
+IDLE_MAX = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
+IDLE_COUNT = 256
+STALE_WITHIN = 0.02
+"""A reused connection that its peer had closed shows that at once; one that ends later took the request along."""
+
+Address = tuple[str, int]
+
+
+class Handler(Protocol):
+    """Who waits for an answer. Exactly one of ``on_end`` and ``on_lost`` ends it."""
+
+    def on_head(self, status: int, proxied: bool) -> None:
+        """The head is whole; `proxied` tells that HAProxy made this answer, not the node."""
+
+    def on_body(self, data: bytes) -> None:
+        """Some of the body, never empty."""
+
+    def on_end(self) -> None:
+        """The answer is whole."""
+
+    def on_lost(self, untouched: bool) -> None:
+        """The connection ended before the answer did; `untouched`: a reused one, at once and before any byte."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One HTTP/1.1 connection; one request at a time."""
+
+    __slots__ = (
+        "_body",
+        "_complete",
+        "_handler",
+        "_headers_done",
+        "_idle_since",
+        "_keep_alive",
+        "_loop",
+        "_parser",
+        "_pool",
+        "_proxied",
+        "_reused",
+        "_sent_at",
+        "_touched",
+        "address",
+        "transport",
+    )
+
+    def __init__(self, pool: Upstreams, address: Address, loop: asyncio.AbstractEventLoop) -> None:
+        self._pool = pool
+        self._loop = loop
+        self.address = address
+        self.transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._handler: Handler | None = None
+        self._reused = self._keep_alive = False
+        self._idle_since = self._sent_at = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._body: list[bytes] = []
+        self._complete = self._headers_done = self._proxied = self._touched = False
+
+    # -- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        handler = self._handler
+        if handler is None:
+            self.abort()  # bytes that nobody asked for: the connection cannot be trusted
+            return
+        self._touched = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.abort()
+            self._drop()
+            return
+        # Chunks that arrived together go on together.
+        if self._body and self._handler is handler:
+            body = self._body
+            self._body = []
+            handler.on_body(body[0] if len(body) == 1 else b"".join(body))
+        if self._complete and self._handler is handler:
+            self._handler = None
+            keep = self._keep_alive
+            self._reset()
+            if keep and self.transport is not None and not self.transport.is_closing():
+                self._pool.put(self)
+            else:
+                self.abort()
+            handler.on_end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._pool.forget(self)
+        self._drop()
+
+    def _drop(self) -> None:
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            body, self._body = self._body, []
+            if body:
+                handler.on_body(b"".join(body))
+            early = self._loop.time() - self._sent_at < STALE_WITHIN
+            handler.on_lost(self._reused and not self._touched and early)
+
+    # -- httptools
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._headers_done and name.lower() == b"x-corral-proxy":
+            self._proxied = True
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= 200:
+            self._headers_done = True
+            if self._handler is not None:
+                self._handler.on_head(status, self._proxied)
+
+    def on_body(self, data: bytes) -> None:
+        self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        self._complete = self._headers_done  # an interim (1xx) head is no answer
+        self._keep_alive = self._parser.should_keep_alive()
+
+    # -- for the holder
+
+    def send(self, request: bytes, handler: Handler) -> None:
+        """Send a whole request; `handler` gets the answer."""
+        self._handler = handler
+        self._sent_at = self._loop.time()
+        assert self.transport is not None
+        self.transport.write(request)
+
+    def pause(self) -> None:
+        """Stop reading: the client cannot take more now."""
+        if self.transport is not None and self._handler is not None:
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self.transport is not None and self._handler is not None:
+            self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once; the handler of a request that still runs hears nothing more."""
+        self._handler = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    @property
+    def usable(self) -> bool:
+        """Whether an idle connection may be given out."""
+        return (
+            self.transport is not None
+            and not self.transport.is_closing()
+            and self._loop.time() - self._idle_since < IDLE_MAX
+        )
+
+    def shelve(self) -> None:
+        """Note that it is idle from now on."""
+        self._reused = True
+        self._idle_since = self._loop.time()
+
+
+class Upstreams:
+    """The pool."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._idle: dict[Address, list[UpstreamConnection]] = {}
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def acquire(
+        self, address: Address, done: Callable[[UpstreamConnection | OSError], None], fresh: bool = False
+    ) -> None:
+        """Hand a connection, or why there is none, to `done`: at once where one is idle."""
+        idle = self._idle.get(address)
+        while idle and not fresh:
+            connection = idle.pop()
+            if connection.usable:
+                done(connection)
+                return
+            connection.abort()
+        task = self._loop.create_task(self._connect(address, done))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, address: Address, done: Callable[[UpstreamConnection | OSError], None]) -> None:
+        try:
+            _, connection = await asyncio.wait_for(
+                self._loop.create_connection(
+                    lambda: UpstreamConnection(self, address, self._loop), address[0], address[1]
+                ),
+                CONNECT_TIMEOUT,
+            )
+        except TimeoutError:
+            done(ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s"))
+        except OSError as error:
+            done(error)
+        else:
+            done(connection)
+
+    def put(self, connection: UpstreamConnection) -> None:
+        """Take back a connection whose answer is whole."""
+        idle = self._idle.setdefault(connection.address, [])
+        if len(idle) >= IDLE_COUNT:
+            connection.abort()
+            return
+        connection.shelve()
+        idle.append(connection)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """A connection ended."""
+        idle = self._idle.get(connection.address)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    def sweep(self) -> None:
+        """Close what was idle too long."""
+        for address, idle in self._idle.items():
+            keep = [connection for connection in idle if connection.usable]
+            stale = [connection for connection in idle if not connection.usable]
+            self._idle[address] = keep
+            for connection in stale:
+                connection.abort()
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        for idle in self._idle.values():
+            for connection in list(idle):
+                connection.abort()

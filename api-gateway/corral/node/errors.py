@@ -1,0 +1,14 @@
+"""The one error that the node's layers raise towards the HTTP routes."""
+
+
+class NodeError(Exception):
+    """A failure with the HTTP status and the text that Ollama would answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def model_not_found(name: str) -> NodeError:
+    return NodeError(404, f"model '{name}' not found")

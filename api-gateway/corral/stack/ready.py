@@ -1,0 +1,127 @@
+"""Waiting until the stack serves, with a line for each step."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from corral.stack import http, models, nodes, supervisor
+from corral.stack.plan import Plan, log_file
+from corral.stack.state import StackError, StateFolder
+
+PATIENCE = 90.0
+TRIES = 4
+
+
+class Progress(Protocol):
+    """Takes one line for each thing that has become ready."""
+
+    def __call__(self, line: str) -> None: ...
+
+
+def until(what: str, holds: Callable[[], bool], timeout: float = PATIENCE) -> None:
+    """Ask until it holds. StackError after ``timeout`` seconds, with the last reason."""
+    deadline = time.monotonic() + timeout
+    reason = ""
+    while True:
+        try:
+            if holds():
+                return
+        except http.Unreachable as error:
+            reason = f" ({error})"
+        if time.monotonic() > deadline:
+            raise StackError(f"gave up after {timeout:.0f} s: {what}{reason}")
+        time.sleep(0.05)
+
+
+def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progress: Progress) -> None:
+    """Wait for every part. StackError naming the part and the end of its log."""
+    started = time.monotonic()
+    checked = 0.0
+
+    def step(what: str, holds: Callable[[], bool], timeout: float = PATIENCE) -> None:
+        def watched() -> bool:
+            nonlocal checked
+            if time.monotonic() - checked > 1.0:
+                checked = time.monotonic()
+                _check_processes(state, process)
+            return holds()
+
+        until(f"{what} is not ready; see {state.logs}", watched, timeout)
+        progress(f"{what}  ({time.monotonic() - started:.1f} s)")
+
+    token = state.internal_token.read_text(encoding="utf-8").strip()
+    settings = plan.settings
+    step("control", lambda: _ok(settings.gateway.control_url, "/internal/snapshot", key=token))
+    step("gateway", lambda: _ok(plan.url, "/health"))
+    for node in settings.nodes:
+        timeout = 10.0 if plan.fleet.kind == "attached" else PATIENCE
+        try:
+            step(f"{node.name} at {node.url}", lambda url=node.url: _ok(url, "/api/version"), timeout)  # type: ignore[misc]
+        except StackError:
+            if plan.fleet.kind != "attached" or len(settings.nodes) == 1:
+                raise
+            progress(f"{node.name} at {node.url} does not answer: left for later")
+    _models(plan, progress)
+    step("edge to nodes", lambda: _ok(plan.url, "/health/ready"))
+    admin = state.admin_key.read_text(encoding="utf-8").strip()
+    step("edge to control", lambda: _ok(plan.url, "/admin/status", key=admin))
+
+
+def first_model(plan: Plan) -> str:
+    """A model to show in the example."""
+    for node in plan.settings.nodes:
+        try:
+            if names := models.listed(node.url):
+                return min(names, key=lambda name: "embed" in name)
+        except http.Unreachable:
+            continue
+    return "MODEL"
+
+
+def _models(plan: Plan, progress: Progress) -> None:
+    if plan.fleet.kind == "attached":
+        return
+    urls = [node.url for node in plan.settings.nodes]
+    if plan.fleet.kind == "ollama" and not models.listed(urls[0]):
+        models.install(urls[0], None if plan.fleet.gpus else nodes.threads(plan.fleet.count))
+        progress("model  smollm2:135m installed")
+    if plan.fleet.kind == "simulated":
+        return
+    name = first_model(plan)
+    with ThreadPoolExecutor(max_workers=len(urls)) as pool:
+        slowest = max(pool.map(lambda url: models.warm(url, name), urls))
+    progress(f"model  {name} loaded on {len(urls)} node{'s' if len(urls) > 1 else ''} in {slowest:.1f} s")
+
+
+def _ok(base: str, path: str, key: str | None = None) -> bool:
+    return http.request(base, "GET", path, key=key, timeout=3).status == 200
+
+
+def _check_processes(state: StateFolder, process: subprocess.Popen[bytes]) -> None:
+    """StackError when a program keeps ending, with its last words."""
+    if process.poll() is not None:
+        raise StackError(f"the supervisor ended: {_tail(state, 'supervisord')}")
+    for name, known in supervisor.processes(state).items():
+        if known["statename"] in ("BACKOFF", "FATAL") and _starts(state, name) >= TRIES:
+            raise StackError(f"{name} does not start. The end of {log_file(state, name)}:\n{_tail(state, name)}")
+
+
+def _starts(state: StateFolder, name: str) -> int:
+    """How often the supervisor has started a program, by its log of this run."""
+    try:
+        text = (state.logs / "supervisord.log").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    return text.rpartition("supervisord started with pid")[2].count(f"spawned: '{name}'")
+
+
+def _tail(state: StateFolder, name: str, lines: int = 8) -> str:
+    try:
+        text = log_file(state, name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join("    " + line[:300] for line in text.splitlines()[-lines:])

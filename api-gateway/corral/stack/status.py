@@ -1,0 +1,110 @@
+"""What `corral status` shows: control's view, with the pids that the supervisor knows."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from corral.stack import http, plan, supervisor
+from corral.stack.state import StackError, StateFolder
+
+
+def status(url: str, ask: Callable[[], Any], state: StateFolder | None) -> dict[str, Any]:
+    """The object of the command line's contract. ``ask`` is GET /admin/status; ``state`` None: no local stack.
+
+    With control away its part says so, and what is known locally is shown all the same.
+    """
+    stack = (state.stack() if state else None) or {}
+    processes = supervisor.processes(state) if state else {}
+    try:
+        told = ask()
+        reached = isinstance(told, dict)
+    except (http.Unreachable, StackError):
+        told, reached = {}, False
+    if not reached:
+        told = {}
+
+    def pid(program: str) -> int | None:
+        return int(processes[program]["pid"]) or None if program in processes else None
+
+    control = told.get("control") if isinstance(told.get("control"), dict) else {}
+    store = told.get("store") if isinstance(told.get("store"), dict) else {}
+    return {
+        "url": url,
+        "edge": {"pid": pid("haproxy"), "state": _state(http_ok(url, "/health"))},
+        "gateways": _gateways(told, stack, pid),
+        "control": {
+            "pid": pid("control"),
+            "url": control.get("url") or stack.get("control", {}).get("url"),
+            "leader": bool(control.get("leader", reached)),
+            "state": _state(reached),
+        },
+        "nodes": _nodes(told, stack, pid),
+        "store": {
+            "valkey": {"state": _valkey(store, stack), "pid": pid("valkey")},
+            "database": {"state": store.get("database", {}).get("state") or ("up" if reached else "unknown")},
+        },
+        "stats_url": stack.get("stats_url"),
+    }
+
+
+def http_ok(url: str, path: str) -> bool:
+    """Whether an address answers 200."""
+    try:
+        return http.request(url, "GET", path, timeout=3).status == 200
+    except http.Unreachable:
+        return False
+
+
+def tcp_ok(url: str, port: int = 6379) -> bool:
+    """Whether somebody listens at a URL's host and port."""
+    try:
+        with socket.create_connection(plan.address_of(url, port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def _state(up: bool) -> str:
+    return "up" if up else "down"
+
+
+def _valkey(store: Mapping[str, Any], stack: Mapping[str, Any]) -> str:
+    told = store.get("valkey", {}).get("state")
+    if told:
+        return str(told)
+    url = stack.get("valkey", {}).get("url")
+    return _state(tcp_ok(url)) if url else "unknown"
+
+
+def _gateways(
+    told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str], int | None]
+) -> list[dict[str, Any]]:
+    local = {item["name"]: item for item in stack.get("gateways", [])}
+    remote = {str(item.get("name")): item for item in told.get("gateways") or [] if isinstance(item, dict)}
+    shown = []
+    for name in [*local, *(name for name in remote if name not in local)]:
+        url = local.get(name, {}).get("url") or remote.get(name, {}).get("url")
+        known = remote.get(name, {}).get("state") if name not in local else None
+        state = known or (_state(http_ok(url, "/health")) if url else "unknown")
+        shown.append({"name": name, "pid": pid(name), "url": url, "state": state})
+    return shown
+
+
+def _nodes(told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str], int | None]) -> list[dict[str, Any]]:
+    own = {item["name"] for item in stack.get("nodes", []) if item.get("own")}
+    listed = told.get("nodes")
+    nodes = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    if not nodes:
+        nodes = [{"name": item["name"], "url": item["url"]} for item in stack.get("nodes", [])]
+    return [
+        {
+            "name": item.get("name"),
+            "url": item.get("url"),
+            "state": item.get("state") or ("ready" if http_ok(str(item.get("url")), "/api/version") else "down"),
+            "pid": pid(str(item.get("name"))) if item.get("name") in own else None,
+            "models": item.get("models") or [],
+        }
+        for item in nodes
+    ]

@@ -1,0 +1,263 @@
+"""`corral up` and `corral down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from corral.config.settings import NodeSettings, Settings, load
+from corral.stack import guard, http, nodes, plan, ports, ready
+from corral.stack.plan import Plan
+from corral.stack.ready import Progress
+from corral.stack.state import Lock, StackError, StateFolder, running, write_private
+
+STOP_WITHIN = 40.0
+
+
+class Stopped(BaseException):
+    """The operator asked for the end."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; None: not said."""
+
+    config: str | None = None
+    port: int | None = None
+    nodes: int | None = None
+    attach: Sequence[str] = ()
+    backend: str | None = None
+    detach: bool = False
+
+
+def up(
+    state: StateFolder,
+    options: Options,
+    env: Mapping[str, str],
+    progress: Progress,
+    bootstrap: Callable[[Path, Settings], None],
+) -> dict[str, Any]:
+    """Start the stack and return what `corral up` prints; StackError where it cannot. The caller then waits.
+
+    ``bootstrap`` makes secrets and database. With ``detach`` the stack runs on when this process ends.
+    """
+    settings = configuration(options, env)
+    state.create()
+    lock = Lock(state)
+    if not lock.acquire():
+        raise StackError(_already(state))
+    supervisor: subprocess.Popen[bytes] | None = None
+    try:
+        sweep(state)
+        write_private(state.stack_file, json.dumps({"pid": os.getpid(), "state": "starting"}))
+        edge = settings.edge
+        if not ports.is_free(edge.port, edge.host):
+            taken = ports.holder(edge.port)
+            raise StackError(f"port {edge.port} is taken by {taken}: stop it, or use --port")
+        attach = [
+            *(NodeSettings(name=f"node-{number}", url=url) for number, url in enumerate(options.attach, 1)),
+            *(() if options.attach or options.nodes or options.backend else settings.nodes),
+        ]
+        fleet = nodes.choose(attach, options.nodes, options.backend, env)
+        made = plan.make(settings, fleet, state)
+        bootstrap(state.root, made.settings)
+        plan.write(made, state)
+        described = made.describe()
+        supervisor = _start_supervisor(state, lock, options.detach)
+        pids = {"supervisor": supervisor.pid, "pid": supervisor.pid if options.detach else os.getpid()}
+        _save(state, {**described, **pids, "state": "starting"})
+        ready.wait(made, state, supervisor, progress)
+        described |= _welcome(made, state)
+        _save(state, {**made.describe(), **pids, "state": "running"})
+    except BaseException:
+        if supervisor is not None:
+            _end(supervisor)
+        clean(state)
+        lock.remove()
+        raise
+    _lock_of[supervisor.pid] = lock
+    _running[state.root] = supervisor
+    if options.detach:
+        lock.close()
+    return described
+
+
+_lock_of: dict[int, Lock] = {}
+_running: dict[Path, subprocess.Popen[bytes]] = {}
+
+
+def stay(state: StateFolder) -> int:
+    """Wait in the foreground until the stack is stopped or fails; then leave nothing. The exit status."""
+    supervisor = _running.pop(state.root)
+    lock = _lock_of.pop(supervisor.pid)
+    try:
+        status = supervisor.wait()
+        asked = status in (0, -signal.SIGTERM)
+    except (Stopped, KeyboardInterrupt):
+        asked = True
+        _end(supervisor)
+    finally:
+        clean(state)
+        lock.remove()
+    if not asked:
+        print(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}", file=sys.stderr)
+    return 0 if asked else 1
+
+
+def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
+    """Stop what runs; False if nothing did. StackError if it does not stop."""
+    if not state.run.is_dir():
+        return False
+    was = running(state)
+    lock = Lock(state)
+    if was:
+        stack = state.stack() or {}
+        pid = stack.get("pid")
+        if not isinstance(pid, int) or not _is_ours(pid):
+            pid = stack.get("supervisor")
+        if isinstance(pid, int) and _is_ours(pid):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while not lock.acquire():
+        if time.monotonic() > deadline:
+            raise StackError(f"the stack has not stopped within {timeout:.0f} s; see {state.logs}")
+        time.sleep(0.05)
+    left = clean(state)
+    lock.remove()
+    return was or left > 0
+
+
+def configuration(options: Options, env: Mapping[str, str]) -> Settings:
+    """The operator's settings: ``--config``, ``$CORRAL_CONFIG`` or ./corral.yaml, and the environment."""
+    path = options.config or env.get("CORRAL_CONFIG") or ("corral.yaml" if Path("corral.yaml").exists() else None)
+    settings = load(path, env)
+    if options.port is not None:
+        edge = settings.edge.model_copy(update={"port": options.port})
+        settings = settings.model_copy(update={"edge": edge})
+    return settings
+
+
+def clean(state: StateFolder) -> int:
+    """Remove what a stopped stack could leave; how many processes were ended. Needs the lock."""
+    ended = sweep(state)
+    state.remove_sockets()
+    for name in ("stack.json", "supervisord.pid"):
+        (state.run / name).unlink(missing_ok=True)
+    return ended
+
+
+def sweep(state: StateFolder) -> int:
+    """End processes that an earlier stack of this folder left; how many there were."""
+    ended: set[int] = set()
+    deadline = time.monotonic() + 10
+    while pids := guard.left_behind(str(state.root)):
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                ended.add(pid)
+            except ProcessLookupError:
+                continue
+        if time.monotonic() > deadline:
+            raise StackError(f"processes of an earlier stack do not end: {pids}")
+        time.sleep(0.02)
+    return len(ended)
+
+
+def stop_on_signals() -> None:
+    """SIGTERM and SIGHUP end the foreground as Ctrl-C does."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subprocess.Popen[bytes]:
+    parent = os.getpid()
+
+    def tie() -> None:
+        guard.die_with_parent(signal.SIGTERM, parent)
+
+    argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(state.run / "supervisord.conf")]
+    with (state.logs / "supervisord.out").open("wb") as output:
+        return subprocess.Popen(
+            argv,
+            cwd=state.run,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for `up`, which stops them in order
+            pass_fds=(lock.fd,),
+            preexec_fn=None if detach else tie,
+        )
+
+
+def _end(supervisor: subprocess.Popen[bytes]) -> None:
+    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting."""
+    supervisor.terminate()
+    try:
+        supervisor.wait(STOP_WITHIN)
+    except (subprocess.TimeoutExpired, Stopped, KeyboardInterrupt):
+        supervisor.kill()
+        supervisor.wait()
+
+
+def _welcome(made: Plan, state: StateFolder) -> dict[str, Any]:
+    """The user's key, made on the first start and shown then alone, and a line that works."""
+    admin = state.admin_key.read_text(encoding="utf-8").strip()
+    answer = http.request(made.url, "GET", "/admin/keys", key=admin)
+    listed = answer.json()
+    keys = listed.get("keys", []) if isinstance(listed, dict) else listed or []
+    known = any(key.get("name") == "default" and not key.get("revoked") for key in keys)
+    key = None
+    if not known:
+        answer = http.request(made.url, "POST", "/admin/keys", body={"name": "default", "role": "inference"}, key=admin)
+        created = answer.json()
+        if answer.status not in (200, 201) or not isinstance(created, dict) or "key" not in created:
+            raise StackError(f"no key could be made: {answer.status} {answer.body.decode(errors='replace')[:200]}")
+        key = str(created["key"])
+        ready.until("the key works", lambda: _works(made.url, key), 10.0)
+    model = ready.first_model(made)
+    shown = key or "$CORRAL_KEY"
+    curl = (
+        f"curl {made.url}/api/chat -H 'Authorization: Bearer {shown}' "
+        f"""-d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
+    )
+    if key is None:
+        curl = curl.replace("'Authorization: Bearer $CORRAL_KEY'", '"Authorization: Bearer $CORRAL_KEY"')
+    return {"key": key, "model": model, "curl": curl}
+
+
+def _works(url: str, key: str | None) -> bool:
+    return http.request(url, "GET", "/api/tags", key=key).status == 200
+
+
+def _already(state: StateFolder) -> str:
+    stack = state.stack() or {}
+    if url := stack.get("url"):
+        return f"already running at {url} (state {state.root}): `corral status` shows it, `corral down` stops it"
+    return f"another `corral up` is starting with the state folder {state.root}"
+
+
+def _save(state: StateFolder, described: Mapping[str, Any]) -> None:
+    kept = {name: value for name, value in described.items() if name != "key"}
+    write_private(state.stack_file, json.dumps(kept, indent=1))
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a pid from stack.json is still a process of this program's (numbers are used again)."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"corral" in command or b"supervisord" in command

@@ -1,0 +1,72 @@
+"""API keys: ``crl_<id>_<secret><crc32>``.
+
+The checksum lets a gateway refuse a mistyped or invented key before it looks anything up; the verifier is
+all that is stored. Pure functions: no database, no network.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+import string
+import zlib
+from pathlib import Path
+
+ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
+ID_LENGTH = 10
+SECRET_ALPHABET = string.ascii_letters + string.digits
+SECRET_LENGTH = 32
+PEPPER_BYTES = 32
+
+_SHAPE = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}})_[A-Za-z0-9]{{{SECRET_LENGTH}}}([0-9a-f]{{8}})", re.ASCII)
+
+
+class PepperError(ValueError):
+    """The pepper file is missing or is not 64 hexadecimal digits."""
+
+
+def generate() -> tuple[str, str]:
+    """Make a key: ``(key id, the whole key as its owner sees it once)``."""
+    key_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
+    return key_id, secret_for(key_id)
+
+
+def secret_for(key_id: str) -> str:
+    """A new secret for an id that exists already (rotation)."""
+    secret = "".join(secrets.choice(SECRET_ALPHABET) for _ in range(SECRET_LENGTH))
+    body = f"crl_{key_id}_{secret}"
+    return f"{body}{zlib.crc32(body.encode()):08x}"
+
+
+def parse(text: str) -> str | None:
+    """The key id, or None where shape or checksum is wrong."""
+    match = _SHAPE.fullmatch(text)
+    if match is None or f"{zlib.crc32(text[:-8].encode()):08x}" != match[2]:
+        return None
+    return match[1]
+
+
+def verifier(pepper: bytes, text: str) -> str:
+    """HMAC-SHA256 of the whole key under the pepper (RFC 2104), as 64 hexadecimal digits."""
+    return hmac.digest(pepper, text.encode(), "sha256").hex()
+
+
+def read_pepper(path: Path | str) -> bytes:
+    """The 32 bytes of the pepper file.
+
+    Raises:
+        PepperError: the file is missing or malformed; says what to do.
+    """
+    try:
+        text = Path(path).read_text(encoding="ascii").strip()
+        pepper = bytes.fromhex(text)
+    except FileNotFoundError:
+        raise PepperError(
+            f"{path}: no pepper; restore it from a backup, or run `corral up` to make a new state"
+        ) from None
+    except ValueError:
+        raise PepperError(f"{path}: not {PEPPER_BYTES * 2} hexadecimal digits; restore it from a backup") from None
+    if len(pepper) != PEPPER_BYTES:
+        raise PepperError(f"{path}: {len(pepper)} bytes where {PEPPER_BYTES} are needed; restore it from a backup")
+    return pepper

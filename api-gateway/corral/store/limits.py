@@ -1,0 +1,195 @@
+"""Requests per minute and concurrency of a key: one script call a request, or the local share of the limit.
+
+The rate is GCRA (the generic cell rate algorithm, ITU-T I.371): a burst of a minute's requests at most, refilled
+evenly. Concurrency is a set of leases that die with their gateway. While the store is away each gateway admits its
+share, the limit divided by the gateways that were alive when it was last seen; what it has in flight counts on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import hiredis
+
+from corral.store.valkey import Valkey, encode
+
+PREFIX = b"corral:1:"
+LEASE = 10.0
+RENEW = 2.0
+MINUTE = 60.0
+
+_SCRIPTS = files("corral.store") / "scripts"
+ADMIT = (_SCRIPTS / "admit.lua").read_text()
+RENEW_SCRIPT = (_SCRIPTS / "renew.lua").read_text()
+_RENEW_SHA = hashlib.sha1(RENEW_SCRIPT.encode(), usedforsecurity=False).hexdigest().encode()
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class Verdict:
+    """The answer to one request.
+
+    ``refused`` is "", "rpm", "concurrency" or "store"; times are seconds.
+    """
+
+    refused: str
+    remaining: int
+    reset: float
+    retry_after: float
+
+
+@dataclass(slots=True)
+class Budget:
+    """A key's limits (None: none) and what this gateway knows of their use."""
+
+    key_id: str
+    rpm: int | None
+    concurrency: int | None
+    prefix: bytes = b""
+    release_prefix: bytes = b""
+    in_flight: dict[str, None] | None = None
+    arrival: float = 0.0
+
+    def __post_init__(self) -> None:
+        name = self.key_id.encode()
+        rate, leases = PREFIX + b"rate:" + name, PREFIX + b"leases:" + name
+        sha = hashlib.sha1(ADMIT.encode(), usedforsecurity=False).hexdigest().encode()
+        command = encode(
+            b"EVALSHA",
+            sha,
+            b"2",
+            rate,
+            leases,
+            b"%d" % (self.rpm or 0),
+            b"%d" % (self.concurrency or 0),
+            b"%d" % (LEASE * 1e6),
+        )
+        self.prefix = command.replace(b"*8\r\n", b"*9\r\n", 1)
+        self.release_prefix = b"*3\r\n$4\r\nZREM\r\n$%d\r\n%b\r\n" % (len(leases), leases)
+        self.in_flight = {}
+
+    @property
+    def leases(self) -> bytes:
+        """The store's key of the set of leases."""
+        return PREFIX + b"leases:" + self.key_id.encode()
+
+
+class Limits:
+    """Admits and releases requests; ``budget`` objects are the caller's, one per key.
+
+    ``gateways`` is how many gateways share the limits, as last seen while the store was up.
+    """
+
+    def __init__(self, store: Valkey | None, gateway: str, on_failure: str = "local") -> None:
+        self._store = store
+        self._gateway = gateway.encode()
+        self._deny = on_failure == "deny"
+        self._busy: dict[str, Budget] = {}
+        self.gateways = 1
+        self.local = 0
+        """Requests that were admitted on the local share."""
+
+    def admit(self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None]) -> None:
+        """Decide; `done` gets the verdict, at once where the store is away. `now` is monotonic seconds."""
+        store = self._store
+        if store is None or not store.connected:
+            done(self._locally(budget, request_id, now))
+            return
+
+        def replied(reply: Any) -> None:
+            if type(reply) is list:
+                admitted, reason, remaining, reset, retry = reply
+                if admitted:
+                    self._enter(budget, request_id)
+                    done(Verdict("", remaining, reset / 1e6, 0.0))
+                else:
+                    refused = "rpm" if reason == 1 else "concurrency"
+                    done(Verdict(refused, remaining, reset / 1e6, retry / 1e6))
+                return
+            if isinstance(reply, hiredis.ReplyError):
+                log.error("the store refused the admission script: %s", reply)
+                store.reset()
+            done(self._locally(budget, request_id, now))
+
+        identity = request_id.encode()
+        store.call(b"%b$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity), replied)
+
+    def release(self, budget: Budget, request_id: str) -> None:
+        """End a request that was admitted."""
+        in_flight = budget.in_flight
+        assert in_flight is not None
+        if request_id not in in_flight:
+            return
+        del in_flight[request_id]
+        if not in_flight:
+            self._busy.pop(budget.key_id, None)
+        store = self._store
+        if budget.concurrency and store is not None and store.connected:
+            identity = request_id.encode()
+            store.call(b"%b$%d\r\n%b\r\n" % (budget.release_prefix, len(identity), identity), _ignore)
+
+    def _enter(self, budget: Budget, request_id: str) -> None:
+        assert budget.in_flight is not None
+        budget.in_flight[request_id] = None
+        self._busy[budget.key_id] = budget
+
+    def _locally(self, budget: Budget, request_id: str, now: float) -> Verdict:
+        if self._deny:
+            return Verdict("store", 0, 0.0, 1.0)
+        assert budget.in_flight is not None
+        if budget.concurrency and len(budget.in_flight) >= math.ceil(budget.concurrency / self.gateways):
+            return Verdict("concurrency", 0, 0.0, 1.0)
+        remaining, reset = 0, 0.0
+        if budget.rpm:
+            interval = MINUTE * self.gateways / budget.rpm
+            after = max(budget.arrival, now) + interval
+            reset = after - now
+            if reset > MINUTE:
+                return Verdict("rpm", 0, reset - interval, reset - MINUTE)
+            budget.arrival = after
+            remaining = int((MINUTE - reset) / interval)
+        self.local += 1
+        self._enter(budget, request_id)
+        return Verdict("", remaining, reset, 0.0)
+
+    async def keep(self) -> None:
+        """Renew leases and this gateway's presence each two seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(RENEW)
+            store = self._store
+            if store is None or not store.connected:
+                continue
+            try:
+                await self._present(store)
+                for budget in list(self._busy.values()):
+                    if budget.concurrency and budget.in_flight:
+                        await store.request(
+                            b"EVALSHA",
+                            _RENEW_SHA,
+                            b"1",
+                            budget.leases,
+                            b"%d" % (LEASE * 1e6),
+                            *(identity.encode() for identity in budget.in_flight),
+                        )
+            except (OSError, hiredis.ReplyError) as error:
+                log.warning("leases were not renewed: %s", error)
+
+    async def _present(self, store: Valkey) -> None:
+        seconds, micros = await store.request(b"TIME")
+        now = int(seconds) + int(micros) / 1e6
+        gateways = PREFIX + b"gateways"
+        await store.request(b"ZADD", gateways, b"%f" % now, self._gateway)
+        await store.request(b"ZREMRANGEBYSCORE", gateways, b"-inf", b"%f" % (now - LEASE))
+        self.gateways = max(1, int(await store.request(b"ZCARD", gateways)))
+
+
+def _ignore(reply: Any) -> None:
+    """A release that is lost with the store ends with its lease."""

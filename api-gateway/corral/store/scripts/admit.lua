@@ -1,0 +1,49 @@
+-- Admit one request: its key's requests per minute and its concurrency, in one call.
+--
+-- KEYS  1 rate: theoretical arrival time, us (GCRA)       2 leases: sorted set, request id -> expiry, us
+-- ARGV  1 requests per minute (0: no limit)               2 concurrency (0: no limit)
+--       3 lease, us                                       4 request id
+-- Returns {admitted 0|1, refused by 0 none|1 rate|2 concurrency, requests left, us until the rate is
+-- whole again, us until a retry can succeed}
+--
+-- Time is the store's own, so that gateways need not agree on the clock. A call that repeats a request id
+-- which holds a lease is answered like the first and counts once.
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local rpm, concurrency, lease = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local id = ARGV[4]
+local MINUTE = 60000000
+
+local arrival = now
+if rpm > 0 then
+  arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now))
+end
+local interval = rpm > 0 and MINUTE / rpm or 0
+local function left(after) return rpm > 0 and math.floor((MINUTE - (after - now)) / interval + 0.001) or 0 end
+
+if concurrency > 0 then
+  if redis.call('ZSCORE', KEYS[2], id) then
+    return {1, 0, left(arrival), arrival - now, 0}
+  end
+  if redis.call('ZCARD', KEYS[2]) >= concurrency then
+    redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+    if redis.call('ZCARD', KEYS[2]) >= concurrency then
+      local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+      return {0, 2, left(arrival), arrival - now, math.max(0, math.min(tonumber(first[2]) - now, 1000000))}
+    end
+  end
+end
+
+if rpm > 0 then
+  local after = arrival + interval
+  if after - now > MINUTE then
+    return {0, 1, 0, arrival - now, math.ceil(after - now - MINUTE)}
+  end
+  redis.call('SET', KEYS[1], string.format('%.0f', after), 'PX', math.ceil((after - now) / 1000) + 1000)
+  arrival = after
+end
+if concurrency > 0 then
+  redis.call('ZADD', KEYS[2], now + lease, id)
+  redis.call('PEXPIRE', KEYS[2], math.ceil(lease / 1000) * 2)
+end
+return {1, 0, left(arrival), arrival - now, 0}

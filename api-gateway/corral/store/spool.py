@@ -1,0 +1,201 @@
+"""The spool: append-only segment files that hold what must not be lost until control has it.
+
+A segment is a row of frames: payload length (u32, little endian), CRC-32 of the payload (u32, little endian),
+payload (one JSON object). Segments are named by a rising number, ``00000001.seg``; only the last is written to.
+A gateway appends, commits in groups, and ships whole frames to control from the offset that control last
+confirmed; a segment that is shipped to its end and no longer written to is deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+HEADER = struct.Struct("<II")
+SEGMENT_BYTES = 64 << 20
+FRAME_MAX = 1 << 20
+
+_SEGMENT_NAME = re.compile(r"(\d{8})\.seg")
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class SpoolCorrupt(ValueError):
+    """A frame whose length or checksum is wrong.
+
+    ``offset`` is the position of the bad frame's first byte.
+    """
+
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(f"spool frame at byte {offset}: {reason}")
+        self.offset = offset
+
+
+def encode_frame(record: dict[str, Any]) -> bytes:
+    """One record as a frame."""
+    payload = _encode(record)
+    return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each whole frame of `data` as ``(offset of its end, record)``; an unfinished tail is left out.
+
+    Raises:
+        SpoolCorrupt: a frame's checksum, length or payload is wrong.
+    """
+    position = 0
+    while position + HEADER.size <= len(data):
+        length, checksum = HEADER.unpack_from(data, position)
+        if length > FRAME_MAX:
+            raise SpoolCorrupt(position, f"a length of {length} bytes")
+        end = position + HEADER.size + length
+        if end > len(data):
+            return
+        payload = data[position + HEADER.size : end]
+        if zlib.crc32(payload) != checksum:
+            raise SpoolCorrupt(position, "wrong checksum")
+        try:
+            record = _decode(payload)
+        except msgspec.DecodeError as error:
+            raise SpoolCorrupt(position, str(error)) from None
+        yield end, record
+        position = end
+
+
+def whole_frames(data: bytes) -> int:
+    """Length of the longest prefix of `data` that ends on a frame's end."""
+    position = 0
+    while position + HEADER.size <= len(data):
+        end = position + HEADER.size + HEADER.unpack_from(data, position)[0]
+        if end > len(data):
+            break
+        position = end
+    return position
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segment files of a folder, oldest first."""
+    return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
+
+
+class SpoolWriter:
+    """Appends to the newest segment of a folder; not thread-safe, one writer per folder.
+
+    ``append`` only buffers; ``flush`` hands the whole group to the kernel in one write (durability `written`:
+    what was flushed survives the death of this process).  A new writer always opens a new segment, so that a
+    tail torn by a crash is never followed by good frames.
+    """
+
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._limit = segment_bytes
+        self._buffer: list[bytes] = []
+        existing = segments(folder)
+        self._number = int(existing[-1].stem) if existing else 0
+        self._fd = -1
+        self._size = 0
+        self._open_next()
+
+    @property
+    def segment(self) -> Path:
+        """The segment that is written to now."""
+        return self._folder / f"{self._number:08d}.seg"
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Put a record into the group that the next `flush` writes."""
+        payload = _encode(record)
+        self._buffer.append(HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+
+    def flush(self) -> None:
+        """Write the group.
+
+        Raises:
+            OSError: the disk is full or gone; the group is kept, and what was written of it is taken back.
+        """
+        if not self._buffer:
+            return
+        data = b"".join(self._buffer)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError:
+            # A partial frame in the middle of a segment would hide all that follows.
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._buffer.clear()
+        self._size += len(data)
+        if self._size >= self._limit:
+            self._open_next()
+
+    def close(self) -> None:
+        """Flush and close; an empty last segment is removed."""
+        self.flush()
+        os.close(self._fd)
+        if self._size == 0:
+            self.segment.unlink(missing_ok=True)
+
+    def _open_next(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._number += 1
+        self._fd = os.open(self.segment, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._size = 0
+
+
+class SpoolReader:
+    """Hands a folder's frames to `ship` in order, and deletes segments that are shipped to their end.
+
+    ``ship(segment name, offset, frames)`` returns the offset that control confirmed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._offsets: dict[str, int] = {}
+
+    def next_chunk(self, limit: int = FRAME_MAX) -> tuple[str, int, bytes] | None:
+        """The next ``(segment name, offset, whole frames)`` that is not confirmed yet, or None."""
+        for path in segments(self._folder):
+            offset = self._offsets.get(path.name, 0)
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(limit)
+            length = whole_frames(data)
+            if length:
+                return path.name, offset, data[:length]
+        return None
+
+    def confirm(self, segment: str, offset: int) -> None:
+        """Note what control has of a segment."""
+        self._offsets[segment] = offset
+
+    def drop_shipped(self, current: Path, aside: Callable[[Path, int], None]) -> None:
+        """Delete each segment but `current` that is shipped to its end.
+
+        A segment whose tail is no whole frame (torn by a crash) is handed to `aside` with its good length.
+        """
+        for path in segments(self._folder):
+            if path == current:
+                continue
+            size, offset = path.stat().st_size, self._offsets.get(path.name, 0)
+            if offset == size:
+                path.unlink()
+            elif not self._has_whole_frame(path, offset):
+                aside(path, offset)
+            else:
+                continue
+            self._offsets.pop(path.name, None)
+
+    @staticmethod
+    def _has_whole_frame(path: Path, offset: int) -> bool:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return whole_frames(file.read(FRAME_MAX + HEADER.size)) > 0

@@ -1,0 +1,124 @@
+"""The schema of control's database: one for SQLite and PostgreSQL.
+
+Times are epoch seconds (UTC) as floats; a change here needs a migration of its own.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite counts up by itself only in a column that is called INTEGER; its integers have 64 bits anyway.
+Serial = BigInteger().with_variant(Integer(), "sqlite")
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(10), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("models", JSON, nullable=False),
+    Column("rpm", BigInteger),
+    Column("tpm", BigInteger),
+    Column("concurrency", BigInteger),
+    Column("daily_tokens", BigInteger),
+    Column("monthly_tokens", BigInteger),
+    Column("class", String(16), nullable=False),
+    Column("created", Double, nullable=False),
+    Column("expires", Double),
+    Column("revoked", Double),
+    Column("last_used", Double),
+)
+
+# What proves a key. One while it rests, two while it rotates: the older one then has an end.
+key_verifiers = Table(
+    "key_verifiers",
+    metadata,
+    Column("verifier", String(64), primary_key=True),
+    Column("key_id", String(10), ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
+    Column("created", Double, nullable=False),
+    Column("expires", Double),
+    Index(None, "key_id"),
+)
+
+# A configured node that an operator removed stays here as `removed`, so that a restart does not bring it back.
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("memory", BigInteger),
+    Column("max_models", Integer),
+    Column("accelerator", String(8)),
+    Column("source", String(8), nullable=False),
+    Column("draining", Boolean, nullable=False),
+    Column("removed", Boolean, nullable=False),
+    Column("created", Double, nullable=False),
+)
+
+# One row for each request of the data plane (admit inserts, settle completes) and for each admin action.
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("request_id", Text),
+    Column("ts", Double, nullable=False),
+    Column("gw", Text),
+    Column("key", Text),
+    Column("addr", Text),
+    Column("api", Text),
+    Column("route", Text),
+    Column("method", Text),
+    Column("model", Text),
+    Column("status", Integer),
+    Column("outcome", Text),
+    Column("node", Text),
+    Column("attempts", Integer),
+    Column("req_bytes", BigInteger),
+    Column("resp_bytes", BigInteger),
+    Column("prompt_tokens", BigInteger),
+    Column("tokens", BigInteger),
+    Column("queue_ms", Double),
+    Column("ttft_ms", Double),
+    Column("ms", Double),
+    Column("before", JSON(none_as_null=True)),
+    Column("after", JSON(none_as_null=True)),
+    Index(None, "ts"),
+    Index(None, "key", "seq"),
+    Index(None, "model", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# How far each spool segment is in the database; moves in the transaction that inserts its rows.
+spool_watermarks = Table(
+    "spool_watermarks",
+    metadata,
+    Column("gateway", String(63), primary_key=True),
+    Column("segment", String(64), primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("updated", Double, nullable=False),
+)

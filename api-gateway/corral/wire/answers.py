@@ -1,0 +1,229 @@
+"""A node's native answers: passed on line by line, put together, or taken as one object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from corral.wire.common import LINE_MAX, Lines, count, decode_line, encode
+from corral.wire.errors import ApiError, UpstreamNonsense
+
+DONE = b'"done":true'
+ERROR = b'{"error"'
+
+
+def error_of(line: bytes) -> ApiError:
+    """The error that a node sent as a line of its answer."""
+    text = decode_line(line).get("error")
+    return ApiError(502, "upstream_error", text if isinstance(text, str) else "the node failed without a reason")
+
+
+class Pass:
+    """A streamed native answer: whole lines go through as they are.
+
+    A quote within a JSON string is escaped, so the bytes of `DONE` stand in a line's own fields alone; the line that
+    has them, and only that one, is parsed.
+    """
+
+    __slots__ = ("_rest", "content_type", "done", "error", "prompt_tokens", "started", "stream", "tokens")
+
+    def __init__(self) -> None:
+        self.content_type = "application/x-ndjson"
+        self.stream = True
+        self.started = self.done = False
+        self.error: ApiError | None = None
+        self.prompt_tokens = self.tokens = 0
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if not data.endswith(b"\n"):
+            data, _, self._rest = data.rpartition(b"\n")
+            if len(self._rest) > LINE_MAX:
+                raise UpstreamNonsense(f"a line of more than {LINE_MAX} bytes")
+            if not data:
+                return b""
+            data += b"\n"
+        if self.done:
+            raise UpstreamNonsense("lines after the last one")
+        if DONE in data or ERROR in data or not data.startswith(b'{"model"'):
+            return self._closely(data)
+        self.started = True
+        self.tokens += data.count(b"\n")
+        return data
+
+    def _closely(self, data: bytes) -> bytes:
+        passed: list[bytes] = []
+        for line in data.split(b"\n"):
+            if not line.strip():
+                continue
+            if self.done:
+                raise UpstreamNonsense("lines after the last one")
+            value = decode_line(line)
+            if "error" in value:
+                self.error = error_of(line)
+                return b""
+            if value.get("done") is True:
+                self.done = True
+                self.prompt_tokens = count(value.get("prompt_eval_count"))
+                self.tokens = count(value.get("eval_count"))
+            elif "model" not in value:
+                raise UpstreamNonsense(f"a line that is no part of an answer: {line[:80]!r}")
+            else:
+                self.tokens += 1
+            passed.append(line)
+        self.started = self.started or bool(passed)
+        return b"\n".join(passed) + b"\n" if passed else b""
+
+    def finish(self) -> bytes:
+        return b""
+
+
+class Whole:
+    """`stream: false`: the streamed answer put together as Ollama does it. `what` is message or response."""
+
+    __slots__ = (
+        "_lines",
+        "_logprobs",
+        "_text",
+        "_thinking",
+        "_tool_calls",
+        "_what",
+        "content_type",
+        "done",
+        "error",
+        "last",
+        "prompt_tokens",
+        "role",
+        "started",
+        "stream",
+        "tokens",
+    )
+
+    def __init__(self, what: str) -> None:
+        self.content_type = "application/json; charset=utf-8"
+        self.stream = False
+        self.started = self.done = False
+        self.error: ApiError | None = None
+        self.prompt_tokens = self.tokens = 0
+        self.last: dict[str, Any] = {}
+        self.role = "assistant"
+        self._what = what
+        self._lines = Lines()
+        self._text: list[str] = []
+        self._thinking: list[str] = []
+        self._tool_calls: list[Any] = []
+        self._logprobs: list[Any] = []
+
+    def feed(self, data: bytes) -> bytes:
+        for line in self._lines.split(data):
+            if self.done:
+                raise UpstreamNonsense("lines after the last one")
+            value = decode_line(line)
+            if "error" in value:
+                self.error = error_of(line)
+                return b""
+            self.started = True
+            self.tokens += 1
+            self._take(value)
+            if value.get("done") is True or "_debug_info" in value:
+                self.done = True
+                self.last = value
+                self.prompt_tokens = count(value.get("prompt_eval_count"))
+                self.tokens = count(value.get("eval_count"))
+        return b""
+
+    def _take(self, value: dict[str, Any]) -> None:
+        part: Any = value.get("message") if self._what == "message" else value
+        if not isinstance(part, dict):
+            if "_debug_info" in value or value.get("done") is True:
+                return
+            raise UpstreamNonsense("a line without a message")
+        text = part.get("content" if self._what == "message" else "response")
+        if isinstance(text, str) and text:
+            self._text.append(text)
+        thinking = part.get("thinking")
+        if isinstance(thinking, str):
+            self._thinking.append(thinking)
+        calls = part.get("tool_calls")
+        if isinstance(calls, list):
+            self._tool_calls += calls
+        logprobs = value.get("logprobs")
+        if isinstance(logprobs, list):
+            self._logprobs += logprobs
+        role = part.get("role")
+        if isinstance(role, str):
+            self.role = role
+
+    def value(self) -> dict[str, Any]:
+        """The one object that Ollama would have sent."""
+        whole = dict(self.last)
+        if "_debug_info" in whole:
+            return whole
+        text, thinking = "".join(self._text), "".join(self._thinking)
+        if self._what == "message":
+            message: dict[str, Any] = {"role": self.role, "content": text}
+            if thinking:
+                message["thinking"] = thinking
+            if self._tool_calls:
+                message["tool_calls"] = self._tool_calls
+            whole["message"] = message
+        else:
+            whole["response"] = text
+            if thinking:
+                whole["thinking"] = thinking
+            if self._tool_calls:
+                whole["tool_calls"] = self._tool_calls
+        if self._logprobs:
+            whole["logprobs"] = self._logprobs
+        return whole
+
+    def finish(self) -> bytes:
+        return encode(self.value())
+
+
+class Object:
+    """An answer that is one JSON object: embed, embeddings, show."""
+
+    __slots__ = (
+        "_parts",
+        "_size",
+        "content_type",
+        "done",
+        "error",
+        "prompt_tokens",
+        "started",
+        "stream",
+        "tokens",
+    )
+
+    SIZE_MAX = 256 << 20
+
+    def __init__(self) -> None:
+        self.content_type = "application/json; charset=utf-8"
+        self.stream = False
+        self.started = False
+        self.done = True  # an object is whole when the node's answer is
+        self.error: ApiError | None = None
+        self.prompt_tokens = self.tokens = 0
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        self.started = True
+        self._size += len(data)
+        if self._size > self.SIZE_MAX:
+            raise UpstreamNonsense(f"an answer of more than {self.SIZE_MAX} bytes")
+        self._parts.append(data)
+        return b""
+
+    def body(self) -> bytes:
+        """The object as it was sent."""
+        return b"".join(self._parts)
+
+    def finish(self) -> bytes:
+        body = self.body()
+        value = decode_line(body)
+        self.prompt_tokens = count(value.get("prompt_eval_count"))
+        return body

@@ -1,0 +1,250 @@
+"""Ollama's native API: bodies in, the body for the node, and the answers passed on or put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from corral.wire import options as opts
+from corral.wire.answers import Object, Pass, Whole
+from corral.wire.common import (
+    IMAGES_MAX,
+    MESSAGES_MAX,
+    TOOLS_MAX,
+    Decoded,
+    PolicyOf,
+    encode,
+    read,
+    require_model,
+)
+from corral.wire.errors import bad_request
+
+KEEP_ALIVE = -1
+CHARS_PER_TOKEN = 4
+
+UNSET = msgspec.UNSET
+Unset = msgspec.UnsetType
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """A chat message. ``images`` are base64."""
+
+    role: str
+    content: str | Unset | None = UNSET
+    thinking: str | Unset = UNSET
+    images: list[str] | Unset | None = UNSET
+    tool_calls: list[Any] | Unset | None = UNSET
+    tool_name: str | Unset = UNSET
+    tool_call_id: str | Unset = UNSET
+
+
+class Chat(msgspec.Struct, omit_defaults=True):
+    """`POST /api/chat`."""
+
+    model: str = ""
+    messages: list[Message] | None = None
+    stream: bool | None = None
+    format: Any = UNSET
+    keep_alive: Any = UNSET
+    tools: list[Any] | Unset | None = UNSET
+    options: dict[str, Any] | None = None
+    think: bool | str | Unset | None = UNSET
+    truncate: bool | None = None
+    shift: bool | Unset | None = UNSET
+    logprobs: bool | Unset = UNSET
+    top_logprobs: int | Unset = UNSET
+    render_only: bool | Unset = msgspec.field(name="_debug_render_only", default=UNSET)
+
+
+class Generate(msgspec.Struct, omit_defaults=True):
+    """`POST /api/generate`."""
+
+    model: str = ""
+    prompt: str | None = None
+    suffix: str | Unset = UNSET
+    system: str | Unset | None = UNSET
+    template: str | Unset = UNSET
+    context: list[int] | Unset | None = UNSET
+    stream: bool | None = None
+    raw: bool | Unset = UNSET
+    format: Any = UNSET
+    keep_alive: Any = UNSET
+    images: list[str] | Unset | None = UNSET
+    options: dict[str, Any] | None = None
+    think: bool | str | Unset | None = UNSET
+    truncate: bool | None = None
+    shift: bool | Unset | None = UNSET
+    logprobs: bool | Unset = UNSET
+    top_logprobs: int | Unset = UNSET
+    render_only: bool | Unset = msgspec.field(name="_debug_render_only", default=UNSET)
+
+
+class Embed(msgspec.Struct, omit_defaults=True):
+    """`POST /api/embed`."""
+
+    model: str = ""
+    input: str | list[str] | None = None
+    truncate: bool | None = None
+    dimensions: int | Unset = UNSET
+    keep_alive: Any = UNSET
+    options: dict[str, Any] | None = None
+
+
+class Embeddings(msgspec.Struct, omit_defaults=True):
+    """`POST /api/embeddings`, the older form."""
+
+    model: str = ""
+    prompt: str | None = None
+    keep_alive: Any = UNSET
+    options: dict[str, Any] | None = None
+
+
+class Show(msgspec.Struct, omit_defaults=True):
+    """`POST /api/show`; ``name`` is the older word for ``model``."""
+
+    model: str = ""
+    name: str = ""
+    verbose: bool | Unset = UNSET
+
+
+_chat = msgspec.json.Decoder(Chat)
+_generate = msgspec.json.Decoder(Generate)
+_embed = msgspec.json.Decoder(Embed)
+_embeddings = msgspec.json.Decoder(Embeddings)
+_show = msgspec.json.Decoder(Show)
+
+
+def decode(route: str, raw: bytes, policy_of: PolicyOf) -> Decoded:
+    """A native request. Raises ApiError."""
+    if route == "/api/chat":
+        return decode_chat(raw, policy_of)
+    if route == "/api/generate":
+        return decode_generate(raw, policy_of)
+    if route == "/api/embed":
+        return decode_embed(raw, policy_of)
+    if route == "/api/embeddings":
+        return decode_embeddings(raw, policy_of)
+    show = read(_show, raw)
+    model = require_model(show.model or show.name)
+    body = encode(Show(model=model, verbose=show.verbose))
+    return Decoded("native", route, model, False, route, body, 0, None, Object())
+
+
+def prepare(body: Chat | Generate, policy_of: PolicyOf) -> int | None:
+    """Hold a chat or generate body to the policy, in place; the caller's bound of the answer is returned."""
+    policy = policy_of(body.model) or opts.NO_POLICY
+    options = body.options
+    if options or policy is not opts.NO_POLICY:
+        body.options = options = opts.check(options or {}, policy) or None
+    body.stream = True
+    body.truncate = False
+    body.keep_alive = KEEP_ALIVE
+    limit = options.get("num_predict") if options else None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def decode_chat(raw: bytes, policy_of: PolicyOf) -> Decoded:
+    """`POST /api/chat`. Raises ApiError."""
+    body = read(_chat, raw)
+    model = require_model(body.model)
+    check_chat(body)
+    stream = body.stream is not False
+    max_tokens = prepare(body, policy_of)
+    responder = Pass() if stream else Whole("message")
+    return Decoded(
+        "native",
+        "/api/chat",
+        model,
+        stream,
+        "/api/chat",
+        encode(body),
+        len(raw) // CHARS_PER_TOKEN,
+        max_tokens,
+        responder,
+    )
+
+
+def check_chat(body: Chat) -> None:
+    """Caps on messages, images and tools. Raises ApiError."""
+    messages = body.messages or []
+    if len(messages) > MESSAGES_MAX:
+        raise bad_request(f"at most {MESSAGES_MAX} messages", "messages")
+    images = 0
+    for message in messages:
+        if message.images:
+            images += len(message.images)
+            check_images(message.images)
+    if images > IMAGES_MAX:
+        raise bad_request(f"at most {IMAGES_MAX} images", "messages")
+    if body.tools and len(body.tools) > TOOLS_MAX:
+        raise bad_request(f"at most {TOOLS_MAX} tools", "tools")
+
+
+def check_images(images: list[str]) -> None:
+    """Inline images only. Raises ApiError."""
+    for image in images:
+        if image[:8].lower().startswith(("http:", "https:", "file:", "ftp:")):
+            raise bad_request("images must be sent inline as base64, not by address", "images")
+
+
+def decode_generate(raw: bytes, policy_of: PolicyOf) -> Decoded:
+    """`POST /api/generate`. Raises ApiError."""
+    body = read(_generate, raw)
+    model = require_model(body.model)
+    if body.images:
+        if len(body.images) > IMAGES_MAX:
+            raise bad_request(f"at most {IMAGES_MAX} images", "images")
+        check_images(body.images)
+    stream = body.stream is not False
+    max_tokens = prepare(body, policy_of)
+    responder = Pass() if stream else Whole("response")
+    return Decoded(
+        "native",
+        "/api/generate",
+        model,
+        stream,
+        "/api/generate",
+        encode(body),
+        len(raw) // CHARS_PER_TOKEN,
+        max_tokens,
+        responder,
+    )
+
+
+def decode_embed(raw: bytes, policy_of: PolicyOf) -> Decoded:
+    """`POST /api/embed`. Raises ApiError."""
+    body = read(_embed, raw)
+    model = require_model(body.model)
+    body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY) or None
+    body.truncate, body.keep_alive = False, KEEP_ALIVE
+    return Decoded(
+        "native",
+        "/api/embed",
+        model,
+        False,
+        "/api/embed",
+        encode(body),
+        len(raw) // CHARS_PER_TOKEN,
+        None,
+        Object(),
+    )
+
+
+def decode_embeddings(raw: bytes, policy_of: PolicyOf) -> Decoded:
+    """`POST /api/embeddings`: its vectors are not normalised, so it is no form of embed. Raises ApiError."""
+    body = read(_embeddings, raw)
+    model = require_model(body.model)
+    body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY) or None
+    body.keep_alive = KEEP_ALIVE
+    return Decoded(
+        "native",
+        "/api/embeddings",
+        model,
+        False,
+        "/api/embeddings",
+        encode(body),
+        len(raw) // CHARS_PER_TOKEN,
+        None,
+        Object(),
+    )

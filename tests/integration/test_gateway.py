@@ -1,0 +1,556 @@
+"""The gateway for real: behind HAProxy, with Valkey, towards nodes that do as they are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.gateway import END, HEAD, LAST, LINE, Gateway, answer, chunk, gateway, says
+from support.process import until
+
+from corral.store import keys
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    settings: dict[str, Any] = {"gateway": {"max_body": 100_000, "first_token": "2s", "between_tokens": "2s"}}
+    with gateway(tmp_path_factory.mktemp("gateway"), **settings) as started:
+        yield started
+
+
+@pytest.fixture
+def gw(shared: Gateway) -> Gateway:
+    """The shared gateway, with nodes that are well and forgotten failures."""
+    for node in shared.nodes:
+        node.script.clear()
+        node.requests.clear()
+        node.ended.clear()
+    return shared
+
+
+def requests(gw: Gateway) -> list[dict[str, Any]]:
+    return [request for node in gw.nodes for request in node.requests]
+
+
+def test_a_whole_answer_and_its_record(gw: Gateway) -> None:
+    response = httpx.post(gw.edge + "/api/chat", json=gw.chat(stream=False), headers=gw.auth | {"X-Request-ID": "me-1"})
+    assert response.status_code == 200
+    body = response.json()
+    assert body["message"] == {"role": "assistant", "content": "w0 w1 w2 "}
+    assert (body["eval_count"], body["done"]) == (3, True)
+    assert response.headers["X-Request-ID"] == "me-1"
+    assert response.headers["X-Corral-Node"] in ("node-1", "node-2")
+    assert response.headers["X-Corral-Attempts"] == "1"
+    record = gw.control.settled("me-1")
+    assert (record["status"], record["outcome"], record["key"]) == (200, "ok", gw.key_id)
+    assert (record["prompt_tokens"], record["tokens"], record["model"]) == (7, 3, "m")
+    assert record["addr"] == "127.0.0.1"
+    assert record["req_bytes"] == len(json.dumps(gw.chat(stream=False), separators=(",", ":")))
+    admitted = [r for r in gw.control.records if r["t"] == "admit" and r["id"] == record["id"]]
+    assert len(admitted) == 1
+    line = next(line for line in (gw.folder / "access.log").read_text().splitlines() if '"me-1"' in line)
+    assert json.loads(line)["status"] == 200
+    assert "hi" not in line.replace(record["id"], "")
+    assert gw.key not in (gw.folder / "access.log").read_text()
+
+
+def test_the_node_is_sent_our_policy(gw: Gateway) -> None:
+    gw.post(body=gw.chat(stream=False, keep_alive=0, truncate=True, options={"num_ctx": 99, "seed": 1}))
+    (request,) = requests(gw)
+    assert request["line"] == "POST /api/chat HTTP/1.1"
+    sent = request["body"]
+    assert (sent["stream"], sent["truncate"], sent["keep_alive"], sent["options"]) == (True, False, -1, {"seed": 1})
+    assert b"authorization" not in request["headers"]
+
+
+def test_a_stream_arrives_as_it_is_made(gw: Gateway) -> None:
+    held = threading.Event()
+
+    def slowly(connection: socket.socket) -> None:
+        connection.sendall(HEAD + chunk(LINE % b"one"))
+        assert held.wait(10)
+        connection.sendall(chunk(LINE % b"two") + chunk(LAST % 2) + END)
+
+    gw.nodes[0].script = [slowly]
+    gw.nodes[1].script = [slowly]
+    with httpx.stream("POST", gw.edge + "/api/chat", json=gw.chat(), headers=gw.auth) as response:
+        lines = response.iter_lines()
+        assert json.loads(next(lines))["message"]["content"] == "one"
+        held.set()
+        assert [json.loads(line)["done"] for line in lines] == [False, True]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 7, 50, 1000])
+def test_a_line_in_pieces_is_the_same_line(gw: Gateway, cut: int) -> None:
+    whole = b"".join(LINE % b"w%d" % n for n in range(4)) + LAST % 4
+
+    def pieces(connection: socket.socket) -> None:
+        connection.sendall(HEAD)
+        for start in range(0, len(whole), cut):
+            connection.sendall(chunk(whole[start : start + cut]))
+        connection.sendall(END)
+
+    for node in gw.nodes:
+        node.script = [pieces]
+    response = gw.post(body=gw.chat())
+    assert response.content == whole
+
+
+# -- who is let in
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("/api/chat", lambda body: body["error"]),
+        ("/v1/chat/completions", lambda body: body["error"]["message"] and body["error"]["code"] == "invalid_api_key"),
+        ("/v1/messages", lambda body: body["type"] == "error" and body["error"]["type"] == "authentication_error"),
+    ],
+)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Basic abc"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer crl_nonsense"},
+        {"Authorization": f"Bearer {keys.generate()[1]}"},
+        {"x-api-key": keys.generate()[1]},
+        {"Authorization": "Bearer ' OR 1=1 --"},
+        {"Authorization": "Bearer \xff\xfe"},
+    ],
+)
+def test_no_key_no_answer(gw: Gateway, path: str, shape: Any, headers: dict[str, str]) -> None:
+    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+    response = httpx.post(gw.url + path, json=gw.chat(), headers=raw)
+    assert response.status_code == 401
+    assert shape(response.json())
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert requests(gw) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "word"), [({"revoked": True}, "revoked"), ({"expires": 1.0}, "expired"), ({"verifiers": []}, "unknown")]
+)
+def test_a_key_that_is_no_longer_one(gw: Gateway, more: dict[str, Any], word: str) -> None:
+    key = gw.new_key(**more)
+    response = gw.post(headers={"Authorization": f"Bearer {key}"})
+    assert response.status_code == 401
+    assert word in response.json()["error"]
+
+
+def test_two_credentials_must_agree(gw: Gateway) -> None:
+    other = gw.new_key()
+    assert gw.post(headers={"x-api-key": other}).status_code == 400
+    assert gw.post(headers={"x-api-key": gw.key}).status_code == 200
+
+
+def test_a_key_sees_and_uses_its_models_alone(gw: Gateway) -> None:
+    key = gw.new_key(models=["llama*"])
+    headers = {"Authorization": f"Bearer {key}"}
+    assert gw.post(headers=headers).status_code == 404
+    assert httpx.get(gw.url + "/api/tags", headers=headers).json() == {"models": []}
+    assert len(httpx.get(gw.url + "/api/tags", headers=gw.auth).json()["models"]) == 1
+    allowed = gw.new_key(models=["m"])
+    assert gw.post(headers={"Authorization": f"Bearer {allowed}"}).status_code == 200
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "word"),
+    [
+        ("/api/chat", b"{", 400, "JSON"),
+        ("/api/chat", b"", 400, "body"),
+        ("/api/chat", b"[]", 400, "object"),
+        ("/api/chat", b'{"model": 3}', 400, "model"),
+        ("/api/chat", b'{"messages": []}', 400, "model"),
+        ("/api/chat", b'{"model": "m", "messages": [{"role": 3}]}', 400, "messages[0].role"),
+        ("/api/chat", b'{"model": "m", "options": {"temperature": "hot"}}', 400, "temperature"),
+        ("/api/chat", b'{"model": "nobody", "messages": []}', 404, "nobody"),
+        ("/api/chat", b'{"model": "m", "api_base": "http://evil"}', 400, "api_base"),
+        ("/api/chat", b'{"model": "../m"}', 404, "../m"),
+        ("/api/chat", b'{"model": "m m"}', 400, "m m"),
+        ("/api/chat", b'{"model":"m","x":' + b"[" * 80 + b"]" * 80 + b"}", 400, "nested"),
+        ("/api/chat", b"x" * 100_001, 413, "100000"),
+        ("/v1/chat/completions", b'{"model": "m", "n": 2, "messages": [{"role":"user","content":""}]}', 400, "n must"),
+        ("/v1/messages", b'{"model": "m", "messages": [{"role":"user","content":""}]}', 400, "max_tokens"),
+        ("/api/pull", b'{"model": "m"}', 404, "/api/pull"),
+        ("//api/chat", b"{}", 404, "//api/chat"),
+        ("/api/ch%61t", b"{}", 404, "/api/ch%61t"),
+        ("/API/chat", b"{}", 404, "/API/chat"),
+    ],
+)
+def test_bad_input_is_named_and_no_node_hears_of_it(
+    gw: Gateway, path: str, body: bytes, status: int, word: str
+) -> None:
+    response = httpx.post(gw.url + path, content=body, headers=gw.auth)
+    assert response.status_code == status
+    assert word in response.text
+    assert requests(gw) == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+        b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"X: a\r\n b\r\nContent-Length: 2\r\n\r\n{}",
+        b"X: a\0b\r\nContent-Length: 2\r\n\r\n{}",
+        b"Content-Length: -1\r\n\r\n{}",
+        b"Content-Length: 2\nX: y\r\n\r\n{}",
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+        b"Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 0\r\n\r\n",
+        b"Host: b\r\nContent-Length: 2\r\n\r\n{}",
+        b"X: " + b"y" * 40_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_refused_and_the_connection_closed(gw: Gateway, raw: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", gw.port), timeout=5) as connection:
+        connection.sendall(b"POST /api/chat HTTP/1.1\r\nHost: a\r\n" + raw)
+        data = b""
+        while piece := connection.recv(65536):
+            data += piece
+    assert data.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
+    assert data.count(b"HTTP/1.1") == 1
+    assert requests(gw) == []
+
+
+def test_a_compressed_body_is_refused(gw: Gateway) -> None:
+    response = gw.post(headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 415
+
+
+def test_pipelined_requests_are_answered_in_order(gw: Gateway) -> None:
+    one = json.dumps(gw.chat(stream=False)).encode()
+    head = f"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {gw.key}\r\nContent-Length: {len(one)}\r\n"
+    with socket.create_connection(("127.0.0.1", gw.port), timeout=5) as connection:
+        for number in range(3):
+            connection.sendall(head.encode() + b"X-Request-ID: p%d\r\n\r\n" % number + one)
+        data = b""
+        while data.count(b"HTTP/1.1 200") < 3 or not data.endswith(b"}"):
+            data += connection.recv(65536)
+    assert [data.index(b"X-Request-ID: p%d" % number) for number in range(3)] == sorted(
+        data.index(b"X-Request-ID: p%d" % number) for number in range(3)
+    )
+
+
+# -- when a node fails
+
+
+def everywhere(gw: Gateway, behaviour: Any, count: int = 1) -> None:
+    """The next `count` requests on each node meet `behaviour`."""
+    for node in gw.nodes:
+        node.script = [behaviour] * count
+
+
+def first(gw: Gateway, behaviour: Any) -> None:
+    """The next request meets `behaviour`, wherever it goes; the one after it does not."""
+    used = threading.Lock()
+
+    def once(connection: socket.socket) -> None:
+        if used.acquire(blocking=False):
+            behaviour(connection)
+            connection.close()
+        else:
+            connection.sendall(answer())
+
+    for node in gw.nodes:
+        node.script = [once]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        lambda connection: threading.Event().wait(0.1),
+        lambda connection: connection.sendall(HEAD),
+        lambda connection: connection.sendall(HEAD + b"zz"),
+        lambda connection: connection.sendall(HEAD + chunk(b"not json\n") + END),
+        lambda connection: connection.sendall(HEAD + END),
+        says(500, {"error": "boom"}),
+        says(503, {"error": "server busy"}),
+        lambda connection: connection.sendall(HEAD + chunk(b'{"error":"runner died"}\n') + END),
+    ],
+)
+def test_before_the_first_token_another_node_answers(gw: Gateway, behaviour: Any, stream: bool) -> None:
+    first(gw, behaviour)
+    response = gw.post(body=gw.chat(stream=stream))
+    assert response.status_code == 200, response.text
+    assert response.headers["X-Corral-Attempts"] == "2"
+    assert len(requests(gw)) == 2
+    assert b'"eval_count":3' in response.content
+
+
+def test_a_request_that_crashes_two_nodes_is_not_tried_a_third_time(gw: Gateway) -> None:
+    def crash(connection: socket.socket) -> None:
+        threading.Event().wait(0.1)
+        connection.shutdown(socket.SHUT_RDWR)
+
+    everywhere(gw, crash, 3)
+    response = gw.post()
+    assert response.status_code == 502
+    assert len(requests(gw)) == 2
+
+
+def test_the_callers_error_is_not_retried(gw: Gateway) -> None:
+    everywhere(gw, says(400, {"error": "the input length exceeds the context length"}))
+    response = gw.post()
+    assert (response.status_code, response.json()) == (400, {"error": "the input length exceeds the context length"})
+    everywhere(gw, says(500, {"error": 'option "x" must be of type float32'}))
+    response = gw.post("/v1/chat/completions")
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(requests(gw)) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("/api/chat", lambda text: "error" in json.loads(text.splitlines()[-1])),
+        ("/v1/chat/completions", lambda text: '"error"' in text.split("data: ")[-1] and "[DONE]" not in text),
+        ("/v1/messages", lambda text: text.split("event: ")[-1].startswith("error\n")),
+    ],
+)
+@pytest.mark.parametrize("ending", [b"", END, chunk(b"nonsense\n"), chunk(b'{"error":"died"}\n') + END])
+def test_after_the_first_token_a_cut_is_never_silent(gw: Gateway, path: str, last: Any, ending: bytes) -> None:
+    seen = threading.Event()
+
+    def cut(connection: socket.socket) -> None:
+        connection.sendall(HEAD + chunk(LINE % b"one"))
+        assert seen.wait(10)
+        connection.sendall(ending)
+        connection.shutdown(socket.SHUT_RDWR)
+
+    everywhere(gw, cut)
+    text = ""
+    with httpx.stream("POST", gw.url + path, json=gw.chat(stream=True, max_tokens=9), headers=gw.auth) as response:
+        assert response.status_code == 200
+        for piece in response.iter_text():
+            text += piece
+            if "one" in text:
+                seen.set()
+    assert last(text)
+    assert len(requests(gw)) == 1
+
+
+def test_a_silent_node_is_given_up(gw: Gateway) -> None:
+    first(gw, lambda connection: threading.Event().wait(4))
+    response = gw.post()
+    assert response.status_code == 200
+    assert response.headers["X-Corral-Attempts"] == "2"
+
+
+def test_a_dead_fleet_is_a_503_with_retry_after(gw: Gateway) -> None:
+    for node in gw.nodes:
+        node.stop()
+    try:
+        response = gw.post()
+        assert response.status_code == 503
+        assert int(response.headers["Retry-After"]) >= 1
+    finally:
+        for node in gw.nodes:
+            node.restart()
+    until(lambda: gw.post().status_code == 200, "the fleet is back")
+
+
+def test_no_ready_node_is_said_by_readiness(gw: Gateway) -> None:
+    gw.states = {"node-1": "down", "node-2": "draining"}
+    gw.publish()
+    try:
+        response = httpx.get(gw.url + "/health/ready")
+        assert (response.status_code, response.json()["status"]) == (503, "unhealthy")
+        assert httpx.get(gw.url + "/health").json() == {"status": "healthy"}
+        assert gw.post().status_code == 503
+    finally:
+        gw.states = {"node-1": "ready", "node-2": "ready"}
+        gw.publish()
+    assert gw.post().status_code == 200
+
+
+# -- when the caller leaves
+
+
+def test_a_caller_that_leaves_ends_the_nodes_work(gw: Gateway) -> None:
+    for node in gw.nodes:
+
+        def behaviour(connection: socket.socket, node: Any = node) -> None:
+            connection.sendall(HEAD + chunk(LINE % b"one") + chunk(LINE % b"two"))
+            node.wait_for_close(connection)
+
+        node.script = [behaviour]
+    with httpx.stream(
+        "POST", gw.edge + "/api/chat", json=gw.chat(), headers=gw.auth | {"X-Request-ID": "left"}
+    ) as response:
+        next(response.iter_lines())
+    until(lambda: any(node.ended.is_set() for node in gw.nodes), "the node's connection is closed")
+    record = gw.control.settled("left")
+    assert (record["outcome"], record["status"], record["tokens"]) == ("client_gone", 499, 2)
+    assert gw.post().status_code == 200
+
+
+def test_callers_that_leave_never_count_against_a_node(gw: Gateway) -> None:
+    for _ in range(40):
+        for node in gw.nodes:
+            node.script.append(lambda connection: threading.Event().wait(0.2))
+    body = json.dumps(gw.chat()).encode()
+    head = (
+        f"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {gw.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    for _ in range(40):
+        with socket.create_connection(("127.0.0.1", gw.port), timeout=5) as connection:
+            connection.sendall(head.encode() + body)
+    for node in gw.nodes:
+        node.script.clear()
+    response = gw.post()
+    assert (response.status_code, response.headers["X-Corral-Attempts"]) == (200, "1")
+
+
+# -- limits
+
+
+def test_requests_per_minute(gw: Gateway) -> None:
+    key = gw.new_key(rpm=5)
+    headers = {"Authorization": f"Bearer {key}"}
+    codes = [gw.post(headers=headers).status_code for _ in range(5)]
+    assert codes == [200] * 5
+    refused = gw.post(headers=headers)
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["Retry-After"]) <= 14
+    assert refused.headers["x-ratelimit-limit-requests"] == "5"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert "5 requests per minute" in refused.json()["error"]
+
+
+def test_concurrency(gw: Gateway) -> None:
+    key = gw.new_key(concurrency=2)
+    held = threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        assert held.wait(10)
+        connection.sendall(answer())
+
+    everywhere(gw, hold, 4)
+    headers = {"Authorization": f"Bearer {key}"}
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(gw.post, headers=headers) for _ in range(2)]
+        until(lambda: len(requests(gw)) == 2, "two run")
+        assert gw.post(headers=headers).status_code == 429
+        held.set()
+        assert [future.result().status_code for future in running] == [200, 200]
+    for node in gw.nodes:
+        node.script.clear()
+    until(lambda: gw.post(headers=headers).status_code == 200, "the leases are given back")
+
+
+def test_exactly_the_limit_is_admitted_under_concurrency(gw: Gateway) -> None:
+    key = gw.new_key(rpm=30, concurrency=1000)
+    headers = {"Authorization": f"Bearer {key}"}
+    with ThreadPoolExecutor(16) as pool:
+        codes = [f.result().status_code for f in [pool.submit(gw.post, headers=headers) for _ in range(60)]]
+    # One request comes back each two seconds, and these took a moment.
+    assert 30 <= codes.count(200) <= 34
+    assert codes.count(429) == 60 - codes.count(200)
+
+
+def test_a_stopped_store_degrades_to_the_local_share_and_comes_back(gw: Gateway) -> None:
+    os.kill(gw.valkey.process.pid, signal.SIGSTOP)
+    try:
+        key = gw.new_key(rpm=3)
+        headers = {"Authorization": f"Bearer {key}"}
+        codes = [gw.post(headers=headers).status_code for _ in range(5)]
+        assert codes == [200, 200, 200, 429, 429]
+    finally:
+        os.kill(gw.valkey.process.pid, signal.SIGCONT)
+    fresh = gw.new_key(rpm=1000)
+
+    def exact() -> bool:
+        response = gw.post(headers={"Authorization": f"Bearer {fresh}"})
+        return "rate" in _store_keys(gw) and response.status_code == 200
+
+    until(exact, "the store counts again")
+
+
+def _store_keys(gw: Gateway) -> str:
+    with socket.create_connection(("127.0.0.1", int(gw.valkey.url.split(":")[2].split("/")[0])), timeout=5) as store:
+        store.sendall(b"KEYS *\r\n")
+        return store.recv(65536).decode()
+
+
+# -- control and disk
+
+
+def test_a_caller_cannot_hide_behind_a_repeated_request_id(gw: Gateway) -> None:
+    for _ in range(3):
+        gw.post(headers={"X-Request-ID": "again", "X-Corral-Edge-ID": "mine"})
+    gw.control.settled("again")
+    until(lambda: len({r["id"] for r in gw.control.records if r["request_id"] == "again"}) in (1, 3), "they came")
+    httpx.post(
+        gw.edge + "/api/chat", json=gw.chat(), headers=gw.auth | {"X-Corral-Edge-ID": "mine", "X-Request-ID": "e"}
+    )
+    assert gw.control.settled("e")["id"] != "mine"
+
+
+def test_a_forged_address_is_not_believed(gw: Gateway) -> None:
+    forged = {"X-Forwarded-For": "6.6.6.6", "X_Forwarded_For": "6.6.6.6", "X-Request-ID": "forged"}
+    httpx.post(gw.edge + "/api/chat", json=gw.chat(), headers=gw.auth | forged)
+    assert gw.control.settled("forged")["addr"] == "127.0.0.1"
+
+
+def test_what_is_internal_is_not_on_the_edge(gw: Gateway) -> None:
+    for path in ("/metrics", "/internal/snapshot", "//internal/snapshot", "/%69nternal/snapshot"):
+        assert httpx.get(gw.edge + path, headers=gw.auth).status_code == 404
+
+
+def test_a_restart_keeps_the_records_and_a_cold_start_needs_no_control(tmp_path: Path) -> None:
+    with gateway(tmp_path, auth={"stale": "1h"}) as gw:
+        assert gw.post(headers={"X-Request-ID": "before"}).status_code == 200
+        gw.control.settled("before")
+        gw.control.stop()
+        assert gw.post(headers={"X-Request-ID": "during"}).status_code == 200
+        os.kill(gw.process.pid, signal.SIGKILL)
+        gw.process.end()
+        gw.start()
+        assert gw.post(headers={"X-Request-ID": "after"}).status_code == 200
+        data = b"".join(path.read_bytes() for path in sorted((tmp_path / "spool/gateway-1").glob("*.seg")))
+        assert b'"during"' in data
+        assert b'"after"' in data
+
+
+def test_a_snapshot_that_is_too_old_admits_nobody(tmp_path: Path) -> None:
+    with gateway(tmp_path, auth={"stale": "2s"}) as gw:
+        assert gw.post().status_code == 200
+        gw.control.stop()
+        until(lambda: gw.post().status_code == 503, "the snapshot is too old")
+        assert httpx.get(gw.url + "/health/ready").status_code == 503
+
+
+def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        held = threading.Event()
+
+        def slowly(connection: socket.socket) -> None:
+            connection.sendall(HEAD + chunk(LINE % b"one"))
+            assert held.wait(10)
+            connection.sendall(chunk(LAST % 1) + END)
+
+        for node in gw.nodes:
+            node.script = [slowly]
+        with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(gw.process.pid, signal.SIGTERM)
+            held.set()
+            assert json.loads(next(lines))["done"] is True
+        assert gw.process.end() == 0
+        assert any(record["t"] == "settle" for record in gw.control.records)

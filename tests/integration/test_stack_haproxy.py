@@ -1,0 +1,267 @@
+"""The rendered configuration in a real HAProxy, between sockets whose every byte is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+
+import pytest
+from support.process import Process, free_port, until
+
+from corral.config.haproxy import HaproxyPlan, render
+
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@dataclass
+class Origin:
+    """A server that keeps what it was sent. ``answer`` gives the bytes for a request, b"" closes without any."""
+
+    name: str
+    answer: Callable[[bytes], bytes] = lambda _: OK
+    requests: list[bytes] = field(default_factory=list)
+    port: int = field(default_factory=free_port)
+
+    def start(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        # HAProxy's checks and its end close with a reset.
+        with connection, contextlib.suppress(ConnectionError):
+            data = b""
+            while chunk := connection.recv(65536):
+                data += chunk
+                head, blank, body = data.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                if not blank or len(body) < int(length[1] if length else 0):
+                    continue
+                checked = head.startswith((b"GET /health ", b"OPTIONS ", b"GET /api/version "))
+                if not checked:
+                    self.requests.append(data)
+                reply = OK if checked else self.answer(data)
+                if not reply:
+                    return
+                connection.sendall(reply)
+                data = b""
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """Header fields of the last request, names in lower case."""
+        lines = self.requests[-1].partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+        return [(name.lower(), value) for name, _, value in (line.partition(": ") for line in lines)]
+
+
+@dataclass
+class Rig:
+    """HAProxy with its origins."""
+
+    plan: HaproxyPlan
+    gateways: list[Origin]
+    control: Origin
+    node: Origin
+
+    def ask(
+        self, path: str = "/", headers: dict[str, str] | None = None, body: bytes | None = None, port: int = 0
+    ) -> tuple[HTTPResponse, bytes]:
+        connection = HTTPConnection("127.0.0.1", port or self.plan.edge_port, timeout=10)
+        try:
+            connection.request("POST" if body is not None else "GET", path, body=body, headers=headers or {})
+            response = connection.getresponse()
+            return response, response.read()
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def rig(haproxy: str, tmp_path: Path) -> Iterator[Rig]:
+    gateways = [Origin("gateway-1"), Origin("gateway-2")]
+    control, node = Origin("control"), Origin("node-1")
+    plan = HaproxyPlan(
+        edge_host="127.0.0.1",
+        edge_port=free_port(),
+        nodes_host="127.0.0.1",
+        nodes_port=free_port(),
+        stats_host="127.0.0.1",
+        stats_port=free_port(),
+        stats_socket=str(tmp_path / "h.sock"),
+        gateways=[(gateway.name, "127.0.0.1", gateway.port) for gateway in gateways],
+        control=("127.0.0.1", control.port),
+        nodes=[("node-1", f"http://127.0.0.1:{node.port}"), ("node-2", f"http://127.0.0.1:{free_port()}")],
+        max_duration=60.0,
+    )
+    (tmp_path / "haproxy.cfg").write_text(render(plan))
+    made = Rig(plan, gateways, control, node)
+    for origin in (*gateways, control, node):
+        origin.start()
+    process = Process([haproxy, "-W", "-f", tmp_path / "haproxy.cfg"], tmp_path / "haproxy.log")
+    try:
+        process.wait_until(lambda: made.ask("/ready")[0].status == 200)
+        yield made
+    finally:
+        process.end()
+        for origin in (*gateways, control, node):
+            origin.stop()
+
+
+def last(rig: Rig) -> Origin:
+    """The gateway that had the last request."""
+    return max((gateway for gateway in rig.gateways if gateway.requests), key=lambda item: len(item.requests))
+
+
+def ask_for_headers(rig: Rig, headers: dict[str, str]) -> dict[str, list[str]]:
+    for gateway in rig.gateways:
+        gateway.requests.clear()
+    assert rig.ask("/api/tags", headers)[0].status == 200
+    seen: dict[str, list[str]] = {}
+    for name, value in last(rig).headers:
+        seen.setdefault(name, []).append(value)
+    return seen
+
+
+def test_the_edge_says_who_called_and_believes_nobody_else(rig: Rig) -> None:
+    seen = ask_for_headers(
+        rig,
+        {
+            "X-Forwarded-For": "6.6.6.6",
+            "X-Corral-Node": "node-1",
+            "x-corral-edge-id": "mine",
+            "Forwarded": "for=6.6.6.6",
+        },
+    )
+    assert seen["x-forwarded-for"] == ["127.0.0.1"]
+    assert "x-corral-node" not in seen
+    assert "forwarded" not in seen
+    assert len(seen["x-corral-edge-id"]) == 1
+    assert UUID.fullmatch(seen["x-corral-edge-id"][0])
+
+
+@pytest.mark.parametrize("given", ["abc-1.2_3", "a" * 64])
+def test_a_well_formed_request_id_is_kept(rig: Rig, given: str) -> None:
+    assert ask_for_headers(rig, {"X-Request-ID": given})["x-request-id"] == [given]
+
+
+@pytest.mark.parametrize("given", [None, "", "a" * 65, "a b", 'a"b', "a,b", "é"])
+def test_any_other_request_id_is_replaced(rig: Rig, given: str | None) -> None:
+    seen = ask_for_headers(rig, {} if given is None else {"X-Request-ID": given})
+    assert len(seen["x-request-id"]) == 1
+    assert UUID.fullmatch(seen["x-request-id"][0])
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/internal/snapshot", "/%6detrics", "//metrics", "/METRICS", "/internal"])
+def test_what_is_internal_is_not_on_the_edge(rig: Rig, path: str) -> None:
+    response, body = rig.ask(path)
+    assert response.status == 404
+    assert response.headers["X-Corral-Proxy"] == "haproxy"
+    assert json.loads(body)["error"]["code"] == "not_found"
+    assert rig.control.requests == []
+
+
+@pytest.mark.parametrize("path", ["/admin/keys", "/docs", "/openapi.json", "/console/"])
+def test_control_has_its_own_paths(rig: Rig, path: str) -> None:
+    assert rig.ask(path)[0].status == 200
+    assert rig.control.requests
+
+
+def test_an_empty_answer_is_replayed_once_towards_another_gateway(rig: Rig) -> None:
+    for gateway in rig.gateways:
+        gateway.requests.clear()
+        gateway.answer = lambda _: b""
+    response, _ = rig.ask("/api/chat", body=b"x" * 60_000)
+    assert response.status in (502, 503)
+    assert response.headers["X-Corral-Proxy"] == "haproxy"
+    assert [len(gateway.requests) for gateway in rig.gateways] == [1, 1]
+    first, second = (gateway.requests[0] for gateway in rig.gateways)
+    assert first == second, "the edge's id is the same, so that it is settled once"
+
+
+def test_a_dead_gateway_costs_no_request(rig: Rig) -> None:
+    rig.gateways[0].stop()
+    assert {rig.ask("/api/tags")[0].status for _ in range(20)} == {200}
+    rig.gateways[0].start()
+
+
+def test_an_error_of_a_gateway_is_not_replayed(rig: Rig) -> None:
+    for gateway in rig.gateways:
+        gateway.requests.clear()
+        gateway.answer = lambda _: b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"
+    response, _ = rig.ask("/api/chat", body=b"{}")
+    assert response.status == 503
+    assert "X-Corral-Proxy" not in response.headers
+    assert sum(len(gateway.requests) for gateway in rig.gateways) == 1
+
+
+def test_without_a_gateway_the_edge_says_503_and_when_to_come_back(rig: Rig) -> None:
+    for gateway in rig.gateways:
+        gateway.stop()
+    until(lambda: rig.ask("/api/tags")[0].status == 503, "503 from the edge")
+    response, body = rig.ask("/api/tags")
+    assert response.headers["X-Corral-Proxy"] == "haproxy"
+    assert int(response.headers["Retry-After"]) >= 1
+    assert json.loads(body)["error"]["message"]
+    for gateway in rig.gateways:
+        gateway.start()
+
+
+def test_a_node_is_named_by_its_header(rig: Rig) -> None:
+    response, _ = rig.ask("/api/chat", {"X-Corral-Node": "node-1"}, b"{}", rig.plan.nodes_port)
+    assert response.status == 200
+    assert "x-corral-node" not in dict(rig.node.headers)
+    assert dict(rig.node.headers)["host"] == f"127.0.0.1:{rig.node.port}"
+
+
+@pytest.mark.parametrize("name", ["node-2", "node-3", "node", "", "node-1,node-1", None])
+def test_a_node_that_is_down_or_unknown_is_a_marked_503(rig: Rig, name: str | None) -> None:
+    headers = {} if name is None else {"X-Corral-Node": name}
+    response, _ = rig.ask("/api/chat", headers, b"{}", rig.plan.nodes_port)
+    assert response.status == 503
+    assert response.headers["X-Corral-Proxy"] == "haproxy"
+
+
+def test_a_node_s_request_is_never_tried_twice(rig: Rig) -> None:
+    rig.node.answer = lambda _: b""
+    response, _ = rig.ask("/api/chat", {"X-Corral-Node": "node-1"}, b"{}", rig.plan.nodes_port)
+    assert (response.status, response.headers["X-Corral-Proxy"]) == (502, "haproxy")
+    assert len(rig.node.requests) == 1
+
+
+def test_a_node_cannot_pretend_to_be_haproxy(rig: Rig) -> None:
+    rig.node.answer = lambda _: b"HTTP/1.1 503 No\r\nX-Corral-Proxy: haproxy\r\nContent-Length: 0\r\n\r\n"
+    response, _ = rig.ask("/api/chat", {"X-Corral-Node": "node-1"}, b"{}", rig.plan.nodes_port)
+    assert response.status == 503
+    assert "X-Corral-Proxy" not in response.headers
+
+
+def test_what_is_no_http_goes_no_further(rig: Rig) -> None:
+    """HAProxy answers it before a stream exists, in its own words: the one error that cannot be marked."""
+    for gateway in rig.gateways:
+        gateway.requests.clear()
+    with socket.create_connection(("127.0.0.1", rig.plan.edge_port), timeout=5) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+    assert not any(gateway.requests for gateway in rig.gateways)
+
+
+def test_prometheus_finds_each_node(rig: Rig) -> None:
+    body = rig.ask("/metrics", port=rig.plan.stats_port)[1].decode()
+    assert 'haproxy_server_status{proxy="node_node-1",server="node-1",state="UP"}' in body

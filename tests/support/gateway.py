@@ -1,0 +1,347 @@
+"""A real gateway behind a real HAProxy and a real Valkey, with nodes and a control that do as a test says."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from corral.config.haproxy import HaproxyPlan, render
+from corral.stack import binaries
+from corral.store import keys
+from corral.store.spool import decode_frames
+from support.process import Process, free_port, until
+from support.servers import Server, python_env, valkey
+
+LINE = (
+    b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.1Z","message":{"role":"assistant","content":"%b"},'
+    b'"done":false}\n'
+)
+LAST = (
+    b'{"model":"m:latest","created_at":"2026-11-23T15:00:01.1Z","message":{"role":"assistant","content":""},'
+    b'"done":true,"done_reason":"stop","total_duration":9,"load_duration":1,"prompt_eval_count":7,'
+    b'"prompt_eval_duration":2,"eval_count":%d,"eval_duration":5}\n'
+)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+
+Behaviour = Callable[[socket.socket], None]
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def answer(words: int = 3) -> bytes:
+    """A whole streamed answer of a node."""
+    return HEAD + b"".join(chunk(LINE % b"w%d " % n) for n in range(words)) + chunk(LAST % words) + END
+
+
+def well(connection: socket.socket) -> None:
+    """What a node does that is not told otherwise."""
+    connection.sendall(answer())
+
+
+def says(status: int, body: dict[str, Any]) -> Behaviour:
+    """A node that answers with an error."""
+    text = json.dumps(body).encode()
+    return lambda connection: connection.sendall(
+        b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(text), text)
+    )
+
+
+class FakeNode:
+    """A node: answers health checks, and each request as the next behaviour says (`well` when there is none)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.script: list[Behaviour] = []
+        self.requests: list[dict[str, Any]] = []
+        self.ended = threading.Event()
+        """Set when a request's connection was closed by the other side while a behaviour waited for that."""
+        self.port = free_port()
+        self._connections: set[socket.socket] = set()
+        self._start()
+
+    def _start(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def restart(self) -> None:
+        """Take connections again."""
+        self._start()
+
+    def wait_for_close(self, connection: socket.socket) -> None:
+        """Block until the other side closes."""
+        while connection.recv(4096):
+            pass
+        self.ended.set()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        buffer = b""
+        self._connections.add(connection)
+        with connection:
+            while True:
+                try:
+                    while b"\r\n\r\n" not in buffer:
+                        data = connection.recv(65536)
+                        if not data:
+                            return
+                        buffer += data
+                    head, _, buffer = buffer.partition(b"\r\n\r\n")
+                    first, *lines = head.split(b"\r\n")
+                    headers = {k.lower(): v.strip() for k, _, v in (line.partition(b":") for line in lines)}
+                    length = int(headers.get(b"content-length", b"0"))
+                    while len(buffer) < length:
+                        buffer += connection.recv(65536)
+                    body, buffer = buffer[:length], buffer[length:]
+                    if first.startswith(b"GET /api/version"):
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                        continue
+                    self.requests.append({"line": first.decode(), "headers": headers, "body": json.loads(body)})
+                    behaviour = self.script.pop(0) if self.script else well
+                    behaviour(connection)
+                except OSError:
+                    return
+
+
+class FakeControl:
+    """Serves a snapshot and takes the spool, as control does."""
+
+    def __init__(self, token: str) -> None:
+        self.snapshot: dict[str, Any] = {"version": "0", "keys": [], "nodes": [], "models": []}
+        self.records: list[dict[str, Any]] = []
+        self.offsets: dict[str, int] = {}
+        self.polls = 0
+        self.stopped = False
+        control = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Quiet."""
+
+            def _send(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self) -> None:
+                if control.stopped:
+                    self.close_connection = True
+                    return
+                if self.path == "/health":
+                    self._send(200, b"{}")
+                    return
+                assert self.headers["Authorization"] == f"Bearer {token}"
+                control.polls += 1
+                if self.path.endswith(f"since={control.snapshot['version']}"):
+                    self.send_response(304)
+                    self.end_headers()
+                else:
+                    self._send(200, json.dumps(control.snapshot).encode())
+
+            def do_POST(self) -> None:
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                if control.stopped:
+                    self.close_connection = True
+                    return
+                path, _, query = self.path.partition("?offset=")
+                if control.offsets.get(path, 0) != int(query):
+                    self._send(409, json.dumps({"offset": control.offsets.get(path, 0)}).encode())
+                    return
+                control.records += [record for _, record in decode_frames(data)]
+                control.offsets[path] = int(query) + len(data)
+                self._send(200, json.dumps({"offset": control.offsets[path]}).encode())
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A gateway that a test ends leaves its connections."""
+
+        self.port = free_port()
+        self._server = Quiet(("127.0.0.1", self.port), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def publish(self, **parts: Any) -> None:
+        """Change the snapshot."""
+        version = str(int(self.snapshot["version"]) + 1)
+        self.snapshot = self.snapshot | parts | {"version": version}
+
+    def stop(self) -> None:
+        """Be gone."""
+        if not self.stopped:
+            self.stopped = True
+            self._server.shutdown()
+            self._server.server_close()
+
+    def settled(self, request_id: str) -> dict[str, Any]:
+        """The settle record of a request, when it has come."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            found[:] = [r for r in self.records if r["t"] == "settle" and r["request_id"] == request_id]
+            return bool(found)
+
+        until(there, f"the record of {request_id}")
+        return found[0]
+
+
+class Gateway:
+    """The gateway under test and all around it."""
+
+    def __init__(self, folder: Path, stack: ExitStack, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self._stack = stack
+        (folder / "pepper").write_text(os.urandom(32).hex())
+        (folder / "internal.token").write_text("t0ken")
+        self.pepper = keys.read_pepper(folder / "pepper")
+        self.control = FakeControl("t0ken")
+        stack.callback(self.control.stop)
+        self.nodes = [FakeNode("node-1"), FakeNode("node-2")]
+        self.valkey: Server = stack.enter_context(valkey(folder))
+        self.key_id, self.key = keys.generate()
+        self._keys = [self.entry(self.key_id, self.key, rpm=100_000, concurrency=1000)]
+        self._ports = [free_port() for _ in range(4)]
+        self.port, edge, nodes, stats = self._ports
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.edge = f"http://127.0.0.1:{edge}"
+        self.states = {"node-1": "ready", "node-2": "ready"}
+        self.publish()
+        plan = HaproxyPlan(
+            edge_host="127.0.0.1",
+            edge_port=edge,
+            nodes_host="127.0.0.1",
+            nodes_port=nodes,
+            stats_host="127.0.0.1",
+            stats_port=stats,
+            stats_socket=str(folder / "s.sock"),
+            gateways=[("gateway-1", "127.0.0.1", self.port)],
+            control=("127.0.0.1", self.control.port),
+            nodes=[(node.name, node.url) for node in self.nodes],
+            max_duration=60.0,
+        )
+        (folder / "haproxy.cfg").write_text(render(plan))
+        self._file = folder / "corral.yaml"
+        base = {
+            "gateway": {
+                "listen": f"127.0.0.1:{self.port}",
+                "nodes_url": f"http://127.0.0.1:{nodes}",
+                "control_url": f"http://127.0.0.1:{self.control.port}",
+                "spool": str(folder / "spool"),
+                "cache": str(folder / "cache"),
+                "access_log": str(folder / "access.log"),
+                **settings.pop("gateway", {}),
+            },
+            "store": {"valkey": self.valkey.url},
+            "auth": {
+                "pepper_file": str(folder / "pepper"),
+                "internal_token_file": str(folder / "internal.token"),
+                **settings.pop("auth", {}),
+            },
+            **settings,
+        }
+        self._file.write_text(yaml.safe_dump(base))
+        haproxy = Process([binaries.haproxy(), "-db", "-f", folder / "haproxy.cfg"], folder / "haproxy.log")
+        stack.callback(haproxy.end)
+        self.start()
+        until(lambda: httpx.get(self.edge + "/health").status_code == 200, "the edge sees the gateway")
+
+    def start(self) -> None:
+        """Start the gateway's process."""
+        argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", str(self._file)]
+        self.process = Process(argv, self.folder / "gateway.log", python_env())
+        self._stack.callback(self.process.end)
+        self.process.wait_until(self._up)
+
+    def _up(self) -> bool:
+        try:
+            return httpx.get(self.url + "/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def entry(self, key_id: str, text: str, **more: Any) -> dict[str, Any]:
+        """A key as the snapshot has it."""
+        verifiers = [keys.verifier(self.pepper, text)]
+        return {"id": key_id, "name": key_id, "role": "inference", "verifiers": verifiers, "models": ["*"]} | more
+
+    def new_key(self, **more: Any) -> str:
+        """Make a key known; returns it."""
+        key_id, text = keys.generate()
+        self._keys.append(self.entry(key_id, text, **more))
+        self.publish()
+        return text
+
+    def publish(self) -> None:
+        """Tell the gateway of keys and nodes, and wait until it has asked."""
+        tags = [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]
+        nodes = [
+            {
+                "name": node.name,
+                "url": node.url,
+                "slots": 4,
+                "state": self.states[node.name],
+                "version": "0.17.4",
+                "tags": tags,
+                "ps": [],
+            }
+            for node in self.nodes
+        ]
+        self.control.publish(keys=list(self._keys), nodes=nodes)
+        seen = self.control.polls
+        if hasattr(self, "process"):
+            until(lambda: self.control.polls >= seen + 2, "the gateway asks control")
+
+    @property
+    def auth(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def chat(self, **more: Any) -> dict[str, Any]:
+        """A chat body."""
+        return {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | more
+
+    def post(self, path: str = "/api/chat", body: Any = None, **more: Any) -> httpx.Response:
+        """POST to the gateway itself."""
+        headers = self.auth | more.pop("headers", {})
+        return httpx.post(self.url + path, json=body or self.chat(stream=False), headers=headers, timeout=20, **more)
+
+
+@contextmanager
+def gateway(folder: Path, **settings: Any) -> Iterator[Gateway]:
+    """Everything, started; ended with the block."""
+    with ExitStack() as stack:
+        yield Gateway(folder, stack, settings)

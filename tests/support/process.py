@@ -1,0 +1,100 @@
+"""Processes that tests start: ready by a condition with a deadline, ended by pid, output in a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from corral.stack import ports
+
+
+class NotReady(AssertionError):
+    """A condition did not come true in time."""
+
+
+def free_port() -> int:
+    """A loopback port nobody listens on, outside the range of outgoing connections."""
+    return ports.choose(["port"], {})["port"]
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 10.0, every: float = 0.05) -> None:
+    """Wait for ``condition`` to be true. NotReady with ``what`` and the last exception after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        problem: Exception | None = None
+        try:
+            if condition():
+                return
+        except OSError as error:
+            problem = error
+        if time.monotonic() > deadline:
+            raise NotReady(f"not within {seconds:g} s: {what}" + (f" ({problem})" if problem else ""))
+        time.sleep(every)
+
+
+class Process:
+    """A program in the background, which ends with the test run even if that is killed."""
+
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cpu: int | None = None,
+    ) -> None:
+        """Start it. ``env`` is added to this process's; ``cpu`` is the one core it may use."""
+        command = [str(part) for part in argv]
+        if cpu is not None:
+            command = ["taskset", "-c", str(cpu), *command]
+        if guard := shutil.which("setpriv"):
+            command = [guard, "--pdeathsig", "TERM", *command]
+        self.log = log
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                command,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def wait_until(self, ready: Callable[[], object], seconds: float = 20.0) -> Self:
+        """Wait until ``ready`` is true; NotReady with the end of the log if it is not, or the program has ended."""
+
+        def check() -> object:
+            if (status := self._popen.poll()) is not None:
+                raise NotReady(f"{self._popen.args} ended with status {status}:\n{self.tail()}")
+            return ready()
+
+        try:
+            until(check, f"{self._popen.args} is ready", seconds)
+            # It may have been another program that answered on a port this one could not have.
+            check()
+        except NotReady as error:
+            self.end()
+            raise NotReady(f"{error}\n{self.tail()}") from None
+        return self
+
+    def tail(self, characters: int = 3000) -> str:
+        """The end of its output."""
+        return self.log.read_text(errors="replace")[-characters:]
+
+    def end(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> int:
+        """Send it a signal and wait; it is killed if it stays. Its status."""
+        if self._popen.poll() is None:
+            self._popen.send_signal(number)
+            try:
+                self._popen.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+        return self._popen.wait()

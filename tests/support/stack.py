@@ -1,0 +1,64 @@
+"""A whole stack: `corral up --detach`, then `corral down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.process import free_port
+from support.servers import REPOSITORY, python_env
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack that runs. ``key`` may infer, ``admin_key`` may administer."""
+
+    url: str
+    key: str
+    admin_key: str
+    state: Path
+
+    def corral(self, *arguments: str, timeout: float = 60.0) -> Any:
+        """Run a command with --json against this stack; what it prints."""
+        return json.loads(corral(*arguments, "--json", "--state", str(self.state), timeout=timeout))
+
+    def headers(self) -> dict[str, str]:
+        """The inference key as a header."""
+        return {"Authorization": f"Bearer {self.key}"}
+
+
+def corral(*arguments: str, timeout: float = 120.0) -> str:
+    """Standard output of a `corral` command; AssertionError with its words where it fails."""
+    # What the operator of this machine has set for a stack of their own must not steer a test's.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CORRAL_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "corral", *arguments],
+        cwd=REPOSITORY,
+        env={**env, **python_env()},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"corral {' '.join(arguments)}: status {done.returncode}\n{done.stderr}\n{done.stdout}"
+    return done.stdout
+
+
+@contextmanager
+def stack(state: Path, *arguments: str) -> Iterator[Stack]:
+    """`corral up --detach` with ``arguments`` on a free port and the state folder ``state``."""
+    port = free_port()
+    where = ["--state", str(state)]
+    made = json.loads(corral("up", "--detach", "--json", "--port", str(port), *where, *arguments, timeout=180))
+    try:
+        admin_key = (state / "admin.key").read_text().strip()
+        yield Stack(made["url"].rstrip("/"), made["key"], admin_key, state)
+    finally:
+        corral("down", *where)

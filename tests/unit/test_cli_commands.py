@@ -1,0 +1,127 @@
+"""The command line without a stack: usage, exit statuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from corral.cli.main import cli
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.chdir(tmp_path)
+    for name in ("CORRAL_URL", "CORRAL_ADMIN_KEY", "CORRAL_CONFIG", "CORRAL_STATE", "OLLAMA_URL", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return Runner(tmp_path / "state")
+
+
+class Runner:
+    def __init__(self, state: Path) -> None:
+        self.state = state
+
+    def __call__(self, *arguments: str) -> Result:
+        return CliRunner().invoke(cli, [*arguments, "--state", str(self.state)])
+
+
+NOUNS = ["up", "down", "status", "doctor", "keys", "nodes", "models", "audit", "config", "logs", "serve"]
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_every_command_explains_itself(noun: str) -> None:
+    result = CliRunner().invoke(cli, [noun, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()[2].strip()) > 10
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"], ["keys", "create", "x"], ["keys", "list"], ["nodes", "list"], ["models", "list"],
+        ["audit", "list"], ["config", "reload"], ["logs"],
+    ],
+)  # fmt: skip
+def test_without_a_stack_a_command_fails_with_a_sentence(run: Runner, words: list[str]) -> None:
+    result = run(*words)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("corral: ")
+    assert "Traceback" not in result.output
+    assert not run.state.exists(), "asking makes no state"
+
+
+def test_with_json_the_error_is_json(run: Runner) -> None:
+    result = run("status", "--json")
+    assert result.exit_code == 1
+    assert "corral up" in json.loads(result.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"], ["up", "--nodes", "0"], ["up", "--attach", "nonsense"], ["up", "--port", "99999"],
+        ["up", "--attach", "http://a", "--nodes", "2"], ["keys", "create"], ["keys", "create", "x", "--role", "king"],
+        ["keys", "create", "x", "--rpm", "0"], ["keys", "create", "x", "--expires", "soon"],
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_status_2(run: Runner, words: list[str]) -> None:
+    assert run(*words).exit_code == 2
+
+
+def test_down_with_nothing_running_is_done(run: Runner) -> None:
+    assert json.loads(run("down", "--json").stdout) == {"stopped": False}
+
+
+def test_doctor_works_without_a_stack(run: Runner) -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["healthy"]
+    assert {"haproxy", "valkey", "disk"} <= {finding["check"] for finding in told["findings"]}
+
+
+def test_doctor_names_a_folder_that_others_can_read(run: Runner) -> None:
+    run.state.mkdir(mode=0o755)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert f"chmod go= '{run.state}'" in result.stdout
+
+
+def test_config_check_names_the_line(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "corral.yaml").write_text("limts: {}\n")
+    result = run("config", "check")
+    assert result.exit_code == 1
+    assert result.stderr == "corral: corral.yaml:1: unknown field 'limts'; did you mean 'limits'?\n"
+
+
+def test_config_show_hides_passwords(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "corral.yaml").write_text('store: {valkey: "redis://:hunter2@host:1/0"}\n')
+    result = run("config", "show")
+    assert result.exit_code == 0
+    assert "hunter2" not in result.output
+    assert "redis://:***@host:1/0" in result.output
+
+
+def test_config_schema_is_json(run: Runner) -> None:
+    assert "gateway" in json.loads(run("config", "schema").stdout)["properties"]
+
+
+def test_up_with_a_wrong_configuration_starts_nothing(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "corral.yaml").write_text("gateway: {processes: many}\n")
+    result = run("up")
+    assert result.exit_code == 1
+    assert "corral.yaml:1: gateway.processes: expected a whole number" in result.stderr
+    assert not run.state.exists()
+
+
+def test_a_taken_port_is_reported_with_its_holder(run: Runner) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = run("up", "--port", str(port), "--node-backend", "simulated")
+    assert result.exit_code == 1
+    assert f"port {port} is taken by " in result.stderr
+    assert "(pid " in result.stderr
+    assert not list((run.state / "run").glob("lock"))

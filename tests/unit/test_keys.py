@@ -1,0 +1,70 @@
+"""API keys: shape, checksum, verifier, pepper file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corral.store import keys
+
+
+def test_a_generated_key_parses_to_its_id() -> None:
+    for _ in range(200):
+        key_id, text = keys.generate()
+        assert keys.parse(text) == key_id
+        assert text.startswith(f"crl_{key_id}_")
+
+
+@pytest.mark.parametrize("position", [4, 10, 15, 30, 46, 50, 54])
+def test_one_wrong_character_is_refused(position: int) -> None:
+    _, text = keys.generate()
+    other = "b" if text[position] != "b" else "c"
+    assert keys.parse(text[:position] + other + text[position + 1 :]) is None
+
+
+@given(st.text())
+def test_no_other_text_is_a_key(text: str) -> None:
+    assert keys.parse(text) is None
+
+
+def test_a_trailing_newline_is_no_part_of_a_key() -> None:
+    _, text = keys.generate()
+    assert keys.parse(text + "\n") is None
+    assert keys.parse(text.upper()) is None
+
+
+def test_the_verifier_depends_on_key_and_pepper() -> None:
+    _, text = keys.generate()
+    first = keys.verifier(b"p" * 32, text)
+    assert len(bytes.fromhex(first)) == 32
+    assert first != keys.verifier(b"q" * 32, text)
+    assert first != keys.verifier(b"p" * 32, keys.secret_for(keys.parse(text) or ""))
+
+
+def test_rotation_keeps_the_id() -> None:
+    key_id, text = keys.generate()
+    other = keys.secret_for(key_id)
+    assert other != text
+    assert keys.parse(other) == key_id
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "no pepper"), ("zz", "hexadecimal"), ("ab" * 31, "31 bytes"), ("", "0 bytes")],
+)
+def test_a_wrong_pepper_file_says_what_to_do(tmp_path: Path, content: str | None, says: str) -> None:
+    path = tmp_path / "pepper"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(keys.PepperError, match=says) as caught:
+        keys.read_pepper(path)
+    assert "restore it from a backup" in str(caught.value)
+
+
+def test_a_pepper_file_is_32_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "pepper"
+    path.write_text("0f" * 32 + "\n")
+    assert keys.read_pepper(path) == b"\x0f" * 32

@@ -1,0 +1,70 @@
+"""What happens after a failed attempt."""
+
+from __future__ import annotations
+
+import pytest
+
+from corral.gateway.recover import Failure, History, RetryBudget, classify, final_error, may_retry
+from corral.wire.errors import ApiError
+
+
+@pytest.mark.parametrize(
+    ("status", "proxied", "message", "expected"),
+    [
+        (503, True, "", Failure.CONNECT),
+        (502, True, "", Failure.RESET),
+        (504, True, "", Failure.TIMEOUT),
+        (503, False, "server busy", Failure.NODE),
+        (500, False, "boom", Failure.NODE),
+        (500, False, 'option "temperature" must be of type float32', Failure.CALLER),
+        (400, False, "the input length exceeds the context length", Failure.CALLER),
+        (404, False, "model 'x' not found", Failure.CALLER),
+    ],
+)
+def test_who_is_at_fault(status: int, proxied: bool, message: str, expected: Failure) -> None:
+    assert classify(status, proxied, message) is expected
+
+
+def test_the_callers_errors_are_never_retried() -> None:
+    assert not may_retry(Failure.CALLER, History(), 5, RetryBudget())
+
+
+def test_orphans_are_outside_the_budget_but_two_crashes_end_it() -> None:
+    empty = RetryBudget(tokens=0.0)
+    assert may_retry(Failure.CONNECT, History(attempts=1, connects=1), 2, empty)
+    assert not may_retry(Failure.CONNECT, History(attempts=3, connects=3), 2, empty)
+    assert may_retry(Failure.RESET, History(attempts=1, crashes=1), 2, empty)
+    assert not may_retry(Failure.RESET, History(attempts=2, crashes=2), 2, empty)
+
+
+def test_a_nodes_failures_are_retried_within_the_budget() -> None:
+    budget = RetryBudget(tokens=1.0)
+    assert may_retry(Failure.NODE, History(attempts=1), 2, budget)
+    assert not may_retry(Failure.NODE, History(attempts=1), 2, budget)
+    for _ in range(5):
+        budget.earn()
+    assert may_retry(Failure.TIMEOUT, History(attempts=2), 2, budget)
+    budget.tokens = 10.0
+    assert not may_retry(Failure.NODE, History(attempts=3), 2, budget)
+
+
+def test_the_budget_is_a_share_of_the_requests_and_capped() -> None:
+    budget = RetryBudget(tokens=0.0)
+    for _ in range(100):
+        budget.earn()
+    spent = 0
+    while budget.spend():
+        spent += 1
+    assert 19 <= spent <= 20
+    for _ in range(10_000):
+        budget.earn()
+    assert budget.tokens <= 101.0
+
+
+def test_what_the_caller_hears() -> None:
+    cause = ApiError(404, "model_not_found", "model 'x' not found")
+    assert final_error(Failure.CALLER, History(), cause) is cause
+    assert final_error(Failure.CONNECT, History(), None).status == 503
+    assert final_error(Failure.CONNECT, History(), None).retry_after
+    assert final_error(Failure.TIMEOUT, History(attempts=3), None).status == 504
+    assert final_error(Failure.RESET, History(attempts=2), None).status == 502

@@ -1,0 +1,120 @@
+"""What the repository holds: nothing of one machine, no registry's address, hashed requirements, short files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES_MAX = 400
+LONGER: dict[str, str] = {
+    "tests/integration/test_control.py": "one control, started once, serves the whole module",
+    "tests/integration/test_gateway.py": "one gateway, started once, serves the whole module",
+}
+"""Source files over LINES_MAX lines, each with its reason."""
+
+SOURCES = {".py", ".sh", ".lua", ".js", ".css", ".html", ".j2", ".mako", ".sql", ".md", ".yaml", ".yml", ".toml"}
+# In parts, so that this file does not hold what it looks for.
+REGISTRIES = [
+    "pypi" + ".org",
+    "python" + "hosted.org",
+    "proxy.golang" + ".org",
+    "sum.golang" + ".org",
+    "registry.npm" + "js.org",
+    "deb." + "debian.org",
+    "crates" + ".io",
+    "conda." + "anaconda.org",
+]
+MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:home|root|Users|work|mnt)/[\w.-]+")
+
+
+def tracked() -> list[Path]:
+    """Files that git knows, or would with `git add`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = {ROOT / name for name in listed.stdout.split("\0") if name}
+    return sorted(path for path in paths if path.is_file() and not path.is_symlink())
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    """Tracked text files by their path in the repository."""
+    found = {}
+    for path in tracked():
+        try:
+            found[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+    assert found
+    return found
+
+
+def test_no_path_of_one_machine(texts: dict[str, str]) -> None:
+    found = [
+        f"{name}:{number}: {match.group()}"
+        for name, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if (match := MACHINE_PATHS.search(line))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_no_registry_is_named(texts: dict[str, str]) -> None:
+    found = [f"{name}: {host}" for name, text in texts.items() for host in REGISTRIES if host in text]
+    assert not found, "\n".join(found)
+
+
+def test_nothing_reads_outside_the_repository(texts: dict[str, str]) -> None:
+    sources = {name: text for name, text in texts.items() if not name.endswith(".md") and not name.startswith("tests/")}
+    assert not [name for name, text in sources.items() if "../" + "shared" in text]
+
+
+def test_no_secret_is_tracked(texts: dict[str, str]) -> None:
+    # A whole key has a checksum behind it; the examples in texts are shortened.
+    key = re.compile(r"crl_[a-z2-7]{10}_[A-Za-z0-9]{32}[0-9a-f]{8}")
+    found = [name for name, text in texts.items() if key.search(text) or "PRIVATE KEY-----" in text.replace('"', "")]
+    assert [name for name in found if not name.startswith("tests/")] == []
+
+
+@pytest.mark.parametrize("name", ["runtime", "embedded", "model", "dev"])
+def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
+    text = (ROOT / "api-gateway/requirements" / f"{name}.txt").read_text()
+    joined = text.replace("\\\n", " ")
+    requirements = [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert requirements
+    for line in requirements:
+        assert re.match(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?==[\w.!+]+\s", line), line
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", line), line
+        assert "://" not in line, line
+
+
+def test_requirement_files_agree() -> None:
+    versions: dict[str, set[str]] = {}
+    for path in (ROOT / "api-gateway/requirements").glob("*.txt"):
+        for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", path.read_text(), re.MULTILINE):
+            versions.setdefault(name.lower().replace("_", "-"), set()).add(version)
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_files_are_short(texts: dict[str, str]) -> None:
+    def counts(name: str) -> bool:
+        path = Path(name)
+        return path.suffix in SOURCES or (path.parts[0] in ("scripts", ".ci") and not path.suffix)
+
+    long = {name for name, text in texts.items() if counts(name) and text.count("\n") > LINES_MAX}
+    assert not long - LONGER.keys(), "split it, or give a reason in LONGER"
+    assert not LONGER.keys() - long, "a reason for a file that is short, or gone"
+
+
+def test_programs_are_executable() -> None:
+    for path in [ROOT / "corral", ROOT / ".ci/run", *(ROOT / "scripts").iterdir()]:
+        assert path.stat().st_mode & 0o111, f"{path.name} is not executable"
+        assert path.read_text().startswith("#!"), f"{path.name} does not say what runs it"

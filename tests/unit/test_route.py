@@ -1,0 +1,87 @@
+"""The allow-list: what exists, and that nothing else does."""
+
+from __future__ import annotations
+
+import pytest
+
+from corral.gateway.route import Kind, api_of, model_of, resolve
+from corral.wire.errors import ApiError
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "api"),
+    [
+        (b"POST", b"/api/chat", "native"),
+        (b"GET", b"/api/tags", "native"),
+        (b"POST", b"/v1/chat/completions", "openai"),
+        (b"GET", b"/v1/models", "openai"),
+        (b"GET", b"/v1/models/library/llama3.2:3b", "openai"),
+        (b"POST", b"/v1/messages", "anthropic"),
+    ],
+)
+def test_a_route_is_found(method: bytes, target: bytes, api: str) -> None:
+    assert resolve(method, target).api == api
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"//api/chat",
+        b"/api//chat",
+        b"/api/chat/",
+        b"/API/chat",
+        b"/api/ch%61t",
+        b"/api/chat?x=1",
+        b"/api/chat#a",
+        b"/api/./chat",
+        b"/api/x/../chat",
+        b"/api/pull",
+        b"/api/push",
+        b"/api/create",
+        b"/api/copy",
+        b"/api/delete",
+        b"/api/blobs/sha256:00",
+        b"/",
+        b"*",
+        b"http://node/api/chat",
+        b"/metrics",
+        b"/internal/snapshot",
+        b"/admin/keys",
+        b"/v1/models/",
+        b"/v1/models/../api",
+        b"/v1/models/a//b",
+        b"/v1/models/a%2eb",
+        b"/api/chat\xff",
+    ],
+)
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"DELETE", b"PUT", b"HEAD", b"OPTIONS", b"TRACE", b"CONNECT"])
+def test_nothing_else_is(method: bytes, target: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        resolve(method, target)
+    assert caught.value.status == 404
+
+
+def test_a_wrong_method_is_not_found() -> None:
+    for method, target in [(b"GET", b"/api/chat"), (b"POST", b"/api/tags"), (b"DELETE", b"/v1/models/a")]:
+        with pytest.raises(ApiError):
+            resolve(method, target)
+
+
+@pytest.mark.parametrize("target", [b"/v1/responses", b"/v1/messages/count_tokens"])
+def test_what_comes_later_is_a_501(target: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        resolve(b"POST", target)
+    assert caught.value.status == 501
+
+
+def test_health_needs_no_key() -> None:
+    assert resolve(b"GET", b"/health").kind is Kind.HEALTH
+
+
+def test_the_shape_of_an_error_follows_the_path() -> None:
+    assert [api_of(t) for t in (b"/x", b"/v1/x", b"/v1/messages/x")] == ["native", "openai", "anthropic"]
+
+
+def test_the_model_of_a_target() -> None:
+    assert model_of(b"/v1/models/a/b:c") == "a/b:c"
+    assert model_of(b"/v1/models/a b") == ""

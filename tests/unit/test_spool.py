@@ -1,0 +1,143 @@
+"""The spool: frames, groups, shipping, torn and flipped bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corral.store.spool import (
+    HEADER,
+    SpoolCorrupt,
+    SpoolReader,
+    SpoolWriter,
+    decode_frames,
+    encode_frame,
+    segments,
+    whole_frames,
+)
+
+RECORDS = st.lists(
+    st.dictionaries(st.text(max_size=5), st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=20))),
+    max_size=8,
+)
+
+
+@given(RECORDS, st.integers(0, 300))
+def test_frames_round_trip_and_a_cut_tail_is_left_out(records: list[dict[str, object]], cut: int) -> None:
+    data = b"".join(encode_frame(record) for record in records)
+    assert [record for _, record in decode_frames(data)] == records
+    part = data[:cut]
+    read = list(decode_frames(part))
+    assert [record for _, record in read] == records[: len(read)]
+    assert (read[-1][0] if read else 0) == whole_frames(part)
+
+
+def test_each_flipped_byte_is_found() -> None:
+    data = encode_frame({"id": "a", "n": 1}) + encode_frame({"id": "b", "n": 2})
+    for position in range(HEADER.size, len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 0x20
+        try:
+            assert [record for _, record in decode_frames(bytes(changed))] != [
+                {"id": "a", "n": 1},
+                {"id": "b", "n": 2},
+            ]
+        except SpoolCorrupt as error:
+            assert error.offset in (0, whole_frames(data[: len(data) // 2 + 1]))
+
+
+def test_a_group_is_one_write_and_nothing_is_there_before(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path)
+    writer.append({"n": 1})
+    writer.append({"n": 2})
+    assert writer.segment.read_bytes() == b""
+    writer.flush()
+    assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1, 2]
+    writer.close()
+
+
+def test_segments_roll_and_a_new_writer_never_appends_to_an_old_one(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, segment_bytes=100)
+    for number in range(10):
+        writer.append({"number": number, "text": "x" * 20})
+        writer.flush()
+    writer.close()
+    count = len(segments(tmp_path))
+    assert count > 2
+    SpoolWriter(tmp_path).close()
+    assert len(segments(tmp_path)) == count
+    assert oct(segments(tmp_path)[0].stat().st_mode)[-3:] == "600"
+
+
+def test_a_full_disk_leaves_no_half_frame_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = SpoolWriter(tmp_path)
+    writer.append({"n": 1})
+    writer.flush()
+    real_write = os.write
+    calls: list[int] = []
+
+    def full(descriptor: int, data: bytes) -> int:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_write(descriptor, bytes(data[:7]))
+
+    writer.append({"n": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            writer.flush()
+    assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1]
+    assert whole_frames(writer.segment.read_bytes()) == writer.segment.stat().st_size
+    writer.append({"n": 3})
+    writer.flush()
+    assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1, 2, 3]
+    writer.close()
+
+
+def test_the_reader_hands_out_each_record_once_and_deletes_what_is_shipped(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, segment_bytes=200)
+    reader = SpoolReader(tmp_path)
+    got: list[int] = []
+
+    def ship() -> None:
+        while (piece := reader.next_chunk(limit=150)) is not None:
+            segment, offset, frames = piece
+            got.extend(record["n"] for _, record in decode_frames(frames))
+            reader.confirm(segment, offset + len(frames))
+        reader.drop_shipped(writer.segment, lambda path, offset: pytest.fail(f"{path} is not torn"))
+
+    for number in range(40):
+        writer.append({"n": number, "text": "y" * 10})
+        writer.flush()
+        if number % 7 == 0:
+            ship()
+    ship()
+    assert got == list(range(40))
+    assert segments(tmp_path) == [writer.segment]
+    writer.close()
+
+
+def test_a_torn_tail_is_put_aside_and_what_follows_is_shipped(tmp_path: Path) -> None:
+    first = SpoolWriter(tmp_path)
+    first.append({"n": 1})
+    first.flush()
+    with first.segment.open("ab") as file:
+        file.write(encode_frame({"n": 2})[:-3])
+    second = SpoolWriter(tmp_path)
+    second.append({"n": 3})
+    second.flush()
+    reader = SpoolReader(tmp_path)
+    got: list[int] = []
+    while (piece := reader.next_chunk()) is not None:
+        got.extend(record["n"] for _, record in decode_frames(piece[2]))
+        reader.confirm(piece[0], piece[1] + len(piece[2]))
+    torn: list[str] = []
+    reader.drop_shipped(second.segment, lambda path, offset: torn.append(path.name))
+    assert got == [1, 3]
+    assert torn == [first.segment.name]

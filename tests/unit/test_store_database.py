@@ -1,0 +1,164 @@
+"""The database: migrations, its mode, and the spool's way into it."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import insert, select, text
+
+from corral.store.database import Database, DatabaseError, DatabaseTooNew, resolve
+from corral.store.ingest import WrongOffset, ingest
+from corral.store.spool import SpoolCorrupt, encode_frame
+from corral.store.tables import audit, keys, metadata
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Any:
+    made = Database(resolve("sqlite:///corral.db", tmp_path))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def rows(database: Database) -> list[dict[str, Any]]:
+    return database.read_now(
+        lambda connection: [dict(row) for row in connection.execute(select(audit).order_by(audit.c.seq)).mappings()]
+    )
+
+
+def admit(number: int = 1, **fields: Any) -> dict[str, Any]:
+    record = {"t": "admit", "id": f"edge-{number}", "request_id": "shown", "ts": 1.5, "gw": "g", "key": "k"}
+    return {**record, "addr": "::1", "api": "native", "route": "/api/chat", "model": "m:latest", **fields}
+
+
+def settle(number: int = 1, **fields: Any) -> dict[str, Any]:
+    done = {"method": "POST", "status": 200, "outcome": "ok", "node": "node-1", "attempts": 1, "req_bytes": 9}
+    measured = {"resp_bytes": 8, "prompt_tokens": 7, "tokens": 6, "queue_ms": 0.5, "ttft_ms": None, "ms": 12.25}
+    return {**admit(number), "t": "settle", **done, **measured, **fields}
+
+
+def take(database: Database, offset: int, data: bytes, segment: str = "00000001.seg") -> int:
+    return database.write_now(ingest, "gateway-1", segment, offset, data)
+
+
+def test_migrations_make_the_tables_of_this_version(database: Database) -> None:
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_migrate_again_changes_nothing(database: Database) -> None:
+    version = database.version()
+    database.migrate()
+    assert database.version() == version == "0001"
+
+
+def test_a_newer_database_is_refused_with_both_versions(database: Database) -> None:
+    database.write_now(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num='9999'")))
+    with pytest.raises(DatabaseTooNew, match=r"9999.*0001"):
+        database.migrate()
+    assert database.version() == "9999"
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "corral.db").write_bytes(b"not a database at all, but long enough to be looked at" * 20)
+    database = Database(resolve("sqlite:///corral.db", tmp_path))
+    with pytest.raises(DatabaseError, match=r"corral\.db"):
+        database.migrate()
+    database.close()
+
+
+def test_files_are_private_and_in_wal_mode(database: Database, tmp_path: Path) -> None:
+    database.write_now(lambda connection: connection.execute(insert(audit).values(id="a", ts=1.0)))
+    for path in tmp_path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    with sqlite3.connect(tmp_path / "corral.db") as plain:
+        assert plain.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    plain.close()
+
+
+def test_a_failed_write_leaves_nothing(database: Database) -> None:
+    def half(connection: Any) -> None:
+        connection.execute(insert(audit).values(id="a", ts=1.0))
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        database.write_now(half)
+    assert rows(database) == []
+
+
+def test_admit_inserts_and_settle_completes(database: Database) -> None:
+    first, second = encode_frame(admit()), encode_frame(settle())
+    offset = take(database, 0, first)
+    assert [(row["id"], row["outcome"]) for row in rows(database)] == [("edge-1", None)]
+    assert take(database, offset, second) == len(first) + len(second)
+    (row,) = rows(database)
+    expected = {name: value for name, value in settle().items() if name not in ("t", "gw")}
+    assert {name: row[name] for name in expected} == expected
+    assert row["gw"] == "gateway-1", "the spool's own name counts, not what a record says"
+
+
+def test_settle_before_admit_stays_settled(database: Database) -> None:
+    offset = take(database, 0, encode_frame(settle()))
+    take(database, offset, encode_frame(admit()))
+    (row,) = rows(database)
+    assert (row["outcome"], row["tokens"]) == ("ok", 6)
+
+
+def test_the_first_settle_counts(database: Database) -> None:
+    offset = take(database, 0, encode_frame(settle()))
+    take(database, offset, encode_frame(settle(tokens=600)))
+    assert [row["tokens"] for row in rows(database)] == [6]
+
+
+def test_two_requests_of_one_shown_id_are_two_rows(database: Database) -> None:
+    take(database, 0, encode_frame(settle(1)) + encode_frame(settle(2)))
+    assert [row["request_id"] for row in rows(database)] == ["shown", "shown"]
+
+
+def test_the_same_frames_again_are_refused(database: Database) -> None:
+    data = encode_frame(settle())
+    take(database, 0, data)
+    with pytest.raises(WrongOffset) as raised:
+        take(database, 0, data)
+    assert raised.value.offset == len(data)
+    assert len(rows(database)) == 1
+
+
+def test_an_unfinished_tail_is_left_for_later(database: Database) -> None:
+    first, second = encode_frame(admit(1)), encode_frame(admit(2))
+    assert take(database, 0, first + second[:-1]) == len(first)
+    assert take(database, len(first), second) == len(first) + len(second)
+    assert len(rows(database)) == 2
+
+
+def test_a_corrupt_frame_is_named_by_its_place_in_the_segment(database: Database) -> None:
+    good, bad = encode_frame(admit(1)), bytearray(encode_frame(admit(2)))
+    bad[-1] ^= 1
+    assert take(database, 0, good + bytes(bad)) == len(good)
+    with pytest.raises(SpoolCorrupt) as raised:
+        take(database, len(good), bytes(bad))
+    assert raised.value.offset == len(good)
+    assert len(rows(database)) == 1
+
+
+def test_a_field_of_the_wrong_type_costs_the_field_alone(database: Database) -> None:
+    take(database, 0, encode_frame(settle(tokens="many", status=True, model="a\0b")))
+    (row,) = rows(database)
+    assert (row["tokens"], row["status"], row["model"], row["ms"]) == (None, None, "ab", 12.25)
+
+
+def test_use_of_a_key_is_noted(database: Database) -> None:
+    now = time.time()
+    row = {"id": "k", "name": "n", "tenant": "t", "role": "inference", "models": ["*"], "class": "batch"}
+    database.write_now(lambda connection: connection.execute(insert(keys).values(**row, created=now)))
+    offset = take(database, 0, encode_frame(settle(1, ts=50.0)))
+    take(database, offset, encode_frame(settle(2, ts=40.0)))
+    assert database.read_now(lambda connection: connection.execute(select(keys.c.last_used)).scalar()) == 50.0
