@@ -96,8 +96,9 @@ class FakeNode:
 
     def wait_for_close(self, connection: socket.socket) -> None:
         """Block until the other side closes."""
-        while connection.recv(4096):
-            pass
+        with suppress(ConnectionResetError):
+            while connection.recv(4096):
+                pass
         self.ended.set()
 
     def _accept(self) -> None:

@@ -140,6 +140,8 @@ async def ask(socket: Path, command: str) -> str:
         try:
             writer.write(command.encode() + b"\n")
             await writer.drain()
+            # The master holds the connection open for more, until it hears that there is none.
+            writer.write_eof()
             return (await reader.read(-1)).decode("utf-8", "replace")
         finally:
             writer.close()

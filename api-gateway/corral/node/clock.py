@@ -6,6 +6,7 @@ import math
 import re
 import time
 from datetime import UTC, datetime
+from functools import lru_cache
 
 # What Go's largest duration (2**63 nanoseconds) is in seconds: Ollama's "for ever" is this far ahead.
 FOREVER = (2**63 - 1) / 1e9
@@ -18,8 +19,12 @@ def rfc3339(ns: int | None = None) -> str:
     """``ns`` since the epoch (now if None) as ``2026-01-02T03:04:05.678901234Z``, zeros at the end cut."""
     ns = time.time_ns() if ns is None else ns
     seconds, fraction = divmod(ns, 1_000_000_000)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{text}.{fraction:09d}".rstrip("0").rstrip(".") + "Z"
+    return f"{_second(seconds)}.{fraction:09d}".rstrip("0").rstrip(".") + "Z"
+
+
+@lru_cache(maxsize=16)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def expiry(seconds: float) -> str:

@@ -63,6 +63,7 @@ class LlamaRunner:
         self._context = options.num_ctx
         room = (options.num_ctx // _CONTEXT_STEP + 1) * _CONTEXT_STEP
         self.size = model.size + head.cache_bytes(room) * parallel
+        self.slots = parallel
         self._socket = socket
         self._config = {
             "model": str(model.path),

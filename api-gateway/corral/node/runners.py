@@ -51,9 +51,13 @@ class Piece:
 
 
 class Runner(Protocol):
-    """A model in memory. Every method may raise NodeError; ``start`` is called once, before all others."""
+    """A model in memory of ``size`` bytes that works on ``slots`` requests at once.
+
+    Every method may raise NodeError; ``start`` is called once, before all others.
+    """
 
     size: int
+    slots: int
 
     @property
     def alive(self) -> bool: ...

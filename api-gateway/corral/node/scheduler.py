@@ -34,6 +34,7 @@ class Loaded:
     last_use: int = 0
     expires: str = ""
     ready: bool = False
+    evicted: bool = False
     timer: asyncio.TimerHandle | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -117,6 +118,8 @@ class Scheduler:
                     victim = self._loaded.get(model.key) or self._victim(runner)
                     if victim is None:
                         return await self._load(model, options, keep_alive, runner)
+                    # A busy victim may be given further requests (as in Ollama) but goes at its first idle moment.
+                    victim.evicted = True
                     self._expire(victim)
                     await victim.gone.wait()
         finally:
@@ -134,7 +137,7 @@ class Scheduler:
 
     async def _load(self, model: Model, options: Options, keep_alive: float | None, runner: Runner) -> Loaded:
         session = KEEP_ALIVE if keep_alive is None else keep_alive
-        entry = Loaded(model, options, runner, session, asyncio.Semaphore(self._parallel))
+        entry = Loaded(model, options, runner, session, asyncio.Semaphore(runner.slots))
         self._loaded[model.key] = entry
         try:
             await runner.start()
@@ -145,7 +148,7 @@ class Scheduler:
         return entry
 
     def _idle(self, entry: Loaded) -> None:
-        if entry.session <= 0 or not entry.runner.alive:
+        if entry.evicted or entry.session <= 0 or not entry.runner.alive:
             self._drop(entry)
             return
         entry.expires = clock.expiry(entry.session)

@@ -34,4 +34,5 @@ def _call(path: Path, command: str) -> str:
         connection.settimeout(20)
         connection.connect(str(path))
         connection.sendall(command.encode() + b"\n")
+        connection.shutdown(socket.SHUT_WR)  # the master would wait for more
         return b"".join(iter(lambda: connection.recv(65536), b"")).decode(errors="replace")

@@ -71,15 +71,15 @@ def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progr
     step("edge to control", lambda: _ok(plan.url, "/admin/status", key=admin))
 
 
-def first_model(plan: Plan) -> str:
-    """A model to show in the example."""
+def first_model(plan: Plan) -> str | None:
+    """A model to show in the example; None where no node has any."""
     for node in plan.settings.nodes:
         try:
             if names := models.listed(node.url):
                 return min(names, key=lambda name: "embed" in name)
         except http.Unreachable:
             continue
-    return "MODEL"
+    return None
 
 
 def _models(plan: Plan, progress: Progress) -> None:
@@ -89,9 +89,9 @@ def _models(plan: Plan, progress: Progress) -> None:
     if plan.fleet.kind == "ollama" and not models.listed(urls[0]):
         models.install(urls[0], None if plan.fleet.gpus else nodes.threads(plan.fleet.count))
         progress("model  smollm2:135m installed")
-    if plan.fleet.kind == "simulated":
-        return
     name = first_model(plan)
+    if plan.fleet.kind == "simulated" or name is None:
+        return
     with ThreadPoolExecutor(max_workers=len(urls)) as pool:
         slowest = max(pool.map(lambda url: models.warm(url, name), urls))
     progress(f"model  {name} loaded on {len(urls)} node{'s' if len(urls) > 1 else ''} in {slowest:.1f} s")

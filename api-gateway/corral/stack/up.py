@@ -226,20 +226,24 @@ def _welcome(made: Plan, state: StateFolder) -> dict[str, Any]:
         if answer.status not in (200, 201) or not isinstance(created, dict) or "key" not in created:
             raise StackError(f"no key could be made: {answer.status} {answer.body.decode(errors='replace')[:200]}")
         key = str(created["key"])
-        ready.until("the key works", lambda: _works(made.url, key), 10.0)
     model = ready.first_model(made)
+    ready.until("the gateway knows key and model", lambda: _knows(made.url, key or admin, model), 20.0)
     shown = key or "$CORRAL_KEY"
     curl = (
         f"curl {made.url}/api/chat -H 'Authorization: Bearer {shown}' "
-        f"""-d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
+        f"""-d '{{"model": "{model or "MODEL"}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
     )
     if key is None:
         curl = curl.replace("'Authorization: Bearer $CORRAL_KEY'", '"Authorization: Bearer $CORRAL_KEY"')
     return {"key": key, "model": model, "curl": curl}
 
 
-def _works(url: str, key: str | None) -> bool:
-    return http.request(url, "GET", "/api/tags", key=key).status == 200
+def _knows(url: str, key: str, model: str | None) -> bool:
+    """Whether the gateway takes the key and lists the model (a fleet may have none yet)."""
+    answer = http.request(url, "GET", "/api/tags", key=key)
+    value = answer.json()
+    listed = value.get("models", []) if isinstance(value, dict) else []
+    return answer.status == 200 and (model is None or any(item.get("name") == model for item in listed))
 
 
 def _already(state: StateFolder) -> str:

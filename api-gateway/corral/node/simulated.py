@@ -1,0 +1,282 @@
+"""The simulated back end: models that take the time they are said to take, and say nothing of worth.
+
+A simulated model loads for ``load`` seconds, reads a prompt at ``prefill`` tokens/s and writes at ``decode``
+tokens/s, each request by itself, whatever else runs. Its text is a function of all text before it, so that a
+request with the prompt and the start of an answer continues that answer exactly, as a real model does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import yaml
+
+from corral.config import values
+from corral.node import names, prompt
+from corral.node.errors import NodeError
+from corral.node.faults import Disconnect, EndWithoutDone, Fault, Faults
+from corral.node.models import Model, newest_first
+from corral.node.names import Name
+from corral.node.options import Options
+from corral.node.runners import BROKEN, TOO_LONG, Completion, Piece, Runner, truncated
+
+_WORDS = (
+    "corral horse river stone light north field water road bridge garden window paper letter winter summer "
+    "morning evening market harbor island forest mountain valley engine signal circle number answer question"
+).split()
+_TOKEN = re.compile(r"\s*(?:<\|\w+\|>|\w+|[^\w\s])|\s+")
+_WIDTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a simulated model is like: seconds, tokens per second, bytes, tokens of an unbounded answer."""
+
+    name: str
+    load: float = 1.0
+    prefill: float = 2500.0
+    decode: float = 60.0
+    slots: int | None = None
+    size: int = 4 << 30
+    tokens: int = 64
+    context: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """A simulated node: its models, its memory in bytes and how many models it holds at most."""
+
+    models: tuple[Profile, ...] = (Profile("sim-small"), Profile("sim-large", load=4.0, decode=25.0, size=16 << 30))
+    memory: int | None = None
+    max_loaded: int | None = None
+
+
+def load(source: Path | Mapping[str, Any] | None) -> Simulation:
+    """The simulation that a YAML or JSON file (or its content) describes; two models by default.
+
+    Raises ValueError naming what is wrong.
+    """
+    if source is None:
+        return Simulation()
+    data = yaml.safe_load(source.read_text("utf-8")) if isinstance(source, Path) else source
+    if not isinstance(data, Mapping) or not isinstance(data.get("models"), list):
+        raise ValueError("models: a list of models is needed")
+    if unknown := set(data) - {"models", "memory", "max_loaded"}:
+        raise ValueError(f"unknown field {sorted(unknown)[0]}")
+    memory = _bytes(data["memory"]) if data.get("memory") is not None else None
+    return Simulation(tuple(_profile(entry) for entry in data["models"]), memory, data.get("max_loaded"))
+
+
+def _profile(entry: Any) -> Profile:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise ValueError("models: each needs a name")
+    if unknown := set(entry) - set(Profile.__dataclass_fields__):
+        raise ValueError(f"models: {entry['name']}: unknown field {sorted(map(str, unknown))[0]}")
+    given = dict(entry)
+    if "size" in given:
+        given["size"] = _bytes(given["size"])
+    for name, value in given.items():
+        if name != "name" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"models: {entry['name']}: {name} must be a number")
+    return Profile(**given)
+
+
+def _bytes(value: Any) -> int:
+    return values.size(value) if isinstance(value, str) else int(value)
+
+
+class SimulatedStore:
+    """The models of a simulation. Copies and deletions last as long as the process."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.profiles: dict[str, Profile] = {}
+        self._models: dict[Name, Model] = {}
+        for profile in simulation.models:
+            name = names.parse(profile.name)
+            digest = hashlib.sha256(f"simulated {profile}".encode()).hexdigest()
+            self.profiles[digest] = profile
+            self._models[name] = Model(
+                name=name,
+                digest=digest,
+                size=profile.size,
+                modified_ns=time.time_ns(),
+                details={
+                    "parent_model": "",
+                    "format": "simulated",
+                    "family": "simulated",
+                    "families": ["simulated"],
+                    "parameter_size": "1B",
+                    "quantization_level": "Q4_0",
+                },
+                template=prompt.CHATML,
+                parameters={"stop": prompt.CHATML_STOP},
+                context_length=profile.context,
+            )
+
+    def find(self, text: str) -> Model | None:
+        wanted = str(names.parse(text)).lower()
+        return next((model for name, model in self._models.items() if str(name).lower() == wanted), None)
+
+    def all(self) -> list[Model]:
+        return newest_first(list(self._models.values()))
+
+    def copy(self, source: Name, target: Name) -> bool:
+        model = self.find(str(source))
+        if model is not None:
+            self._models[target] = replace(model, name=target, modified_ns=time.time_ns())
+        return model is not None
+
+    def delete(self, name: Name) -> bool:
+        model = self.find(str(name))
+        return model is not None and self._models.pop(model.name) is model
+
+    def information(self, model: Model, verbose: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        information = {
+            "general.architecture": "simulated",
+            "general.parameter_count": 1_000_000_000,
+            "simulated.context_length": model.context_length,
+            "simulated.embedding_length": _WIDTH,
+        }
+        return information, []
+
+
+class SimulatedBackend:
+    """Makes simulated runners; ``faults`` holds what they are to do wrong."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.store = SimulatedStore(simulation)
+        self.faults = Faults()
+
+    def runner(self, model: Model, options: Options, parallel: int) -> Runner:
+        profile = self.store.profiles[model.digest]
+        return SimulatedRunner(model, profile, options.num_ctx, profile.slots or parallel, self.faults)
+
+    def close(self) -> None:
+        self.faults.clear()
+
+
+class SimulatedRunner:
+    """A simulated model in memory."""
+
+    alive = True
+
+    def __init__(self, model: Model, profile: Profile, context: int, slots: int, faults: Faults) -> None:
+        self.size = model.size
+        self.slots = slots
+        self._name = model.name.short
+        self._profile = profile
+        self._context = context
+        self._faults = faults
+
+    async def start(self) -> None:
+        await asyncio.sleep(self._profile.load)
+
+    async def close(self) -> None:
+        return None
+
+    async def tokenize(self, text: str) -> list[int]:
+        return [crc32(piece.encode()) & 0x7FFFFFFF for piece in _TOKEN.findall(text)]
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        return "".join(f" {_WORDS[token % len(_WORDS)]}" for token in tokens)
+
+    async def embed(self, text: str) -> tuple[list[float], int]:
+        count = len(await self.tokenize(text))
+        if count > self._context:
+            raise NodeError(400, TOO_LONG)
+        if fault := self._faults.take(self._name):
+            await self._show(fault)
+        await asyncio.sleep(count / self._profile.prefill)
+        seed = hashlib.shake_256(text.encode()).digest(_WIDTH)
+        vector = [byte / 127.5 - 1.0 for byte in seed]
+        length = math.sqrt(sum(value * value for value in vector))
+        return [value / length for value in vector], count
+
+    async def complete(self, request: Completion) -> AsyncIterator[Piece]:
+        options, profile = request.options, self._profile
+        prompt_tokens = len(
+            truncated(await self.tokenize(request.prompt), self._context, options.num_keep, request.truncate)
+        )
+        fault = self._faults.take(self._name)
+        if fault and not fault.after_tokens and fault.kind != "slow":
+            await self._show(fault)
+        start = time.monotonic()
+        await asyncio.sleep(prompt_tokens / profile.prefill)
+        reason, tokens = ("length", options.num_predict) if options.num_predict > 0 else ("stop", profile.tokens)
+        if not request.shift and prompt_tokens + tokens > self._context:
+            reason, tokens = "length", max(1, self._context - prompt_tokens)
+        first = time.monotonic()
+        sent = 0
+        for text, last in _text(request, tokens):
+            # Against the clock, not token after token: sleeping late must not add up.
+            delay = first + sent / profile.decode - time.monotonic()
+            if delay > 0:
+                await asyncio.sleep(delay)
+            if fault and sent >= fault.after_tokens and (sent or fault.kind == "slow"):
+                first += fault.delay if fault.kind == "slow" else 0.0
+                await self._show(fault)
+                if fault.kind == "nonsense":
+                    yield Piece("?", raw=b'\x00{"model": nonsense\n')
+            sent += 1
+            if last:
+                reason = "stop"
+            if text:
+                yield Piece(text, logprobs=_logprobs(text, request.logprobs))
+            if last:
+                break
+        yield Piece(
+            done=True,
+            reason=reason,
+            prompt_tokens=prompt_tokens,
+            prompt_ns=int((first - start) * 1e9),
+            tokens=sent,
+            eval_ns=int((time.monotonic() - first) * 1e9),
+        )
+
+    async def _show(self, fault: Fault) -> None:
+        """Do what ``fault`` says where it is not a matter of the answer's text."""
+        if fault.kind == "hang":
+            await self._faults.hang()
+        elif fault.kind == "fail":
+            raise NodeError(fault.status, BROKEN if fault.after_tokens else fault.message)
+        elif fault.kind == "slow":
+            await asyncio.sleep(fault.delay)
+        elif fault.kind == "no_done":
+            raise EndWithoutDone
+        elif fault.kind in ("reset", "cut_after"):
+            raise Disconnect(reset=fault.kind == "reset")
+
+
+def _text(request: Completion, tokens: int) -> list[tuple[str, bool]] | Any:
+    """(text of a token, whether a stop string ends the answer with it) for up to ``tokens`` tokens."""
+    state = crc32(request.prompt.encode())
+    written = ""
+    for at in range(tokens):
+        piece = ("" if not written and request.prompt[-1:].isspace() else " ") + _WORDS[state % len(_WORDS)]
+        if request.schema is not None:
+            piece = ('{"text": "' if at == 0 else "") + piece + ('"}' if at == tokens - 1 else "")
+        state = crc32(piece.encode(), state)
+        written += piece
+        found = [cut for stop in request.options.stop if stop and (cut := written.find(stop)) >= 0]
+        if found:
+            yield written[len(written) - len(piece) : min(found)], True
+            return
+        yield piece, False
+
+
+def _logprobs(text: str, top: int | None) -> list[dict[str, Any]] | None:
+    if top is None:
+        return None
+    entry: dict[str, Any] = {"token": text, "logprob": -0.5, "bytes": list(text.encode())}
+    if top:
+        entry["top_logprobs"] = [dict(entry)]
+    return [entry]
