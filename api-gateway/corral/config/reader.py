@@ -80,7 +80,7 @@ class Source:
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, (*place, index), file) for index, item in enumerate(node.value)]
         try:
-            value = _scalars.construct_object(node)  # type: ignore[no-untyped-call]
+            value = _scalars.construct_object(node)
         except yaml.YAMLError as error:
             self.problems.append(f"{line}: {getattr(error, 'problem', error)}")
             return None

@@ -26,6 +26,7 @@ from corral.store.valkey import Valkey
 
 VALKEY_TIMEOUT = 1.0
 CATCH_UP = 1.0
+INSIST = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,7 @@ class Application:
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
             await control.fleet.close()
             control.database.close()
 
@@ -90,6 +89,15 @@ def _reloader(settings: Settings, state: Path) -> HaproxyReloader:
     if socket is None:
         return HaproxyReloader(None, None, None)
     return HaproxyReloader(plan_from(run / "haproxy.json"), run / "haproxy.cfg", state / socket)
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they are done: `asyncio.wait_for` of Python 3.11 may swallow a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=INSIST)
 
 
 async def _catch_up(control: Control) -> None:

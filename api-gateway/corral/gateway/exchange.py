@@ -208,6 +208,9 @@ class Exchange:
         """Step 8. The attempt is over and gave back its place on the node."""
         gateway, history = self.gateway, self.history
         self._attempt = None
+        if failure is Failure.CALLER and cause is not None and self.decoded.without_thinking(cause.message):
+            self._dispatch()
+            return
         if failure is Failure.CONNECT:
             history.connects += 1
         elif failure is Failure.RESET:
@@ -220,7 +223,7 @@ class Exchange:
             return
         error = final_error(failure, history, cause)
         if self._open:
-            last = errors.in_band(self.api, error)
+            last = errors.in_band(self.api, error, self.request_id)
             self._settle(
                 error.status,
                 "upstream_error",
@@ -266,7 +269,7 @@ class Exchange:
             headers += b"Retry-After: %d\r\n" % error.retry_after
         if error.status == 401:
             headers += b"WWW-Authenticate: Bearer\r\n"
-        self._finish_whole(error.status, headers, errors.render(self.api, error))
+        self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
 
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
         keep_alive = self.request.keep_alive
@@ -314,7 +317,7 @@ class Exchange:
     def _expire(self) -> None:
         error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")
         if self._open:
-            last = errors.in_band(self.api, error)
+            last = errors.in_band(self.api, error, self.request_id)
             self._settle(504, "timeout", len(last), lambda _: self.connection.end(last, keep_alive=False))
         else:
             self.refuse(error)

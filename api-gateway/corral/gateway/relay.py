@@ -92,11 +92,17 @@ class Attempt:
             status = 400 if failure is Failure.CALLER and self._status >= 500 else self._status
             code = {400: "bad_request", 404: "model_not_found"}.get(status, "upstream_error")
             self._fail(failure, ApiError(status, code, message))
-        elif not self._exchange.decoded.responder.done:
-            self._fail(Failure.RESET)  # an orderly end in the middle of an answer is none
-        else:
+            return
+        responder = self._exchange.decoded.responder
+        if not responder.done:
+            self.on_body(b"\n")  # an answer that is one object has no line end of its own
+            if self._over:
+                return
+        if responder.done:
             self._close()
             self._exchange.answered()
+        else:
+            self._fail(Failure.RESET)  # an orderly end in the middle of an answer is none
 
     def on_lost(self, untouched: bool) -> None:
         self._connection = None

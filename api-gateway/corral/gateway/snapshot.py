@@ -104,7 +104,8 @@ class Feed:
                         log.warning("control gives no snapshot, the last one holds: %r", error)
                     silent = True
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), POLL)
+                    async with asyncio.timeout(POLL):
+                        await self._wake.wait()
                 self._wake.clear()
 
     async def _poll(self, client: httpx.AsyncClient) -> None:

@@ -200,12 +200,10 @@ class Upstreams:
 
     async def _connect(self, address: Address, done: Callable[[UpstreamConnection | OSError], None]) -> None:
         try:
-            _, connection = await asyncio.wait_for(
-                self._loop.create_connection(
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                _, connection = await self._loop.create_connection(
                     lambda: UpstreamConnection(self, address, self._loop), address[0], address[1]
-                ),
-                CONNECT_TIMEOUT,
-            )
+                )
         except TimeoutError:
             done(ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s"))
         except OSError as error:

@@ -23,6 +23,7 @@ _GO = {
     "bool": "bool",
     "int": "int",
     "float": "float64",
+    "float32": "float32",
     "map": "map[string]interface {}",
     "strings": "map[string]string",
     "image": "api.ImageData",
@@ -189,10 +190,11 @@ def _field(value: Any, kind: Kind, struct: str, path: str) -> Any:
         "bool": bool,
         "int": int,
         "float": int | float,
+        "float32": int | float,
         "map": dict,
         "strings": dict,
     }[kind]
-    if not isinstance(value, expected) or (kind in ("int", "float") and isinstance(value, bool)):
+    if not isinstance(value, expected) or (kind in ("int", "float", "float32") and isinstance(value, bool)):
         raise _mismatch(value, struct, path, _GO[kind])
     if kind == "image":
         return _image(value)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from corral.node.errors import NodeError
@@ -25,11 +25,11 @@ SSE = "text/event-stream"
 encode = msgspec.json.encode
 
 # Turns an error into the body of the API that was called.
-ErrorBody = Callable[[int, str], dict[str, Any]]
+ErrorBody = Callable[[NodeError], dict[str, Any]]
 
 
-def native_error(status: int, message: str) -> dict[str, Any]:
-    return {"error": message}
+def native_error(error: NodeError) -> dict[str, Any]:
+    return {"error": error.message}
 
 
 class Reply:
@@ -41,6 +41,7 @@ class Reply:
         self._send = send
         self._stream: tuple[str, dict[str, str]] | None = None
         self.started = False
+        self.translated = False  # on /v1 Ollama's content types are slightly different
 
     async def json(self, value: Any, status: int = 200, content_type: str = JSON) -> None:
         await self.send(encode(value), status, content_type)
@@ -77,13 +78,13 @@ class Reply:
     async def fail(self, error: NodeError, body: ErrorBody) -> None:
         """The error with its status, or as the last line of a stream that has begun."""
         if not self.started:
-            content_type = BARE_JSON if self._stream else JSON
-            await self.json(body(error.status, error.message), error.status, content_type)
+            content_type = BARE_JSON if self._stream or (self.translated and not error.kind) else JSON
+            await self.json(body(error), error.status, content_type)
         else:
             if self._stream and self._stream[0] == NDJSON:
                 await self.line({"error": error.message})
             elif self._stream:
-                await self.chunk(b"data: " + encode(body(error.status, error.message)) + b"\n\n")
+                await self.chunk(b"data: " + encode(body(error)) + b"\n\n")
             await self.end()
 
     def drop(self, reset: bool) -> None:
@@ -147,3 +148,20 @@ def endpoint(operation: Operation, errors: ErrorBody = native_error) -> Callable
         return Exchange(operation, request.app.state.node, request, body, errors)
 
     return handle
+
+
+def upload(operation: Operation) -> Callable[[Request], Awaitable[Exchange]]:
+    """As ``endpoint`` for an operation that reads the request's body by itself, as a stream."""
+
+    async def handle(request: Request) -> Exchange:
+        return Upload(operation, request.app.state.node, request, b"", native_error)
+
+    return handle
+
+
+class Upload(Exchange):
+    """An exchange whose operation notices by itself, while it reads, that the client left."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientDisconnect):
+            await self._run(Reply(scope, send))

@@ -108,7 +108,8 @@ async def chat(node: Node, request: Mapping[str, Any]) -> Answers:
     model = node.model(name)
 
     def line(**fields: Any) -> dict[str, Any]:
-        return {"model": name, "created_at": clock.rfc3339(), "message": {"role": "assistant", "content": ""}, **fields}
+        said = {"role": "assistant", "content": ""}
+        return {"model": name, "created_at": clock.rfc3339(), "message": said, **fields}
 
     if not given and request.get("keep_alive") == 0:
         node.scheduler.unload(model)
@@ -126,11 +127,10 @@ async def chat(node: Node, request: Mapping[str, Any]) -> Answers:
         messages = _conversation(model, given)
         truncate = request.get("truncate", True)
         with template_errors():
-            text, images = await prompt.fit(
-                model.template, messages, loaded.context, loaded.runner.tokenize, truncate
-            )
+            text, images = await prompt.fit(model.template, messages, loaded.context, loaded.runner.tokenize, truncate)
         if request.get("_debug_render_only"):
-            yield Answer({**line(done=False), "message": {"role": "", "content": ""}, **_rendered(text, images)}, whole=True)
+            empty = {"role": "", "content": ""}
+            yield Answer(line(message=empty, done=False, **_rendered(text, images)), whole=True)
             return
 
         def convert(piece: Piece) -> dict[str, Any]:
@@ -221,9 +221,7 @@ async def _generate_prompt(model: Model, request: Mapping[str, Any], loaded: Loa
     else:
         messages += map(dict, model.messages)
     messages.append({"role": "user", "content": request["prompt"], "images": request.get("images", [])})
-    text, _ = await prompt.fit(
-        source, messages, loaded.context, loaded.runner.tokenize, request.get("truncate", True)
-    )
+    text, _ = await prompt.fit(source, messages, loaded.context, loaded.runner.tokenize, request.get("truncate", True))
     return before + text
 
 

@@ -229,7 +229,7 @@ class Registry:
         if changes.get("parameters"):
             old = next((layer for layer in kept if layer["mediaType"] == _LAYER + "params"), None)
             before = json.loads(self.path(old["digest"]).read_bytes()) if old else {}
-            replace("params", _json({**before, **changes["parameters"]}))
+            replace("params", _json(dict(sorted({**before, **changes["parameters"]}.items()))))
         if changes.get("messages"):
             replace("messages", _json(changes["messages"]))
         return kept

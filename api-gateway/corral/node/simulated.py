@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from corral.node.options import Options
 from corral.node.runners import BROKEN, TOO_LONG, Completion, Piece, Runner, truncated
 
 _WORDS = (
-    "corral horse river stone light north field water road bridge garden window paper letter winter summer "
-    "morning evening market harbor island forest mountain valley engine signal circle number answer question"
-).split()
+    "corral", "horse", "river", "stone", "light", "north", "field", "water", "road", "bridge", "garden",
+    "window", "paper", "letter", "winter", "summer", "morning", "evening", "market", "harbor", "island",
+    "forest", "mountain", "valley", "engine", "signal", "circle", "number", "answer", "question",
+)  # fmt: skip
 _TOKEN = re.compile(r"\s*(?:<\|\w+\|>|\w+|[^\w\s])|\s+")
 _WIDTH = 64
 
@@ -160,6 +161,11 @@ class SimulatedBackend:
         profile = self.store.profiles[model.digest]
         return SimulatedRunner(model, profile, options.num_ctx, profile.slots or parallel, self.faults)
 
+    async def meet(self) -> None:
+        """What a GET route meets: the faults whose scope is "all"."""
+        if fault := self.faults.take(None):
+            await show(fault, self.faults)
+
     def close(self) -> None:
         self.faults.clear()
 
@@ -194,7 +200,7 @@ class SimulatedRunner:
         if count > self._context:
             raise NodeError(400, TOO_LONG)
         if fault := self._faults.take(self._name):
-            await self._show(fault)
+            await show(fault, self._faults)
         await asyncio.sleep(count / self._profile.prefill)
         seed = hashlib.shake_256(text.encode()).digest(_WIDTH)
         vector = [byte / 127.5 - 1.0 for byte in seed]
@@ -208,7 +214,7 @@ class SimulatedRunner:
         )
         fault = self._faults.take(self._name)
         if fault and not fault.after_tokens and fault.kind != "slow":
-            await self._show(fault)
+            await show(fault, self._faults)
         start = time.monotonic()
         await asyncio.sleep(prompt_tokens / profile.prefill)
         reason, tokens = ("length", options.num_predict) if options.num_predict > 0 else ("stop", profile.tokens)
@@ -223,7 +229,7 @@ class SimulatedRunner:
                 await asyncio.sleep(delay)
             if fault and sent >= fault.after_tokens and (sent or fault.kind == "slow"):
                 first += fault.delay if fault.kind == "slow" else 0.0
-                await self._show(fault)
+                await show(fault, self._faults)
                 if fault.kind == "nonsense":
                     yield Piece("?", raw=b'\x00{"model": nonsense\n')
             sent += 1
@@ -242,21 +248,22 @@ class SimulatedRunner:
             eval_ns=int((time.monotonic() - first) * 1e9),
         )
 
-    async def _show(self, fault: Fault) -> None:
-        """Do what ``fault`` says where it is not a matter of the answer's text."""
-        if fault.kind == "hang":
-            await self._faults.hang()
-        elif fault.kind == "fail":
-            raise NodeError(fault.status, BROKEN if fault.after_tokens else fault.message)
-        elif fault.kind == "slow":
-            await asyncio.sleep(fault.delay)
-        elif fault.kind == "no_done":
-            raise EndWithoutDone
-        elif fault.kind in ("reset", "cut_after"):
-            raise Disconnect(reset=fault.kind == "reset")
+
+async def show(fault: Fault, faults: Faults) -> None:
+    """Do what ``fault`` says where it is not a matter of the answer's text."""
+    if fault.kind == "hang":
+        await faults.hang()
+    elif fault.kind == "fail":
+        raise NodeError(fault.status, BROKEN if fault.after_tokens else fault.message)
+    elif fault.kind == "slow":
+        await asyncio.sleep(fault.delay)
+    elif fault.kind == "no_done":
+        raise EndWithoutDone
+    elif fault.kind in ("reset", "cut_after"):
+        raise Disconnect(reset=fault.kind == "reset")
 
 
-def _text(request: Completion, tokens: int) -> list[tuple[str, bool]] | Any:
+def _text(request: Completion, tokens: int) -> Iterator[tuple[str, bool]]:
     """(text of a token, whether a stop string ends the answer with it) for up to ``tokens`` tokens."""
     state = crc32(request.prompt.encode())
     written = ""

@@ -58,7 +58,7 @@ def request(
         else:
             connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
         try:
-            connection.request(method, parts.path.rstrip("/") + path, body=body, headers=sent)  # type: ignore[arg-type]
+            connection.request(method, parts.path.rstrip("/") + path, body=body, headers=sent)
             response = connection.getresponse()
             names = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, names, response.read())

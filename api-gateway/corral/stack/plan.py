@@ -110,7 +110,7 @@ def write(plan: Plan, state: StateFolder) -> None:
 
 def dump(settings: Settings) -> str:
     """Settings as a corral.yaml that loads to the same."""
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return "# The effective configuration, written by `corral up`: changes made here are lost.\n" + text
 
 

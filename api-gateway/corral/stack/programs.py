@@ -61,7 +61,7 @@ def write_specs(state: StateFolder, programs: Sequence[Program]) -> None:
 
 
 def supervisord_conf(state: StateFolder, programs: Sequence[Program]) -> str:
-    """supervisord.conf for ``programs``."""
+    """supervisord.conf for ``programs``; its paths are relative to run/, where the supervisor works."""
     socket = state.socket("supervisor.sock")
     lines = [
         "[unix_http_server]",
@@ -72,21 +72,20 @@ def supervisord_conf(state: StateFolder, programs: Sequence[Program]) -> str:
         "[supervisord]",
         "nodaemon = true",
         "silent = true",
-        f"logfile = {_value(state.logs / 'supervisord.log')}",
+        "logfile = ../logs/supervisord.log",
         f"logfile_maxbytes = {LOG_BYTES}",
         f"logfile_backups = {LOG_COPIES}",
-        f"pidfile = {_value(state.run / 'supervisord.pid')}",
-        f"childlogdir = {_value(state.logs)}",
+        "pidfile = supervisord.pid",
+        "childlogdir = ../logs",
         "umask = 077",
         "minfds = 1024",
     ]
     for program in programs:
-        command = [sys.executable, "-I", "-S", guard.__file__, str(state.programs / f"{program.name}.json")]
+        command = [sys.executable, "-I", "-S", guard.__file__, f"programs/{program.name}.json"]
         lines += [
             f"[program:{program.name}]",
             f"command = {_value(shlex.join(command))}",
-            f"directory = {_value(state.run)}",
-            f"stdout_logfile = {_value(state.logs / f'{program.name}.log')}",
+            f"stdout_logfile = ../logs/{program.name}.log",
             "redirect_stderr = true",
             f"stdout_logfile_maxbytes = {LOG_BYTES}",
             f"stdout_logfile_backups = {LOG_COPIES}",

@@ -104,7 +104,7 @@ def _ok(base: str, path: str, key: str | None = None) -> bool:
 def _check_processes(state: StateFolder, process: subprocess.Popen[bytes]) -> None:
     """StackError when a program keeps ending, with its last words."""
     if process.poll() is not None:
-        raise StackError(f"the supervisor ended: {_tail(state, 'supervisord')}")
+        raise StackError(f"the supervisor ended: {(state.logs / 'supervisord.out').read_text()[-500:]}")
     for name, known in supervisor.processes(state).items():
         if known["statename"] in ("BACKOFF", "FATAL") and _starts(state, name) >= TRIES:
             raise StackError(f"{name} does not start. The end of {log_file(state, name)}:\n{_tail(state, name)}")

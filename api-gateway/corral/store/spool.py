@@ -1,7 +1,8 @@
 """The spool: append-only segment files that hold what must not be lost until control has it.
 
 A segment is a row of frames: payload length (u32, little endian), CRC-32 of the payload (u32, little endian),
-payload (one JSON object). Segments are named by a rising number, ``00000001.seg``; only the last is written to.
+payload (one JSON object). Segments are named by the millisecond they were begun in, ``0001795452442490.seg``, so
+that a name never comes back while control remembers how far it has it; only the last is written to.
 A gateway appends, commits in groups, and ships whole frames to control from the offset that control last
 confirmed; a segment that is shipped to its end and no longer written to is deleted.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ HEADER = struct.Struct("<II")
 SEGMENT_BYTES = 64 << 20
 FRAME_MAX = 1 << 20
 
-_SEGMENT_NAME = re.compile(r"(\d{8})\.seg")
+_SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -107,7 +109,7 @@ class SpoolWriter:
     @property
     def segment(self) -> Path:
         """The segment that is written to now."""
-        return self._folder / f"{self._number:08d}.seg"
+        return self._folder / f"{self._number:016d}.seg"
 
     def append(self, record: dict[str, Any]) -> None:
         """Put a record into the group that the next `flush` writes."""
@@ -146,7 +148,7 @@ class SpoolWriter:
     def _open_next(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
-        self._number += 1
+        self._number = max(self._number + 1, int(time.time() * 1000))
         self._fd = os.open(self.segment, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._size = 0
 

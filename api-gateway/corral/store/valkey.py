@@ -131,7 +131,9 @@ class Valkey:
         while True:
             lost: asyncio.Event = asyncio.Event()
             try:
-                await asyncio.wait_for(self._connect(lost), timeout=1.0)
+                # Not wait_for: in Python 3.11 it may swallow a cancellation that meets its end.
+                async with asyncio.timeout(1.0):
+                    await self._connect(lost)
             except (OSError, TimeoutError, hiredis.HiredisError):
                 self._lose()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))

@@ -9,6 +9,7 @@ from corral.wire.errors import ApiError, UpstreamNonsense
 
 DONE = b'"done":true'
 ERROR = b'{"error"'
+RENDERED = "_debug_info"
 
 
 def error_of(line: bytes) -> ApiError:
@@ -64,10 +65,12 @@ class Pass:
             if "error" in value:
                 self.error = error_of(line)
                 return b""
-            if value.get("done") is True:
+            if value.get("done") is True or RENDERED in value:
                 self.done = True
                 self.prompt_tokens = count(value.get("prompt_eval_count"))
                 self.tokens = count(value.get("eval_count"))
+                if RENDERED in value or value.get("done_reason") in ("load", "unload"):
+                    self.content_type = "application/json; charset=utf-8"  # no stream, though one was asked for
             elif "model" not in value:
                 raise UpstreamNonsense(f"a line that is no part of an answer: {line[:80]!r}")
             else:
@@ -127,7 +130,7 @@ class Whole:
             self.started = True
             self.tokens += 1
             self._take(value)
-            if value.get("done") is True or "_debug_info" in value:
+            if value.get("done") is True or RENDERED in value:
                 self.done = True
                 self.last = value
                 self.prompt_tokens = count(value.get("prompt_eval_count"))
@@ -137,7 +140,7 @@ class Whole:
     def _take(self, value: dict[str, Any]) -> None:
         part: Any = value.get("message") if self._what == "message" else value
         if not isinstance(part, dict):
-            if "_debug_info" in value or value.get("done") is True:
+            if RENDERED in value or value.get("done") is True:
                 return
             raise UpstreamNonsense("a line without a message")
         text = part.get("content" if self._what == "message" else "response")
@@ -159,7 +162,7 @@ class Whole:
     def value(self) -> dict[str, Any]:
         """The one object that Ollama would have sent."""
         whole = dict(self.last)
-        if "_debug_info" in whole:
+        if RENDERED in whole:
             return whole
         text, thinking = "".join(self._text), "".join(self._thinking)
         if self._what == "message":

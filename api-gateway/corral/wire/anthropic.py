@@ -82,16 +82,21 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     identity = f"msg_{request_id}"
     estimate = len(raw) // native.CHARS_PER_TOKEN
     responder = EventStream(identity, model, estimate) if body.stream else MessageWhole(identity)
+    sent, fallback = encode(chat), b""
+    if chat.think is True:
+        chat.think = msgspec.UNSET
+        fallback = encode(chat)
     return Decoded(
         "anthropic",
         "/v1/messages",
         model,
         body.stream,
         "/api/chat",
-        encode(chat),
+        sent,
         estimate,
         max_tokens,
         responder,
+        fallback,
     )
 
 

@@ -80,6 +80,15 @@ class Decoded:
     estimate: int
     max_tokens: int | None
     responder: Responder
+    fallback: bytes = b""
+    """The body for a model that cannot think, where the caller does not insist on it (Anthropic clients)."""
+
+    def without_thinking(self, refusal: str) -> bool:
+        """Give up thinking, once, where a node refused it; whether the request is to be sent again."""
+        if not self.fallback or "does not support thinking" not in refusal:
+            return False
+        self.body, self.fallback = self.fallback, b""
+        return True
 
 
 def read(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:

@@ -65,25 +65,26 @@ def _openai(error: ApiError) -> dict[str, Any]:
     }
 
 
-def _anthropic(error: ApiError) -> dict[str, Any]:
+def _anthropic(error: ApiError, request_id: str) -> dict[str, Any]:
     return {
         "type": "error",
         "error": {"type": _ANTHROPIC_TYPES.get(error.status, "api_error"), "message": error.message},
+        "request_id": f"req_{request_id}",
     }
 
 
-def render(api: str, error: ApiError) -> bytes:
+def render(api: str, error: ApiError, request_id: str = "") -> bytes:
     """The JSON body of an error; `api` is native, openai or anthropic."""
     if api == "openai":
         return _encode(_openai(error))
     if api == "anthropic":
-        return _encode(_anthropic(error))
+        return _encode(_anthropic(error, request_id))
     return _encode({"error": error.message})
 
 
-def in_band(api: str, error: ApiError) -> bytes:
+def in_band(api: str, error: ApiError, request_id: str = "") -> bytes:
     """The last event of a stream that cannot be completed."""
-    body = render(api, error)
+    body = render(api, error, request_id)
     if api == "openai":
         return b"data: " + body + b"\n\n"
     if api == "anthropic":

@@ -131,8 +131,17 @@ def decode(route: str, raw: bytes, policy_of: PolicyOf) -> Decoded:
     return Decoded("native", route, model, False, route, body, 0, None, Object())
 
 
+def check_format(form: Any) -> None:
+    """`format` is "json" or a schema. Raises ApiError with Ollama's words."""
+    if form is UNSET or form is None or form in ("", "json") or isinstance(form, dict):
+        return
+    shown = encode(form).decode()[:80]
+    raise bad_request(f'invalid format: {shown}; expected "json" or a valid JSON Schema object', "format")
+
+
 def prepare(body: Chat | Generate, policy_of: PolicyOf) -> int | None:
     """Hold a chat or generate body to the policy, in place; the caller's bound of the answer is returned."""
+    check_format(body.format)
     policy = policy_of(body.model) or opts.NO_POLICY
     options = body.options
     if options or policy is not opts.NO_POLICY:

@@ -1,0 +1,123 @@
+"""The node's routes, as an ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from corral.node import anthropic, management, native, openai
+from corral.node.errors import NodeError
+from corral.node.exchange import Reply, endpoint, upload
+from corral.node.service import Node
+from corral.node.simulated import SimulatedBackend
+
+_PULL = ("/api/pull", "/api/push", "/v1/responses", "/v1/messages/count_tokens")
+
+
+def _routes() -> list[Route]:
+    def get(path: str, operation: Any, errors: Any = None) -> Route:
+        return Route(path, endpoint(_probed(operation), *([errors] if errors else [])), methods=["GET"])
+
+    def post(path: str, operation: Any, errors: Any = None) -> Route:
+        return Route(path, endpoint(operation, *([errors] if errors else [])), methods=["POST"])
+
+    return [
+        get("/", management.get_root),
+        get("/api/version", management.get_version),
+        get("/api/tags", management.get_tags),
+        get("/api/ps", native.get_ps),
+        post("/api/show", management.post_show),
+        post("/api/generate", native.post_generate),
+        post("/api/chat", native.post_chat),
+        post("/api/embed", native.post_embed),
+        post("/api/embeddings", native.post_embeddings),
+        post("/api/copy", management.post_copy),
+        post("/api/create", management.post_create),
+        Route("/api/delete", endpoint(management.delete_model), methods=["DELETE"]),
+        Route("/api/blobs/{digest}", endpoint(management.head_blob), methods=["HEAD"]),
+        Route("/api/blobs/{digest}", upload(management.post_blob), methods=["POST"]),
+        *(post(path, management.not_here) for path in _PULL),
+        post("/v1/chat/completions", openai.post_chat, openai.error_body),
+        post("/v1/completions", openai.post_completion, openai.error_body),
+        post("/v1/embeddings", openai.post_embeddings, openai.error_body),
+        get("/v1/models", openai.get_models, openai.error_body),
+        get("/v1/models/{model:path}", openai.get_model, openai.error_body),
+        post("/v1/messages", anthropic.post_messages, anthropic.error_body),
+        Route("/simulated/faults", endpoint(_faults), methods=["GET", "POST", "DELETE"]),
+    ]
+
+
+def _probed(operation: Any) -> Any:
+    """``operation``, after the fault that a simulated node may have for its GET routes."""
+
+    async def run(node: Node, request: Request, body: bytes, reply: Reply) -> None:
+        if isinstance(node.backend, SimulatedBackend):
+            await node.backend.meet()
+        await operation(node, request, body, reply)
+
+    return run
+
+
+async def _faults(node: Node, request: Request, body: bytes, reply: Reply) -> None:
+    """GET lists the faults, POST adds one, DELETE removes all; simulated nodes alone have them."""
+    from corral.node import decode
+
+    if not isinstance(node.backend, SimulatedBackend):
+        raise NodeError(404, "only a simulated node has faults")
+    if request.method == "POST":
+        try:
+            fault = node.backend.faults.add(decode.parse(body))
+        except EOFError:
+            raise NodeError(400, "missing request body") from None
+        await reply.json({"id": fault.id}, 201)
+        return
+    if request.method == "DELETE":
+        node.backend.faults.clear()
+    await reply.json({"faults": node.backend.faults.listing()})
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """404 and 405 in gin's words; 405 names the methods that the path has."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return Response("404 page not found", 404, {"Content-Type": "text/plain"})
+    routes = [r for r in request.app.routes if r.matches(request.scope)[0] != Match.NONE]
+    allow = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return Response("405 method not allowed", 405, {"Content-Type": "text/plain", "Allow": allow})
+
+
+class _WithTransport:
+    """Gives each exchange its connection, which only a simulated reset needs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["corral.transport"] = getattr(getattr(send, "__self__", None), "transport", None)
+        await self._app(scope, receive, send)
+
+
+def create(node: Node) -> ASGIApp:
+    """The application that serves ``node`` and closes it at shutdown."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await node.scheduler.close()
+            node.backend.close()
+
+    app = Starlette(routes=_routes(), lifespan=lifespan, exception_handlers={404: _refused, 405: _refused})
+    app.router.redirect_slashes = False
+    app.state.node = node
+    return _WithTransport(app)
