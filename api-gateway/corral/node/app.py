@@ -13,13 +13,14 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from corral.node import anthropic, management, native, openai
+from corral.node import anthropic, decode, management, native, openai
 from corral.node.errors import NodeError
 from corral.node.exchange import Reply, endpoint, upload
 from corral.node.service import Node
 from corral.node.simulated import SimulatedBackend
 
-_PULL = ("/api/pull", "/api/push", "/v1/responses", "/v1/messages/count_tokens")
+# What Ollama has and this node has not.
+_ABSENT = ("/api/pull", "/api/push", "/v1/responses", "/v1/messages/count_tokens")
 
 
 def _routes() -> list[Route]:
@@ -44,7 +45,7 @@ def _routes() -> list[Route]:
         Route("/api/delete", endpoint(management.delete_model), methods=["DELETE"]),
         Route("/api/blobs/{digest}", endpoint(management.head_blob), methods=["HEAD"]),
         Route("/api/blobs/{digest}", upload(management.post_blob), methods=["POST"]),
-        *(post(path, management.not_here) for path in _PULL),
+        *(post(path, management.not_here) for path in _ABSENT),
         post("/v1/chat/completions", openai.post_chat, openai.error_body),
         post("/v1/completions", openai.post_completion, openai.error_body),
         post("/v1/embeddings", openai.post_embeddings, openai.error_body),
@@ -68,8 +69,6 @@ def _probed(operation: Any) -> Any:
 
 async def _faults(node: Node, request: Request, body: bytes, reply: Reply) -> None:
     """GET lists the faults, POST adds one, DELETE removes all; simulated nodes alone have them."""
-    from corral.node import decode
-
     if not isinstance(node.backend, SimulatedBackend):
         raise NodeError(404, "only a simulated node has faults")
     if request.method == "POST":

@@ -184,7 +184,7 @@ def _field(value: Any, kind: Kind, struct: str, path: str) -> Any:
         return [_field(item, inner, struct, path) for item in value]
     if kind in ("any", "duration", "think"):
         return _special(value, kind)
-    expected = {
+    types: dict[str, Any] = {
         "string": str,
         "image": str,
         "bool": bool,
@@ -193,8 +193,8 @@ def _field(value: Any, kind: Kind, struct: str, path: str) -> Any:
         "float32": int | float,
         "map": dict,
         "strings": dict,
-    }[kind]
-    if not isinstance(value, expected) or (kind in ("int", "float", "float32") and isinstance(value, bool)):
+    }
+    if not isinstance(value, types[kind]) or (kind in ("int", "float", "float32") and isinstance(value, bool)):
         raise _mismatch(value, struct, path, _GO[kind])
     if kind == "image":
         return _image(value)
@@ -239,7 +239,8 @@ def _kind(value: Any) -> str:
         return "bool"
     if isinstance(value, int | float):
         return "number"
-    return {str: "string", list: "array", dict: "object"}.get(type(value), "null")
+    kinds: dict[type, str] = {str: "string", list: "array", dict: "object"}
+    return kinds.get(type(value), "null")
 
 
 def _mismatch(value: Any, struct: str, path: str, go: str) -> NodeError:

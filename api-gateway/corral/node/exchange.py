@@ -111,7 +111,7 @@ class Exchange:
     """An ASGI answer that runs ``operation`` and cancels it when the client leaves."""
 
     def __init__(self, operation: Operation, node: Any, request: Request, body: bytes, errors: ErrorBody) -> None:
-        self._call = lambda reply: operation(node, request, body, reply)
+        self._call: Callable[[Reply], Awaitable[None]] = lambda reply: operation(node, request, body, reply)
         self._errors = errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,7 +22,7 @@ from corral.node.models import Model
 from corral.node.options import Options
 from corral.node.runners import BROKEN, STOPPED, TOO_LONG, Completion, Piece, Runner, truncated
 
-_BATCH = 128
+_BATCH = 64
 # llama.cpp wants room beyond the prompt, and rounds contexts up to this.
 _CONTEXT_STEP = 256
 _PACKAGES = str(Path(__file__).resolve().parents[2])

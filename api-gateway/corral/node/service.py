@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ _SCHEMA_TYPES = {"object", "array", "string", "number", "integer", "boolean", "n
 
 @dataclass(slots=True)
 class Node:
-    """``backend`` is what made the runners; ``registry`` is None where models cannot be created."""
+    """A node: where its models are, which are loaded, and the back end that makes their runners."""
 
     store: Store
     scheduler: Scheduler
@@ -65,12 +66,11 @@ def schema(format_: Any) -> dict[str, Any] | None:
     if not isinstance(format_, dict):
         shown = _go_json(format_).replace("\\", "\\\\").replace('"', '\\"')
         raise NodeError(500, f'invalid format: "{shown}"; expected "json" or a valid JSON Schema object')
-    return _closed(format_)
+    closed: dict[str, Any] = _closed(format_)
+    return closed
 
 
 def _go_json(value: Any) -> str:
-    import json
-
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -84,7 +84,7 @@ def _closed(part: Any) -> Any:
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if isinstance(kind, str) and kind not in _SCHEMA_TYPES:
             raise NodeError(500, "invalid JSON schema in format")
-    closed = {}
+    closed: dict[str, Any] = {}
     for key, value in part.items():
         if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
             closed[key] = {name: _closed(inner) for name, inner in value.items()}

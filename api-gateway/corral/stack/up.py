@@ -53,7 +53,7 @@ def up(
     settings = configuration(options, env)
     state.create()
     lock = Lock(state)
-    if not lock.acquire():
+    if not lock.acquire() and not _released(lock, state):
         raise StackError(_already(state))
     supervisor: subprocess.Popen[bytes] | None = None
     try:
@@ -244,6 +244,16 @@ def _knows(url: str, key: str, model: str | None) -> bool:
     value = answer.json()
     listed = value.get("models", []) if isinstance(value, dict) else []
     return answer.status == 200 and (model is None or any(item.get("name") == model for item in listed))
+
+
+def _released(lock: Lock, state: StateFolder, patience: float = 3.0) -> bool:
+    """Take the lock of a holder that is ending: its memory, by which it is known, goes before its files do."""
+    deadline = time.monotonic() + patience
+    while not guard.left_behind(str(state.root)) and time.monotonic() < deadline:
+        if lock.acquire():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _already(state: StateFolder) -> str:

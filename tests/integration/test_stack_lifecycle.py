@@ -1,0 +1,154 @@
+"""`corral up` and `corral down`: what is there, what comes back, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.process import free_port, until
+from support.up import Up, corral, nothing_left, pids
+
+from corral.stack import guard, http
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture(scope="module")
+def up(folder: Path) -> Iterator[Up]:
+    started = Up(folder / "state")
+    try:
+        started.ready()
+        yield started
+    finally:
+        started.stop()
+
+
+def test_it_says_what_works(up: Up) -> None:
+    told = up.ready()
+    assert told["url"] == up.url
+    done = subprocess.run(["bash", "-c", str(told["curl"]) + " -sS"], capture_output=True, text=True, timeout=60)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[-1]["done"] is True, done.stdout
+
+
+def test_status_has_the_shape_of_the_contract(up: Up) -> None:
+    seen = json.loads(corral("status", "--json", state=up.state.root).stdout)
+    assert seen["url"] == up.url
+    assert seen["control"]["leader"] is True
+    assert [(node["name"], node["state"]) for node in seen["nodes"]] == [("node-1", "ready"), ("node-2", "ready")]
+    assert all(isinstance(pid, int) and pid > 1 for pid in pids(up).values())
+    assert set(seen["store"]) == {"valkey", "database"}
+
+
+def test_the_state_folder_is_private(up: Up) -> None:
+    root = up.state.root
+    assert root.stat().st_mode & 0o777 == 0o700
+    for name in ("admin.key", "pepper", "internal.token", "run/stack.json", "corral.yaml"):
+        assert (root / name).stat().st_mode & 0o777 == 0o600, name
+    assert up.ready()["key"] not in (root / "run/stack.json").read_text()
+
+
+def test_a_second_up_says_that_it_runs_already(up: Up) -> None:
+    done = corral("up", "--port", str(free_port()), state=up.state.root)
+    assert done.returncode == 1
+    assert f"already running at {up.url}" in done.stderr
+
+
+def test_doctor_finds_nothing_wrong(up: Up) -> None:
+    done = corral("doctor", "--json", state=up.state.root)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, [item for item in found["findings"] if item["level"] != "ok"]
+
+
+def test_a_key_lives_and_ends(up: Up) -> None:
+    state = up.state.root
+    made = json.loads(corral("keys", "create", "x", "--rpm", "9", "--expires", "30d", "--json", state=state).stdout)
+    works = {"Authorization": f"Bearer {made['key']}"}
+    until(lambda: http.request(up.url, "GET", "/api/tags", headers=works).status == 200, "the key works", 3)
+    assert "x" in corral("keys", "list", state=state).stdout
+    assert json.loads(corral("keys", "show", made["id"], "--json", state=state).stdout)["rpm"] == 9
+    assert corral("keys", "revoke", made["id"], state=state).returncode == 0
+    until(lambda: http.request(up.url, "GET", "/api/tags", headers=works).status == 401, "the key is revoked", 3)
+
+
+def test_a_request_is_in_the_audit_trail_and_the_log(up: Up) -> None:
+    body = {"model": "smollm2:135m", "prompt": "hello", "stream": False}
+    key = str(up.ready().get("key"))
+    answer = http.request(up.url, "POST", "/api/generate", body=body, key=key, timeout=30)
+    request_id = answer.headers["x-request-id"]
+
+    def recorded() -> bool:
+        done = corral("audit", "list", "--limit", "1000", "--json", state=up.state.root)
+        return any(request_id in json.dumps(item) for item in json.loads(done.stdout))
+
+    until(recorded, "the record is in the database", 10, every=0.3)
+    assert "hello" not in corral("logs", "-n", "1000", state=up.state.root).stdout
+    assert "/api/generate" in corral("logs", "--program", "gateway-1", state=up.state.root).stdout
+
+
+def test_ctrl_c_leaves_nothing_and_the_next_start_keeps_the_state(folder: Path) -> None:
+    first = Up(folder / "again")
+    told = first.ready()
+    known = (first.state.stack() or {})["ports"]
+    assert first.stop(signal.SIGINT) == 0
+    nothing_left(first.state, {**known, "edge": first.port})
+
+    second = Up(folder / "again", port=first.port)
+    began = time.monotonic()
+    again = second.ready()
+    assert time.monotonic() - began < 20
+    assert again["key"] is None, "a key is shown once"
+    assert http.request(second.url, "GET", "/api/tags", key=str(told["key"])).status == 200
+    assert corral("down", state=second.state.root).returncode == 0
+    assert second.process.wait(10) == 0
+    nothing_left(second.state, {**known, "edge": first.port})
+
+
+@pytest.mark.parametrize("victim", ["up", "supervisor"])
+def test_even_a_killed_parent_leaves_no_process(folder: Path, victim: str) -> None:
+    started = Up(folder / victim)
+    started.ready()
+    stack = started.state.stack() or {}
+    os.kill(stack["pid"] if victim == "up" else stack["supervisor"], signal.SIGKILL)
+    started.process.wait(30)
+    until(lambda: guard.left_behind(str(started.state.root)) == [], "every process has ended", 15)
+    again = Up(folder / victim, "--detach", port=started.port)
+    assert again.process.wait(60) == 0, again.said
+    assert corral("status", state=again.state.root).returncode == 0
+    assert corral("down", state=again.state.root).returncode == 0
+    nothing_left(again.state, {"edge": started.port})
+
+
+def test_a_deep_state_folder_has_its_sockets_elsewhere(tmp_path: Path) -> None:
+    state = tmp_path / ("deep" * 20) / "a folder with 100%"
+    started = Up(state, "--detach")
+    assert started.process.wait(60) == 0, started.said
+    socket_folder = started.state.socket("haproxy.sock").parent
+    assert socket_folder.stat().st_mode & 0o777 == 0o700
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(started.state.socket("haproxy.sock")))
+    assert corral("down", state=state).returncode == 0
+    assert not socket_folder.exists()
+
+
+def test_a_program_that_does_not_start_is_named_with_its_words(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    first = Up(state, "--detach")
+    assert first.process.wait(60) == 0, first.said
+    corral("down", state=state)
+    (state / "corral.db").write_bytes(b"not a database" * 1000)
+    second = Up(state, "--detach")
+    assert second.process.wait(60) == 1
+    assert "Traceback" not in second.said
+    assert "database" in second.said
+    nothing_left(second.state, {"edge": second.port})
