@@ -221,7 +221,8 @@ def _piece(event: dict[str, Any], prompt_tokens: int, logprobs: int | None) -> P
         piece.prompt_tokens = prompt_tokens
         piece.prompt_ns = int(timings.get("prompt_ms", 0) * 1e6)
         piece.tokens = event.get("tokens_predicted", 0)
-        piece.eval_ns = int(timings.get("predicted_ms", 0) * 1e6)
+        # The first token counts as reading the prompt, so one alone took no time (and is left out, as Ollama does).
+        piece.eval_ns = int(timings.get("predicted_ms", 0) * 1e6) if piece.tokens > 1 else 0
     return piece
 
 
