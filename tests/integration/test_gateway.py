@@ -53,6 +53,7 @@ def test_a_whole_answer_and_its_record(gw: Gateway) -> None:
     record = gw.control.settled("me-1")
     assert (record["status"], record["outcome"], record["key"]) == (200, "ok", gw.key_id)
     assert (record["prompt_tokens"], record["tokens"], record["model"]) == (7, 3, "m")
+    assert record["estimated"] is False
     assert record["addr"] == "127.0.0.1"
     assert record["req_bytes"] == len(json.dumps(gw.chat(stream=False), separators=(",", ":")))
     admitted = [r for r in gw.control.records if r["t"] == "admit" and r["id"] == record["id"]]
@@ -396,6 +397,8 @@ def test_a_caller_that_leaves_ends_the_nodes_work(gw: Gateway) -> None:
     until(lambda: any(node.ended.is_set() for node in gw.nodes), "the node's connection is closed")
     record = gw.control.settled("left")
     assert (record["outcome"], record["status"], record["tokens"]) == ("client_gone", 499, 2)
+    assert record["estimated"]
+    assert 5 < record["prompt_tokens"] < 50, "the node had not told what it counted"
     assert gw.post().status_code == 200
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import insert, select, text
+from sqlalchemy import Connection, insert, select, text
 
-from corral.store.database import Database, DatabaseError, DatabaseTooNew, resolve
+from corral.store.database import MIGRATIONS, Database, DatabaseError, DatabaseTooNew, resolve
 from corral.store.ingest import WrongOffset, ingest
 from corral.store.spool import SpoolCorrupt, encode_frame
 from corral.store.tables import audit, keys, metadata
@@ -40,8 +42,9 @@ def admit(number: int = 1, **fields: Any) -> dict[str, Any]:
 
 def settle(number: int = 1, **fields: Any) -> dict[str, Any]:
     done = {"method": "POST", "status": 200, "outcome": "ok", "node": "node-1", "attempts": 1, "req_bytes": 9}
-    measured = {"resp_bytes": 8, "prompt_tokens": 7, "tokens": 6, "queue_ms": 0.5, "ttft_ms": None, "ms": 12.25}
-    return {**admit(number), "t": "settle", **done, **measured, **fields}
+    measured = {"resp_bytes": 8, "prompt_tokens": 7, "tokens": 6, "estimated": False}
+    times = {"queue_ms": 0.5, "ttft_ms": None, "ms": 12.25}
+    return {**admit(number), "t": "settle", **done, **measured, **times, **fields}
 
 
 def take(database: Database, offset: int, data: bytes, segment: str = "00000001.seg") -> int:
@@ -57,12 +60,29 @@ def test_migrations_make_the_tables_of_this_version(database: Database) -> None:
 def test_migrate_again_changes_nothing(database: Database) -> None:
     version = database.version()
     database.migrate()
-    assert database.version() == version == "0001"
+    assert database.version() == version == "0002"
+
+
+def test_rows_of_an_older_schema_live_on(tmp_path: Path) -> None:
+    older = Database(resolve("sqlite:///corral.db", tmp_path))
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+
+    def begin(connection: Connection) -> None:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(text("INSERT INTO audit (id, ts, tokens) VALUES ('old', 1.5, 6)"))
+
+    older.write_now(begin)
+    older.migrate()
+    assert [(row["id"], row["tokens"], row["estimated"]) for row in rows(older)] == [("old", 6, None)]
+    older.close()
 
 
 def test_a_newer_database_is_refused_with_both_versions(database: Database) -> None:
     database.write_now(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num='9999'")))
-    with pytest.raises(DatabaseTooNew, match=r"9999.*0001"):
+    with pytest.raises(DatabaseTooNew, match=r"9999.*0002"):
         database.migrate()
     assert database.version() == "9999"
 

@@ -35,12 +35,29 @@ def admitted(exchange: Exchange) -> dict[str, Any]:
     }
 
 
+def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
+    """Tokens of the prompt and of the answer, and whether they are estimates.
+
+    A node tells what it counted in its last line alone. Of an answer that was cut the prompt is guessed from its
+    size and the answer's tokens are its lines; a request that a node failed before any token has cost nobody anything.
+    """
+    decoded = exchange.decoded
+    if decoded is None:
+        return 0, 0, False
+    responder = decoded.responder
+    if outcome == "ok" or responder.prompt_tokens:
+        return responder.prompt_tokens, responder.tokens, False
+    worked = exchange.first_token or (outcome == "client_gone" and exchange.history.attempts)
+    if not worked or not decoded.estimate:
+        return 0, responder.tokens, False
+    return decoded.estimate, responder.tokens, True
+
+
 def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> dict[str, Any]:
     """The record that completes it. `sent` is bytes of answer, `now` monotonic seconds; times are milliseconds."""
     arrived = exchange.request.arrived
     first = exchange.first_token
-    decoded = exchange.decoded
-    responder = decoded.responder if decoded is not None else None
+    prompt_tokens, tokens, estimated = usage(exchange, outcome)
     return {
         "t": "settle",
         "id": exchange.record_id,
@@ -59,8 +76,9 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
         "attempts": exchange.history.attempts,
         "req_bytes": len(exchange.request.body),
         "resp_bytes": sent,
-        "prompt_tokens": responder.prompt_tokens if responder is not None else 0,
-        "tokens": responder.tokens if responder is not None else 0,
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "estimated": estimated,
         "queue_ms": round(exchange.queue_ms, 3),
         "ttft_ms": round((first - arrived) * 1e3, 3) if first else None,
         "ms": round((now - arrived) * 1e3, 3),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Double, Integer, func, select, update
+from sqlalchemy import BigInteger, Boolean, Connection, Double, Integer, func, select, update
 
 from corral.store.database import insert
 from corral.store.spool import SpoolCorrupt, decode_frames
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model")
 SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
-    *("prompt_tokens", "tokens", "queue_ms", "ttft_ms", "ms"),
+    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms"),
 )
 
 
@@ -133,7 +133,13 @@ def _real(value: object) -> float | None:
     return float(value)
 
 
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
 def _cleaner(kind: object) -> Callable[[object], Any]:
+    if isinstance(kind, Boolean):
+        return _flag
     if isinstance(kind, Double):
         return _real
     if isinstance(kind, BigInteger):

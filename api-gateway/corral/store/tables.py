@@ -102,6 +102,7 @@ audit = Table(
     Column("resp_bytes", BigInteger),
     Column("prompt_tokens", BigInteger),
     Column("tokens", BigInteger),
+    Column("estimated", Boolean),
     Column("queue_ms", Double),
     Column("ttft_ms", Double),
     Column("ms", Double),
