@@ -182,7 +182,7 @@ def test_a_key_sees_and_uses_its_models_alone(gw: Gateway) -> None:
         ("/api/chat", b'{"model": "m", "api_base": "http://evil"}', 400, "api_base"),
         ("/api/chat", b'{"model": "../m"}', 404, "../m"),
         ("/api/chat", b'{"model": "m m"}', 400, "m m"),
-        ("/api/chat", b'{"model":"m","x":' + b"[" * 80 + b"]" * 80 + b"}", 400, "nested"),
+        ("/api/chat", b'{"model":"m","tools":' + b"[" * 80 + b"]" * 80 + b"}", 400, "nested"),
         ("/api/chat", b"x" * 100_001, 413, "100000"),
         ("/v1/chat/completions", b'{"model": "m", "n": 2, "messages": [{"role":"user","content":""}]}', 400, "n must"),
         ("/v1/messages", b'{"model": "m", "messages": [{"role":"user","content":""}]}', 400, "max_tokens"),

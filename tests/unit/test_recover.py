@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
-from corral.gateway.recover import Failure, History, RetryBudget, classify, final_error, may_retry
+from corral.gateway.recover import Failure, RetryBudget, classify, final_error, may_retry
 from corral.wire.errors import ApiError
+
+
+@dataclass
+class History:
+    """What the request went through."""
+
+    attempts: int = 0
+    crashes: int = 0
+    connects: int = 0
 
 
 @pytest.mark.parametrize(

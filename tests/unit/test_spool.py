@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.json import encode
 
 from corral.store.spool import (
     HEADER,
@@ -53,8 +54,8 @@ def test_each_flipped_byte_is_found() -> None:
 
 def test_a_group_is_one_write_and_nothing_is_there_before(tmp_path: Path) -> None:
     writer = SpoolWriter(tmp_path)
-    writer.append({"n": 1})
-    writer.append({"n": 2})
+    writer.append(encode({"n": 1}))
+    writer.append(encode({"n": 2}))
     assert writer.segment.read_bytes() == b""
     writer.flush()
     assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1, 2]
@@ -64,7 +65,7 @@ def test_a_group_is_one_write_and_nothing_is_there_before(tmp_path: Path) -> Non
 def test_segments_roll_and_a_new_writer_never_appends_to_an_old_one(tmp_path: Path) -> None:
     writer = SpoolWriter(tmp_path, segment_bytes=100)
     for number in range(10):
-        writer.append({"number": number, "text": "x" * 20})
+        writer.append(encode({"number": number, "text": "x" * 20}))
         writer.flush()
     writer.close()
     count = len(segments(tmp_path))
@@ -76,7 +77,7 @@ def test_segments_roll_and_a_new_writer_never_appends_to_an_old_one(tmp_path: Pa
 
 def test_a_full_disk_leaves_no_half_frame_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = SpoolWriter(tmp_path)
-    writer.append({"n": 1})
+    writer.append(encode({"n": 1}))
     writer.flush()
     real_write = os.write
     calls: list[int] = []
@@ -87,14 +88,14 @@ def test_a_full_disk_leaves_no_half_frame_and_loses_nothing(tmp_path: Path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         return real_write(descriptor, bytes(data[:7]))
 
-    writer.append({"n": 2})
+    writer.append(encode({"n": 2}))
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space"):
             writer.flush()
     assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1]
     assert whole_frames(writer.segment.read_bytes()) == writer.segment.stat().st_size
-    writer.append({"n": 3})
+    writer.append(encode({"n": 3}))
     writer.flush()
     assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1, 2, 3]
     writer.close()
@@ -113,7 +114,7 @@ def test_the_reader_hands_out_each_record_once_and_deletes_what_is_shipped(tmp_p
         reader.drop_shipped(writer.segment, lambda path, offset: pytest.fail(f"{path} is not torn"))
 
     for number in range(40):
-        writer.append({"n": number, "text": "y" * 10})
+        writer.append(encode({"n": number, "text": "y" * 10}))
         writer.flush()
         if number % 7 == 0:
             ship()
@@ -125,12 +126,12 @@ def test_the_reader_hands_out_each_record_once_and_deletes_what_is_shipped(tmp_p
 
 def test_a_torn_tail_is_put_aside_and_what_follows_is_shipped(tmp_path: Path) -> None:
     first = SpoolWriter(tmp_path)
-    first.append({"n": 1})
+    first.append(encode({"n": 1}))
     first.flush()
     with first.segment.open("ab") as file:
         file.write(encode_frame({"n": 2})[:-3])
     second = SpoolWriter(tmp_path)
-    second.append({"n": 3})
+    second.append(encode({"n": 3}))
     second.flush()
     reader = SpoolReader(tmp_path)
     got: list[int] = []

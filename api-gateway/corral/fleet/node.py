@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 
@@ -21,8 +22,8 @@ class Node:
     """One Ollama server.
 
     ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and
-    ``resident`` are the model names in them. ``in_flight`` counts this gateway's requests on it, and
-    ``shunned_until`` (monotonic seconds) is set when it failed this gateway.
+    ``resident`` are the model names in them, ``header`` the line of HTTP that names it. ``in_flight`` counts this
+    gateway's requests on it, and ``shunned_until`` (monotonic seconds) is set when it failed this gateway.
     """
 
     name: str
@@ -34,8 +35,12 @@ class Node:
     ps: list[dict[str, Any]] = field(default_factory=list)
     held: frozenset[str] = frozenset()
     resident: frozenset[str] = frozenset()
+    header: bytes = b""
     in_flight: int = 0
     shunned_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.header = b"X-Corral-Node: %b\r\n" % self.name.encode()
 
     def update(self, entry: dict[str, Any]) -> None:
         """Take over what control says of the node (an entry of the snapshot's ``nodes``)."""
@@ -49,6 +54,7 @@ class Node:
         self.resident = frozenset(model["name"] for model in self.ps)
 
 
+@lru_cache(4096)
 def canonical_name(model: str) -> str:
     """Ollama's full name of a model: a missing tag is ``latest``."""
     return model if ":" in model.rpartition("/")[2] else f"{model}:latest"

@@ -28,11 +28,8 @@ def headers(verdict: Verdict, budget: Budget) -> bytes:
     """OpenAI's rate-limit headers for the key's requests per minute."""
     if not budget.rpm:
         return b""
-    return (
-        b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %.3fs\r\n"
-        % (
-            budget.rpm,
-            verdict.remaining,
-            verdict.reset,
-        )
+    return b"%b%d\r\nx-ratelimit-reset-requests: %dms\r\n" % (
+        budget.rate_header,
+        verdict.remaining,
+        verdict.reset * 1e3,
     )

@@ -17,11 +17,6 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
     """
     decoded = wire.decode(route, body, request_id, snapshot.policy)
     authorize(key, decoded.model)
-    if canonical_name(decoded.model) not in snapshot.held and any_known(snapshot):
+    if snapshot.known and canonical_name(decoded.model) not in snapshot.held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
     return decoded
-
-
-def any_known(snapshot: Snapshot) -> bool:
-    """Whether any node ever told its models: before that, nothing can be said to be missing."""
-    return any(node.version for node in snapshot.nodes.values())

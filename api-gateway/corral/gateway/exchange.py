@@ -7,15 +7,16 @@ leave.
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
 from corral.gateway import admit, catalogue, schedule, settle
 from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.decode import decode
-from corral.gateway.journal import Then
+from corral.gateway.journal import Then, nothing
 from corral.gateway.listen import ClientConnection, Request
-from corral.gateway.recover import SHUN, Failure, History, final_error, may_retry
+from corral.gateway.recover import SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.route import Kind, api_of, model_of, resolve
 from corral.store.limits import Verdict
@@ -30,58 +31,36 @@ JSON = b"Content-Type: application/json\r\n"
 
 
 class Exchange:
-    """State of one request. Times are monotonic seconds."""
+    """State of one request. Times are monotonic seconds.
 
-    __slots__ = (
-        "_admitted",
-        "_attempt",
-        "_open",
-        "_rate_headers",
-        "_settled",
-        "_tail",
-        "_tried",
-        "address",
-        "api",
-        "connection",
-        "deadline",
-        "decoded",
-        "first_token",
-        "gateway",
-        "history",
-        "key",
-        "key_id",
-        "model",
-        "node_name",
-        "path",
-        "queue_ms",
-        "record_id",
-        "request",
-        "request_id",
-        "until",
-    )
+    What most requests never set stands on the class, so that making one costs little.
+    """
+
+    api = "native"
+    path = ""
+    model = ""
+    key: Key | None = None
+    key_id = ""
+    decoded: Decoded = None  # type: ignore[assignment]  # set by decode, read by what follows it
+    node_name = ""
+    attempts = 0
+    crashes = 0
+    connects = 0
+    queue_ms = 0.0
+    first_token = 0.0
+    deadline = 0.0
+    _attempt: Attempt | None = None
+    _node_header = b""
+    _rate_headers = b""
+    _tail = b""
+    _admitted = _settled = _open = False
 
     def __init__(self, gateway: Gateway, connection: ClientConnection, request: Request) -> None:
         self.gateway = gateway
         self.connection = connection
         self.request = request
         self.record_id, self.request_id, self.address = gateway.identify(connection, request)
-        self.api = "native"
-        self.path = ""
-        self.model = ""
-        self.key: Key | None = None
-        self.key_id = ""
-        self.decoded: Decoded = None  # type: ignore[assignment]  # set by decode, read by what follows it
-        self.node_name = ""
-        self.history = History()
-        self.queue_ms = 0.0
-        self.first_token = 0.0
-        self.deadline = 0.0
-        self.until = request.arrived + gateway.max_duration
-        self._attempt: Attempt | None = None
-        self._tried: set[str] = set()
-        self._rate_headers = b""
-        self._tail = b""
-        self._admitted = self._settled = self._open = False
+        self.tried: tuple[str, ...] = ()
 
     def start(self) -> None:
         """Steps 2 to 5, up to the call of the store."""
@@ -93,7 +72,9 @@ class Exchange:
                 self._health()
                 return
             snapshot = gateway.snapshot_now(request.wall)
-            self.key = key = authenticate(request.headers, snapshot.keys, gateway.pepper, request.wall)
+            self.key = key = authenticate(
+                request.headers, snapshot.keys, gateway.pepper, request.wall, snapshot.verified
+            )
             self.key_id = key.id
             if route.kind is Kind.RELAY:
                 decoded = decode(route.path, request.body, self.request_id, key, snapshot)
@@ -138,8 +119,9 @@ class Exchange:
         if not written:
             self.refuse(ApiError(503, "overloaded", "the audit record cannot be written", retry_after=5))
             return
-        self.queue_ms = (self.gateway.loop.time() - self.request.arrived) * 1e3
-        self._dispatch()
+        now = monotonic()
+        self.queue_ms = (now - self.request.arrived) * 1e3
+        self._dispatch(now)
 
     def _answer_from_fleet(self, key: Key) -> None:
         try:
@@ -152,26 +134,24 @@ class Exchange:
 
     # -- schedule, relay
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, now: float) -> None:
         gateway = self.gateway
-        now = gateway.loop.time()
         try:
-            node = schedule.schedule(gateway.snapshot, self.model, now, self._tried)
+            node = schedule.schedule(gateway.snapshot, self.model, now, self.tried)
         except ApiError as error:
             self.refuse(error)
             return
-        self.node_name = node.name
-        self.history.attempts += 1
-        self.deadline = min(self.until, now + gateway.first_token)
+        self.node_name, self._node_header = node.name, node.header
+        self.attempts += 1
+        self.deadline = now + gateway.first_token
         gateway.running.add(self)
         self._attempt = attempt = Attempt(self, node)
         attempt.begin()
 
     def progress(self, out: bytes) -> None:
         """The node sent something; `out` is what of it goes to the caller now."""
-        gateway = self.gateway
-        now = gateway.loop.time()
-        self.deadline = min(self.until, now + gateway.between_tokens)
+        now = monotonic()
+        self.deadline = now + self.gateway.between_tokens
         responder = self.decoded.responder
         if not self.first_token and responder.started:
             self.first_token = now
@@ -206,22 +186,22 @@ class Exchange:
 
     def attempt_failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
         """Step 8. The attempt is over and gave back its place on the node."""
-        gateway, history = self.gateway, self.history
+        gateway = self.gateway
         self._attempt = None
         if failure is Failure.CALLER and cause is not None and self.decoded.without_thinking(cause.message):
-            self._dispatch()
+            self._dispatch(monotonic())
             return
         if failure is Failure.CONNECT:
-            history.connects += 1
+            self.connects += 1
         elif failure is Failure.RESET:
-            history.crashes += 1
+            self.crashes += 1
         if failure is not Failure.CALLER:
-            node.shunned_until = gateway.loop.time() + SHUN
-            self._tried.add(node.name)
-        if not self._open and may_retry(failure, history, len(gateway.snapshot.nodes), gateway.retries):
+            node.shunned_until = monotonic() + SHUN
+            self.tried += (node.name,)
+        if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             self._again()
             return
-        error = final_error(failure, history, cause)
+        error = final_error(failure, self, cause)
         if self._open:
             last = errors.in_band(self.api, error, self.request_id)
             self._settle(
@@ -243,21 +223,16 @@ class Exchange:
         except ApiError as error:
             self.refuse(error)
             return
-        self._dispatch()
+        self._dispatch(monotonic())
 
     def _head(self, content_type: str) -> bytes:
-        history = self.history
-        return (
-            b"Content-Type: %b\r\nX-Request-ID: %b\r\nX-Corral-Node: %b\r\nX-Corral-Attempts: %d\r\n"
-            b"X-Corral-Queue-Ms: %d\r\n%b"
-            % (
-                content_type.encode(),
-                self.request_id.encode(),
-                self.node_name.encode(),
-                history.attempts,
-                self.queue_ms,
-                self._rate_headers,
-            )
+        return b"Content-Type: %b\r\nX-Request-ID: %b\r\n%bX-Corral-Attempts: %d\r\nX-Corral-Queue-Ms: %d\r\n%b" % (
+            content_type.encode(),
+            self.request_id.encode(),
+            self._node_header,
+            self.attempts,
+            self.queue_ms,
+            self._rate_headers,
         )
 
     # -- the end
@@ -288,9 +263,8 @@ class Exchange:
         gateway.running.discard(self)
         if self._admitted and self.key is not None:
             gateway.limits.release(self.key.budget, self.record_id)
-        record = settle.settled(self, status, outcome, self.connection.sent + last, gateway.loop.time())
-        gateway.journal.record(record, then)
-        gateway.journal.access(record)
+        record = settle.settled(self, status, outcome, self.connection.sent + last, monotonic())
+        gateway.journal.record(record, then or nothing, access=True)
 
     def client_gone(self) -> None:
         """The caller left: stop the node's work now; it is not the node's fault."""
@@ -305,14 +279,15 @@ class Exchange:
 
     def check(self, now: float) -> None:
         """End what is past its deadline."""
-        if self._attempt is not None and 0.0 < self.deadline <= now:
-            attempt = self._attempt
-            if now >= self.until:
-                attempt.abandon()
-                self._attempt = None
-                self._expire()
-            else:
-                attempt.timed_out()
+        attempt = self._attempt
+        if attempt is None:
+            return
+        if now - self.request.arrived >= self.gateway.max_duration:
+            attempt.abandon()
+            self._attempt = None
+            self._expire()
+        elif now >= self.deadline:
+            attempt.timed_out()
 
     def _expire(self) -> None:
         error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -43,12 +42,21 @@ class Journal:
             self._fd = os.open(access_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._owned = True
 
-    def record(self, record: dict[str, Any], then: Then | None = None) -> None:
-        """Append a record; `then` hears, after the group's write, whether it is in the spool."""
-        self.spool.append(record)
-        if not self._waiting:
+    def record(self, record: msgspec.Struct, then: Then, access: bool = False) -> None:
+        """Append a record; `then` hears, after the group's write, whether it is in the spool.
+
+        `access`: it is a line of the access log too.
+        """
+        payload = _encode(record)
+        self.spool.append(payload)
+        waiting = self._waiting
+        if not waiting:
             self._loop.call_soon(self._commit)
-        self._waiting.append(then or _nothing)
+        waiting.append(then)
+        if access and self._fd >= 0:
+            if not self._lines:
+                self._loop.call_later(ACCESS_FLUSH, self.flush_access)
+            self._lines.append(payload)
 
     def _commit(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -63,14 +71,6 @@ class Journal:
         written = not self.failing
         for then in waiting:
             then(written)
-
-    def access(self, line: dict[str, Any]) -> None:
-        """One line of the access log."""
-        if self._fd < 0:
-            return
-        if not self._lines:
-            self._loop.call_later(ACCESS_FLUSH, self.flush_access)
-        self._lines.append(_encode(line))
 
     def flush_access(self) -> None:
         """Write the lines that wait."""
@@ -93,5 +93,5 @@ class Journal:
             os.close(self._fd)
 
 
-def _nothing(written: bool) -> None:
+def nothing(written: bool) -> None:
     """For a record that nothing waits for."""

@@ -28,19 +28,30 @@ WRITE_BUFFER = 64 << 10
 
 
 class Request:
-    """One request as it was read. ``headers`` has lower-case names; ``arrived`` is monotonic seconds."""
+    """One request as it was read. ``headers`` has lower-case names; ``arrived`` is monotonic, ``wall`` epoch seconds.
+
+    ``modern``: HTTP/1.1, so that chunks may be used.
+    """
 
     __slots__ = ("arrived", "body", "headers", "keep_alive", "method", "modern", "target", "wall")
 
-    def __init__(self) -> None:
-        self.method = b""
-        self.target = b""
-        self.headers: dict[bytes, bytes] = {}
-        self.body = b""
-        self.keep_alive = True
-        self.modern = True  # HTTP/1.1: chunks may be used
-        self.arrived = 0.0
-        self.wall = 0.0
+    def __init__(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes = b"",
+        keep_alive: bool = False,
+        modern: bool = True,
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.modern = modern
+        self.arrived = time.monotonic()
+        self.wall = time.time()
 
 
 _ONCE = frozenset((b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id"))
@@ -52,14 +63,17 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_body",
+        "_body_bytes",
         "_broken",
         "_closing",
-        "_header_bytes",
+        "_feed",
+        "_head_bytes",
+        "_headers",
         "_headers_done",
         "_modern",
         "_parser",
         "_queue",
-        "_request",
+        "_reading",
         "_target",
         "deadline",
         "exchange",
@@ -74,6 +88,10 @@ class ClientConnection(asyncio.Protocol):
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self._parser = httptools.HttpRequestParser(self)
+        self._feed = self._parser.feed_data
+        self._reading = self._headers_done = False
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
         self._queue: deque[Request] = deque()
         self.exchange: Exchange | None = None
         self.transport: asyncio.Transport | None = None
@@ -91,14 +109,18 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer: str = peer[0] if peer else ""
         self.trusted: bool = self.gateway.trusts(self.peer)
-        self.deadline = self.gateway.loop.time() + HEADER_DEADLINE
+        self.deadline = time.monotonic() + HEADER_DEADLINE
         self.gateway.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self._broken:
             return
         try:
-            self._parser.feed_data(data)
+            self._feed(data)
+            if self._reading:
+                self._wait_for_more(len(data))
+        except ApiError as error:
+            self.reject(error)
         except httptools.HttpParserUpgrade:
             self.reject(ApiError(400, "bad_request", "CONNECT and protocol upgrades are not served here"))
         except httptools.HttpParserCallbackError as error:
@@ -108,6 +130,17 @@ class ClientConnection(asyncio.Protocol):
             self.reject(cause)
         except httptools.HttpParserError as error:
             self.reject(ApiError(400, "bad_request", f"malformed HTTP: {error}"))
+
+    def _wait_for_more(self, size: int) -> None:
+        # Only a message that came in pieces needs a deadline and a count of what may still be the head.
+        if self._headers_done:
+            self.deadline = time.monotonic() + BODY_DEADLINE
+            return
+        if not self._head_bytes:
+            self.deadline = time.monotonic() + HEADER_DEADLINE
+        self._head_bytes += size
+        if self._head_bytes > HEADER_BYTES:
+            raise self._head_too_large()
 
     def eof_received(self) -> bool:
         return False  # a caller that closed its side has left
@@ -121,7 +154,7 @@ class ClientConnection(asyncio.Protocol):
             exchange.client_gone()
 
     def pause_writing(self) -> None:
-        self.stalled_since = self.gateway.loop.time()
+        self.stalled_since = time.monotonic()
         if self.exchange is not None:
             self.exchange.pause()
 
@@ -133,43 +166,43 @@ class ClientConnection(asyncio.Protocol):
     # -- httptools
 
     def on_message_begin(self) -> None:
-        self._request = Request()
+        self._reading = True
+        self._headers_done = False
+        self._headers = {}
         self._body: list[bytes] = []
         self._target = b""
-        self._header_bytes = 0
-        self._headers_done = False
-        self.deadline = self.gateway.loop.time() + HEADER_DEADLINE
+        self._head_bytes = self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         self._target += url
-        self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._headers_done:
             return  # a trailer: read past
-        self._count(len(name) + len(value))
-        headers = self._request.headers
+        headers = self._headers
         name = name.lower()
         if name in headers:
-            if name in _ONCE:
-                raise ApiError(400, "bad_request", f"the header {name.decode('latin-1')} may be sent once only")
-            value = headers[name] + b", " + value
+            value = self._repeated(name, value)
         headers[name] = value
-        if len(headers) > HEADER_COUNT:
-            raise ApiError(431, "headers_too_large", f"more than {HEADER_COUNT} headers")
 
-    def _count(self, size: int) -> None:
-        self._header_bytes += size
-        if self._header_bytes > HEADER_BYTES:
-            raise ApiError(431, "headers_too_large", f"the head of a request may have {HEADER_BYTES} bytes")
+    def _repeated(self, name: bytes, value: bytes) -> bytes:
+        if name in _ONCE:
+            raise ApiError(400, "bad_request", f"the header {name.decode('latin-1')} may be sent once only")
+        together = self._headers[name] + b", " + value
+        if len(together) > HEADER_BYTES:
+            raise self._head_too_large()
+        return together
+
+    def _head_too_large(self) -> ApiError:
+        return ApiError(431, "headers_too_large", f"the head of a request may have {HEADER_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
         self._headers_done = True
-        request = self._request
-        headers = request.headers
-        request.method = self._parser.get_method()
-        request.target = self._target
-        request.modern = self._parser.get_http_version() == "1.1"
+        headers = self._headers
+        if len(headers) > HEADER_COUNT:
+            raise ApiError(431, "headers_too_large", f"more than {HEADER_COUNT} headers")
+        if len(self._target) + sum(map(len, headers)) + sum(map(len, headers.values())) > HEADER_BYTES:
+            raise self._head_too_large()
         if b"upgrade" in headers:
             raise ApiError(400, "bad_request", "protocol upgrades are not served here")
         if b"content-encoding" in headers and headers[b"content-encoding"].lower() != b"identity":
@@ -177,26 +210,29 @@ class ClientConnection(asyncio.Protocol):
         length = headers.get(b"content-length")
         if length is not None and int(length) > self.gateway.max_body:
             raise self._too_large()
-        if headers.get(b"expect", b"").lower() == b"100-continue" and self.transport is not None:
+        if b"expect" in headers and headers[b"expect"].lower() == b"100-continue" and self.transport is not None:
             self.transport.write(http1.CONTINUE)
-        self.deadline = self.gateway.loop.time() + BODY_DEADLINE
 
     def on_body(self, data: bytes) -> None:
         self._body.append(data)
-        self._header_bytes += len(data)
-        if self._header_bytes > self.gateway.max_body + HEADER_BYTES:
+        self._body_bytes += len(data)
+        if self._body_bytes > self.gateway.max_body:
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body may have {self.gateway.max_body} bytes")
 
     def on_message_complete(self) -> None:
-        request = self._request
-        body = self._body
-        request.body = body[0] if len(body) == 1 else b"".join(body)
-        request.keep_alive = self._parser.should_keep_alive()
-        request.arrived = self.gateway.loop.time()
-        request.wall = time.time()
+        self._reading = False
+        parser, body = self._parser, self._body
+        request = Request(
+            parser.get_method(),
+            self._target,
+            self._headers,
+            body[0] if len(body) == 1 else b"".join(body),
+            parser.should_keep_alive(),
+            parser.get_http_version() == "1.1",
+        )
         if self.exchange is None and not self._closing:
             self._serve(request)
         elif len(self._queue) < PIPELINE_MAX:
@@ -216,9 +252,10 @@ class ClientConnection(asyncio.Protocol):
         """Answer a request that could not be read, and close: what follows cannot be trusted."""
         self._broken = True
         if self.exchange is None:
-            target = getattr(self, "_target", b"")
-            body = errors.render(api_of(target), error)
-            self.gateway.refuse_unread(self, error, len(body))
+            body = errors.render(api_of(self._target), error)
+            # The method is known only once the head is whole; who sent half of one named none.
+            method = self._parser.get_method() if self._headers_done else b""
+            self.gateway.refuse_unread(self, Request(method, self._target, self._headers), error, len(body))
             self.respond(error.status, b"Content-Type: application/json\r\n", body, keep_alive=False)
         elif self.transport is not None:
             self._closing = True  # the request that runs is answered first
@@ -278,7 +315,7 @@ class ClientConnection(asyncio.Protocol):
         elif self._queue:
             self.gateway.loop.call_soon(self._next)
         else:
-            self.deadline = self.gateway.loop.time() + IDLE_DEADLINE
+            self.deadline = time.monotonic() + IDLE_DEADLINE
 
     def _next(self) -> None:
         if self._queue and self.exchange is None and not self._closing:

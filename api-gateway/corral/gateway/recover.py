@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from corral.wire.errors import ApiError
 
@@ -48,13 +49,12 @@ class RetryBudget:
         return True
 
 
-@dataclass(slots=True)
-class History:
+class History(Protocol):
     """What a request went through: attempts that reached a node, and nodes that crashed under it."""
 
-    attempts: int = 0
-    crashes: int = 0
-    connects: int = 0
+    attempts: int
+    crashes: int
+    connects: int
 
 
 def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget) -> bool:

@@ -47,11 +47,11 @@ class Attempt:
         exchange = self._exchange
         decoded = exchange.decoded
         connection.send(
-            b"POST %b HTTP/1.1\r\nHost: nodes\r\nX-Corral-Node: %b\r\nX-Request-ID: %b\r\n"
+            b"POST %b HTTP/1.1\r\nHost: nodes\r\n%bX-Request-ID: %b\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
             % (
                 decoded.upstream_path.encode(),
-                self.node.name.encode(),
+                self.node.header,
                 exchange.request_id.encode(),
                 len(decoded.body),
                 decoded.body,

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from corral.config.settings import Settings
 from corral.gateway import settle
 from corral.gateway.exchange import Exchange
-from corral.gateway.journal import Journal
+from corral.gateway.journal import Journal, nothing
 from corral.gateway.listen import ClientConnection, Request
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
@@ -121,15 +121,11 @@ class Gateway:
             raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
         return snapshot
 
-    def refuse_unread(self, connection: ClientConnection, error: ApiError, sent: int) -> None:
-        """Record a request that was refused before it could be read whole."""
-        request = getattr(connection, "_request", None) or Request()
-        request.arrived = request.arrived or self.loop.time()
-        request.wall = request.wall or time.time()
+    def refuse_unread(self, connection: ClientConnection, request: Request, error: ApiError, sent: int) -> None:
+        """Record a request that was refused before it could be read whole; `request` is what was read of it."""
         exchange = Exchange(self, connection, request)
-        record = settle.settled(exchange, error.status, "refused", sent, self.loop.time())
-        self.journal.record(record)
-        self.journal.access(record)
+        record = settle.settled(exchange, error.status, "refused", sent, time.monotonic())
+        self.journal.record(record, nothing, access=True)
 
     # -- life
 
@@ -187,7 +183,7 @@ class Gateway:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP)
-            now = self.loop.time()
+            now = time.monotonic()
             for connection in list(self.connections):
                 connection.check(now)
             for exchange in list(self.running):

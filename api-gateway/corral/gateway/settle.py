@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -19,20 +21,60 @@ def outcome_of(status: int) -> str:
     return "overloaded" if status == 503 else "upstream_error"
 
 
-def admitted(exchange: Exchange) -> dict[str, Any]:
-    """The record that is written before a node hears of the request."""
-    return {
-        "t": "admit",
-        "id": exchange.record_id,
-        "request_id": exchange.request_id,
-        "ts": exchange.request.wall,
-        "gw": exchange.gateway.name,
-        "key": exchange.key_id,
-        "addr": exchange.address,
-        "api": exchange.api,
-        "route": exchange.path,
-        "model": exchange.model,
-    }
+class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
+    """The record that is written before a node hears of the request. ``ts`` is epoch seconds."""
+
+    id: str
+    request_id: str
+    ts: float
+    gw: str
+    key: str
+    addr: str
+    api: str
+    route: str
+    model: str
+
+
+class Settled(msgspec.Struct, tag_field="t", tag="settle"):
+    """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token."""
+
+    id: str
+    request_id: str
+    ts: float
+    gw: str
+    key: str
+    addr: str
+    api: str
+    route: str
+    method: str
+    model: str
+    status: int
+    outcome: str
+    node: str
+    attempts: int
+    req_bytes: int
+    resp_bytes: int
+    prompt_tokens: int
+    tokens: int
+    estimated: bool
+    queue_ms: float
+    ttft_ms: float | None
+    ms: float
+
+
+def admitted(exchange: Exchange) -> Admitted:
+    """The first record of a request."""
+    return Admitted(
+        exchange.record_id,
+        exchange.request_id,
+        exchange.request.wall,
+        exchange.gateway.name,
+        exchange.key_id,
+        exchange.address,
+        exchange.api,
+        exchange.path,
+        exchange.model,
+    )
 
 
 def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
@@ -47,39 +89,40 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     responder = decoded.responder
     if outcome == "ok" or responder.prompt_tokens:
         return responder.prompt_tokens, responder.tokens, False
-    worked = exchange.first_token or (outcome == "client_gone" and exchange.history.attempts)
+    worked = exchange.first_token or (outcome == "client_gone" and exchange.attempts)
     if not worked or not decoded.estimate:
         return 0, responder.tokens, False
     return decoded.estimate, responder.tokens, True
 
 
-def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> dict[str, Any]:
-    """The record that completes it. `sent` is bytes of answer, `now` monotonic seconds; times are milliseconds."""
-    arrived = exchange.request.arrived
+def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> Settled:
+    """The last record of a request. `sent` is bytes of answer, `now` monotonic seconds."""
+    request = exchange.request
+    arrived = request.arrived
     first = exchange.first_token
     prompt_tokens, tokens, estimated = usage(exchange, outcome)
-    return {
-        "t": "settle",
-        "id": exchange.record_id,
-        "request_id": exchange.request_id,
-        "ts": exchange.request.wall,
-        "gw": exchange.gateway.name,
-        "key": exchange.key_id,
-        "addr": exchange.address,
-        "api": exchange.api,
-        "route": exchange.path,
-        "method": exchange.request.method.decode("latin-1"),
-        "model": exchange.model,
-        "status": status,
-        "outcome": outcome,
-        "node": exchange.node_name,
-        "attempts": exchange.history.attempts,
-        "req_bytes": len(exchange.request.body),
-        "resp_bytes": sent,
-        "prompt_tokens": prompt_tokens,
-        "tokens": tokens,
-        "estimated": estimated,
-        "queue_ms": round(exchange.queue_ms, 3),
-        "ttft_ms": round((first - arrived) * 1e3, 3) if first else None,
-        "ms": round((now - arrived) * 1e3, 3),
-    }
+    return Settled(
+        exchange.record_id,
+        exchange.request_id,
+        request.wall,
+        exchange.gateway.name,
+        exchange.key_id,
+        exchange.address,
+        exchange.api,
+        exchange.path,
+        request.method.decode("latin-1"),
+        exchange.model,
+        status,
+        outcome,
+        exchange.node_name,
+        exchange.attempts,
+        len(request.body),
+        sent,
+        prompt_tokens,
+        tokens,
+        estimated,
+        # Whole microseconds: round() to digits costs more than all the rest here.
+        int(exchange.queue_ms * 1e3) / 1e3,
+        int((first - arrived) * 1e6) / 1e3 if first else None,
+        int((now - arrived) * 1e6) / 1e3,
+    )

@@ -24,16 +24,21 @@ log = logging.getLogger(__name__)
 
 
 class Snapshot:
-    """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds."""
+    """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
+
+    ``known``: some node ever told its models; before that, nothing can be said to be missing.
+    """
 
     def __init__(self, rpm: int | None, concurrency: int | None) -> None:
         self._defaults = rpm, concurrency
         self.version = ""
         self.confirmed = 0.0
         self.keys: dict[str, Key] = {}
+        self.verified: dict[bytes, Key] = {}
         self.nodes: dict[str, Node] = {}
         self.policies: dict[str, ModelPolicy] = {}
         self.held: frozenset[str] = frozenset()
+        self.known = False
 
     def apply(self, data: dict[str, Any]) -> None:
         """Take over a snapshot; what runs on a node or counts on a key goes on."""
@@ -53,10 +58,12 @@ class Snapshot:
             node.update(entry)
             nodes[node.name] = node
         self.keys, self.nodes = keys, nodes
+        self.verified = {}
         self.policies = {
             canonical_name(model["name"]): ModelPolicy.from_entry(model) for model in data.get("models") or []
         }
         self.held = frozenset(name for node in nodes.values() for name in node.held)
+        self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
 
     def policy(self, model: str) -> ModelPolicy | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import Protocol
 
 import httptools
@@ -112,7 +113,7 @@ class UpstreamConnection(asyncio.Protocol):
             body, self._body = self._body, []
             if body:
                 handler.on_body(b"".join(body))
-            early = self._loop.time() - self._sent_at < STALE_WITHIN
+            early = monotonic() - self._sent_at < STALE_WITHIN
             handler.on_lost(self._reused and not self._touched and early)
 
     # -- httptools
@@ -140,7 +141,7 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, request: bytes, handler: Handler) -> None:
         """Send a whole request; `handler` gets the answer."""
         self._handler = handler
-        self._sent_at = self._loop.time()
+        self._sent_at = monotonic()
         assert self.transport is not None
         self.transport.write(request)
 
@@ -164,15 +165,13 @@ class UpstreamConnection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether an idle connection may be given out."""
         return (
-            self.transport is not None
-            and not self.transport.is_closing()
-            and self._loop.time() - self._idle_since < IDLE_MAX
+            self.transport is not None and not self.transport.is_closing() and monotonic() - self._idle_since < IDLE_MAX
         )
 
     def shelve(self) -> None:
         """Note that it is idle from now on."""
         self._reused = True
-        self._idle_since = self._loop.time()
+        self._idle_since = monotonic()
 
 
 class Upstreams:

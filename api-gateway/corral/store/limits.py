@@ -12,9 +12,9 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 
@@ -33,8 +33,7 @@ _RENEW_SHA = hashlib.sha1(RENEW_SCRIPT.encode(), usedforsecurity=False).hexdiges
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The answer to one request.
 
     ``refused`` is "", "rpm", "concurrency" or "store"; times are seconds.
@@ -48,14 +47,18 @@ class Verdict:
 
 @dataclass(slots=True)
 class Budget:
-    """A key's limits (None: none) and what this gateway knows of their use."""
+    """A key's limits (None: none) and what this gateway knows of their use.
+
+    ``prefix``, ``release_prefix`` and ``rate_header`` are the parts of commands and heads that never change.
+    """
 
     key_id: str
     rpm: int | None
     concurrency: int | None
     prefix: bytes = b""
     release_prefix: bytes = b""
-    in_flight: dict[str, None] | None = None
+    rate_header: bytes = b""
+    in_flight: dict[str, None] = field(default_factory=dict)
     arrival: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Budget:
         )
         self.prefix = command.replace(b"*8\r\n", b"*9\r\n", 1)
         self.release_prefix = b"*3\r\n$4\r\nZREM\r\n$%d\r\n%b\r\n" % (len(leases), leases)
-        self.in_flight = {}
+        self.rate_header = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: " % (self.rpm or 0)
 
     @property
     def leases(self) -> bytes:
@@ -125,7 +128,6 @@ class Limits:
     def release(self, budget: Budget, request_id: str) -> None:
         """End a request that was admitted."""
         in_flight = budget.in_flight
-        assert in_flight is not None
         if request_id not in in_flight:
             return
         del in_flight[request_id]
@@ -137,14 +139,12 @@ class Limits:
             store.call(b"%b$%d\r\n%b\r\n" % (budget.release_prefix, len(identity), identity), _ignore)
 
     def _enter(self, budget: Budget, request_id: str) -> None:
-        assert budget.in_flight is not None
         budget.in_flight[request_id] = None
         self._busy[budget.key_id] = budget
 
     def _locally(self, budget: Budget, request_id: str, now: float) -> Verdict:
         if self._deny:
             return Verdict("store", 0, 0.0, 1.0)
-        assert budget.in_flight is not None
         if budget.concurrency and len(budget.in_flight) >= math.ceil(budget.concurrency / self.gateways):
             return Verdict("concurrency", 0, 0.0, 1.0)
         remaining, reset = 0, 0.0

@@ -27,6 +27,7 @@ FRAME_MAX = 1 << 20
 _SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder().encode
+_pack = HEADER.pack
 
 
 class SpoolCorrupt(ValueError):
@@ -111,10 +112,9 @@ class SpoolWriter:
         """The segment that is written to now."""
         return self._folder / f"{self._number:016d}.seg"
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Put a record into the group that the next `flush` writes."""
-        payload = _encode(record)
-        self._buffer.append(HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+    def append(self, payload: bytes) -> None:
+        """Put an encoded record into the group that the next `flush` writes."""
+        self._buffer += (_pack(len(payload), zlib.crc32(payload)), payload)
 
     def flush(self) -> None:
         """Write the group.

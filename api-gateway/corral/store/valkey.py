@@ -12,6 +12,7 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -65,11 +66,11 @@ class Valkey:
         self._enqueue(command, callback)
 
     def _enqueue(self, command: bytes, callback: Callback) -> None:
-        loop = self._loop
         self._out.append(command)
-        self._pending.append((callback, loop.time() + self._timeout))
+        self._pending.append((callback, monotonic()))
         if not self._flush_scheduled:
             self._flush_scheduled = True
+            loop = self._loop
             loop.call_soon(self._flush)
             if self._watch is None:
                 self._watch = loop.call_later(self._timeout, self._check)
@@ -109,7 +110,7 @@ class Valkey:
         self._watch = None
         if not self._pending:
             return
-        wait = self._pending[0][1] - self._loop.time()
+        wait = self._pending[0][1] + self._timeout - monotonic()
         if wait > 0:
             self._watch = self._loop.call_later(wait, self._check)
         else:
@@ -168,11 +169,11 @@ class Valkey:
         self.on_connect()
 
     def _received(self, data: bytes) -> None:
-        reader = self._reader
+        reader, pending = self._reader, self._pending
         reader.feed(data)
         while (reply := reader.gets()) is not False:
-            if self._pending:
-                self._pending.popleft()[0](reply)
+            if pending:
+                pending.popleft()[0](reply)
             elif self.on_message is not None:
                 self.on_message(reply)  # a channel's message: this connection subscribes and does nothing else
             else:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from corral.wire.common import LINE_MAX, Lines, count, decode_line, encode
+import msgspec
+
+from corral.wire.common import LINE_MAX, count, decode_line, encode
 from corral.wire.errors import ApiError, UpstreamNonsense
 
 DONE = b'"done":true'
 ERROR = b'{"error"'
 RENDERED = "_debug_info"
+
+UNSET = msgspec.UNSET
+Unset = msgspec.UnsetType
 
 
 def error_of(line: bytes) -> ApiError:
@@ -83,16 +88,56 @@ class Pass:
         return b""
 
 
+class Part(msgspec.Struct):
+    """What a line adds to a chat's message."""
+
+    role: str | None = None
+    content: str | None = None
+    thinking: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class Line(msgspec.Struct):
+    """A line of an answer, as far as putting it together needs it."""
+
+    done: bool = False
+    error: Any = UNSET
+    logprobs: list[Any] | None = None
+    prompt_eval_count: Any = 0
+    eval_count: Any = 0
+    rendered: msgspec.Raw | Unset = msgspec.field(name=RENDERED, default=UNSET)
+
+
+class ChatLine(Line):
+    """A line of a chat."""
+
+    message: Part | None = None
+
+
+class GenerateLine(Line):
+    """A line of a completion: what a chat has in its message stands in the line itself."""
+
+    role: str | None = None
+    content: str | None = msgspec.field(name="response", default=None)
+    thinking: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+_chat_line = msgspec.json.Decoder(ChatLine).decode
+_generate_line = msgspec.json.Decoder(GenerateLine).decode
+_EMPTY = b'"message":{"role":"assistant","content":""}'
+
+
 class Whole:
     """`stream: false`: the streamed answer put together as Ollama does it. `what` is message or response."""
 
     __slots__ = (
-        "_lines",
+        "_chat",
         "_logprobs",
+        "_rest",
         "_text",
         "_thinking",
         "_tool_calls",
-        "_what",
         "content_type",
         "done",
         "error",
@@ -106,66 +151,75 @@ class Whole:
 
     def __init__(self, what: str) -> None:
         self.content_type = "application/json; charset=utf-8"
-        self.stream = False
-        self.started = self.done = False
+        self.stream = self.started = self.done = False
         self.error: ApiError | None = None
         self.prompt_tokens = self.tokens = 0
-        self.last: dict[str, Any] = {}
+        self.last = b""
         self.role = "assistant"
-        self._what = what
-        self._lines = Lines()
+        self._chat = what == "message"
+        self._rest = b""
         self._text: list[str] = []
         self._thinking: list[str] = []
         self._tool_calls: list[Any] = []
         self._logprobs: list[Any] = []
 
     def feed(self, data: bytes) -> bytes:
-        for line in self._lines.split(data):
+        if self._rest:
+            data = self._rest + data
+        *lines, rest = data.split(b"\n")
+        self._rest = rest
+        if len(rest) > LINE_MAX:
+            raise UpstreamNonsense(f"a line of more than {LINE_MAX} bytes")
+        for line in lines:
+            if not line or line.isspace():
+                continue
             if self.done:
                 raise UpstreamNonsense("lines after the last one")
-            value = decode_line(line)
-            if "error" in value:
+            value: Line
+            part: Part | GenerateLine | None
+            try:
+                if self._chat:
+                    value = chat = _chat_line(line)
+                    part = chat.message
+                else:
+                    value = part = _generate_line(line)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                raise UpstreamNonsense(f"a line that is no part of an answer: {line[:80]!r}") from None
+            if value.error is not UNSET:
                 self.error = error_of(line)
                 return b""
             self.started = True
             self.tokens += 1
-            self._take(value)
-            if value.get("done") is True or RENDERED in value:
+            if part is not None:
+                self._take(part)
+            elif not value.done and value.rendered is UNSET:
+                raise UpstreamNonsense("a line without a message")
+            if value.logprobs:
+                self._logprobs += value.logprobs
+            if value.done or value.rendered is not UNSET:
                 self.done = True
-                self.last = value
-                self.prompt_tokens = count(value.get("prompt_eval_count"))
-                self.tokens = count(value.get("eval_count"))
+                self.last = line
+                self.prompt_tokens = count(value.prompt_eval_count)
+                self.tokens = count(value.eval_count)
         return b""
 
-    def _take(self, value: dict[str, Any]) -> None:
-        part: Any = value.get("message") if self._what == "message" else value
-        if not isinstance(part, dict):
-            if RENDERED in value or value.get("done") is True:
-                return
-            raise UpstreamNonsense("a line without a message")
-        text = part.get("content" if self._what == "message" else "response")
-        if isinstance(text, str) and text:
-            self._text.append(text)
-        thinking = part.get("thinking")
-        if isinstance(thinking, str):
-            self._thinking.append(thinking)
-        calls = part.get("tool_calls")
-        if isinstance(calls, list):
-            self._tool_calls += calls
-        logprobs = value.get("logprobs")
-        if isinstance(logprobs, list):
-            self._logprobs += logprobs
-        role = part.get("role")
-        if isinstance(role, str):
-            self.role = role
+    def _take(self, part: Part | GenerateLine) -> None:
+        if part.content:
+            self._text.append(part.content)
+        if part.thinking:
+            self._thinking.append(part.thinking)
+        if part.tool_calls:
+            self._tool_calls += part.tool_calls
+        if part.role:
+            self.role = part.role
 
     def value(self) -> dict[str, Any]:
         """The one object that Ollama would have sent."""
-        whole = dict(self.last)
+        whole = decode_line(self.last)
         if RENDERED in whole:
             return whole
         text, thinking = "".join(self._text), "".join(self._thinking)
-        if self._what == "message":
+        if self._chat:
             message: dict[str, Any] = {"role": self.role, "content": text}
             if thinking:
                 message["thinking"] = thinking
@@ -183,6 +237,12 @@ class Whole:
         return whole
 
     def finish(self) -> bytes:
+        if self._chat and not (self._thinking or self._tool_calls or self._logprobs) and self.role == "assistant":
+            # Plain text, by far the most common: it takes the place of the last line's empty message. These bytes
+            # stand for nothing else, since a quote within a JSON string is escaped.
+            before, empty, after = self.last.partition(_EMPTY)
+            if empty and _EMPTY not in after:
+                return b'%b"message":{"role":"assistant","content":%b}%b' % (before, encode("".join(self._text)), after)
         return encode(self.value())
 
 

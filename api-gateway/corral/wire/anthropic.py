@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from corral.wire import answers, native
-from corral.wire.common import Decoded, Lines, PolicyOf, count, decode_line, encode, read, require_model
+from corral.wire.common import Body, Decoded, Lines, PolicyOf, count, decode_line, encode, read, require_model
 from corral.wire.errors import ApiError, UpstreamNonsense, bad_request
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -36,12 +36,12 @@ class Thinking(msgspec.Struct):
     type: str = ""
 
 
-class Messages(msgspec.Struct):
+class Messages(Body):
     """`POST /v1/messages`."""
 
     model: str = ""
     max_tokens: int | None = None
-    messages: list[Turn] = []
+    messages: list[Turn] = msgspec.field(default_factory=list)
     system: str | list[dict[str, Any]] | None = None
     stream: bool = False
     temperature: float | None = None
@@ -77,7 +77,7 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         chat.tools = [_tool(tool) for tool in body.tools]
     if body.thinking is not None and body.thinking.type == "enabled":
         chat.think = True
-    native.check_chat(chat)
+    native.check_chat(chat, raw)
     max_tokens = native.prepare(chat, policy_of)
     identity = f"msg_{request_id}"
     estimate = len(raw) // native.CHARS_PER_TOKEN

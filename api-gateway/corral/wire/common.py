@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -18,28 +19,41 @@ IMAGES_MAX = 16
 TOOLS_MAX = 128
 LINE_MAX = 1 << 20
 
-UPSTREAM_FIELDS = (
-    "api_base",
-    "base_url",
-    "api_key",
-    "api_version",
-    "endpoint",
-    "host",
-    "upstream",
-    "node",
-    "proxy",
-    "url",
-    "webhook",
-    "callback_url",
-)
-"""Top-level fields by which some gateways let a caller name where a request goes. Here none does."""
+BRACKETS_MAX = 100_000
 
 PolicyOf = Callable[[str], ModelPolicy | None]
 T = TypeVar("T", bound=msgspec.Struct)
 
 encode = msgspec.json.Encoder().encode
 _any = msgspec.json.Decoder().decode
-_UPSTREAM = re.compile(b'"(?:' + "|".join(UPSTREAM_FIELDS).encode() + b')"')
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+
+Refused = msgspec.UnsetType
+"""The type of a field that no value fits."""
+
+
+class Body(msgspec.Struct, omit_defaults=True):
+    """A request's body. Its own fields are those by which some gateways let a caller name where a request goes.
+
+    Here none does. As fields of a type without values they are found while the body is read, at no cost.
+    """
+
+    api_base: Refused = msgspec.UNSET
+    base_url: Refused = msgspec.UNSET
+    api_key: Refused = msgspec.UNSET
+    api_version: Refused = msgspec.UNSET
+    endpoint: Refused = msgspec.UNSET
+    host: Refused = msgspec.UNSET
+    upstream: Refused = msgspec.UNSET
+    node: Refused = msgspec.UNSET
+    proxy: Refused = msgspec.UNSET
+    url: Refused = msgspec.UNSET
+    webhook: Refused = msgspec.UNSET
+    callback_url: Refused = msgspec.UNSET
+
+
+_UPSTREAM_FIELDS = frozenset(Body.__struct_fields__)
 
 
 class Responder(Protocol):
@@ -100,60 +114,44 @@ def read(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
     if not raw:
         raise bad_request("missing request body")
     try:
-        body = decoder.decode(raw)
+        return decoder.decode(raw)
     except msgspec.ValidationError as error:
         text = str(error)
-        path = text.rpartition(" - at `$")[2].rstrip("`") if " - at `$" in text else ""
-        raise bad_request(f"invalid request: {text.replace('`$.', '`')}", path.lstrip(".") or None) from None
+        path = text.rpartition(" - at `$")[2].rstrip("`").lstrip(".") if " - at `$" in text else ""
+        if path in _UPSTREAM_FIELDS:
+            message = f"the field `{path}` is not accepted: the gateway alone chooses where a request goes"
+        else:
+            message = f"invalid request: {text.replace('`$.', '`')}"
+        raise bad_request(message, path or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise bad_request(f"the body is nested deeper than {NESTING_MAX} levels") from None
-    if _UPSTREAM.search(raw) is not None:
-        _refuse_upstream(raw)
-    return body
-
-
-def _refuse_upstream(raw: bytes) -> None:
-    value: Any = _any(raw)
-    for name in UPSTREAM_FIELDS:
-        if isinstance(value, dict) and name in value:
-            raise bad_request(
-                f"the field `{name}` is not accepted: the gateway alone chooses where a request goes", name
-            )
 
 
 def check_depth(raw: bytes) -> None:
-    """Refuse a body nested deeper than `NESTING_MAX`, whether or not its types allow it.
+    """Refuse JSON that is nested deeper than `NESTING_MAX`, for bodies whose types leave the depth open.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400; also for more than `BRACKETS_MAX` arrays and objects.
     """
-    # Brackets within strings only make the count too high, so a low count settles it without a parse.
+    # Brackets within strings only make the count too high, so a low count settles it without a closer look.
     if raw.count(b"{") + raw.count(b"[") <= NESTING_MAX:
         return
-    depth = deepest = 0
-    in_string = False
-    escaped = False
-    for byte in raw:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"{[":
+    brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
+    if len(brackets) > 2 * BRACKETS_MAX:
+        raise bad_request(f"the body has more than {BRACKETS_MAX} arrays and objects")
+    depth = 0
+    for bracket in brackets:
+        if bracket in b"{[":
             depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"}]":
+            if depth > NESTING_MAX:
+                raise bad_request(f"the body is nested deeper than {NESTING_MAX} levels")
+        else:
             depth -= 1
-    if deepest > NESTING_MAX:
-        raise bad_request(f"the body is nested deeper than {NESTING_MAX} levels")
 
 
+@lru_cache(4096)
 def require_model(model: str) -> str:
     """The model's name as sent, if it is one.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corral.wire import anthropic, native, openai
-from corral.wire.common import Decoded, PolicyOf, Responder, check_depth
+from corral.wire.common import Decoded, PolicyOf, Responder
 
 __all__ = ["Decoded", "Responder", "decode"]
 
@@ -16,7 +16,6 @@ def decode(route: str, raw: bytes, request_id: str, policy_of: PolicyOf) -> Deco
     Raises:
         ApiError: 400 naming the field.
     """
-    check_depth(raw)
     if route.startswith("/api/"):
         return native.decode(route, raw, policy_of)
     if route == "/v1/messages":

@@ -12,8 +12,10 @@ from corral.wire.common import (
     IMAGES_MAX,
     MESSAGES_MAX,
     TOOLS_MAX,
+    Body,
     Decoded,
     PolicyOf,
+    check_depth,
     encode,
     read,
     require_model,
@@ -39,7 +41,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_call_id: str | Unset = UNSET
 
 
-class Chat(msgspec.Struct, omit_defaults=True):
+class Chat(Body, omit_defaults=True):
     """`POST /api/chat`."""
 
     model: str = ""
@@ -57,7 +59,7 @@ class Chat(msgspec.Struct, omit_defaults=True):
     render_only: bool | Unset = msgspec.field(name="_debug_render_only", default=UNSET)
 
 
-class Generate(msgspec.Struct, omit_defaults=True):
+class Generate(Body, omit_defaults=True):
     """`POST /api/generate`."""
 
     model: str = ""
@@ -80,7 +82,7 @@ class Generate(msgspec.Struct, omit_defaults=True):
     render_only: bool | Unset = msgspec.field(name="_debug_render_only", default=UNSET)
 
 
-class Embed(msgspec.Struct, omit_defaults=True):
+class Embed(Body, omit_defaults=True):
     """`POST /api/embed`."""
 
     model: str = ""
@@ -91,7 +93,7 @@ class Embed(msgspec.Struct, omit_defaults=True):
     options: dict[str, Any] | None = None
 
 
-class Embeddings(msgspec.Struct, omit_defaults=True):
+class Embeddings(Body, omit_defaults=True):
     """`POST /api/embeddings`, the older form."""
 
     model: str = ""
@@ -100,7 +102,7 @@ class Embeddings(msgspec.Struct, omit_defaults=True):
     options: dict[str, Any] | None = None
 
 
-class Show(msgspec.Struct, omit_defaults=True):
+class Show(Body, omit_defaults=True):
     """`POST /api/show`; ``name`` is the older word for ``model``."""
 
     model: str = ""
@@ -157,7 +159,7 @@ def decode_chat(raw: bytes, policy_of: PolicyOf) -> Decoded:
     """`POST /api/chat`. Raises ApiError."""
     body = read(_chat, raw)
     model = require_model(body.model)
-    check_chat(body)
+    check_chat(body, raw)
     stream = body.stream is not False
     max_tokens = prepare(body, policy_of)
     responder = Pass() if stream else Whole("message")
@@ -174,20 +176,24 @@ def decode_chat(raw: bytes, policy_of: PolicyOf) -> Decoded:
     )
 
 
-def check_chat(body: Chat) -> None:
-    """Caps on messages, images and tools. Raises ApiError."""
+def check_chat(body: Chat, raw: bytes) -> None:
+    """Caps on messages, images, tools and what is nested in them. Raises ApiError."""
     messages = body.messages or []
     if len(messages) > MESSAGES_MAX:
         raise bad_request(f"at most {MESSAGES_MAX} messages", "messages")
     images = 0
+    nested = body.format is not UNSET or body.tools
     for message in messages:
+        nested = nested or message.tool_calls
         if message.images:
             images += len(message.images)
             check_images(message.images)
     if images > IMAGES_MAX:
         raise bad_request(f"at most {IMAGES_MAX} images", "messages")
-    if body.tools and len(body.tools) > TOOLS_MAX:
-        raise bad_request(f"at most {TOOLS_MAX} tools", "tools")
+    if nested:
+        if body.tools and len(body.tools) > TOOLS_MAX:
+            raise bad_request(f"at most {TOOLS_MAX} tools", "tools")
+        check_depth(raw)
 
 
 def check_images(images: list[str]) -> None:
@@ -205,6 +211,8 @@ def decode_generate(raw: bytes, policy_of: PolicyOf) -> Decoded:
         if len(body.images) > IMAGES_MAX:
             raise bad_request(f"at most {IMAGES_MAX} images", "images")
         check_images(body.images)
+    if body.format is not UNSET:
+        check_depth(raw)
     stream = body.stream is not False
     max_tokens = prepare(body, policy_of)
     responder = Pass() if stream else Whole("response")

@@ -14,7 +14,7 @@ import msgspec
 
 from corral.wire import native
 from corral.wire import options as opts
-from corral.wire.common import Decoded, PolicyOf, encode, read, require_model
+from corral.wire.common import Body, Decoded, PolicyOf, encode, read, require_model
 from corral.wire.errors import bad_request
 from corral.wire.openai_answers import ChatStream, ChatWhole, CompletionStream, CompletionWhole, EmbeddingList
 
@@ -73,11 +73,11 @@ class Reasoning(msgspec.Struct):
     effort: str = ""
 
 
-class Chat(msgspec.Struct):
+class Chat(Body):
     """`POST /v1/chat/completions`."""
 
     model: str = ""
-    messages: list[Message] = []
+    messages: list[Message] = msgspec.field(default_factory=list)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -97,7 +97,7 @@ class Chat(msgspec.Struct):
     n: int | None = None
 
 
-class Completion(msgspec.Struct):
+class Completion(Body):
     """`POST /v1/completions`."""
 
     model: str = ""
@@ -116,7 +116,7 @@ class Completion(msgspec.Struct):
     n: int | None = None
 
 
-class Embeddings(msgspec.Struct):
+class Embeddings(Body):
     """`POST /v1/embeddings`."""
 
     model: str = ""
@@ -186,7 +186,7 @@ def _decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     if body.logprobs:
         chat.logprobs = True
         chat.top_logprobs = body.top_logprobs or 0
-    native.check_chat(chat)
+    native.check_chat(chat, raw)
     max_tokens = native.prepare(chat, policy_of)
     usage = body.stream_options is not None and body.stream_options.include_usage
     identity = f"chatcmpl-{short_id(request_id)}"
