@@ -2,7 +2,8 @@
 
 The rate is GCRA (the generic cell rate algorithm, ITU-T I.371): a burst of a minute's requests at most, refilled
 evenly. Concurrency is a set of leases that die with their gateway. While the store is away each gateway admits its
-share, the limit divided by the gateways that were alive when it was last seen; what it has in flight counts on.
+share, the limit divided by the gateways that were alive when it was last seen; what it has in flight counts on, and
+so does what the key has used: a gateway keeps what the store last said, and tells it to a store that came back empty.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Budget:
             b"%d" % (self.concurrency or 0),
             b"%d" % (LEASE * 1e6),
         )
-        self.prefix = command.replace(b"*8\r\n", b"*9\r\n", 1)
+        self.prefix = command.replace(b"*8\r\n", b"*10\r\n", 1)
         self.release_prefix = b"*3\r\n$4\r\nZREM\r\n$%d\r\n%b\r\n" % (len(leases), leases)
         self.rate_header = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: " % (self.rpm or 0)
 
@@ -110,6 +111,7 @@ class Limits:
         def replied(reply: Any) -> None:
             if type(reply) is list:
                 admitted, reason, remaining, reset, retry = reply
+                budget.arrival = max(budget.arrival, now + reset / 1e6)
                 if admitted:
                     self._enter(budget, request_id)
                     done(Verdict("", remaining, reset / 1e6, 0.0))
@@ -123,7 +125,9 @@ class Limits:
             done(self._locally(budget, request_id, now))
 
         identity = request_id.encode()
-        store.call(b"%b$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity), replied)
+        used = b"%d" % max(0.0, (budget.arrival - now) * 1e6)
+        command = b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(used), used)
+        store.call(command, replied)
 
     def release(self, budget: Budget, request_id: str) -> None:
         """End a request that was admitted."""

@@ -3,6 +3,7 @@
 -- KEYS  1 rate: theoretical arrival time, us (GCRA)       2 leases: sorted set, request id -> expiry, us
 -- ARGV  1 requests per minute (0: no limit)               2 concurrency (0: no limit)
 --       3 lease, us                                       4 request id
+--       5 us until the rate is whole again, as the gateway knows it: for a store that has lost it
 -- Returns {admitted 0|1, refused by 0 none|1 rate|2 concurrency, requests left, us until the rate is
 -- whole again, us until a retry can succeed}
 --
@@ -16,7 +17,7 @@ local MINUTE = 60000000
 
 local arrival = now
 if rpm > 0 then
-  arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now))
+  arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now + tonumber(ARGV[5])))
 end
 local interval = rpm > 0 and MINUTE / rpm or 0
 local function left(after) return rpm > 0 and math.floor((MINUTE - (after - now)) / interval + 0.001) or 0 end
