@@ -85,6 +85,10 @@ class Process:
             raise NotReady(f"{error}\n{self.tail()}") from None
         return self
 
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self._popen.send_signal(number)
+
     def tail(self, characters: int = 3000) -> str:
         """The end of its output."""
         return self.log.read_text(errors="replace")[-characters:]

@@ -1,0 +1,77 @@
+"""A caller leaves: the node's work ends at once, the node is not to blame, and what was used is on record."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from support.fleet import MODEL, SINGLE, Fleet
+from support.load import APIS, CHAT, body_of
+
+CANCELLED_WITHIN = 1.0
+_numbers = itertools.count(1)
+
+
+def leave(fleet: Fleet, path: str, model: str, after_bytes: int, wait: float = 0.2) -> tuple[str, str]:
+    """Ask for a long answer and close the connection in the midst of it: the request's id and its node."""
+    request_id = f"left-{next(_numbers)}"
+    connection = http.client.HTTPConnection(urlsplit(fleet.stack.url).netloc, timeout=10)
+    headers = fleet.stack.headers() | {"X-Request-ID": request_id, "Content-Type": "application/json"}
+    connection.request("POST", path, body_of(path, model, 2000), headers)
+    node = ""
+    if after_bytes:
+        response = connection.getresponse()
+        assert response.status == 200
+        node = response.headers["X-Corral-Node"]
+        read = 0
+        while read < after_bytes:
+            read += len(response.read1(1000))
+        response.close()
+    else:
+        time.sleep(wait)
+    connection.close()
+    return request_id, node
+
+
+@pytest.mark.parametrize("path", APIS)
+def test_the_node_stops_within_a_second(fleet: Fleet, path: str) -> None:
+    request_id, name = leave(fleet, path, SINGLE, after_bytes=600)
+    left = time.monotonic()
+    # The model runs one request at a time: this one is answered when the other has ended.
+    body = {"model": SINGLE, "prompt": "a", "options": {"num_predict": 1}, "stream": False}
+    answer = httpx.post(fleet.nodes[name].url + "/api/generate", json=body, timeout=30)
+    assert answer.status_code == 200
+    assert time.monotonic() - left < CANCELLED_WITHIN
+
+    (record,) = fleet.records(request_id)
+    assert (record["outcome"], record["status"], record["node"], record["route"]) == ("client_gone", 499, name, path)
+    assert record["estimated"] is True
+    exact = httpx.post(fleet.nodes[name].url + "/api/chat", content=body_of(CHAT, SINGLE, 1, stream=False)).json()
+    assert exact["prompt_eval_count"] / 3 < record["prompt_tokens"] < exact["prompt_eval_count"] * 3
+    assert 1 <= record["tokens"] < 100
+
+
+def test_a_whole_answer_is_not_an_estimate(fleet: Fleet) -> None:
+    client = fleet.client()
+    answer = client.ask(CHAT, body_of(CHAT, MODEL, 4), "stayed")
+    client.close()
+    (record,) = fleet.records("stayed")
+    assert (record["outcome"], record["estimated"], record["tokens"]) == ("ok", False, 4)
+    assert f'"prompt_eval_count":{record["prompt_tokens"]}' in answer.body.decode()
+
+
+def test_callers_that_leave_are_not_held_against_a_node(fleet: Fleet) -> None:
+    left = [leave(fleet, path, MODEL, after_bytes)[0] for _ in range(6) for path in APIS for after_bytes in (0, 300)]
+    with fleet.load(clients=4, tokens=[1], name="unharmed") as load:
+        load.more(10, "node-1")
+        load.more(10, "node-2")
+    assert {(answer.status, answer.attempts) for answer in load.answers} == {(200, 1)}
+    assert set(fleet.states().values()) == {"ready"}
+    for record in fleet.records(*left):
+        assert record["outcome"] == "client_gone"
+        assert record["estimated"] is True
+        assert record["prompt_tokens"] > 0

@@ -1,0 +1,58 @@
+"""Nodes come and go under load, and no request notices."""
+
+from __future__ import annotations
+
+import time
+
+from support.fleet import Fleet
+from support.load import WHOLE, Answer, after
+
+LONG, SHORT = 160, 6
+
+
+def span(answers: list[Answer], moment: float) -> list[Answer]:
+    """The streams that ran at a moment."""
+    return [answer for answer in answers if answer.first and answer.first < moment < answer.ended]
+
+
+def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(fleet: Fleet) -> None:
+    extra = fleet.node("node-3")
+    fleet.warm()
+    reloads: list[float] = []
+    try:
+        with fleet.load(tokens=[LONG, SHORT, SHORT, SHORT], name="drain") as load:
+            load.more(20, "node-1")
+            fleet.stack.corral("nodes", "add", extra.url, "--name", "node-3")
+            reloads.append(time.monotonic())
+            load.more(10, "node-3")
+
+            asked = time.monotonic()
+            drained = fleet.stack.corral("nodes", "drain", "node-1", "--wait")
+            empty = time.monotonic()
+            assert (drained["drained"], drained["streams"]) == (True, 0)
+            assert fleet.states()["node-1"] == "draining"
+            load.more(60)
+            resumed = time.monotonic()
+            fleet.stack.corral("nodes", "resume", "node-1")
+            load.more(10, "node-1")
+
+            fleet.stack.corral("nodes", "remove", "node-3")
+            reloads.append(time.monotonic())
+            load.more(60)
+    finally:
+        if "node-3" in fleet.states():
+            fleet.stack.corral("nodes", "remove", "node-3")
+        fleet.nodes.pop("node-3")
+        extra.kill()
+    assert load.unlike(WHOLE) == []
+    # A connection that was in use while HAProxy reloaded still ends at its old worker, which knows no new node: what is
+    # sent there next is tried once more, unseen.
+    assert max(answer.attempts for answer in load.answers) <= 2
+    assert len([answer for answer in load.answers if answer.attempts == 2]) <= 4
+    assert all(span(load.answers, moment) for moment in reloads), "a stream ran across each reload"
+
+    on_first = [answer for answer in load.answers if answer.node == "node-1"]
+    assert any(answer.began < asked and answer.ended - asked > 0.5 for answer in on_first), "drain had to wait"
+    assert [str(a) for a in on_first if empty < a.ended and a.began < resumed] == [], "it was said to be drained"
+    assert [str(a) for a in after(load.answers, reloads[1], "node-3")] == []
+    assert after(load.answers, resumed, "node-1")

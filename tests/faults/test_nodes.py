@@ -1,0 +1,86 @@
+"""A node that dies, hangs or fails: what its requests come to, and that it is used again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from support.fleet import QUICK, Fleet
+from support.load import CHAT, TOLD, WHOLE, Load, after
+
+EJECTED_WITHIN = 10.0
+SETTLED_WITHIN = 5.0
+
+
+@pytest.fixture(autouse=True)
+def mended(fleet: Fleet) -> Iterator[None]:
+    """Whatever a test did to node-1, it is over."""
+    yield
+    node = fleet.nodes["node-1"]
+    node.kill()
+    node.start()
+    fleet.warm()
+
+
+def no_request_is_lost(load: Load) -> None:
+    """Each was answered whole, or told in its API's words that the answer it had begun to get ends here."""
+    assert load.unlike(WHOLE, TOLD) == []
+    told = [answer for answer in load.answers if answer.fate == TOLD]
+    assert [str(answer) for answer in told if not answer.text] == [], "told before a first token: that one is retried"
+    for path in {answer.path for answer in load.answers}:
+        # The simulated model is exact: a retry that repeated or mixed anything would show.
+        assert len({a.text for a in load.answers if a.path == path and a.fate == WHOLE}) == 1
+
+
+def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
+    node = fleet.nodes["node-1"]
+    with fleet.load(name="killed") as load:
+        load.more(20, "node-1")
+        node.kill()
+        killed = time.monotonic()
+        load.until(lambda _: time.monotonic() > killed + SETTLED_WITHIN + 2, "the fleet has settled")
+        node.start()
+        load.more(10, "node-1", seconds=10)
+    no_request_is_lost(load)
+    assert load.fates[TOLD] <= 16
+    assert any(answer.attempts > 1 for answer in load.answers), "nothing was on the node when it died"
+    later = [a for a in load.answers if a.began > killed + SETTLED_WITHIN]
+    assert later
+    assert [str(answer) for answer in later if answer.fate != WHOLE] == []
+    assert {a.node for a in after(load.answers, killed)} == {"node-1", "node-2"}
+
+
+def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
+    node = fleet.nodes["node-1"]
+    with fleet.load(name="hung") as load:
+        load.more(20, "node-1")
+        node.process.send(signal.SIGSTOP)
+        hung = time.monotonic()
+        try:
+            load.until(lambda _: time.monotonic() > hung + EJECTED_WITHIN, "it is ejected")
+            ejected = load.more(40)
+        finally:
+            node.process.send(signal.SIGCONT)
+        load.more(10, "node-1", seconds=10)
+    no_request_is_lost(load)
+    assert any(answer.attempts > 1 for answer in load.answers)
+    late = [a for a in load.answers if hung + EJECTED_WITHIN < a.began and a.ended < ejected]
+    assert {(answer.node, answer.attempts) for answer in late} == {("node-2", 1)}
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_node_that_fails_at_once_attracts_no_requests(fleet: Fleet, status: int) -> None:
+    node = fleet.nodes["node-1"]
+    with fleet.load(QUICK, clients=8, paths=[CHAT], tokens=[4], name=f"fails-{status}") as load:
+        load.more(20, "node-1")
+        node.fault(kind="fail", status=status)
+        failing = time.monotonic()
+        load.until(lambda _: time.monotonic() > failing + 6, "it has failed for a while")
+        node.well()
+        load.more(10, "node-1")
+    assert load.unlike(WHOLE) == []
+    during = [answer for answer in load.answers if failing < answer.began < failing + 6]
+    tried_twice = [answer for answer in during if answer.attempts > 1]
+    assert 0 < len(tried_twice) <= max(3, len(during) // 100), f"{len(tried_twice)} of {len(during)}"

@@ -1,0 +1,111 @@
+"""Valkey dies or hangs under load: requests go on, limits hold in shares, and its return is the end of it."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+from support.fleet import MODEL, QUICK, Fleet
+from support.load import CHAT, WHOLE, Answer, body_of
+from support.process import until
+from support.servers import valkey
+
+ADDED = 0.050
+OVER = 1.1
+
+
+@pytest.fixture(autouse=True)
+def mended(fleet: Fleet) -> Iterator[None]:
+    """Valkey answers again, and both gateways use it."""
+    yield
+    revive(fleet)
+
+
+def kill(fleet: Fleet) -> None:
+    """kill -9."""
+    fleet.valkey.process.end(signal.SIGKILL)
+
+
+def revive(fleet: Fleet) -> None:
+    """Start it again, empty, where it is not there; wait until both gateways count in it."""
+    if fleet.stack.corral("status")["store"]["valkey"]["state"] != "ready":
+        port = urlsplit(fleet.valkey.url).port
+        fleet.valkey = fleet.enter(valkey(fleet.folder, port))
+    until(lambda: fleet.present_gateways() == 2, "both gateways are back in the store", 10, every=0.1)
+
+
+def burst(fleet: Fleet, key: str, count: int, tokens: int = 1, model: str = QUICK) -> list[Answer]:
+    """Requests at once, each on a connection of its own."""
+
+    def one(number: int) -> Answer:
+        client = fleet.client(key)
+        answer = client.ask(CHAT, body_of(CHAT, model, tokens), f"burst-{number}")
+        client.close()
+        return answer
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def admitted(answers: list[Answer]) -> int:
+    """How many were answered; the others were told 429 with Retry-After."""
+    assert {answer.status for answer in answers} <= {200, 429}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status == 429)
+    return Counter(answer.status for answer in answers)[200]
+
+
+def test_requests_go_on_without_it(fleet: Fleet) -> None:
+    with fleet.load(name="store-killed") as load:
+        load.more(20)
+        kill(fleet)
+        load.more(60)
+        revive(fleet)
+        load.more(40)
+    assert load.unlike(WHOLE) == []
+    assert {answer.attempts for answer in load.answers} == {1}
+
+
+def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet) -> None:
+    limit = 60
+    spent = fleet.key("spent", "--rpm", str(limit))
+    assert limit - 5 <= admitted(burst(fleet, spent, limit + 20)) <= limit + 5
+    fresh = fleet.key("fresh", "--rpm", str(limit))
+    kill(fleet)
+    assert admitted(burst(fleet, spent, limit)) <= limit * (OVER - 1), "its minute was used up before the loss"
+    assert limit * 0.5 <= admitted(burst(fleet, fresh, 2 * limit)) <= limit * OVER
+    revive(fleet)
+    assert admitted(burst(fleet, fresh, limit)) <= limit * 0.3, "its minute was used up during the loss"
+
+
+def test_concurrency_is_held_in_shares(fleet: Fleet) -> None:
+    limit = 8
+    key = fleet.key("wide", "--concurrency", str(limit))
+    assert admitted(burst(fleet, key, 16, tokens=40, model=MODEL)) == limit
+    kill(fleet)
+    assert limit // 2 <= admitted(burst(fleet, key, 16, tokens=40, model=MODEL)) <= limit
+    revive(fleet)
+    assert admitted(burst(fleet, key, 16, tokens=40, model=MODEL)) == limit
+
+
+def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet) -> None:
+    def waits(count: int) -> list[float]:
+        client = fleet.client()
+        answers = [client.ask(CHAT, body_of(CHAT, QUICK, 1), f"hung-{number}") for number in range(count)]
+        client.close()
+        assert {answer.status for answer in answers} == {200}
+        return [float(answer.headers["x-corral-queue-ms"]) / 1e3 for answer in answers]
+
+    before = waits(100)
+    fleet.valkey.process.send(signal.SIGSTOP)
+    try:
+        during = waits(200)
+    finally:
+        fleet.valkey.process.send(signal.SIGCONT)
+    assert max(during) <= ADDED + max(before) + 0.01
+    assert statistics.median(during) <= statistics.median(before) + 0.01, "each request pays, not only the first"
+    until(lambda: fleet.present_gateways() == 2, "both gateways are back in the store", 10, every=0.1)

@@ -1,0 +1,162 @@
+"""A whole stack over simulated nodes and a Valkey that a test may kill, stop and start again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import yaml
+
+from support.load import Client, Load
+from support.process import Process, free_port, until
+from support.servers import Server, answers, python_env, valkey
+from support.stack import Stack, stack
+
+MODEL, SINGLE, QUICK = "sim:latest", "single:latest", "quick:latest"
+SIMULATION = {
+    "models": [
+        # A third of a request's time is before its first token.
+        {"name": MODEL, "load": 0.1, "prefill": 120.0, "decode": 40.0, "slots": 64},
+        # One at a time, and for long: who comes second sees whether the first has left.
+        {"name": SINGLE, "load": 0.1, "prefill": 5000.0, "decode": 20.0, "slots": 1, "tokens": 2000},
+        {"name": QUICK, "load": 0.1, "prefill": 50000.0, "decode": 2000.0, "slots": 64},
+    ]
+}
+
+
+class SimulatedNode:
+    """A node in a process of its own, always at the same port."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.port = name, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        (folder / "simulation.json").write_text(json.dumps(SIMULATION))
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        argv = [sys.executable, "-m", "corral", "serve", "node", "--listen", f"127.0.0.1:{self.port}"]
+        argv += ["--backend", "simulated", "--simulated", str(self._folder / "simulation.json")]
+        self.process = Process(argv, self._folder / f"{self.name}.log", python_env())
+        self.process.wait_until(lambda: answers(self.url + "/api/version"))
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.end(signal.SIGKILL)
+
+    def fault(self, **fault: Any) -> None:
+        """Have it do something wrong from now on (corral/node/faults.py)."""
+        httpx.post(self.url + "/simulated/faults", json=fault).raise_for_status()
+
+    def well(self) -> None:
+        """Have it do nothing wrong any more."""
+        httpx.delete(self.url + "/simulated/faults").raise_for_status()
+
+
+class Fleet:
+    """Edge, two gateways, control, two nodes. A test leaves it as it found it."""
+
+    def __init__(self, folder: Path, exits: ExitStack) -> None:
+        self.folder = folder
+        self._exits = exits
+        self.nodes: dict[str, SimulatedNode] = {}
+        for name in ("node-1", "node-2"):
+            self.node(name)
+        self.valkey: Server = exits.enter_context(valkey(folder))
+        config = folder / "corral.yaml"
+        settings = {
+            "gateway": {"processes": 2, "first_token": "3s", "between_tokens": "3s"},
+            "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
+            "store": {"valkey": self.valkey.url},
+        }
+        config.write_text(yaml.safe_dump(settings))
+        attach = [f"--attach={node.url}" for node in self.nodes.values()]
+        self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config), *attach))
+        self.warm()
+
+    def node(self, name: str) -> SimulatedNode:
+        """Start one more node; the fleet does not know it yet."""
+        self.nodes[name] = node = SimulatedNode(name, self.folder)
+        self._exits.callback(lambda: node.process.end(signal.SIGKILL))
+        return node
+
+    def warm(self) -> None:
+        """Load each model on each node."""
+        for node in self.nodes.values():
+            for model in (MODEL, SINGLE, QUICK):
+                options = {"num_predict": 1}
+                httpx.post(node.url + "/api/generate", json={"model": model, "prompt": "a", "options": options})
+
+    def load(self, model: str = MODEL, **more: Any) -> Load:
+        """Callers at the edge."""
+        return Load(self.stack.url, self.stack.key, model, **more)
+
+    def client(self, key: str = "") -> Client:
+        """One caller at the edge."""
+        return Client(self.stack.url, key or self.stack.key)
+
+    def key(self, name: str, *limits: str) -> str:
+        """A key with limits of its own."""
+        made = self.stack.corral("keys", "create", name, *limits)
+        headers = {"Authorization": f"Bearer {made['key']}"}
+        gateways = [gateway["url"] for gateway in self.stack.corral("status")["gateways"]]
+        for url in gateways:
+            until(
+                lambda url=url: httpx.get(url + "/api/tags", headers=headers).status_code == 200, f"{url} has the key"
+            )  # type: ignore[misc]
+        return str(made["key"])
+
+    def states(self) -> dict[str, str]:
+        """The nodes' states, as control has them."""
+        return {node["name"]: node["state"] for node in self.stack.corral("nodes", "list")}
+
+    def all_ready(self) -> None:
+        """Wait until each node is in use."""
+        until(lambda: set(self.states().values()) == {"ready"}, "every node is ready", 15)
+
+    def records(self, *request_ids: str, seconds: float = 10.0) -> list[dict[str, Any]]:
+        """The audit records of requests once all of them have ended, in this order."""
+        return self._listed(request_ids, seconds, ended=True)
+
+    def admitted(self, *request_ids: str, seconds: float = 10.0) -> list[dict[str, Any]]:
+        """The same, of requests that may never have ended."""
+        return self._listed(request_ids, seconds, ended=False)
+
+    def _listed(self, request_ids: Sequence[str], seconds: float, ended: bool) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+
+        def there() -> bool:
+            listed = self.stack.corral("audit", "list", "--limit", "1000")
+            found.update({row["request_id"]: row for row in listed if row["outcome"] is not None or not ended})
+            return found.keys() >= set(request_ids)
+
+        until(there, f"the records of {len(request_ids)} requests", seconds, every=0.2)
+        return [found[request_id] for request_id in request_ids]
+
+    def present_gateways(self) -> int:
+        """How many gateways are in the store; 0 where it does not answer."""
+        host, port = urlsplit(self.valkey.url).hostname, urlsplit(self.valkey.url).port
+        with socket.create_connection((host, port), timeout=1) as store:
+            store.sendall(b"ZCARD corral:1:gateways\r\n")
+            reply = store.recv(64)
+        return int(reply[1:]) if reply.startswith(b":") else 0
+
+    def enter(self, manager: AbstractContextManager[Server]) -> Server:
+        """Start something that ends with the fleet."""
+        return self._exits.enter_context(manager)
+
+
+@contextmanager
+def fleet(folder: Path) -> Iterator[Fleet]:
+    """The fleet, started; ended with the block."""
+    with ExitStack() as exits:
+        yield Fleet(folder, exits)

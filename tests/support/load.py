@@ -1,0 +1,217 @@
+"""Clients that stream answers without pause, and what became of each request."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from support.process import until
+
+CHAT, COMPLETIONS, MESSAGES = "/api/chat", "/v1/chat/completions", "/v1/messages"
+APIS = (CHAT, COMPLETIONS, MESSAGES)
+PROMPT = "Tell me of the horses behind the river, of their names, and of the colours that they had in winter."
+
+WHOLE, TOLD, REFUSED, CUT, SILENT = "whole", "told", "refused", "cut", "silent"
+"""What became of a request: answered whole; begun, then ended by an error in the API's own form; answered with an
+error alone; cut so that the client's HTTP library sees it; ended as if it were whole though it is not."""
+
+
+@dataclass
+class Answer:
+    """A request and what came of it. Times are monotonic seconds, ``first`` 0.0 where no token came."""
+
+    path: str
+    request_id: str
+    began: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+    ended: float = 0.0
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    problem: str = ""
+
+    @property
+    def node(self) -> str:
+        """Who answered."""
+        return self.headers.get("x-corral-node", "")
+
+    @property
+    def attempts(self) -> int:
+        """How many nodes were asked."""
+        return int(self.headers.get("x-corral-attempts", "0"))
+
+    @property
+    def fate(self) -> str:
+        """What became of it."""
+        if self.problem:
+            return CUT
+        if self.status != 200:
+            return REFUSED
+        lines = [line for line in self.body.decode().split("\n") if line]
+        last = json_of(lines[-1]) if lines else {}
+        if "error" in last:
+            return TOLD
+        ends = {
+            CHAT: last.get("done") is True,
+            COMPLETIONS: bool(lines) and lines[-1] == "data: [DONE]",
+            MESSAGES: last.get("type") == "message_stop",
+        }
+        return WHOLE if ends[self.path] else SILENT
+
+    @property
+    def text(self) -> str:
+        """What the model said."""
+        said = []
+        for line in self.body.decode().splitlines():
+            value = json_of(line)
+            message = value.get("message") or {}
+            delta = (value.get("choices") or [{}])[0].get("delta") or {}
+            said += [message.get("content") or delta.get("content") or ""]
+            said += [(value.get("delta") or {}).get("text") or ""]
+        return "".join(part for part in said if isinstance(part, str))
+
+    def __str__(self) -> str:
+        times = f"{self.first - self.began if self.first else -1:.2f} s to the first, {self.ended - self.began:.2f} s"
+        said = self.problem or self.body[-200:].decode(errors="replace")
+        return f"{self.path} {self.status} {self.fate} on {self.node or '-'}, {self.attempts} attempts, {times}: {said}"
+
+
+def json_of(line: str) -> dict[str, Any]:
+    """The object in a line of NDJSON or of an event stream; empty where there is none."""
+    line = line.removeprefix("data: ")
+    value = json.loads(line) if line.startswith("{") else {}
+    return value if isinstance(value, dict) else {}
+
+
+def body_of(path: str, model: str, tokens: int, prompt: str = PROMPT, stream: bool = True) -> bytes:
+    """A chat of ``tokens`` tokens in the form of the path's API."""
+    body: dict[str, Any] = {"model": model, "stream": stream, "messages": [{"role": "user", "content": prompt}]}
+    body |= {"options": {"num_predict": tokens}} if path == CHAT else {"max_tokens": tokens}
+    return json.dumps(body).encode()
+
+
+class Client:
+    """One caller with one connection, which it keeps as long as it can."""
+
+    def __init__(self, url: str, key: str, timeout: float = 30.0) -> None:
+        self._address = urlsplit(url).netloc
+        self._key, self._timeout = key, timeout
+        self._connection: http.client.HTTPConnection | None = None
+
+    def ask(self, path: str, body: bytes, request_id: str, seen: Callable[[Answer], object] | None = None) -> Answer:
+        """Send a request and read its answer to the end; ``seen`` hears of the first token."""
+        answer = Answer(path, request_id)
+        connection = self._connection or http.client.HTTPConnection(self._address, timeout=self._timeout)
+        self._connection = None
+        headers = {"Authorization": f"Bearer {self._key}", "X-Request-ID": request_id}
+        try:
+            connection.request("POST", path, body, {**headers, "Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer.status = response.status
+            answer.headers = {name.lower(): value for name, value in response.getheaders()}
+            while data := response.read1(65536):
+                if not answer.first and answer.status == 200:
+                    answer.first = time.monotonic()
+                    if seen is not None:
+                        seen(answer)
+                answer.body += data
+        except (OSError, http.client.HTTPException) as error:
+            answer.problem = f"{type(error).__name__}: {error}"
+            connection.close()
+        else:
+            if response.will_close:
+                connection.close()
+            else:
+                self._connection = connection
+        answer.ended = time.monotonic()
+        return answer
+
+    def close(self) -> None:
+        """Leave."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+class Load:
+    """``clients`` callers that ask again and again while the block runs; ``answers`` are those that came so far.
+
+    Each caller has the API and the answer's length that its number picks of ``paths`` and ``tokens``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        model: str,
+        clients: int = 16,
+        paths: Sequence[str] = APIS,
+        tokens: Sequence[int] = (16,),
+        name: str = "load",
+    ) -> None:
+        self.answers: list[Answer] = []
+        self.streaming: dict[str, Answer] = {}
+        """Requests of which some was answered, not yet all."""
+        self._url, self._key, self._model, self._name = url, key, model, name
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(number, paths[number % len(paths)], tokens[number % len(tokens)]), daemon=True
+            )
+            for number in range(clients)
+        ]
+
+    def _run(self, number: int, path: str, tokens: int) -> None:
+        client = Client(self._url, self._key)
+        body = body_of(path, self._model, tokens)
+        for count in itertools.count():
+            if self._stop.is_set():
+                break
+            request_id = f"{self._name}-{number}-{count}"
+            answer = client.ask(path, body, request_id, lambda begun: self.streaming.update({begun.request_id: begun}))
+            self.streaming.pop(request_id, None)
+            self.answers.append(answer)
+        client.close()
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(40)
+
+    def until(self, condition: Callable[[list[Answer]], object], what: str, seconds: float = 15.0) -> float:
+        """Wait until a condition on the answers so far holds; the time at which it did."""
+        until(lambda: condition(list(self.answers)), what, seconds, every=0.02)
+        return time.monotonic()
+
+    def more(self, count: int, node: str = "", seconds: float = 15.0) -> float:
+        """Wait for ``count`` whole answers that were asked for from now on (by ``node``); the time then."""
+        since = time.monotonic()
+        what = f"{count} more answers" + (f" by {node}" if node else "")
+        return self.until(lambda answers: len(after(answers, since, node)) >= count, what, seconds)
+
+    @property
+    def fates(self) -> Counter[str]:
+        """How many requests came to what."""
+        return Counter(answer.fate for answer in self.answers)
+
+    def unlike(self, *fates: str) -> list[str]:
+        """The requests that came to something else."""
+        return [str(answer) for answer in self.answers if answer.fate not in fates]
+
+
+def after(answers: Sequence[Answer], moment: float, node: str = "") -> list[Answer]:
+    """Requests that began after a moment and were answered whole (by ``node``)."""
+    return [a for a in answers if a.began >= moment and a.fate == WHOLE and (not node or a.node == node)]
