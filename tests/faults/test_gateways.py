@@ -16,9 +16,10 @@ BACK_WITHIN = 3.0
 
 def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: Fleet) -> None:
     gateway = fleet.stack.corral("status")["gateways"][0]
-    with fleet.load(name="gateway") as load:
+    with fleet.load(tokens=[40, 8], name="gateway") as load:
         load.more(40)
-        in_flight = dict(load.streaming)
+        # The long ones of both gateways: there is no telling from outside which is whose.
+        load.until(lambda _: len(load.streaming) >= 12, "streams run on both gateways")
         os.kill(gateway["pid"], signal.SIGKILL)
         killed = time.monotonic()
 
@@ -38,9 +39,6 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: F
     assert cut, "the killed gateway had no stream"
     assert [str(answer) for answer in cut if not answer.first] == []
     assert [str(answer) for answer in cut if answer.began > killed] == []
-    assert {answer.request_id for answer in cut} <= in_flight.keys() | {
-        a.request_id for a in cut if a.first > killed - 1
-    }
 
     ended = [answer.request_id for answer in load.answers if answer.fate == WHOLE]
     fleet.records(*ended)
