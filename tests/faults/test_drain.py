@@ -40,6 +40,8 @@ def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(fleet: Fl
             reloads.append(time.monotonic())
             load.more(60)
     finally:
+        if fleet.states()["node-1"] == "draining":
+            fleet.stack.corral("nodes", "resume", "node-1")
         if "node-3" in fleet.states():
             fleet.stack.corral("nodes", "remove", "node-3")
         fleet.nodes.pop("node-3")
