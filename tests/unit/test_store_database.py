@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select, text
 
-from corral.store.database import MIGRATIONS, Database, DatabaseError, DatabaseTooNew, resolve
+from corral.store.database import MIGRATIONS, Database, DatabaseError, DatabaseTooNew, resolve, revisions
 from corral.store.ingest import WrongOffset, ingest
 from corral.store.spool import SpoolCorrupt, encode_frame
 from corral.store.tables import audit, keys, metadata
@@ -61,6 +65,25 @@ def test_migrate_again_changes_nothing(database: Database) -> None:
     version = database.version()
     database.migrate()
     assert database.version() == version == "0002"
+
+
+def test_the_names_of_the_migrations_are_their_versions() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    newest_first = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    assert revisions() == newest_first[::-1]
+
+
+def test_a_start_with_nothing_to_migrate_loads_no_migrations(database: Database, tmp_path: Path) -> None:
+    code = (
+        "import sys; from corral.store.database import Database; import corral.control.app;"
+        f"Database('sqlite:///{tmp_path}/corral.db').migrate();"
+        "print([name for name in ('alembic', 'mako', 'sqlalchemy.dialects.postgresql') if name in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(MIGRATIONS.parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_rows_of_an_older_schema_live_on(tmp_path: Path) -> None:
