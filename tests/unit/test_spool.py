@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.json import encode
 
 from corral.store.spool import (
+    FRAME_MAX,
     HEADER,
     SpoolCorrupt,
     SpoolReader,
@@ -142,3 +143,37 @@ def test_a_torn_tail_is_put_aside_and_what_follows_is_shipped(tmp_path: Path) ->
     reader.drop_shipped(second.segment, lambda path, offset: torn.append(path.name))
     assert got == [1, 3]
     assert torn == [first.segment.name]
+
+
+def test_a_damaged_length_in_the_segment_that_is_written_to_is_found_at_once(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path)
+    for number in (1, 2):
+        writer.append(encode({"n": number}))
+        writer.flush()
+    damaged, first = writer.segment, len(encode_frame({"n": 1}))
+    data = bytearray(damaged.read_bytes())
+    data[first : first + 4] = (1000).to_bytes(4, "little")
+    damaged.write_bytes(data)
+    reader = SpoolReader(tmp_path)
+    piece = reader.next_chunk()
+    assert piece is not None
+    reader.confirm(piece[0], len(piece[2]))
+    assert reader.next_chunk() is None
+    found: list[tuple[str, int]] = []
+    reader.drop_shipped(writer.segment, lambda path, offset: found.append((path.name, offset)))
+    assert found == [(damaged.name, first)]
+    writer.roll()
+    assert writer.segment != damaged
+    writer.append(encode({"n": 3}))
+    writer.close()
+    assert [record["n"] for _, record in decode_frames(segments(tmp_path)[-1].read_bytes())] == [3]
+
+
+def test_the_largest_frame_there_may_be_is_handed_out(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path)
+    writer.append(encode({"text": "x" * (FRAME_MAX - len(encode({"text": ""})))}))
+    writer.flush()
+    piece = SpoolReader(tmp_path).next_chunk()
+    writer.close()
+    assert piece is not None
+    assert len(piece[2]) == FRAME_MAX + HEADER.size

@@ -53,9 +53,14 @@ class Shipper:
             response = await client.post(
                 f"{self._url}/{segment}", params={"offset": offset}, content=frames, headers=self._headers
             )
-            if response.status_code not in (200, 409):
+            if response.status_code not in (200, 409) and not _is_corrupt(response):
                 raise ValueError(f"status {response.status_code}: {response.text[:200]}")
-            self._reader.confirm(segment, int(response.json()["offset"]))
+            confirmed = int(response.json()["offset"])
+            if response.status_code == 400:
+                self._put_aside(self._folder / segment, confirmed, ".corrupt")
+                self._reader.forget(segment)
+            else:
+                self._reader.confirm(segment, confirmed)
         self._reader.drop_shipped(self._writer.segment, self._put_aside)
 
     async def drain(self) -> None:
@@ -66,7 +71,24 @@ class Shipper:
             except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
                 log.warning("the spool was not shipped to its end: %r", error)
 
-    def _put_aside(self, path: Path, offset: int) -> None:
-        aside = path.with_suffix(".torn")
+    def _put_aside(self, path: Path, offset: int, suffix: str = "") -> None:
+        """Rename a segment whose rest cannot be shipped. ``offset``: up to there control has it."""
+        if path == self._writer.segment:
+            # What is still to be written must not follow what cannot be read.
+            self._writer.roll()
+            suffix = ".corrupt"
+        aside = path.with_suffix(suffix or ".torn")
+        size = path.stat().st_size
         path.replace(aside)
-        log.error("%s ends in a torn frame at byte %d; kept as %s", path.name, offset, aside.name)
+        what = "a corrupt frame" if aside.suffix == ".corrupt" else "a torn frame"
+        log.error("%s has %s at byte %d of %d: the rest is not shipped; kept as %s", path, what, offset, size, aside)
+
+
+def _is_corrupt(response: httpx.Response) -> bool:
+    """Whether control refused frames because they are not what was once written: no retry mends them."""
+    if response.status_code != 400:
+        return False
+    try:
+        return bool(response.json()["error"]["code"] == "corrupt_frame")
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from corral.stack import binaries, guard, haproxy, http, ports, status, supervisor
 from corral.stack.state import StackError, StateFolder, running
+from corral.store.spool import ASIDE
 
 BACKLOG = 64 << 20
 DISK = 1 << 30
@@ -159,16 +160,24 @@ def _node_advice(said: str, node: Any) -> str:
 
 
 def _backlog(state: StateFolder) -> Iterator[Finding]:
-    """Bytes that control has not taken: whole segments are removed once it has."""
+    """Bytes that control has not taken (whole segments are removed once it has), and what it cannot take."""
     for folder in sorted(path for path in state.spool.iterdir() if path.is_dir()) if state.spool.is_dir() else []:
-        held = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        text = f"{held / (1 << 20):.1f} MiB"
+        sizes = {path: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        held = sum(size for path, size in sizes.items() if path.suffix not in ASIDE)
+        check, text = f"spool of {folder.name}", f"{held / (1 << 20):.1f} MiB"
         if held > BACKLOG:
-            yield Finding(
-                f"spool of {folder.name}", "warning", text, "is control up? see `corral logs --program control`"
-            )
+            yield Finding(check, "warning", text, "is control up? see `corral logs --program control`")
         else:
-            yield Finding(f"spool of {folder.name}", "ok", text)
+            yield Finding(check, "ok", text)
+        for path, size in sizes.items():
+            if path.suffix in ASIDE:
+                seen = (
+                    f"{path} ({size} bytes) could not be read to its end: its last records are not in the audit trail"
+                )
+                advice = (
+                    f"`corral logs --program {folder.name}` says from which byte on; check the disk, then remove it"
+                )
+                yield Finding(check, "problem" if path.suffix == ".corrupt" else "warning", seen, advice)
 
 
 def _clock(state: StateFolder) -> Iterator[Finding]:

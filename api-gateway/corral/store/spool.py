@@ -4,7 +4,9 @@ A segment is a row of frames: payload length (u32, little endian), CRC-32 of the
 payload (one JSON object). Segments are named by the millisecond they were begun in, ``0001795452442490.seg``, so
 that a name never comes back while control remembers how far it has it; only the last is written to.
 A gateway appends, commits in groups, and ships whole frames to control from the offset that control last
-confirmed; a segment that is shipped to its end and no longer written to is deleted.
+confirmed; a segment that is shipped to its end and no longer written to is deleted. One that cannot be shipped on
+is put aside under another name, so that what came after it is not held up: ``.torn`` ends within a frame that a
+crash cut, ``.corrupt`` has a frame that is not what was written.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import msgspec
 HEADER = struct.Struct("<II")
 SEGMENT_BYTES = 64 << 20
 FRAME_MAX = 1 << 20
+ASIDE = (".torn", ".corrupt")
 
 _SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -138,6 +141,17 @@ class SpoolWriter:
         if self._size >= self._limit:
             self._open_next()
 
+    def roll(self) -> None:
+        """Go on in a new segment.
+
+        Raises:
+            OSError: as `flush`, or there can be no new segment.
+        """
+        number = self._number
+        self.flush()
+        if self._number == number:
+            self._open_next()
+
     def close(self) -> None:
         """Flush and close; an empty last segment is removed."""
         self.flush()
@@ -163,7 +177,7 @@ class SpoolReader:
         self._folder = folder
         self._offsets: dict[str, int] = {}
 
-    def next_chunk(self, limit: int = FRAME_MAX) -> tuple[str, int, bytes] | None:
+    def next_chunk(self, limit: int = FRAME_MAX + HEADER.size) -> tuple[str, int, bytes] | None:
         """The next ``(segment name, offset, whole frames)`` that is not confirmed yet, or None."""
         for path in segments(self._folder):
             offset = self._offsets.get(path.name, 0)
@@ -179,22 +193,27 @@ class SpoolReader:
         """Note what control has of a segment."""
         self._offsets[segment] = offset
 
+    def forget(self, segment: str) -> None:
+        """A segment is no longer there."""
+        self._offsets.pop(segment, None)
+
     def drop_shipped(self, current: Path, aside: Callable[[Path, int], None]) -> None:
         """Delete each segment but `current` that is shipped to its end.
 
-        A segment whose tail is no whole frame (torn by a crash) is handed to `aside` with its good length.
+        A segment whose rest is no whole frame is handed to `aside` with its good length: torn by a crash, or, if it
+        is `current`, whose groups are always written whole, damaged.
         """
         for path in segments(self._folder):
-            if path == current:
-                continue
             size, offset = path.stat().st_size, self._offsets.get(path.name, 0)
             if offset == size:
+                if path == current:
+                    continue
                 path.unlink()
             elif not self._has_whole_frame(path, offset):
                 aside(path, offset)
             else:
                 continue
-            self._offsets.pop(path.name, None)
+            self.forget(path.name)
 
     @staticmethod
     def _has_whole_frame(path: Path, offset: int) -> bool:
