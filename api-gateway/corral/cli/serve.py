@@ -38,12 +38,13 @@ def gateway(config: str | None, name: str | None, listen: str | None, as_json: b
 @command.command("control")
 @click.option("--config", metavar="FILE", help="Configuration.")
 @click.option("--listen", metavar="HOST:PORT", help="Where to listen.")
+@click.option("--new-pepper", is_flag=True, help="If the pepper is lost: make a new one and revoke all keys.")
 @common.options
-def control(config: str | None, listen: str | None, as_json: bool, state: str | None) -> None:
+def control(config: str | None, listen: str | None, new_pepper: bool, as_json: bool, state: str | None) -> None:
     """Run the control plane."""
     from corral.control.main import run
 
-    run(_settings(config, {"CORRAL_CONTROL__LISTEN": listen, "CORRAL_CONTROL__STATE": state}))
+    run(_settings(config, {"CORRAL_CONTROL__LISTEN": listen, "CORRAL_CONTROL__STATE": state}), new_pepper)
 
 
 @command.command("node")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from corral.config.settings import Settings
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the address that clients use.  [default: 8080]")
 @click.option("--config", metavar="FILE", help="Configuration.  [default: ./corral.yaml if it is there]")
+@click.option("--new-pepper", is_flag=True, help="If the pepper is lost: make a new one and revoke all keys.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; `corral down` stops it.")
 @common.options
 def command(
@@ -31,6 +33,7 @@ def command(
     node_backend: str | None,
     port: int | None,
     config: str | None,
+    new_pepper: bool,
     detach: bool,
     as_json: bool,
     state: str | None,
@@ -50,7 +53,7 @@ def command(
     chosen = stack.Options(config, port, nodes, urls, node_backend, detach)
     click.echo("corral: starting", err=True)
     try:
-        made = stack.up(where, chosen, os.environ, _progress, _bootstrap)
+        made = stack.up(where, chosen, os.environ, _progress, partial(_bootstrap, new_pepper=new_pepper))
     except (stack.Stopped, KeyboardInterrupt):
         click.echo("corral: stopped before it was ready", err=True)
         raise SystemExit(1) from None
@@ -61,15 +64,14 @@ def command(
         raise SystemExit(status)
 
 
-def _bootstrap(state: Path, settings: Settings) -> None:
-    from corral.control.bootstrap import BootstrapError
-    from corral.control.main import bootstrap
+def _bootstrap(state: Path, settings: Settings, new_pepper: bool) -> None:
+    from corral.control.bootstrap import BootstrapError, bootstrap
     from corral.stack.state import StackError
     from corral.store.database import DatabaseError
     from corral.store.keys import PepperError
 
     try:
-        bootstrap(state, settings)
+        bootstrap(state, settings, new_pepper)
     except (BootstrapError, DatabaseError, PepperError) as error:
         raise StackError(str(error)) from None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import tempfile
 import time
 from pathlib import Path
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from corral.config.settings import Settings
 from corral.store import keys as keytext
@@ -18,30 +19,48 @@ from corral.store.tables import key_verifiers, keys
 ADMIN_KEY = "admin.key"
 
 
+_LOST = (
+    "{path}: the pepper is gone, and without it none of the {count} keys in the database can be checked: restore the "
+    "file from a backup; or start once with --new-pepper, which makes a new one and revokes all keys"
+)
+
+log = logging.getLogger(__name__)
+
+
 class BootstrapError(Exception):
     """A secret that is there but cannot be used; says what to do."""
 
 
-def bootstrap(state: Path, settings: Settings) -> None:
-    """Make pepper, internal token and admin key where there are none, and bring the database up to date.
+def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None:
+    """Bring the database up to date, and make pepper, internal token and admin key where there are none.
 
-    Can be called at any time and by two at once: what is there stays as it is.
+    Can be called at any time and by two at once: what is there stays as it is. A pepper that is gone is replaced
+    only if no key depends on it, or with `new_pepper`, which then revokes them all.
 
     Raises:
-        BootstrapError, PepperError, DatabaseError: what is there cannot be used.
+        BootstrapError, PepperError, DatabaseError: what is there cannot be used; says what to do.
     """
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_private(state / settings.auth.pepper_file, secrets.token_hex(keytext.PEPPER_BYTES))
+    pepper_file = state / settings.auth.pepper_file
     make_private(state / settings.auth.internal_token_file, secrets.token_urlsafe(32))
-    make_private(state / ADMIN_KEY, keytext.generate()[1])
-    pepper = keytext.read_pepper(state / settings.auth.pepper_file)
-    text = (state / ADMIN_KEY).read_text(encoding="ascii").strip()
-    key_id = keytext.parse(text)
-    if key_id is None:
-        raise BootstrapError(f"{state / ADMIN_KEY} has no Corral key: remove it, and a new one is made")
     database = Database(resolve(settings.store.database, state))
     try:
         database.migrate()
+        # In this order: another that makes both has made the pepper before the first key.
+        count = database.read_now(_count_alive)
+        if count and not pepper_file.exists():
+            if not new_pepper:
+                raise BootstrapError(_LOST.format(path=pepper_file, count=count))
+            database.write_now(_revoke_all)
+            (state / ADMIN_KEY).unlink(missing_ok=True)
+            log.warning("%s was lost: %d keys are revoked, as nothing can check them any more", pepper_file, count)
+        make_private(pepper_file, secrets.token_hex(keytext.PEPPER_BYTES))
+        make_private(state / ADMIN_KEY, keytext.generate()[1])
+        pepper = keytext.read_pepper(pepper_file)
+        text = (state / ADMIN_KEY).read_text(encoding="ascii").strip()
+        key_id = keytext.parse(text)
+        if key_id is None:
+            raise BootstrapError(f"{state / ADMIN_KEY} has no Corral key: remove it, and a new one is made")
         database.write_now(_enter, key_id, keytext.verifier(pepper, text))
     finally:
         database.close()
@@ -64,6 +83,18 @@ def make_private(path: Path, text: str) -> None:
         pass
     finally:
         os.unlink(draft)
+
+
+def _alive() -> ColumnElement[bool]:
+    return keys.c.revoked.is_(None) & (keys.c.expires.is_(None) | (keys.c.expires > time.time()))
+
+
+def _count_alive(connection: Connection) -> int:
+    return connection.execute(select(func.count()).select_from(keys).where(_alive())).scalar_one()
+
+
+def _revoke_all(connection: Connection) -> None:
+    connection.execute(update(keys).where(_alive()).values(revoked=time.time()))
 
 
 def _enter(connection: Connection, key_id: str, verifier: str) -> None:

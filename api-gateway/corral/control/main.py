@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import uvicorn
 
 from corral.config.settings import Settings
 from corral.config.values import host_port
-from corral.control import bootstrap as start
 from corral.control.app import Application
+from corral.control.bootstrap import BootstrapError, bootstrap
+from corral.store.database import DatabaseError
+from corral.store.keys import PepperError
 
 __all__ = ["bootstrap", "run", "server"]
-
-
-def bootstrap(state: Path, settings: Settings) -> None:
-    """Make the secrets that are not there yet (mode 600) and bring the database to this version's schema.
-
-    Raises:
-        BootstrapError, PepperError, DatabaseError: what is there cannot be used; says what to do.
-    """
-    start.bootstrap(state, settings)
 
 
 def server(settings: Settings) -> uvicorn.Server:
@@ -47,12 +39,15 @@ def server(settings: Settings) -> uvicorn.Server:
     )
 
 
-def run(settings: Settings) -> None:
-    """Run control until it is told to stop; makes what `bootstrap` makes first."""
+def run(settings: Settings, new_pepper: bool = False) -> None:
+    """Run control until it is told to stop; `bootstrap` comes first."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for name in ("httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    bootstrap(settings.control.state.absolute(), settings)
+    try:
+        bootstrap(settings.control.state.absolute(), settings, new_pepper)
+    except (BootstrapError, DatabaseError, PepperError) as error:
+        raise SystemExit(f"corral: {error}") from None
     control = server(settings)
     control.run()
     if not control.started:
