@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+import sys
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -24,14 +25,16 @@ _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 def duration(value: object) -> float:
     """Seconds of ``30``, ``"30s"``, ``"1h30m"`` or ``"250ms"``. ValueError otherwise."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
         return float(value)
     if isinstance(value, str) and (text := value.strip().lower()):
         parts = list(_DURATION.finditer(text))
         # A bare number is seconds, but only alone: "1h30" is more likely a slip than 30 seconds.
         bare = any(not part[2] for part in parts)
         if "".join(part[0] for part in parts) == text and not (bare and len(parts) > 1):
-            return sum(float(part[1]) * _SECONDS[part[2]] for part in parts)
+            seconds = sum(float(part[1]) * _SECONDS[part[2]] for part in parts)
+            if math.isfinite(seconds):
+                return seconds
     raise ValueError("expected a duration such as 500ms, 30s, 30m, 12h or 400d")
 
 

@@ -47,9 +47,11 @@ class Application:
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
         control = _assemble(self._settings)
         app.state.control = control
-        self._gate = Gate(app, control)
+        refusals = audit.Refusals(control.database)
+        self._gate = Gate(app, control, refusals.note)
         tasks = [
             asyncio.create_task(control.valkey.run()),
+            asyncio.create_task(refusals.run()),
             asyncio.create_task(audit.forget(control.database, self._settings.audit.retention)),
         ]
         try:
@@ -62,6 +64,7 @@ class Application:
         finally:
             await _end(tasks)
             await control.fleet.close()
+            await refusals.flush()
             control.database.close()
 
 

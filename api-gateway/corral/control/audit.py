@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ from corral.store.tables import audit
 SWEEP = 3600.0
 BREATH = 0.1
 BATCH = 5000
+MINUTE = 60.0
+REFUSALS_MAX = 20
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["audit"])
@@ -38,7 +41,10 @@ def record(
     after: dict[str, Any] | None,
     status: int = 200,
 ) -> None:
-    """Enter an admin action, in the transaction that does it. `before` and `after` hold no secrets."""
+    """Enter an admin action, in the transaction that does it. `before` and `after` hold no secrets.
+
+    `status` 400 and above: it was refused, from 500 on it failed.
+    """
     action = str(uuid.uuid4())
     connection.execute(
         insert(audit).values(
@@ -46,17 +52,69 @@ def record(
             request_id=who.request_id or action,
             ts=time.time(),
             gw="control",
-            key=who.key_id,
+            key=who.key_id or None,
             addr=who.address,
             api="admin",
             route=route,
             method=method,
             status=status,
-            outcome="ok",
+            outcome="ok" if status < 400 else "refused" if status < 500 else "failed",
             before=before,
             after=after,
         )
     )
+
+
+class Refusals:
+    """Enters refused changes in the audit trail: of each caller REFUSALS_MAX a minute, and then how many more.
+
+    Callers without a key that works are one caller, so that nobody can fill the database from outside.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._minute = 0
+        self._counts: dict[str, int] = {}
+        self._silent = False
+
+    async def note(self, who: Principal, method: str, route: str, status: int) -> None:
+        """Enter one, unless this caller's rows of this minute are used up. A database that is away stops nothing."""
+        minute = int(time.monotonic() // MINUTE)
+        if minute != self._minute:
+            self._minute = minute
+            await self.flush()
+        count = self._counts[who.key_id] = self._counts.get(who.key_id, 0) + 1
+        if count <= REFUSALS_MAX:
+            await self._write(lambda connection: record(connection, who, method, route, None, None, status))
+
+    async def flush(self) -> None:
+        """Enter how many were left out of those that were noted, one row a caller, and count anew."""
+        counts, self._counts = self._counts, {}
+        more = {key: count - REFUSALS_MAX for key, count in counts.items() if count > REFUSALS_MAX}
+
+        def enter(connection: Connection) -> None:
+            for key, count in more.items():
+                who = Principal(key, "", "", "")
+                record(connection, who, "", "/admin", None, {"more_refused": count}, status=429)
+
+        if more:
+            await self._write(enter)
+
+    async def run(self) -> None:
+        """Flush each minute, until cancelled."""
+        while True:
+            await asyncio.sleep(MINUTE)
+            await self.flush()
+
+    async def _write(self, enter: Callable[[Connection], None]) -> None:
+        try:
+            await self._database.write(enter)
+        except SQLAlchemyError as error:
+            if not self._silent:
+                log.warning("refused admin calls are not in the audit trail: %s", error)
+            self._silent = True
+        else:
+            self._silent = False
 
 
 @router.get("/admin/audit")

@@ -6,14 +6,14 @@ import hmac
 import ipaddress
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corral.control.context import Control
 from corral.control.errors import Problem, answer
@@ -24,6 +24,7 @@ OPEN = frozenset({"/health", "/docs", "/openapi.json"})
 OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models|status)")
 OPERATOR_READS = re.compile(r"/admin/audit")
 BODY_MAX = 1 << 20
+ROUTE_MAX = 200
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -38,6 +39,10 @@ class Principal:
     request_id: str
 
 
+Note = Callable[[Principal, str, str, int], Awaitable[None]]
+"""Hears of a refused change: who, method, route, status."""
+
+
 def allowed(role: str, method: str, path: str) -> bool:
     """Whether a role may call a path under /admin."""
     if role == "admin":
@@ -50,37 +55,52 @@ def allowed(role: str, method: str, path: str) -> bool:
 class Gate:
     """Stands before the application, so that no route can be reached without a decision, nor a body be read."""
 
-    def __init__(self, app: ASGIApp, control: Control) -> None:
-        self._app, self._control = app, control
+    def __init__(self, app: ASGIApp, control: Control, note: Note) -> None:
+        self._app, self._control, self._note = app, control, note
         self._trusted = [ipaddress.ip_network(one) for one in control.settings.gateway.trusted_proxies]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_admin(scope["path"]):
+                send = self._noting(scope, send)
             try:
-                await self._admit(scope)
+                receive = await self._admit(scope, receive)
             except Problem as problem:
                 await answer(problem)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    async def _admit(self, scope: Scope) -> None:
+    def _noting(self, scope: Scope, send: Send) -> Send:
+        """`send`, but a change that is refused is noted before its caller hears so."""
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                who = scope.get("state", {}).get("principal") or self._principal(scope, Headers(scope["headers"]))
+                await self._note(who, scope["method"], scope["path"][:ROUTE_MAX].replace("\0", ""), message["status"])
+            await send(message)
+
+        return noting
+
+    async def _admit(self, scope: Scope, receive: Receive) -> Receive:
+        """What the application reads the body from. Raises Problem for who may not call."""
         path, method = scope["path"], scope["method"]
         if path in OPEN:
-            return
+            return receive
         headers = Headers(scope["headers"])
         if path.startswith("/internal/"):
-            if not hmac.compare_digest(headers.bearer().encode(), self._control.token.encode()):
+            if not hmac.compare_digest(headers.credential().encode(), self._control.token.encode()):
                 raise Problem(401, "unauthorized", "the internal token is wrong")
-        elif path == "/admin" or path.startswith("/admin/"):
-            key_id, role = await self._authenticate(headers.bearer())
-            if not allowed(role, method, path):
-                raise Problem(403, "forbidden", f"a key of role {role} may not {method} {path}")
-            if int(headers.one("content-length") or 0) > BODY_MAX:
-                raise Problem(413, "request_too_large", f"more than {BODY_MAX} bytes")
-            scope.setdefault("state", {})["principal"] = self._principal(scope, headers, key_id, role)
-        else:
+            return receive
+        if not _is_admin(path):
             raise Problem(404, "not_found", f"no route {method} {path}")
+        key_id, role = await self._authenticate(headers.credential())
+        scope.setdefault("state", {})["principal"] = self._principal(scope, headers, key_id, role)
+        if not allowed(role, method, path):
+            raise Problem(403, "forbidden", f"a key of role {role} may not {method} {path}")
+        if int(headers.one("content-length") or 0) > BODY_MAX:
+            raise _too_large()
+        return await _whole(receive)
 
     async def _authenticate(self, text: str) -> tuple[str, str]:
         key_id = keytext.parse(text)
@@ -103,7 +123,7 @@ class Gate:
             raise Problem(401, "unauthorized", "the API key has expired")
         return key_id, str(row["role"])
 
-    def _principal(self, scope: Scope, headers: Headers, key_id: str, role: str) -> Principal:
+    def _principal(self, scope: Scope, headers: Headers, key_id: str = "", role: str = "") -> Principal:
         address = scope["client"][0] if scope.get("client") else ""
         request_id = ""
         if self._trusts(address):
@@ -131,12 +151,56 @@ class Headers:
         wanted = name.encode()
         return next((value.decode("latin-1") for key, value in reversed(self._raw) if key == wanted), "")
 
-    def bearer(self) -> str:
-        """The credential. Raises Problem 401 where there is none."""
-        scheme, _, rest = self.one("authorization").partition(" ")
-        if scheme.lower() != "bearer" or not rest.strip():
+    def credential(self) -> str:
+        """The one credential: `Authorization: Bearer`, or `x-api-key`, by the gateway's rules.
+
+        Raises:
+            Problem: 401 where there is none; 400 where a header comes twice, or the two differ.
+        """
+        for name in (b"authorization", b"x-api-key"):
+            if sum(key == name for key, _ in self._raw) > 1:
+                raise Problem(400, "bad_request", f"the header {name.decode()} may be sent once only")
+        bearer, other = self.one("authorization"), self.one("x-api-key").strip()
+        scheme, _, rest = bearer.partition(" ")
+        found = rest.strip() if scheme.lower() == "bearer" else ""
+        if bearer and other and found != other:
+            raise Problem(400, "bad_request", "two different credentials: send Authorization or x-api-key, not both")
+        if not (found or (other and not bearer)):
             raise Problem(401, "unauthorized", "no credential: send `Authorization: Bearer crl_…`")
-        return rest.strip()
+        return found or other
+
+
+def _is_admin(path: str) -> bool:
+    return path == "/admin" or path.startswith("/admin/")
+
+
+def _too_large() -> Problem:
+    return Problem(413, "request_too_large", f"more than {BODY_MAX} bytes")
+
+
+async def _whole(receive: Receive) -> Receive:
+    """Read the body, which may come in chunks and state no length; gives it to the application as one.
+
+    Raises:
+        Problem: 413 once there is more than BODY_MAX of it.
+    """
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            break  # the caller has left
+        body += message.get("body", b"")
+        if len(body) > BODY_MAX:
+            raise _too_large()
+        if not message.get("more_body", False):
+            message = {"type": "http.request", "body": bytes(body), "more_body": False}
+            break
+    read = [message]
+
+    async def again() -> Message:
+        return read.pop() if read else await receive()
+
+    return again
 
 
 def _look_up(connection: Connection, key_id: str) -> tuple[Any, list[tuple[str, float | None]]] | None:

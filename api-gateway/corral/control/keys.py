@@ -21,6 +21,7 @@ from corral.store.tables import key_verifiers, keys
 
 ACKNOWLEDGE = 1.0
 OVERLAP = 86400.0
+LATEST = datetime(3000, 1, 1, tzinfo=UTC).timestamp()
 
 router = APIRouter(tags=["keys"])
 
@@ -28,17 +29,20 @@ router = APIRouter(tags=["keys"])
 def _moment(value: object) -> float:
     """Epoch seconds of seconds from now, ``30d``, epoch seconds or an ISO 8601 time; it must be to come."""
     now = time.time()
-    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
-        parsed = datetime.fromisoformat(value)
-        at = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-    else:
-        try:
+    wanted = "expected seconds from now, 30d, or a time such as 2027-01-31T12:00:00Z"
+    try:
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
+            parsed = datetime.fromisoformat(value)
+            at = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        else:
             seconds = duration(value)
-        except ValueError:
-            raise ValueError("expected seconds from now, 30d, or a time such as 2027-01-31T12:00:00Z") from None
-        at = seconds if seconds >= 1e9 else now + seconds
+            at = seconds if seconds >= 1e9 else now + seconds
+    except (ValueError, OverflowError):
+        raise ValueError(wanted) from None
     if at <= now:
         raise ValueError("must be in the future")
+    if at >= LATEST:
+        raise ValueError("must be before the year 3000; null is never")
     return at
 
 
