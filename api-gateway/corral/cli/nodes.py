@@ -42,7 +42,7 @@ def add(url: str, name: str | None, slots: int | None, as_json: bool, state: str
 @common.options
 def remove(name: str, as_json: bool, state: str | None) -> None:
     """Take a node out of the fleet."""
-    done = Admin(common.folder(state))("DELETE", f"/nodes/{segment(name)}")
+    done = Admin(common.folder(state))("DELETE", f"/nodes/{segment(name)}", timeout=90)
     common.emit(done or {"name": name}, as_json, lambda: f"removed {name}")
 
 
@@ -59,6 +59,9 @@ def drain(name: str, wait: bool, timeout: int, as_json: bool, state: str | None)
         done = admin("POST", f"/nodes/{segment(name)}/drain{'?wait=5' if wait else ''}", timeout=60)
         if not wait or done.get("drained"):
             break
+        if done.get("drained") is None:
+            why = done.get("reason") or "control does not say why"
+            raise StackError(f"{name} gets no new work, but whether requests still run there is not known: {why}")
         if time.monotonic() > deadline:
             raise StackError(f"{name}: {done.get('streams')} requests still run after {timeout} s")
         time.sleep(0.5)

@@ -82,17 +82,24 @@ class HaproxyReloader:
         self._unloaded = False
         return True
 
-    async def streams(self, name: str) -> int | None:
-        """Requests that run on a node, those of old workers included; None where nobody can say."""
+    async def streams(self, name: str) -> int:
+        """Requests that run on a node, those of old workers included.
+
+        Raises:
+            HaproxyError: nobody can say; says why.
+        """
         if self._master is None:
-            return None
+            raise HaproxyError("control was given no HAProxy to ask (control.haproxy_socket)")
         try:
             workers = _WORKER.findall(await ask(self._master, "show proc"))
             counts = [_sessions(await ask(self._master, f"@!{pid} show stat"), name) for pid in workers]
-        except (OSError, TimeoutError):
-            return None
-        known = [count for count in counts if count is not None]
-        return sum(known) if known else None
+        except (OSError, TimeoutError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "no answer in time"
+            raise HaproxyError(f"HAProxy's master socket {self._master} does not answer: {why}") from None
+        if not counts:
+            raise HaproxyError(f"HAProxy's master socket {self._master} names no worker")
+        # A worker that has no back end for the node runs nothing there.
+        return sum(counts)
 
     def _restore(self, old: str | None) -> None:
         # What a restart of HAProxy reads must be what runs.
@@ -166,12 +173,12 @@ async def _check(config: Path) -> None:
         raise HaproxyError(f"haproxy.cfg is refused: {output.decode('utf-8', 'replace').strip()[-400:]}")
 
 
-def _sessions(table: str, name: str) -> int | None:
+def _sessions(table: str, name: str) -> int:
     rows = csv.DictReader(table.lstrip("# ").splitlines())
     for row in rows:
         if row.get("pxname") == f"node_{name}" and row.get("svname") == "BACKEND":
             return int(row.get("scur") or 0) + int(row.get("qcur") or 0)
-    return None
+    return 0
 
 
 def _write(path: Path, text: str) -> None:

@@ -76,7 +76,7 @@ async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, 
 async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRAIN) -> dict[str, Any]:
     """Remove a node: it gets no new work, its streams may end within `wait`, then HAProxy forgets it."""
     member = await _set_draining(control, caller, name, True, None)
-    streams = await _drained(control, name, wait)
+    streams, _ = await _drained(control, name, wait)
     async with control.fleet.changing:
         if control.fleet.members.get(name) is not member:
             raise Problem(404, "not_found", f"there is no node {name!r}")
@@ -88,10 +88,14 @@ async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRA
 
 @router.post("/admin/nodes/{name}/drain")
 async def drain_node(control: Here, caller: Caller, name: str, wait: Wait = 0.0) -> dict[str, Any]:
-    """Give a node no new work; wait at most `wait` seconds for what runs on it."""
+    """Give a node no new work; wait at most `wait` seconds for what runs on it.
+
+    `drained` and `streams` are null where HAProxy cannot say what runs there, and `reason` is why.
+    """
     member = await _set_draining(control, caller, name, True, "drain")
-    streams = await _drained(control, name, wait)
-    return {**member.describe(), "drained": streams == 0, "streams": streams}
+    streams, reason = await _drained(control, name, wait)
+    drained = None if streams is None else streams == 0
+    return {**member.describe(), "drained": drained, "streams": streams, "reason": reason}
 
 
 @router.post("/admin/nodes/{name}/resume")
@@ -112,17 +116,25 @@ async def _set_draining(control: Control, who: Principal, name: str, draining: b
     return member
 
 
-async def _drained(control: Control, name: str, wait: float) -> int | None:
-    """Streams on a node that gateways give no more work, once there are none or `wait` seconds are over."""
+async def _drained(control: Control, name: str, wait: float) -> tuple[int | None, str | None]:
+    """Streams on a node that gateways give no more work, once there are none or `wait` seconds are over.
+
+    None, and why, where HAProxy did not say until then; one that is being started gets the time to.
+    """
     loop = asyncio.get_running_loop()
     until = loop.time() + wait
     if wait:
         # A gateway that has not heard of it yet may just be sending something there.
         await control.hub.acknowledged(control.hub.number, min(wait, ACKNOWLEDGE))
     while True:
-        streams = await control.haproxy.streams(name)
-        if not streams or loop.time() >= until:
-            return streams
+        streams: int | None
+        reason: str | None
+        try:
+            streams, reason = await control.haproxy.streams(name), None
+        except HaproxyError as error:
+            streams, reason = None, str(error)
+        if streams == 0 or loop.time() >= until or not control.haproxy.configured:
+            return streams, reason
         await asyncio.sleep(POLL)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import hiredis
 from fastapi import APIRouter
 
+from corral.config.local import listeners, loopback_port
 from corral.control.context import Control, Here
 from corral.control.snapshot import PRESENT
 from corral.store.valkey import ValkeyDown
@@ -44,7 +46,12 @@ def _model(name: str, entry: dict[str, Any]) -> dict[str, Any]:
 @router.get("/admin/status")
 async def status(control: Here) -> dict[str, Any]:
     """Control, gateways, nodes and stores. A part that is away makes this no error."""
-    database, valkey = await asyncio.gather(control.database.answers(), _valkey(control))
+    nodes = list(control.fleet.members.values())
+    valkey_url = control.settings.store.valkey
+    urls = [(node.url, 443 if node.url.startswith("https:") else 80) for node in nodes]
+    database, valkey, (valkey_pid, *pids) = await asyncio.gather(
+        control.database.answers(), _valkey(control), asyncio.to_thread(_pids, [(valkey_url, 6379), *urls])
+    )
     now = time.time()
     return {
         "control": {"pid": os.getpid(), "leader": True, "url": f"http://{control.settings.control.listen}"},
@@ -63,17 +70,24 @@ async def status(control: Here) -> dict[str, Any]:
                 "name": node.name,
                 "url": node.url,
                 "state": node.state,
-                "pid": None,
+                "pid": pid,
                 "models": sorted(entry["name"] for entry in node.tags),
             }
-            for node in control.fleet.members.values()
+            for node, pid in zip(nodes, pids, strict=True)
         ],
         "store": {
-            "valkey": {"state": "ready" if valkey else "down", "pid": None},
+            "valkey": {"state": "ready" if valkey else "down", "pid": valkey_pid},
             "database": {"state": "ready" if database else "down"},
         },
         "haproxy": {"managed": control.haproxy.configured},
     }
+
+
+def _pids(urls: Sequence[tuple[str, int]]) -> list[int | None]:
+    """For each (URL, default port) the pid of who listens there, None where that is not on this machine."""
+    ports = [loopback_port(url, default) for url, default in urls]
+    found = listeners({port for port in ports if port is not None})
+    return [None if port is None else found.get(port) for port in ports]
 
 
 async def _valkey(control: Control) -> bool:

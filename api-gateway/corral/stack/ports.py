@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
-_LISTEN = "0A"
+from corral.config.local import listeners
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
@@ -53,30 +51,11 @@ def _first_ephemeral() -> int:
 
 def holder(port: int) -> str:
     """Who listens on a TCP port, such as ``nginx (pid 812)``; "another program" where that cannot be seen."""
-    inodes = set(_listening(port))
-    for pid in _pids():
-        try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                target = os.readlink(f"/proc/{pid}/fd/{fd}")
-                if target.startswith("socket:[") and target[8:-1] in inodes:
-                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    return f"{command.strip()[:120] or 'a program'} (pid {pid})"
-        except OSError:
-            continue
-    return "another program (of another user, or in another container)"
-
-
-def _listening(port: int) -> Iterable[str]:
-    for table in _TABLES:
-        try:
-            lines = Path(table).read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for line in lines:
-            fields = line.split()
-            if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
-                yield fields[9]
-
-
-def _pids() -> list[int]:
-    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    pid = listeners([port]).get(port)
+    if pid is None:
+        return "another program (of another user, or in another container)"
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        command = ""
+    return f"{command.strip()[:120] or 'a program'} (pid {pid})"

@@ -42,7 +42,7 @@ def status(url: str, ask: Callable[[], Any], state: StateFolder | None) -> dict[
         },
         "nodes": _nodes(told, stack, pid),
         "store": {
-            "valkey": {"state": _valkey(store, stack), "pid": pid("valkey")},
+            "valkey": {"state": _valkey(store, stack), "pid": pid("valkey") or _told_pid(store.get("valkey"))},
             "database": {"state": store.get("database", {}).get("state") or ("up" if reached else "unknown")},
         },
         "stats_url": stack.get("stats_url"),
@@ -92,6 +92,12 @@ def _gateways(
     return shown
 
 
+def _told_pid(item: object) -> int | None:
+    """The pid that control says, of what runs on its machine but not under this stack's supervisor."""
+    pid = item.get("pid") if isinstance(item, dict) else None
+    return pid if isinstance(pid, int) else None
+
+
 def _nodes(told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str], int | None]) -> list[dict[str, Any]]:
     own = {item["name"] for item in stack.get("nodes", []) if item.get("own")}
     listed = told.get("nodes")
@@ -103,7 +109,7 @@ def _nodes(told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str
             "name": item.get("name"),
             "url": item.get("url"),
             "state": item.get("state") or ("ready" if http_ok(str(item.get("url")), "/api/version") else "down"),
-            "pid": pid(str(item.get("name"))) if item.get("name") in own else None,
+            "pid": (pid(str(item.get("name"))) if item.get("name") in own else None) or _told_pid(item),
             "models": item.get("models") or [],
         }
         for item in nodes
