@@ -1,0 +1,265 @@
+"""What control refuses, what it says then, and what of it is in the audit trail."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import select
+from support.control import FakeNode, Running, make_key
+from support.servers import valkey
+
+from corral.cli.main import cli
+from corral.config.settings import Settings
+from corral.control.audit import REFUSALS_MAX, Refusals
+from corral.control.auth import BODY_MAX, Principal
+from corral.control.bootstrap import BootstrapError, bootstrap
+from corral.gateway.shipper import Shipper
+from corral.stack import doctor
+from corral.stack.state import StateFolder
+from corral.store.database import Database, resolve
+from corral.store.spool import SpoolWriter, encode_frame
+from corral.store.tables import audit, keys
+
+
+@pytest.fixture
+def node() -> Iterator[FakeNode]:
+    made = FakeNode()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def control(tmp_path: Path, node: FakeNode) -> Iterator[Running]:
+    made = Running(tmp_path / "state", nodes=[{"url": node.url}])
+    yield made
+    made.close()
+
+
+def error(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["message"]
+
+
+# -- the pepper
+
+
+def test_a_lost_pepper_stops_the_start_where_keys_depend_on_it(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"control": {"state": tmp_path}})
+    bootstrap(tmp_path, settings)
+    pepper = (tmp_path / "pepper").read_bytes()
+    (tmp_path / "pepper").unlink()
+    with pytest.raises(BootstrapError, match=r"pepper.*restore.*--new-pepper"):
+        bootstrap(tmp_path, settings)
+    assert not (tmp_path / "pepper").exists()
+    (tmp_path / "pepper").write_bytes(pepper)
+    bootstrap(tmp_path, settings)
+
+
+def test_a_new_pepper_revokes_every_key_and_makes_an_admin_key_that_works(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"control": {"state": tmp_path}})
+    bootstrap(tmp_path, settings)
+    old = (tmp_path / "admin.key").read_text()
+    (tmp_path / "pepper").unlink()
+    bootstrap(tmp_path, settings, new_pepper=True)
+    assert (tmp_path / "admin.key").read_text() != old
+    control = Running(tmp_path)
+    try:
+        listed = control.admin.get("/admin/keys").json()["keys"]
+        assert sorted(key["revoked"] for key in listed) == [False, True]
+    finally:
+        control.close()
+    bootstrap(tmp_path, settings, new_pepper=True)
+    assert stat.S_IMODE((tmp_path / "pepper").stat().st_mode) == 0o600
+
+
+def test_a_pepper_that_no_key_depends_on_is_made_anew(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"control": {"state": tmp_path}})
+    bootstrap(tmp_path, settings)
+    database = Database(resolve(settings.store.database, tmp_path))
+    database.write_now(lambda connection: connection.execute(keys.update().values(revoked=1.0)))
+    database.close()
+    for name in ("pepper", "admin.key"):
+        (tmp_path / name).unlink()
+    bootstrap(tmp_path, settings)
+    assert (tmp_path / "pepper").exists()
+
+
+# -- requests
+
+
+def test_a_body_of_unknown_length_is_held_to_the_same_bound(control: Running) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(128):
+            yield b" " * 65536
+
+    answer = control.admin.post("/admin/keys", content=pieces())
+    assert error(answer) == (413, f"more than {BODY_MAX} bytes")
+    assert error(control.admin.post("/admin/keys", content=b" " * (BODY_MAX + 1)))[0] == 413
+    padded = [b'{"name": "chunked"', b" " * 65536, b"}"]
+    assert control.admin.post("/admin/keys", content=iter(padded)).status_code == 201
+
+
+@pytest.mark.parametrize("path", ["/admin/keys", "/internal/snapshot"])
+def test_two_credentials_are_refused(control: Running, path: str) -> None:
+    own = control.internal if path.startswith("/internal/") else control.admin
+    bearer = own.headers["authorization"]
+    text = bearer.removeprefix("Bearer ")
+    with control.client() as client:
+
+        def ask(*headers: tuple[str, str]) -> int:
+            return client.get(path, headers=list(headers)).status_code
+
+        assert ask(("Authorization", bearer), ("Authorization", "Bearer other")) == 400
+        assert ask(("Authorization", bearer), ("Authorization", bearer)) == 400
+        assert ask(("x-api-key", text), ("x-api-key", "other")) == 400
+        assert ask(("Authorization", bearer), ("x-api-key", "other")) == 400
+        assert ask(("Authorization", bearer), ("x-api-key", text)) == 200
+        assert ask(("x-api-key", text)) == 200
+        assert ask(("Authorization", "Basic abc")) == 401
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1e308", "-1", "0", "NaN", "Infinity", "-Infinity", "1500000000", "99999999999999", "1" + "0" * 400, "true"),
+        *('""', '"1e308"', f'"{"9" * 400}d"', '"NaN"', '"2001-01-01"', '"9999-12-31"', '"0001-01-01T00:00:00+14:00"'),
+        *('"2027-13-01"', '"-1d"', "[]", "{}"),
+    ],
+)
+def test_an_expiry_that_cannot_be_is_a_400_that_names_it(control: Running, text: str) -> None:
+    answer = control.admin.post("/admin/keys", content=f'{{"name": "k", "expires": {text}}}')
+    status, message = error(answer)
+    assert (status, message.startswith("expires")) == (400, True), message
+
+
+def test_an_overlap_that_cannot_be_is_a_400_that_names_it(control: Running) -> None:
+    key = make_key(control)["id"]
+    for text in ("1e308", "NaN", "-1", "1" + "0" * 400, f'"{"9" * 400}d"'):
+        answer = control.admin.post(f"/admin/keys/{key}/rotate", content=f'{{"overlap": {text}}}')
+        assert (answer.status_code, "overlap" in answer.text) == (400, True), text
+
+
+# -- the audit trail of what was refused
+
+
+def entries(control: Running) -> list[dict[str, Any]]:
+    return list(control.admin.get("/admin/audit", params={"limit": 1000}).json()["audit"])
+
+
+def test_refused_changes_are_in_the_audit_trail(control: Running) -> None:
+    operator = make_key(control, role="operator")
+    seen = {"X-Request-ID": "mine", "X-Forwarded-For": "10.1.2.3"}
+    with control.client(operator["key"]) as client:
+        client.post("/admin/keys", json={"name": "mine", "role": "admin"}, headers=seen)
+        client.get("/admin/keys")
+    control.admin.post("/admin/keys", json={"name": ""})
+    with control.client() as nobody:
+        nobody.delete("/admin/nodes/node-1", headers=seen)
+        nobody.get("/admin/keys")
+    _, forbidden, bad, unknown = entries(control)
+    assert [row["status"] for row in (forbidden, bad, unknown)] == [403, 400, 401]
+    assert {row["outcome"] for row in (forbidden, bad, unknown)} == {"refused"}
+    assert (forbidden["key"], forbidden["request_id"], forbidden["addr"]) == (operator["id"], "mine", "10.1.2.3")
+    assert (unknown["key"], unknown["method"], unknown["route"]) == (None, "DELETE", "/admin/nodes/node-1")
+
+
+def test_a_flood_without_a_key_is_bounded_and_counted(tmp_path: Path) -> None:
+    database = Database(resolve("sqlite:///corral.db", tmp_path))
+    database.migrate()
+    refusals = Refusals(database)
+    nobody, someone = Principal("", "", "10.1.2.3", ""), Principal("abc", "operator", "10.1.2.4", "")
+
+    async def flood() -> None:
+        for _ in range(REFUSALS_MAX + 7):
+            await refusals.note(nobody, "POST", "/admin/keys", 401)
+        await refusals.note(someone, "POST", "/admin/keys", 403)
+        await refusals.flush()
+        await refusals.flush()
+
+    asyncio.run(flood())
+    rows = database.read_now(lambda c: [dict(row) for row in c.execute(select(audit)).mappings()])
+    database.close()
+    assert [row["status"] for row in rows].count(401) == REFUSALS_MAX
+    assert [row["key"] for row in rows if row["status"] == 403] == ["abc"]
+    assert [row["after"] for row in rows if row["after"]] == [{"more_refused": 7}]
+
+
+# -- what cannot be shipped
+
+
+def test_a_corrupt_segment_is_put_aside_and_the_rest_counts_once(
+    control: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = StateFolder(tmp_path / "stack")
+    state.create()
+    folder = state.spool / "gateway-1"
+
+    def record(number: int) -> bytes:
+        settled = {"t": "settle", "id": f"e{number}", "ts": 1795000000.5, "model": "m:latest", "tokens": number}
+        return encode_frame(settled)
+
+    writer = SpoolWriter(folder)
+    damaged = writer.segment
+    bad = bytearray(record(2))
+    bad[-3] ^= 1
+    damaged.write_bytes(record(1) + bytes(bad) + record(3))
+    token = control.internal.headers["authorization"].removeprefix("Bearer ")
+    shipper = Shipper(writer, folder, control.url, token, "gateway-1")
+
+    async def ship() -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await shipper.ship_all(client)
+            # The writer goes on, in a segment that can be read.
+            writer.append(record(4)[8:])
+            writer.flush()
+            await shipper.ship_all(client)
+
+    asyncio.run(ship())
+    aside = damaged.with_suffix(".corrupt")
+    assert [path.name for path in folder.iterdir() if path.suffix != ".seg"] == [aside.name]
+    (line,) = [entry.getMessage() for entry in caplog.records if entry.name == "corral.gateway.shipper"]
+    assert str(damaged) in line and str(aside) in line and f"byte {len(record(1))} " in line
+    rows = control.admin.get("/admin/audit", params={"model": "m:latest"}).json()["audit"]
+    assert [(row["id"], row["tokens"]) for row in rows] == [("e1", 1), ("e4", 4)]
+    writer.close()
+    (found,) = [one for one in doctor._backlog(state) if one.level != "ok"]
+    assert found.level == "problem"
+    assert str(aside) in found.seen
+
+
+# -- status, and a drain that nobody can follow
+
+
+def test_status_has_the_pids_of_what_is_on_this_machine(tmp_path: Path, node: FakeNode) -> None:
+    remote = {"name": "far", "url": "http://192.0.2.1:11434"}
+    with valkey(tmp_path) as store:
+        control = Running(tmp_path / "state", nodes=[{"url": node.url}, remote], store={"valkey": store.url})
+        try:
+            told = control.admin.get("/admin/status").json()
+        finally:
+            control.close()
+    assert [(one["name"], one["pid"]) for one in told["nodes"]] == [("node-1", os.getpid()), ("far", None)]
+    assert told["store"]["valkey"]["pid"] == store.process.pid
+
+
+def test_a_drain_that_nobody_can_follow_says_so(tmp_path: Path, node: FakeNode) -> None:
+    for haproxy, reason in ((None, "control.haproxy_socket"), (tmp_path / "gone.sock", "gone.sock")):
+        state = tmp_path / str(haproxy is None)
+        control = Running(state, nodes=[{"url": node.url}], control={"haproxy_socket": haproxy})
+        try:
+            drained = control.admin.post("/admin/nodes/node-1/drain", params={"wait": 0.3}).json()
+            assert (drained["state"], drained["drained"], drained["streams"]) == ("draining", None, None)
+            assert reason in drained["reason"]
+            if haproxy is None:
+                env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": (control.state / "admin.key").read_text().strip()}
+                done = CliRunner().invoke(cli, ["nodes", "drain", "node-1", "--wait"], env=env)
+                assert (done.exit_code, "node-1 gets no new work, but" in done.stderr) == (1, True), done.output
+        finally:
+            control.close()
