@@ -195,6 +195,12 @@ def test_sizes(text: object, count: int) -> None:
     assert size(text) == count
 
 
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 400 + "d", 10**400], ids=["digits", "days", "whole"])
+def test_a_duration_that_no_float_holds_is_none(value: object) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        duration(value)
+
+
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.booleans()))
 def test_anything_is_a_value_or_a_value_error(value: object) -> None:
     for parse in (duration, size):

@@ -6,13 +6,16 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
 from corral.cli import common
 from corral.config import settings as model
+
+if TYPE_CHECKING:
+    from corral.stack.reload import Reloaded
 
 
 @click.group("config")
@@ -53,11 +56,28 @@ def schema(as_json: bool, state: str | None) -> None:
 @command.command("reload")
 @common.options
 def reload(as_json: bool, state: str | None) -> None:
-    """Have HAProxy read its configuration again; no stream is cut."""
-    from corral.stack import haproxy
+    """Apply a changed corral.yaml to the stack that runs, as far as that goes; no stream is cut.
 
-    haproxy.reload(common.folder(state))
-    common.emit({"reloaded": True}, as_json, lambda: "reloaded")
+    Nodes that were added or removed come and go at once; other changes are named, and wait for a restart.
+    """
+    from corral.stack import reload as stack
+
+    folder = common.folder(state)
+
+    def ask(method: str, path: str, body: object) -> Any:
+        return common.Admin(folder)(method, path, body, timeout=90.0)
+
+    done = stack.reload(folder, ask)
+    common.emit(done.as_dict(), as_json, lambda: _text(done))
+
+
+def _text(done: Reloaded) -> str:
+    if done.file is None:
+        return "HAProxy has read its configuration again; the stack was started without a corral.yaml"
+    lines = [f"{done.file}: right; HAProxy has read its configuration again"]
+    lines += [f"  applied   {what}" for what in done.applied]
+    lines += [f"  changed   {name}: in force after `corral down` and `corral up`" for name in done.restart]
+    return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing has changed"])
 
 
 def _hidden(value: Any) -> Any:

@@ -91,6 +91,11 @@ class StateFolder:
         return self.run / "stack.json"
 
     @property
+    def given(self) -> Path:
+        """What the stack was started with, for `corral config reload`."""
+        return self.run / "given.json"
+
+    @property
     def ports_file(self) -> Path:
         return self.run / "ports.json"
 

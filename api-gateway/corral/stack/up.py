@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from corral.config.settings import NodeSettings, Settings, load
-from corral.stack import guard, http, nodes, plan, ports, ready
+from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
 from corral.stack.state import Lock, StackError, StateFolder, running, write_private
@@ -71,6 +71,8 @@ def up(
         made = plan.make(settings, fleet, state)
         bootstrap(state.root, made.settings)
         plan.write(made, state)
+        of_file = bool(attach) and not options.attach
+        reload.remember(state, _file(options, env), options.port, env, settings, of_file)
         described = made.describe()
         supervisor = _start_supervisor(state, lock, options.detach)
         pids = {"supervisor": supervisor.pid, "pid": supervisor.pid if options.detach else os.getpid()}
@@ -138,12 +140,15 @@ def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
 
 def configuration(options: Options, env: Mapping[str, str]) -> Settings:
     """The operator's settings: ``--config``, ``$CORRAL_CONFIG`` or ./corral.yaml, and the environment."""
-    path = options.config or env.get("CORRAL_CONFIG") or ("corral.yaml" if Path("corral.yaml").exists() else None)
-    settings = load(path, env)
+    settings = load(_file(options, env), env)
     if options.port is not None:
         edge = settings.edge.model_copy(update={"port": options.port})
         settings = settings.model_copy(update={"edge": edge})
     return settings
+
+
+def _file(options: Options, env: Mapping[str, str]) -> str | None:
+    return options.config or env.get("CORRAL_CONFIG") or ("corral.yaml" if Path("corral.yaml").exists() else None)
 
 
 def clean(state: StateFolder) -> int:
