@@ -5,17 +5,17 @@ from __future__ import annotations
 from corral.fleet.node import canonical_name
 from corral.gateway.authenticate import Key, authorize
 from corral.gateway.snapshot import Snapshot
-from corral.wire import decode as wire
+from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError
 
 
-def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapshot) -> wire.Decoded:
+def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapshot) -> Decoded:
     """The typed request with its upstream body and its responder.
 
     Raises:
         ApiError: 400 naming the field; 404 for a model that no node holds or the key may not use.
     """
-    decoded = wire.decode(route, body, request_id, snapshot.policy)
+    decoded = DECODERS[route](body, request_id, snapshot.policy)
     authorize(key, decoded.model)
     if snapshot.known and canonical_name(decoded.model) not in snapshot.held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")

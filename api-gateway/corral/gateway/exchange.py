@@ -7,7 +7,7 @@ leave.
 
 from __future__ import annotations
 
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
@@ -15,7 +15,7 @@ from corral.gateway import admit, catalogue, schedule, settle
 from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.decode import decode
 from corral.gateway.journal import Then, nothing
-from corral.gateway.listen import ClientConnection, Request
+from corral.gateway.listen import ClientConnection
 from corral.gateway.recover import SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -31,10 +31,16 @@ JSON = b"Content-Type: application/json\r\n"
 
 
 class Exchange:
-    """State of one request. Times are monotonic seconds.
+    """One request as it was read, and its state. Times are monotonic seconds, ``wall`` is epoch seconds.
 
-    What most requests never set stands on the class, so that making one costs little.
+    ``headers`` has lower-case names; ``modern``: HTTP/1.1, so that chunks may be used. What most requests never set
+    stands on the class, so that making one costs little.
     """
+
+    body = b""
+    keep_alive = False
+    modern = True
+    tried: tuple[str, ...] = ()
 
     api = "native"
     path = ""
@@ -55,43 +61,52 @@ class Exchange:
     _tail = b""
     _admitted = _settled = _open = False
 
-    def __init__(self, gateway: Gateway, connection: ClientConnection, request: Request) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        connection: ClientConnection,
+        method: bytes,
+        target: bytes,
+        headers: dict[bytes, bytes],
+        identity: tuple[str, str, str],
+    ) -> None:
         self.gateway = gateway
         self.connection = connection
-        self.request = request
-        self.record_id, self.request_id, self.address = gateway.identify(connection, request)
-        self.tried: tuple[str, ...] = ()
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.record_id, self.request_id, self.address = identity
+        self.arrived = monotonic()
+        self.wall = time()
 
     def start(self) -> None:
         """Steps 2 to 5, up to the call of the store."""
-        gateway, request = self.gateway, self.request
+        gateway = self.gateway
         try:
-            route = resolve(request.method, request.target)
-            self.api, self.path = route.api, route.path
-            if route.kind is Kind.HEALTH:
+            route = resolve(self.method, self.target)
+            self.api, self.path, kind = route.api, route.path, route.kind
+            if kind is Kind.HEALTH:
                 self._health()
                 return
-            snapshot = gateway.snapshot_now(request.wall)
-            self.key = key = authenticate(
-                request.headers, snapshot.keys, gateway.pepper, request.wall, snapshot.verified
-            )
+            snapshot = gateway.snapshot_now(self.wall)
+            self.key = key = authenticate(self.headers, snapshot.keys, gateway.pepper, self.wall, snapshot.verified)
             self.key_id = key.id
-            if route.kind is Kind.RELAY:
-                decoded = decode(route.path, request.body, self.request_id, key, snapshot)
-                self.decoded, self.model = decoded, decoded.model
-            gateway.limits.admit(key.budget, self.record_id, request.arrived, self._on_verdict)
+            if kind is Kind.RELAY:
+                self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
+                self.model = decoded.model
+            gateway.limits.admit(key.budget, self.record_id, self.arrived, self._on_verdict)
         except ApiError as error:
             if not self.path:
-                self.api = api_of(request.target)
+                self.api = api_of(self.target)
             self.refuse(error)
 
     def _health(self) -> None:
         if self.path == "/health":
             status, body = 200, b'{"status":"healthy"}'
         else:
-            status, body = catalogue.readiness(self.gateway.snapshot, self.request.wall, self.gateway.stale_after)
+            status, body = catalogue.readiness(self.gateway.snapshot, self.wall, self.gateway.stale_after)
         self._settled = True  # health checks are not requests of anybody: no record
-        self.connection.respond(status, JSON, body, self.request.keep_alive)
+        self.connection.respond(status, JSON, body, self.keep_alive)
 
     # -- admit
 
@@ -120,12 +135,12 @@ class Exchange:
             self.refuse(ApiError(503, "overloaded", "the audit record cannot be written", retry_after=5))
             return
         now = monotonic()
-        self.queue_ms = (now - self.request.arrived) * 1e3
+        self.queue_ms = (now - self.arrived) * 1e3
         self._dispatch(now)
 
     def _answer_from_fleet(self, key: Key) -> None:
         try:
-            name = model_of(self.request.target) if self.path == "/v1/models/{id}" else ""
+            name = model_of(self.target) if self.path == "/v1/models/{id}" else ""
             body = catalogue.answer(self.path, name, self.gateway.snapshot, key)
         except ApiError as error:
             self.refuse(error)
@@ -163,7 +178,7 @@ class Exchange:
             self.connection.send(out)
         elif responder.started:
             self._open = True
-            self.connection.begin(self._head(responder.content_type), out, self.request)
+            self.connection.begin(self._head(responder.content_type), out, self.keep_alive, self.modern)
 
     def answered(self) -> None:
         """The node's answer is whole."""
@@ -175,12 +190,14 @@ class Exchange:
             assert attempt is not None
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
             return
-        keep_alive = self.request.keep_alive
+        keep_alive = self.keep_alive
         if self._open:
             self._settle(200, "ok", len(rest), lambda _: self.connection.end(rest, keep_alive))
         elif responder.stream:
             head = self._head(responder.content_type)
-            self._settle(200, "ok", len(rest), lambda _: self.connection.whole_stream(head, rest, self.request))
+            self._settle(
+                200, "ok", len(rest), lambda _: self.connection.whole_stream(head, rest, keep_alive, self.modern)
+            )
         else:
             self._finish_whole(200, self._head(responder.content_type), rest)
 
@@ -219,7 +236,7 @@ class Exchange:
         assert key is not None
         self.first_token, self._tail = 0.0, b""
         try:
-            self.decoded = decode(self.path, self.request.body, self.request_id, key, self.gateway.snapshot)
+            self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
         except ApiError as error:
             self.refuse(error)
             return
@@ -247,7 +264,7 @@ class Exchange:
         self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
 
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
-        keep_alive = self.request.keep_alive
+        keep_alive = self.keep_alive
         self._settle(
             status,
             settle.outcome_of(status),
@@ -282,7 +299,7 @@ class Exchange:
         attempt = self._attempt
         if attempt is None:
             return
-        if now - self.request.arrived >= self.gateway.max_duration:
+        if now - self.arrived >= self.gateway.max_duration:
             attempt.abandon()
             self._attempt = None
             self._expire()

@@ -30,6 +30,7 @@ class Journal:
 
     def __init__(self, folder: Path, access_log: str, loop: asyncio.AbstractEventLoop) -> None:
         self.spool = SpoolWriter(folder)
+        self._append = self.spool.append
         self._loop = loop
         self._waiting: list[Then] = []
         self._lines: list[bytes] = []
@@ -48,7 +49,7 @@ class Journal:
         `access`: it is a line of the access log too.
         """
         payload = _encode(record)
-        self.spool.append(payload)
+        self._append(payload)
         waiting = self._waiting
         if not waiting:
             self._loop.call_soon(self._commit)

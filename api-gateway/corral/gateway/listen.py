@@ -27,35 +27,8 @@ WRITE_DEADLINE = 60.0
 WRITE_BUFFER = 64 << 10
 
 
-class Request:
-    """One request as it was read. ``headers`` has lower-case names; ``arrived`` is monotonic, ``wall`` epoch seconds.
-
-    ``modern``: HTTP/1.1, so that chunks may be used.
-    """
-
-    __slots__ = ("arrived", "body", "headers", "keep_alive", "method", "modern", "target", "wall")
-
-    def __init__(
-        self,
-        method: bytes,
-        target: bytes,
-        headers: dict[bytes, bytes],
-        body: bytes = b"",
-        keep_alive: bool = False,
-        modern: bool = True,
-    ) -> None:
-        self.method = method
-        self.target = target
-        self.headers = headers
-        self.body = body
-        self.keep_alive = keep_alive
-        self.modern = modern
-        self.arrived = time.monotonic()
-        self.wall = time.time()
-
-
 _ONCE = frozenset((b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id"))
-_CORRAL = b"x-corral-"
+_SPECIAL = frozenset((b"upgrade", b"content-encoding", b"expect"))
 
 
 class ClientConnection(asyncio.Protocol):
@@ -66,12 +39,15 @@ class ClientConnection(asyncio.Protocol):
         "_body_bytes",
         "_broken",
         "_closing",
+        "_fed",
         "_feed",
+        "_head",
         "_head_bytes",
         "_headers",
         "_headers_done",
         "_modern",
         "_parser",
+        "_pieces",
         "_queue",
         "_reading",
         "_target",
@@ -90,9 +66,12 @@ class ClientConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._feed = self._parser.feed_data
         self._reading = self._headers_done = False
-        self._target = b""
+        self._fed = self._head_bytes = self._body_bytes = 0
+        self._target = self._body = b""
+        self._pieces: list[bytes] = []
         self._headers: dict[bytes, bytes] = {}
-        self._queue: deque[Request] = deque()
+        self._head = self._headers
+        self._queue: deque[Exchange] = deque()
         self.exchange: Exchange | None = None
         self.transport: asyncio.Transport | None = None
         self.deadline = 0.0
@@ -115,6 +94,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._broken:
             return
+        self._fed = len(data)
         try:
             self._feed(data)
             if self._reading:
@@ -169,18 +149,15 @@ class ClientConnection(asyncio.Protocol):
         self._reading = True
         self._headers_done = False
         self._headers = {}
-        self._body: list[bytes] = []
-        self._target = b""
-        self._head_bytes = self._body_bytes = 0
+        self._body = self._target = b""
+        self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._headers_done:
-            return  # a trailer: read past
-        headers = self._headers
         name = name.lower()
+        headers = self._headers
         if name in headers:
             value = self._repeated(name, value)
         headers[name] = value
@@ -198,25 +175,43 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._headers_done = True
-        headers = self._headers
+        headers = self._head = self._headers
+        self._headers = {}  # for trailers, which nobody reads
         if len(headers) > HEADER_COUNT:
             raise ApiError(431, "headers_too_large", f"more than {HEADER_COUNT} headers")
-        if len(self._target) + sum(map(len, headers)) + sum(map(len, headers.values())) > HEADER_BYTES:
-            raise self._head_too_large()
-        if b"upgrade" in headers:
-            raise ApiError(400, "bad_request", "protocol upgrades are not served here")
-        if b"content-encoding" in headers and headers[b"content-encoding"].lower() != b"identity":
-            raise ApiError(415, "unsupported_encoding", "a compressed body is not accepted: send it plain")
+        if self._head_bytes + self._fed > HEADER_BYTES:
+            self._measure_head()
+        if not _SPECIAL.isdisjoint(headers):
+            self._special(headers)
         length = headers.get(b"content-length")
         if length is not None and int(length) > self.gateway.max_body:
             raise self._too_large()
-        if b"expect" in headers and headers[b"expect"].lower() == b"100-continue" and self.transport is not None:
+
+    def _special(self, headers: dict[bytes, bytes]) -> None:
+        if b"upgrade" in headers:
+            raise ApiError(400, "bad_request", "protocol upgrades are not served here")
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise ApiError(415, "unsupported_encoding", "a compressed body is not accepted: send it plain")
+        if headers.get(b"expect", b"").lower() == b"100-continue" and self.transport is not None:
             self.transport.write(http1.CONTINUE)
 
+    def _measure_head(self) -> None:
+        # What came may be body as well.
+        headers = self._head
+        if len(self._target) + sum(map(len, headers)) + sum(map(len, headers.values())) > HEADER_BYTES:
+            raise self._head_too_large()
+
     def on_body(self, data: bytes) -> None:
-        self._body.append(data)
-        self._body_bytes += len(data)
-        if self._body_bytes > self.gateway.max_body:
+        if not self._body:
+            self._body = data
+        else:
+            # What comes in many pieces is put together once.
+            if not self._pieces:
+                self._pieces = [self._body]
+                self._body_bytes = len(self._body)
+            self._pieces.append(data)
+            self._body_bytes += len(data)
+        if len(data) + self._body_bytes > self.gateway.max_body:
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
@@ -224,26 +219,26 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._reading = False
-        parser, body = self._parser, self._body
-        request = Request(
-            parser.get_method(),
-            self._target,
-            self._headers,
-            body[0] if len(body) == 1 else b"".join(body),
-            parser.should_keep_alive(),
-            parser.get_http_version() == "1.1",
-        )
+        parser = self._parser
+        exchange = self.gateway.exchange(self, parser.get_method(), self._target, self._head)
+        exchange.body = self._body
+        if self._pieces:
+            exchange.body = b"".join(self._pieces)
+            self._pieces, self._body_bytes = [], 0
+        exchange.keep_alive = parser.should_keep_alive()
+        if parser.get_http_version() != "1.1":
+            exchange.modern = False
         if self.exchange is None and not self._closing:
-            self._serve(request)
+            self._serve(exchange)
         elif len(self._queue) < PIPELINE_MAX:
-            self._queue.append(request)
+            self._queue.append(exchange)
         else:
             raise ApiError(400, "bad_request", f"more than {PIPELINE_MAX} pipelined requests")
 
-    def _serve(self, request: Request) -> None:
+    def _serve(self, exchange: Exchange) -> None:
         self.deadline = 0.0
         self.sent = 0
-        self.exchange = exchange = self.gateway.exchange(self, request)
+        self.exchange = exchange
         exchange.start()
 
     # -- answers
@@ -255,7 +250,8 @@ class ClientConnection(asyncio.Protocol):
             body = errors.render(api_of(self._target), error)
             # The method is known only once the head is whole; who sent half of one named none.
             method = self._parser.get_method() if self._headers_done else b""
-            self.gateway.refuse_unread(self, Request(method, self._target, self._headers), error, len(body))
+            exchange = self.gateway.exchange(self, method, self._target, self._head or self._headers)
+            self.gateway.refuse_unread(exchange, error, len(body))
             self.respond(error.status, b"Content-Type: application/json\r\n", body, keep_alive=False)
         elif self.transport is not None:
             self._closing = True  # the request that runs is answered first
@@ -274,20 +270,20 @@ class ClientConnection(asyncio.Protocol):
         )
         self._finish(keep_alive)
 
-    def begin(self, headers: bytes, first: bytes, request: Request) -> None:
+    def begin(self, headers: bytes, first: bytes, keep_alive: bool, modern: bool) -> None:
         """The head of a streamed answer with its first bytes."""
-        self._modern = request.modern
-        if request.modern:
-            framing = b"Transfer-Encoding: chunked\r\n" + (b"" if request.keep_alive else b"Connection: close\r\n")
+        self._modern = modern
+        if modern:
+            framing = b"Transfer-Encoding: chunked\r\n" + (b"" if keep_alive else b"Connection: close\r\n")
             first = http1.chunk(first)
         else:
             framing = b"Connection: close\r\n"
         self._write(b"%b%b%b\r\n%b" % (http1.status_line(200), framing, headers, first))
 
-    def whole_stream(self, headers: bytes, data: bytes, request: Request) -> None:
+    def whole_stream(self, headers: bytes, data: bytes, keep_alive: bool, modern: bool) -> None:
         """A streamed answer that is at hand whole."""
-        self.begin(headers, data, request)
-        self.end(b"", request.keep_alive)
+        self.begin(headers, data, keep_alive, modern)
+        self.end(b"", keep_alive)
 
     def send(self, data: bytes) -> None:
         """More of a streamed answer; not empty."""

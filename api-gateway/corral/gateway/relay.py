@@ -30,19 +30,25 @@ class Attempt:
         self._error_body = b""
         node.in_flight += 1
 
-    def begin(self, fresh: bool = False) -> None:
+    def begin(self) -> None:
         """Take a connection and send the request."""
-        gateway = self._exchange.gateway
-        gateway.upstreams.acquire(gateway.nodes_address, self._connected, fresh)
+        upstreams, address = self._exchange.gateway.upstreams, self._exchange.gateway.nodes_address
+        connection = upstreams.idle(address)
+        if connection is None:
+            upstreams.connect(address, self._connected)
+        else:
+            self._send(connection)
 
     def _connected(self, connection: UpstreamConnection | OSError) -> None:
         if isinstance(connection, OSError):
             if not self._over:
                 self._fail(Failure.CONNECT)
-            return
-        if self._over:
+        elif self._over:
             connection.abort()
-            return
+        else:
+            self._send(connection)
+
+    def _send(self, connection: UpstreamConnection) -> None:
         self._connection = connection
         exchange = self._exchange
         decoded = exchange.decoded
@@ -50,7 +56,7 @@ class Attempt:
             b"POST %b HTTP/1.1\r\nHost: nodes\r\n%bX-Request-ID: %b\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
             % (
-                decoded.upstream_path.encode(),
+                decoded.upstream_path,
                 self.node.header,
                 exchange.request_id.encode(),
                 len(decoded.body),
@@ -109,7 +115,9 @@ class Attempt:
         if self._over:
             return
         if untouched:
-            self.begin(fresh=True)  # a reused connection that its peer had closed: nothing was lost
+            # A reused connection that its peer had closed: nothing was lost, and a new one is sure.
+            gateway = self._exchange.gateway
+            gateway.upstreams.connect(gateway.nodes_address, self._connected)
         else:
             self._fail(Failure.RESET)
 

@@ -18,7 +18,7 @@ from corral.config.settings import Settings
 from corral.gateway import settle
 from corral.gateway.exchange import Exchange
 from corral.gateway.journal import Journal, nothing
-from corral.gateway.listen import ClientConnection, Request
+from corral.gateway.listen import ClientConnection
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Feed, Snapshot
@@ -33,7 +33,7 @@ DRAIN = 25.0
 CHANNEL = b"corral:snapshot"
 
 log = logging.getLogger(__name__)
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
 
 class Gateway:
@@ -73,9 +73,11 @@ class Gateway:
 
     # -- for connections and exchanges
 
-    def exchange(self, connection: ClientConnection, request: Request) -> Exchange:
-        """A new exchange for a request that was read."""
-        return Exchange(self, connection, request)
+    def exchange(
+        self, connection: ClientConnection, method: bytes, target: bytes, headers: dict[bytes, bytes]
+    ) -> Exchange:
+        """A new exchange for a request whose head was read."""
+        return Exchange(self, connection, method, target, headers, self._identify(connection, headers))
 
     def closed(self, connection: ClientConnection) -> None:
         """A caller's connection ended."""
@@ -90,24 +92,25 @@ class Gateway:
         address = ipaddress.ip_address(peer)
         return any(address in network for network in self._trusted)
 
-    def identify(self, connection: ClientConnection, request: Request) -> tuple[str, str, str]:
+    def _identify(self, connection: ClientConnection, headers: dict[bytes, bytes]) -> tuple[str, str, str]:
         """Record id, request id as shown to the caller, and the caller's address.
 
         The record id is the edge's (a replay settles once) or made here, never the caller's: who repeats an
         `X-Request-ID` is still counted each time.
         """
-        headers = request.headers
-        record_id = f"{self._prefix}{next(self._numbers):x}"
+        record_id = ""
         address = connection.peer
         if connection.trusted:
             edge_id = headers.get(b"x-corral-edge-id")
-            if edge_id is not None and _REQUEST_ID.fullmatch(edge_id):
+            if edge_id is not None and _REQUEST_ID(edge_id):
                 record_id = edge_id.decode()
             forwarded = headers.get(b"x-forwarded-for")
             if forwarded is not None:
                 address = forwarded.rpartition(b",")[2].strip().decode("latin-1")[:64]
+        if not record_id:
+            record_id = f"{self._prefix}{next(self._numbers):x}"
         shown = headers.get(b"x-request-id")
-        request_id = shown.decode() if shown is not None and _REQUEST_ID.fullmatch(shown) else record_id
+        request_id = shown.decode() if shown is not None and _REQUEST_ID(shown) else record_id
         return record_id, request_id, address
 
     def snapshot_now(self, wall: float) -> Snapshot:
@@ -121,9 +124,8 @@ class Gateway:
             raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
         return snapshot
 
-    def refuse_unread(self, connection: ClientConnection, request: Request, error: ApiError, sent: int) -> None:
-        """Record a request that was refused before it could be read whole; `request` is what was read of it."""
-        exchange = Exchange(self, connection, request)
+    def refuse_unread(self, exchange: Exchange, error: ApiError, sent: int) -> None:
+        """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
         record = settle.settled(exchange, error.status, "refused", sent, time.monotonic())
         self.journal.record(record, nothing, access=True)
 
@@ -188,7 +190,7 @@ class Gateway:
                 connection.check(now)
             for exchange in list(self.running):
                 exchange.check(now)
-            self.upstreams.sweep()
+            self.upstreams.sweep(now)
 
     def _changed(self, message: Any) -> None:
         self.feed.poke()

@@ -67,7 +67,7 @@ def admitted(exchange: Exchange) -> Admitted:
     return Admitted(
         exchange.record_id,
         exchange.request_id,
-        exchange.request.wall,
+        exchange.wall,
         exchange.gateway.name,
         exchange.key_id,
         exchange.address,
@@ -97,26 +97,25 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
 
 def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> Settled:
     """The last record of a request. `sent` is bytes of answer, `now` monotonic seconds."""
-    request = exchange.request
-    arrived = request.arrived
+    arrived = exchange.arrived
     first = exchange.first_token
     prompt_tokens, tokens, estimated = usage(exchange, outcome)
     return Settled(
         exchange.record_id,
         exchange.request_id,
-        request.wall,
+        exchange.wall,
         exchange.gateway.name,
         exchange.key_id,
         exchange.address,
         exchange.api,
         exchange.path,
-        request.method.decode("latin-1"),
+        exchange.method.decode("latin-1"),
         exchange.model,
         status,
         outcome,
         exchange.node_name,
         exchange.attempts,
-        len(request.body),
+        len(exchange.body),
         sent,
         prompt_tokens,
         tokens,

@@ -40,9 +40,9 @@ class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_complete",
+        "_feed",
         "_handler",
         "_headers_done",
-        "_idle_since",
         "_keep_alive",
         "_loop",
         "_parser",
@@ -52,6 +52,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_sent_at",
         "_touched",
         "address",
+        "idle_since",
         "transport",
     )
 
@@ -62,13 +63,11 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._handler: Handler | None = None
-        self._reused = self._keep_alive = False
-        self._idle_since = self._sent_at = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
+        self._feed = self._parser.feed_data
         self._body: list[bytes] = []
+        self._reused = self._keep_alive = False
         self._complete = self._headers_done = self._proxied = self._touched = False
+        self.idle_since = self._sent_at = 0.0
 
     # -- asyncio
 
@@ -82,21 +81,22 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._touched = True
         try:
-            self._parser.feed_data(data)
+            self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.abort()
             self._drop()
+            self.abort()
             return
         # Chunks that arrived together go on together.
-        if self._body and self._handler is handler:
-            body = self._body
+        body = self._body
+        if body and self._handler is handler:
             self._body = []
             handler.on_body(body[0] if len(body) == 1 else b"".join(body))
         if self._complete and self._handler is handler:
             self._handler = None
-            keep = self._keep_alive
-            self._reset()
-            if keep and self.transport is not None and not self.transport.is_closing():
+            self._complete = self._headers_done = self._proxied = self._touched = False
+            if self._keep_alive and self.transport is not None:
+                self._reused = True
+                self.idle_since = monotonic()
                 self._pool.put(self)
             else:
                 self.abort()
@@ -119,7 +119,7 @@ class UpstreamConnection(asyncio.Protocol):
     # -- httptools
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._headers_done and name.lower() == b"x-corral-proxy":
+        if len(name) == 14 and name.lower() == b"x-corral-proxy" and not self._headers_done:
             self._proxied = True
 
     def on_headers_complete(self) -> None:
@@ -158,20 +158,9 @@ class UpstreamConnection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once; the handler of a request that still runs hears nothing more."""
         self._handler = None
-        if self.transport is not None:
-            self.transport.abort()
-
-    @property
-    def usable(self) -> bool:
-        """Whether an idle connection may be given out."""
-        return (
-            self.transport is not None and not self.transport.is_closing() and monotonic() - self._idle_since < IDLE_MAX
-        )
-
-    def shelve(self) -> None:
-        """Note that it is idle from now on."""
-        self._reused = True
-        self._idle_since = monotonic()
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.abort()
 
 
 class Upstreams:
@@ -182,17 +171,13 @@ class Upstreams:
         self._idle: dict[Address, list[UpstreamConnection]] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
-    def acquire(
-        self, address: Address, done: Callable[[UpstreamConnection | OSError], None], fresh: bool = False
-    ) -> None:
-        """Hand a connection, or why there is none, to `done`: at once where one is idle."""
+    def idle(self, address: Address) -> UpstreamConnection | None:
+        """The connection that was used last, if one is idle."""
         idle = self._idle.get(address)
-        while idle and not fresh:
-            connection = idle.pop()
-            if connection.usable:
-                done(connection)
-                return
-            connection.abort()
+        return idle.pop() if idle else None
+
+    def connect(self, address: Address, done: Callable[[UpstreamConnection | OSError], None]) -> None:
+        """Make a connection; `done` gets it, or why there is none."""
         task = self._loop.create_task(self._connect(address, done))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
@@ -212,12 +197,13 @@ class Upstreams:
 
     def put(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer is whole."""
-        idle = self._idle.setdefault(connection.address, [])
+        idle = self._idle.get(connection.address)
+        if idle is None:
+            idle = self._idle[connection.address] = []
         if len(idle) >= IDLE_COUNT:
             connection.abort()
-            return
-        connection.shelve()
-        idle.append(connection)
+        else:
+            idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection ended."""
@@ -225,12 +211,11 @@ class Upstreams:
         if idle and connection in idle:
             idle.remove(connection)
 
-    def sweep(self) -> None:
-        """Close what was idle too long."""
+    def sweep(self, now: float) -> None:
+        """Close what was idle too long. `now` is monotonic seconds."""
         for address, idle in self._idle.items():
-            keep = [connection for connection in idle if connection.usable]
-            stale = [connection for connection in idle if not connection.usable]
-            self._idle[address] = keep
+            stale = [connection for connection in idle if now - connection.idle_since > IDLE_MAX]
+            self._idle[address] = [connection for connection in idle if connection not in stale]
             for connection in stale:
                 connection.abort()
 

@@ -50,15 +50,16 @@ class Verdict(NamedTuple):
 class Budget:
     """A key's limits (None: none) and what this gateway knows of their use.
 
-    ``prefix``, ``release_prefix`` and ``rate_header`` are the parts of commands and heads that never change.
+    ``prefix`` and ``rate_header`` are the parts of a command and a head that never change, ``leaving`` the requests
+    whose leases end in this turn.
     """
 
     key_id: str
     rpm: int | None
     concurrency: int | None
     prefix: bytes = b""
-    release_prefix: bytes = b""
     rate_header: bytes = b""
+    leaving: list[bytes] = field(default_factory=list)
     in_flight: dict[str, None] = field(default_factory=dict)
     arrival: float = 0.0
 
@@ -77,7 +78,6 @@ class Budget:
             b"%d" % (LEASE * 1e6),
         )
         self.prefix = command.replace(b"*8\r\n", b"*10\r\n", 1)
-        self.release_prefix = b"*3\r\n$4\r\nZREM\r\n$%d\r\n%b\r\n" % (len(leases), leases)
         self.rate_header = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: " % (self.rpm or 0)
 
     @property
@@ -139,8 +139,14 @@ class Limits:
             self._busy.pop(budget.key_id, None)
         store = self._store
         if budget.concurrency and store is not None and store.connected:
-            identity = request_id.encode()
-            store.call(b"%b$%d\r\n%b\r\n" % (budget.release_prefix, len(identity), identity), _ignore)
+            if not budget.leaving:
+                store.soon(self._leave, store, budget)
+            budget.leaving.append(request_id.encode())
+
+    def _leave(self, store: Valkey, budget: Budget) -> None:
+        # One command for all that ended in a turn. It is under way before a caller can ask again.
+        leaving, budget.leaving = budget.leaving, []
+        store.call(encode(b"ZREM", budget.leases, *leaving), _ignore)
 
     def _enter(self, budget: Budget, request_id: str) -> None:
         budget.in_flight[request_id] = None

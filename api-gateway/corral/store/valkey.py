@@ -63,17 +63,26 @@ class Valkey:
         if not self.connected:
             callback(ValkeyDown("no connection to the store"))
             return
-        self._enqueue(command, callback)
+        self._out.append(command)
+        self._pending.append((callback, monotonic()))
+        if not self._flush_scheduled:
+            self._schedule()
+
+    def soon(self, callback: Callable[..., None], *args: Any) -> None:
+        """Run `callback` in the next turn of the event loop, so that the calls of one turn can be made into one."""
+        self._loop.call_soon(callback, *args)
 
     def _enqueue(self, command: bytes, callback: Callback) -> None:
         self._out.append(command)
         self._pending.append((callback, monotonic()))
         if not self._flush_scheduled:
-            self._flush_scheduled = True
-            loop = self._loop
-            loop.call_soon(self._flush)
-            if self._watch is None:
-                self._watch = loop.call_later(self._timeout, self._check)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._flush_scheduled = True
+        self._loop.call_soon(self._flush)
+        if self._watch is None:
+            self._watch = self._loop.call_later(self._timeout, self._check)
 
     async def request(self, *parts: bytes) -> Any:
         """One command, awaited.

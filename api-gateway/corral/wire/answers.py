@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,7 +20,11 @@ Unset = msgspec.UnsetType
 
 def error_of(line: bytes) -> ApiError:
     """The error that a node sent as a line of its answer."""
-    text = decode_line(line).get("error")
+    return in_band_error(decode_line(line).get("error"))
+
+
+def in_band_error(text: Any) -> ApiError:
+    """The same, of the value of a line's `error`."""
     return ApiError(502, "upstream_error", text if isinstance(text, str) else "the node failed without a reason")
 
 
@@ -91,7 +96,6 @@ class Pass:
 class Part(msgspec.Struct):
     """What a line adds to a chat's message."""
 
-    role: str | None = None
     content: str | None = None
     thinking: str | None = None
     tool_calls: list[Any] | None = None
@@ -117,101 +121,69 @@ class ChatLine(Line):
 class GenerateLine(Line):
     """A line of a completion: what a chat has in its message stands in the line itself."""
 
-    role: str | None = None
     content: str | None = msgspec.field(name="response", default=None)
     thinking: str | None = None
     tool_calls: list[Any] | None = None
 
 
-_chat_line = msgspec.json.Decoder(ChatLine).decode
-_generate_line = msgspec.json.Decoder(GenerateLine).decode
+_chat_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
+_generate_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
 _EMPTY = b'"message":{"role":"assistant","content":""}'
 
 
 class Whole:
     """`stream: false`: the streamed answer put together as Ollama does it. `what` is message or response."""
 
-    __slots__ = (
-        "_chat",
-        "_logprobs",
-        "_rest",
-        "_text",
-        "_thinking",
-        "_tool_calls",
-        "content_type",
-        "done",
-        "error",
-        "last",
-        "prompt_tokens",
-        "role",
-        "started",
-        "stream",
-        "tokens",
-    )
+    content_type = "application/json; charset=utf-8"
+    stream = started = done = False
+    error: ApiError | None = None
+    prompt_tokens = tokens = 0
+    last = b""
+    _rest = b""
+    _thinking: tuple[str, ...] = ()
+    _tool_calls: tuple[Any, ...] = ()
+    _logprobs: tuple[Any, ...] = ()
 
     def __init__(self, what: str) -> None:
-        self.content_type = "application/json; charset=utf-8"
-        self.stream = self.started = self.done = False
-        self.error: ApiError | None = None
-        self.prompt_tokens = self.tokens = 0
-        self.last = b""
-        self.role = "assistant"
         self._chat = what == "message"
-        self._rest = b""
         self._text: list[str] = []
-        self._thinking: list[str] = []
-        self._tool_calls: list[Any] = []
-        self._logprobs: list[Any] = []
 
     def feed(self, data: bytes) -> bytes:
         if self._rest:
             data = self._rest + data
-        *lines, rest = data.split(b"\n")
-        self._rest = rest
-        if len(rest) > LINE_MAX:
-            raise UpstreamNonsense(f"a line of more than {LINE_MAX} bytes")
+            self._rest = b""
+        if not data.endswith(b"\n"):
+            data, _, self._rest = data.rpartition(b"\n")
+            if len(self._rest) > LINE_MAX:
+                raise UpstreamNonsense(f"a line of more than {LINE_MAX} bytes")
+        try:
+            lines = _chat_lines(data) if self._chat else _generate_lines(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise UpstreamNonsense(f"lines that are no part of an answer: {data[:80]!r}") from None
+        self.started = self.started or bool(lines)
         for line in lines:
-            if not line or line.isspace():
-                continue
             if self.done:
                 raise UpstreamNonsense("lines after the last one")
-            value: Line
-            part: Part | GenerateLine | None
-            try:
-                if self._chat:
-                    value = chat = _chat_line(line)
-                    part = chat.message
-                else:
-                    value = part = _generate_line(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                raise UpstreamNonsense(f"a line that is no part of an answer: {line[:80]!r}") from None
-            if value.error is not UNSET:
-                self.error = error_of(line)
+            if line.error is not UNSET:
+                self.error = in_band_error(line.error)
                 return b""
-            self.started = True
+            part = line.message if self._chat else line
+            if part is None:
+                if not line.done and line.rendered is UNSET:
+                    raise UpstreamNonsense("a line without a message")
+            else:
+                if part.content:
+                    self._text.append(part.content)
+                if part.thinking or part.tool_calls or line.logprobs:
+                    self._thinking += (part.thinking or "",)
+                    self._tool_calls += tuple(part.tool_calls or ())
+                    self._logprobs += tuple(line.logprobs or ())
             self.tokens += 1
-            if part is not None:
-                self._take(part)
-            elif not value.done and value.rendered is UNSET:
-                raise UpstreamNonsense("a line without a message")
-            if value.logprobs:
-                self._logprobs += value.logprobs
-            if value.done or value.rendered is not UNSET:
+            if line.done or line.rendered is not UNSET:
                 self.done = True
-                self.last = line
-                self.prompt_tokens = count(value.prompt_eval_count)
-                self.tokens = count(value.eval_count)
+                self.last = data.rstrip().rpartition(b"\n")[2]
+                self.prompt_tokens, self.tokens = count(line.prompt_eval_count), count(line.eval_count)
         return b""
-
-    def _take(self, part: Part | GenerateLine) -> None:
-        if part.content:
-            self._text.append(part.content)
-        if part.thinking:
-            self._thinking.append(part.thinking)
-        if part.tool_calls:
-            self._tool_calls += part.tool_calls
-        if part.role:
-            self.role = part.role
 
     def value(self) -> dict[str, Any]:
         """The one object that Ollama would have sent."""
@@ -220,24 +192,25 @@ class Whole:
             return whole
         text, thinking = "".join(self._text), "".join(self._thinking)
         if self._chat:
-            message: dict[str, Any] = {"role": self.role, "content": text}
+            role = (whole.get("message") or {}).get("role", "assistant")
+            message: dict[str, Any] = {"role": role, "content": text}
             if thinking:
                 message["thinking"] = thinking
             if self._tool_calls:
-                message["tool_calls"] = self._tool_calls
+                message["tool_calls"] = list(self._tool_calls)
             whole["message"] = message
         else:
             whole["response"] = text
             if thinking:
                 whole["thinking"] = thinking
             if self._tool_calls:
-                whole["tool_calls"] = self._tool_calls
+                whole["tool_calls"] = list(self._tool_calls)
         if self._logprobs:
             whole["logprobs"] = self._logprobs
         return whole
 
     def finish(self) -> bytes:
-        if self._chat and not (self._thinking or self._tool_calls or self._logprobs) and self.role == "assistant":
+        if self._chat and not (self._thinking or self._tool_calls or self._logprobs):
             # Plain text, by far the most common: it takes the place of the last line's empty message. These bytes
             # stand for nothing else, since a quote within a JSON string is escaped.
             before, empty, after = self.last.partition(_EMPTY)

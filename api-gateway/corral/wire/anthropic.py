@@ -87,11 +87,8 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         chat.think = msgspec.UNSET
         fallback = encode(chat)
     return Decoded(
-        "anthropic",
-        "/v1/messages",
+        b"/api/chat",
         model,
-        body.stream,
-        "/api/chat",
         sent,
         estimate,
         max_tokens,

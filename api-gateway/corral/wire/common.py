@@ -85,11 +85,8 @@ class Decoded:
     ``estimate`` is a guess of the prompt's tokens; ``max_tokens`` the caller's bound of the answer.
     """
 
-    api: str
-    route: str
+    upstream_path: bytes
     model: str
-    stream: bool
-    upstream_path: str
     body: bytes
     estimate: int
     max_tokens: int | None

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from corral.wire import anthropic, native, openai
 from corral.wire.common import Decoded, PolicyOf, Responder
 
-__all__ = ["Decoded", "Responder", "decode"]
+__all__ = ["DECODERS", "Decoded", "Responder"]
 
-
-def decode(route: str, raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
-    """The request of a relayed route.
-
-    `request_id` becomes part of the ids that OpenAI's and Anthropic's answers carry.
-
-    Raises:
-        ApiError: 400 naming the field.
-    """
-    if route.startswith("/api/"):
-        return native.decode(route, raw, policy_of)
-    if route == "/v1/messages":
-        return anthropic.decode(raw, request_id, policy_of)
-    return openai.decode(route, raw, request_id, policy_of)
+DECODERS: dict[str, Callable[[bytes, str, PolicyOf], Decoded]] = {
+    "/api/generate": native.decode_generate,
+    "/api/chat": native.decode_chat,
+    "/api/embed": native.decode_embed,
+    "/api/embeddings": native.decode_embeddings,
+    "/api/show": native.decode_show,
+    "/v1/chat/completions": openai.decode_chat,
+    "/v1/completions": openai.decode_completion,
+    "/v1/embeddings": openai.decode_embeddings,
+    "/v1/messages": anthropic.decode,
+}
+"""By route: body, request id (part of the ids that OpenAI's and Anthropic's answers carry) and policy in, the request
+out. Each raises ApiError: 400 naming the field."""

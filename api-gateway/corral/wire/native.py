@@ -117,20 +117,12 @@ _embeddings = msgspec.json.Decoder(Embeddings)
 _show = msgspec.json.Decoder(Show)
 
 
-def decode(route: str, raw: bytes, policy_of: PolicyOf) -> Decoded:
-    """A native request. Raises ApiError."""
-    if route == "/api/chat":
-        return decode_chat(raw, policy_of)
-    if route == "/api/generate":
-        return decode_generate(raw, policy_of)
-    if route == "/api/embed":
-        return decode_embed(raw, policy_of)
-    if route == "/api/embeddings":
-        return decode_embeddings(raw, policy_of)
+def decode_show(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+    """`POST /api/show`. Raises ApiError."""
     show = read(_show, raw)
     model = require_model(show.model or show.name)
     body = encode(Show(model=model, verbose=show.verbose))
-    return Decoded("native", route, model, False, route, body, 0, None, Object())
+    return Decoded(b"/api/show", model, body, 0, None, Object())
 
 
 def check_format(form: Any) -> None:
@@ -143,19 +135,23 @@ def check_format(form: Any) -> None:
 
 def prepare(body: Chat | Generate, policy_of: PolicyOf) -> int | None:
     """Hold a chat or generate body to the policy, in place; the caller's bound of the answer is returned."""
-    check_format(body.format)
-    policy = policy_of(body.model) or opts.NO_POLICY
-    options = body.options
-    if options or policy is not opts.NO_POLICY:
-        body.options = options = opts.check(options or {}, policy) or None
+    if body.format is not UNSET:
+        check_format(body.format)
     body.stream = True
     body.truncate = False
     body.keep_alive = KEEP_ALIVE
+    policy = policy_of(body.model)
+    options = body.options
+    if policy is None:
+        if not options:
+            return None
+        policy = opts.NO_POLICY
+    body.options = options = opts.check(options or {}, policy) or None
     limit = options.get("num_predict") if options else None
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def decode_chat(raw: bytes, policy_of: PolicyOf) -> Decoded:
+def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     """`POST /api/chat`. Raises ApiError."""
     body = read(_chat, raw)
     model = require_model(body.model)
@@ -164,11 +160,8 @@ def decode_chat(raw: bytes, policy_of: PolicyOf) -> Decoded:
     max_tokens = prepare(body, policy_of)
     responder = Pass() if stream else Whole("message")
     return Decoded(
-        "native",
-        "/api/chat",
+        b"/api/chat",
         model,
-        stream,
-        "/api/chat",
         encode(body),
         len(raw) // CHARS_PER_TOKEN,
         max_tokens,
@@ -203,7 +196,7 @@ def check_images(images: list[str]) -> None:
             raise bad_request("images must be sent inline as base64, not by address", "images")
 
 
-def decode_generate(raw: bytes, policy_of: PolicyOf) -> Decoded:
+def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     """`POST /api/generate`. Raises ApiError."""
     body = read(_generate, raw)
     model = require_model(body.model)
@@ -217,11 +210,8 @@ def decode_generate(raw: bytes, policy_of: PolicyOf) -> Decoded:
     max_tokens = prepare(body, policy_of)
     responder = Pass() if stream else Whole("response")
     return Decoded(
-        "native",
-        "/api/generate",
+        b"/api/generate",
         model,
-        stream,
-        "/api/generate",
         encode(body),
         len(raw) // CHARS_PER_TOKEN,
         max_tokens,
@@ -229,18 +219,15 @@ def decode_generate(raw: bytes, policy_of: PolicyOf) -> Decoded:
     )
 
 
-def decode_embed(raw: bytes, policy_of: PolicyOf) -> Decoded:
+def decode_embed(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     """`POST /api/embed`. Raises ApiError."""
     body = read(_embed, raw)
     model = require_model(body.model)
     body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY) or None
     body.truncate, body.keep_alive = False, KEEP_ALIVE
     return Decoded(
-        "native",
-        "/api/embed",
+        b"/api/embed",
         model,
-        False,
-        "/api/embed",
         encode(body),
         len(raw) // CHARS_PER_TOKEN,
         None,
@@ -248,18 +235,15 @@ def decode_embed(raw: bytes, policy_of: PolicyOf) -> Decoded:
     )
 
 
-def decode_embeddings(raw: bytes, policy_of: PolicyOf) -> Decoded:
+def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     """`POST /api/embeddings`: its vectors are not normalised, so it is no form of embed. Raises ApiError."""
     body = read(_embeddings, raw)
     model = require_model(body.model)
     body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY) or None
     body.keep_alive = KEEP_ALIVE
     return Decoded(
-        "native",
-        "/api/embeddings",
+        b"/api/embeddings",
         model,
-        False,
-        "/api/embeddings",
         encode(body),
         len(raw) // CHARS_PER_TOKEN,
         None,

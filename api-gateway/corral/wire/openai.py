@@ -130,15 +130,6 @@ _completion = msgspec.json.Decoder(Completion)
 _embeddings = msgspec.json.Decoder(Embeddings)
 
 
-def decode(route: str, raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
-    """A request of `/v1`. Raises ApiError."""
-    if route == "/v1/chat/completions":
-        return _decode_chat(raw, request_id, policy_of)
-    if route == "/v1/completions":
-        return _decode_completion(raw, request_id, policy_of)
-    return _decode_embeddings(raw, policy_of)
-
-
 def short_id(request_id: str) -> str:
     """A number of three digits for an id, as Ollama has: the same for the same request."""
     return str(zlib.crc32(request_id.encode()) % 999)
@@ -163,7 +154,7 @@ def sampling(body: Chat | Completion) -> dict[str, Any]:
     return options
 
 
-def _decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     body = read(_chat, raw)
     model = require_model(body.model)
     if not body.messages:
@@ -193,11 +184,8 @@ def _decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     stream = bool(body.stream)
     responder = ChatStream(identity, usage) if stream else ChatWhole(identity)
     return Decoded(
-        "openai",
-        "/v1/chat/completions",
+        b"/api/chat",
         model,
-        stream,
-        "/api/chat",
         encode(chat),
         len(raw) // native.CHARS_PER_TOKEN,
         max_tokens,
@@ -285,7 +273,7 @@ def inline_image(url: str) -> str:
     raise bad_request("invalid image input", "messages.content")
 
 
-def _decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     body = read(_completion, raw)
     model = require_model(body.model)
     options = {"frequency_penalty": 0.0, "presence_penalty": 0.0} | sampling(body)
@@ -303,11 +291,8 @@ def _decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Deco
     stream = bool(body.stream)
     responder = CompletionStream(identity, usage) if stream else CompletionWhole(identity)
     return Decoded(
-        "openai",
-        "/v1/completions",
+        b"/api/generate",
         model,
-        stream,
-        "/api/generate",
         encode(generate),
         len(raw) // native.CHARS_PER_TOKEN,
         max_tokens,
@@ -315,7 +300,7 @@ def _decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Deco
     )
 
 
-def _decode_embeddings(raw: bytes, policy_of: PolicyOf) -> Decoded:
+def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     body = read(_embeddings, raw)
     model = require_model(body.model)
     if body.encoding_format is not None and body.encoding_format.lower() not in ("float", "base64"):
@@ -331,11 +316,8 @@ def _decode_embeddings(raw: bytes, policy_of: PolicyOf) -> Decoded:
     embed.options = opts.check({}, policy_of(model) or opts.NO_POLICY) or None
     responder = EmbeddingList(model, (body.encoding_format or "float").lower() == "base64")
     return Decoded(
-        "openai",
-        "/v1/embeddings",
+        b"/api/embed",
         model,
-        False,
-        "/api/embed",
         encode(embed),
         len(raw) // native.CHARS_PER_TOKEN,
         None,

@@ -36,6 +36,13 @@ RELOADING = frozenset(("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap"
 
 STOP_MAX = 16
 
+_PLAIN = {
+    name: {INT: int, FLOAT: float}[kind]
+    for name, kind in TYPES.items()
+    if kind in (INT, FLOAT) and name not in RELOADING
+}
+"""Options that need no closer look where their value has exactly this type."""
+
 
 @dataclass(slots=True, frozen=True)
 class ModelPolicy:
@@ -63,7 +70,7 @@ class ModelPolicy:
 NO_POLICY = ModelPolicy()
 
 
-def check(options: Mapping[str, Any], policy: ModelPolicy) -> dict[str, Any]:
+def check(options: dict[str, Any], policy: ModelPolicy) -> dict[str, Any]:
     """The options to send: checked as Ollama checks them, then held to the policy.
 
     Unknown names are left out, as Ollama ignores them; a runner's option is left out too where it is not the
@@ -72,6 +79,8 @@ def check(options: Mapping[str, Any], policy: ModelPolicy) -> dict[str, Any]:
     Raises:
         ApiError: 400 for a wrong type, with Ollama's own words, or an option that the policy refuses.
     """
+    if policy is NO_POLICY and all(type(value) is _PLAIN.get(name) for name, value in options.items()):
+        return options
     checked: dict[str, Any] = {}
     for name, value in options.items():
         kind = TYPES.get(name)
