@@ -1,0 +1,129 @@
+"""scripts/install-ollama: which program it takes, what it asks of a release, and that it installs in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/install-ollama"
+TESTED = "0.17.4"
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def ollama(path: Path, version: str) -> Path:
+    lines = f"Warning: could not connect to a running Ollama instance\nWarning: client version is {version}"
+    return program(path, f"echo '{lines}'")
+
+
+class Machine:
+    """A home, a PATH with an Ollama, and a release that `curl` gets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin = folder, folder / "bin"
+        self.cache = folder / "cache/corral" / f"ollama-{TESTED}"
+        self.on_path = ollama(self.bin / "ollama", "0.16.2")
+        self.fetched = folder / "fetched"
+        self.release = folder / "release.tar.zst"
+        program(
+            self.bin / "curl",
+            f'touch {self.fetched}; while [ "$1" != -o ]; do shift; done; cp {self.release} "$2"',
+        )
+
+    def pack(self, version: str, content: str) -> str:
+        """Make the release; the SHA-256 of its archive."""
+        tree = self.folder / "packed"
+        shutil.rmtree(tree, ignore_errors=True)
+        ollama(tree / "bin/ollama", version)
+        program(tree / "lib/ollama/libggml.so", content)
+        subprocess.run(["tar", "--zstd", "-cf", self.release, "-C", tree, "bin", "lib"], check=True)
+        return hashlib.sha256(self.release.read_bytes()).hexdigest()
+
+    def run(self, **env: str) -> subprocess.CompletedProcess[str]:
+        given = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), **env}
+        given["XDG_CACHE_HOME"] = str(self.folder / "cache")
+        return subprocess.run([SCRIPT], env=given, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "warned"), [(TESTED, False), ("0.17.5", True), ("0.20.0", True), ("1.0.0", True)])
+def test_the_tested_version_and_newer_ones_are_taken(machine: Machine, version: str, warned: bool) -> None:
+    ollama(machine.on_path, version)
+    done = machine.run()
+    assert (done.returncode, done.stdout) == (0, f"{machine.on_path}\n"), done.stderr
+    assert ("warning" in done.stderr and version in done.stderr) == warned
+    named = machine.run(CORRAL_OLLAMA=str(machine.on_path))
+    assert named.stdout == done.stdout
+
+
+@pytest.mark.parametrize("version", ["0.17.3", "0.9.9", "0.0.0", "unknown"])
+def test_an_older_one_is_not(machine: Machine, version: str) -> None:
+    ollama(machine.on_path, version)
+    cached = ollama(machine.cache / "bin/ollama", TESTED)
+    done = machine.run()
+    assert (done.returncode, done.stdout) == (0, f"{cached}\n"), done.stderr
+    assert f"{machine.on_path} " in done.stderr
+    assert machine.run(CORRAL_OLLAMA=str(machine.on_path)).returncode == 1
+
+
+needs_zstd = pytest.mark.skipif(shutil.which("zstd") is None, reason="there is no zstd")
+
+
+@needs_zstd
+def test_a_release_is_installed_with_its_checksum_alone(machine: Machine) -> None:
+    digest = machine.pack(TESTED, "one")
+    wrong = machine.run(CORRAL_OLLAMA_SHA256="0" * 64)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "CORRAL_OLLAMA_SHA256" in wrong.stderr
+    assert not list((machine.cache / "bin").iterdir())
+    done = machine.run(CORRAL_OLLAMA_SHA256=digest)
+    assert (done.returncode, done.stdout) == (0, f"{machine.cache}/bin/ollama\n"), done.stderr
+    real = (machine.cache / "bin/ollama").resolve()
+    assert (real.parents[1] / "lib/ollama/libggml.so").read_text().endswith("one\n")
+    machine.fetched.unlink()
+    assert machine.run(CORRAL_OLLAMA_SHA256=digest).stdout == done.stdout
+    assert not machine.fetched.exists(), "it is installed already"
+
+
+@needs_zstd
+def test_a_broken_install_is_replaced_whole(machine: Machine) -> None:
+    ollama(machine.cache / "bin/ollama", "0.1.0")
+    program(machine.cache / "tree.old/lib/ollama/libggml.so", "old")
+    assert machine.run(CORRAL_OLLAMA_SHA256=machine.pack(TESTED, "new")).returncode == 0
+    assert (machine.cache / "bin/ollama").is_symlink()
+    (tree,) = machine.cache.glob("tree.*")
+    assert (tree / "lib/ollama/libggml.so").read_text().endswith("new\n")
+    assert not list(machine.cache.glob("work.*"))
+
+
+@needs_zstd
+def test_a_release_of_another_version_is_not_installed(machine: Machine) -> None:
+    done = machine.run(CORRAL_OLLAMA_SHA256=machine.pack("0.17.3", "one"))
+    assert done.returncode == 1
+    assert not (machine.cache / "bin/ollama").exists()
+
+
+def test_without_a_checksum_nothing_is_fetched_and_another_module_is_not_built(machine: Machine) -> None:
+    for tool in ("gcc", "g++"):
+        program(machine.bin / tool, "exit 1")
+    program(machine.bin / "go", 'if [ "$1" = env ]; then echo on; else echo "{\\"Sum\\": \\"h1:other=\\"}"; fi')
+    done = machine.run()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "h1:other= instead of h1:" in done.stderr
+    assert not machine.fetched.exists()
+    program(machine.bin / "go", "echo off")
+    assert "GOSUMDB=off" in machine.run().stderr
