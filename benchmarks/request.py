@@ -1,0 +1,326 @@
+"""CPU per request: the gateway with all its features on, beside HAProxy, on one core in one run.
+
+A POST of 1 KB with ``stream: false``, 32 connections, a canned answer. The proxy that is measured has core 0 alone;
+the load (wrk), the node that gives the canned answer (HAProxy's ``http-request return``), Valkey and a control that
+takes the spool share core 1. Subjects alternate within each round; each figure is the median of the rounds.
+
+CPU is user + system time of the measured process as the kernel accounts it (/proc/PID/task/*/schedstat, ns), so what
+a subject makes Valkey do is not in its figure: it is shown beside. Two loads:
+
+- ``same rate``: all subjects get the same requests a second, paced by a schedule, so that the load's core stays
+  under 80%. The ratio that counts.
+- ``closed loop``: each connection asks again at once; HAProxy is then limited by the load's core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.server
+import json
+import os
+import re
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "api-gateway")]
+
+import yaml  # noqa: E402
+from support.process import Process, free_port, until  # noqa: E402
+
+from corral.config.haproxy import DEFAULT, render  # noqa: E402
+from corral.stack import binaries  # noqa: E402
+from corral.store import keys  # noqa: E402
+
+MEASURED, LOAD = 0, 1
+CONNECTIONS = 32
+LINES = (
+    b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.000000Z","message":{"role":"assistant","content":"Hello"},'
+    b'"done":false}\n'
+    b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.100000Z","message":{"role":"assistant","content":""},'
+    b'"done":true,"done_reason":"stop","total_duration":100000000,"load_duration":1000000,"prompt_eval_count":250,'
+    b'"prompt_eval_duration":50000000,"eval_count":2,"eval_duration":20000000}\n'
+)
+NODE = """
+global
+    nbthread 1
+    tune.bufsize 65536
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 60s
+    timeout server 60s
+    option http-buffer-request
+frontend node
+    bind 127.0.0.1:{port}
+    http-request return status 200 content-type application/x-ndjson file {canned}
+"""
+PLAIN = """
+global
+    nbthread 1
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 60s
+    timeout server 60s
+    option http-no-delay
+    option abortonclose
+frontend proxy
+    bind 127.0.0.1:{port}
+    default_backend node
+backend node
+    http-reuse safe
+    server node 127.0.0.1:{node}
+"""
+WRK = """
+local ffi = require("ffi")
+ffi.cdef[[ typedef struct { long s; long n; } corral_ts; int clock_gettime(int, corral_ts*); ]]
+local ts = ffi.new("corral_ts")
+local rate, due = tonumber(os.getenv("RATE") or "0"), nil
+if rate > 0 then
+  -- One schedule for all connections: who is late sends at once, so the rate holds and not the pause.
+  function delay()
+    ffi.C.clock_gettime(1, ts)
+    local now = tonumber(ts.s) + tonumber(ts.n) / 1e9
+    if not due or due < now - 0.1 then due = now end
+    due = due + 1 / rate
+    return math.max(0, math.floor((due - now) * 1000 + 0.5))
+  end
+end
+wrk.method = "POST"
+wrk.headers["Authorization"] = os.getenv("AUTHORIZATION")
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["X-Forwarded-For"] = "192.0.2.7"
+wrk.body = os.getenv("BODY")
+"""
+
+
+@dataclass
+class Subject:
+    """Something that is measured: its process, its port, and its figures, one a round."""
+
+    name: str
+    port: int
+    process: Process
+    cost: list[float] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)
+    valkey: list[float] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Where the request goes."""
+        return f"http://127.0.0.1:{self.port}/api/chat"
+
+
+class Control(http.server.BaseHTTPRequestHandler):
+    """Confirms the gateway's snapshot and takes its records."""
+
+    protocol_version = "HTTP/1.1"
+    snapshot: bytes
+
+    def do_GET(self) -> None:
+        fresh = "since=1" in self.path
+        self._answer(304 if fresh else 200, b"" if fresh else self.snapshot)
+
+    def do_POST(self) -> None:
+        size = int(self.headers["Content-Length"])
+        self.rfile.read(size)
+        offset = int(self.path.rpartition("offset=")[2]) + size
+        self._answer(200, json.dumps({"offset": offset}).encode())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+class ControlServer(http.server.ThreadingHTTPServer):
+    """Lets a gateway go that ends in the middle of a call."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing."""
+
+
+def cpu(pid: int) -> float:
+    """Microseconds of CPU that a process has used."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e3
+
+
+def wrk(subject: Subject, seconds: float, rate: int, env: dict[str, str], script: Path) -> tuple[int, float, float]:
+    """Requests answered, seconds it took, and CPU microseconds of wrk itself."""
+    before, began = os.times(), time.monotonic()
+    done = subprocess.run(
+        ["taskset", "-c", str(LOAD), "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-s", script, subject.url],
+        env=os.environ | env | {"RATE": str(rate)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after, elapsed = os.times(), time.monotonic() - began
+    if "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
+        raise SystemExit(f"{subject.name} failed requests:\n{done.stdout}")
+    found = re.search(r"(\d+) requests in", done.stdout)
+    if not found:
+        raise SystemExit(f"wrk said nothing of use:\n{done.stdout}{done.stderr}")
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return int(found[1]), elapsed, used * 1e6
+
+
+def gateway(folder: Path, node: int, store: str, control: int, python: str) -> tuple[int, Process, str]:
+    """A gateway as `corral up` starts it, with a key that has limits: port, process, the key."""
+    port = free_port()
+    (folder / "pepper").write_text(secrets.token_hex(32))
+    (folder / "internal.token").write_text(secrets.token_hex(32))
+    key_id, text = keys.generate()
+    verifier = keys.verifier(keys.read_pepper(folder / "pepper"), text)
+    limits = {"rpm": 100_000_000, "concurrency": 1000}
+    tags = [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z"}]
+    nodes = [
+        {"name": f"node-{number}", "url": f"http://127.0.0.1:{node}", "slots": 32, "state": "ready"}
+        | {"version": "0.17.4", "tags": tags, "ps": tags}
+        for number in (1, 2)
+    ]
+    key = {"id": key_id, "name": "load", "role": "inference", "verifiers": [verifier], "models": ["*"], **limits}
+    Control.snapshot = json.dumps({"version": "1", "keys": [key], "nodes": nodes, "models": []}).encode()
+    settings: dict[str, Any] = {
+        "gateway": {
+            "listen": f"127.0.0.1:{port}",
+            "nodes_url": f"http://127.0.0.1:{node}",
+            "control_url": f"http://127.0.0.1:{control}",
+            "spool": str(folder / "spool"),
+            "cache": str(folder / "cache"),
+            "access_log": str(folder / "access.log"),
+        },
+        "store": {"valkey": store},
+        "auth": {"pepper_file": str(folder / "pepper"), "internal_token_file": str(folder / "internal.token")},
+    }
+    (folder / "corral.yaml").write_text(yaml.safe_dump(settings))
+    argv = [python, "-m", "corral", "serve", "gateway", "--config", str(folder / "corral.yaml")]
+    path = os.pathsep.join([str(ROOT / "api-gateway"), *(entry for entry in sys.path if "site-packages" in entry)])
+    return port, Process(argv, folder / "gateway.log", {"PYTHONPATH": path}, cpu=MEASURED), text
+
+
+@contextlib.contextmanager
+def subjects(folder: Path, framework: bool, python: str) -> Iterator[tuple[list[Subject], list[Process], str]]:
+    """All processes: the subjects (the gateway last), the others with Valkey first, the gateway's key."""
+    with contextlib.ExitStack() as stack:
+
+        def start(argv: list[str], name: str, core: int) -> Process:
+            process = Process(argv, folder / f"{name}.log", cpu=core)
+            stack.callback(process.end)
+            return process
+
+        def proxy(config: str, name: str, core: int) -> Process:
+            (folder / f"{name}.cfg").write_text(config)
+            return start([binaries.haproxy(), "-db", "-f", str(folder / f"{name}.cfg")], name, core)
+
+        (folder / "canned").write_bytes(LINES)
+        node, plain, edge, store = (free_port() for _ in range(4))
+        server = ControlServer(("127.0.0.1", 0), Control)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        os.sched_setaffinity(0, {LOAD})
+        valkey = start([binaries.valkey(), "--port", str(store), "--save", "", "--appendonly", "no"], "valkey", LOAD)
+        back_end = proxy(NODE.format(port=node, canned=folder / "canned"), "node", LOAD)
+        found = [Subject("HAProxy", plain, proxy(PLAIN.format(port=plain, node=node), "plain", MEASURED))]
+        plan = replace(DEFAULT, edge_port=edge, nodes_port=free_port(), stats_port=free_port())
+        plan = replace(plan, stats_socket=str(folder / "s.sock"), gateways=[("gateway-1", "127.0.0.1", node)])
+        config = render(replace(plan, control=("127.0.0.1", node))).replace("global\n", "global\n    nbthread 1\n", 1)
+        found.append(Subject("HAProxy, Corral's edge", edge, proxy(config, "edge", MEASURED)))
+        if framework:
+            port = free_port()
+            argv = [sys.executable, str(ROOT / "benchmarks" / "framework.py"), str(port), str(node)]
+            found.append(Subject("FastAPI and httpx", port, start(argv, "framework", MEASURED)))
+        port, process, key = gateway(folder, node, f"redis://127.0.0.1:{store}/0", server.server_port, python)
+        stack.callback(process.end)
+        found.append(Subject("gateway", port, process))
+        for subject in found:
+            until(lambda port=subject.port: listens(port), f"{subject.name} listens", 30)  # type: ignore[misc]
+        yield found, [valkey, back_end], key
+
+
+def listens(port: int) -> bool:
+    """Whether the port takes connections."""
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), 1)):
+        return True
+
+
+def measure(found: list[Subject], others: list[Process], seconds: float, rate: int, env: dict[str, str], script: Path):
+    """One round: each subject once."""
+    for subject in found:
+        before, rest = cpu(subject.process.pid), [cpu(other.pid) for other in others]
+        count, elapsed, load = wrk(subject, seconds, rate, env, script)
+        used = [cpu(other.pid) - start for other, start in zip(others, rest, strict=True)]
+        subject.cost.append((cpu(subject.process.pid) - before) / count)
+        subject.rate.append(count / elapsed)
+        subject.valkey.append(used[0] / count)
+        subject.load.append((load + sum(used)) / elapsed / 1e6)
+
+
+def report(found: list[Subject], title: str) -> dict[str, float]:
+    """Print a table; the gateway's ratios by name of the other."""
+    print(f"\n{title}")
+    print(f"  {'':24}{'us/request':>11}{'requests/s':>12}{'Valkey us':>11}{'load core':>11}{'ratio':>8}")
+    base = statistics.median(found[0].cost)
+    ratios = {}
+    for subject in found:
+        cost = statistics.median(subject.cost)
+        ratios[subject.name] = base / cost
+        print(
+            f"  {subject.name:24}{cost:11.1f}{statistics.median(subject.rate):12,.0f}"
+            f"{statistics.median(subject.valkey):11.1f}{statistics.median(subject.load):11.0%}{base / cost:8.2f}"
+        )
+        subject.cost, subject.rate, subject.valkey, subject.load = [], [], [], []
+    return ratios
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(prog="benchmarks/request", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per subject and round")
+    parser.add_argument("--rate", type=int, default=12_000, help="requests a second of the paced load")
+    parser.add_argument("--framework", action="store_true", help="a FastAPI and httpx proxy too")
+    parser.add_argument("--python", default=sys.executable, help="the gateway's interpreter")
+    options = parser.parse_args()
+    if (os.cpu_count() or 1) < 2:
+        parser.error("two cores are needed: one for what is measured, one for the load")
+    if subprocess.run(["which", "wrk"], capture_output=True, check=False).returncode:
+        parser.error("wrk is not installed: apt-get install wrk")
+    pad = "lorem ipsum dolor " * 50
+    body = {"model": "m", "messages": [{"role": "user", "content": pad}], "stream": False}
+    with tempfile.TemporaryDirectory() as name, subjects(Path(name), options.framework, options.python) as made:
+        found, others, key = made
+        script = Path(name) / "load.lua"
+        script.write_text(WRK)
+        env = {"AUTHORIZATION": f"Bearer {key}", "BODY": json.dumps(body | {"options": {"num_predict": 16}})}
+        print(f"{options.rounds} rounds of {options.seconds:g} s; a body of {len(env['BODY'])} bytes")
+        for title, rate in (("same rate", options.rate), ("closed loop", 0)):
+            measure(found, others, 1.0, rate, env, script)
+            for subject in found:
+                subject.cost, subject.rate, subject.valkey, subject.load = [], [], [], []
+            for _ in range(options.rounds):
+                measure(found, others, options.seconds, rate, env, script)
+            report(found, f"{title}: {rate:,} a second" if rate else title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
