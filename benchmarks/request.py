@@ -163,11 +163,11 @@ def cpu(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e3
 
 
-def wrk(subject: Subject, seconds: float, rate: int, env: dict[str, str], script: Path) -> tuple[int, float, float]:
+def wrk(subject: Subject, seconds: int, rate: int, env: dict[str, str], script: Path) -> tuple[int, float, float]:
     """Requests answered, seconds it took, and CPU microseconds of wrk itself."""
     before, began = os.times(), time.monotonic()
     done = subprocess.run(
-        ["taskset", "-c", str(LOAD), "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-s", script, subject.url],
+        ["taskset", "-c", str(LOAD), "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", script, subject.url],
         env=os.environ | env | {"RATE": str(rate)},
         capture_output=True,
         text=True,
@@ -262,7 +262,7 @@ def listens(port: int) -> bool:
         return True
 
 
-def measure(found: list[Subject], others: list[Process], seconds: float, rate: int, env: dict[str, str], script: Path):
+def measure(found: list[Subject], others: list[Process], seconds: int, rate: int, env: dict[str, str], script: Path):
     """One round: each subject once."""
     for subject in found:
         before, rest = cpu(subject.process.pid), [cpu(other.pid) for other in others]
@@ -295,7 +295,7 @@ def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(prog="benchmarks/request", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per subject and round")
+    parser.add_argument("--seconds", type=int, default=2, help="per subject and round")
     parser.add_argument("--rate", type=int, default=12_000, help="requests a second of the paced load")
     parser.add_argument("--framework", action="store_true", help="a FastAPI and httpx proxy too")
     parser.add_argument("--python", default=sys.executable, help="the gateway's interpreter")
@@ -311,9 +311,9 @@ def main() -> int:
         script = Path(name) / "load.lua"
         script.write_text(WRK)
         env = {"AUTHORIZATION": f"Bearer {key}", "BODY": json.dumps(body | {"options": {"num_predict": 16}})}
-        print(f"{options.rounds} rounds of {options.seconds:g} s; a body of {len(env['BODY'])} bytes")
+        print(f"{options.rounds} rounds of {options.seconds} s; a body of {len(env['BODY'])} bytes")
         for title, rate in (("same rate", options.rate), ("closed loop", 0)):
-            measure(found, others, 1.0, rate, env, script)
+            measure(found, others, 1, rate, env, script)
             for subject in found:
                 subject.cost, subject.rate, subject.valkey, subject.load = [], [], [], []
             for _ in range(options.rounds):
