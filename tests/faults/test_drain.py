@@ -5,9 +5,22 @@ from __future__ import annotations
 import time
 
 from support.fleet import Fleet
-from support.load import WHOLE, Answer, after
+from support.load import WHOLE, Answer, Load, after
 
-LONG, SHORT = 160, 6
+LONG, SHORT = 320, 6
+LENGTHS = [LONG, SHORT, SHORT, SHORT]
+"""Tokens of each fourth caller's answers; a long one takes eight seconds."""
+
+
+def a_long_one_began(load: Load, node: str = "") -> None:
+    """Wait for a long stream (on ``node``) that has seconds to go."""
+
+    def found(_: list[Answer]) -> bool:
+        fresh = [answer for answer in list(load.streaming.values()) if time.monotonic() - answer.first < 1.0]
+        numbers = [int(answer.request_id.split("-")[1]) for answer in fresh if not node or answer.node == node]
+        return any(LENGTHS[number % len(LENGTHS)] == LONG for number in numbers)
+
+    load.until(found, f"a long stream begins on {node or 'any node'}", 40)
 
 
 def span(answers: list[Answer], moment: float) -> list[Answer]:
@@ -20,12 +33,14 @@ def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(fleet: Fl
     fleet.warm()
     reloads: list[float] = []
     try:
-        with fleet.load(tokens=[LONG, SHORT, SHORT, SHORT], name="drain") as load:
+        with fleet.load(tokens=LENGTHS, name="drain") as load:
             load.more(20, "node-1")
+            a_long_one_began(load)
             fleet.stack.corral("nodes", "add", extra.url, "--name", "node-3")
             reloads.append(time.monotonic())
             load.more(10, "node-3")
 
+            a_long_one_began(load, "node-1")
             asked = time.monotonic()
             drained = fleet.stack.corral("nodes", "drain", "node-1", "--wait")
             empty = time.monotonic()
@@ -36,6 +51,7 @@ def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(fleet: Fl
             fleet.stack.corral("nodes", "resume", "node-1")
             load.more(10, "node-1")
 
+            a_long_one_began(load)
             fleet.stack.corral("nodes", "remove", "node-3")
             reloads.append(time.monotonic())
             load.more(60)

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from corral.gateway.access import AccessLog
 from corral.store.spool import SpoolWriter
-
-ACCESS_FLUSH = 0.05
 
 log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
@@ -33,15 +30,8 @@ class Journal:
         self._append = self.spool.append
         self._loop = loop
         self._waiting: list[Then] = []
-        self._lines: list[bytes] = []
-        self._fd = -1
-        self._owned = False
+        self.access = AccessLog(access_log, loop)
         self.failing = False
-        if access_log == "-":
-            self._fd = sys.stdout.fileno()
-        elif access_log:
-            self._fd = os.open(access_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            self._owned = True
 
     def record(self, record: msgspec.Struct, then: Then, access: bool = False) -> None:
         """Append a record; `then` hears, after the group's write, whether it is in the spool.
@@ -54,10 +44,8 @@ class Journal:
         if not waiting:
             self._loop.call_soon(self._commit)
         waiting.append(then)
-        if access and self._fd >= 0:
-            if not self._lines:
-                self._loop.call_later(ACCESS_FLUSH, self.flush_access)
-            self._lines.append(payload)
+        if access:
+            self.access.line(payload)
 
     def _commit(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -71,27 +59,20 @@ class Journal:
             self.failing = False
         written = not self.failing
         for then in waiting:
-            then(written)
-
-    def flush_access(self) -> None:
-        """Write the lines that wait."""
-        lines, self._lines = self._lines, []
-        if lines:
             try:
-                os.write(self._fd, b"\n".join(lines) + b"\n")
-            except OSError as error:
-                log.error("the access log takes no lines: %s", error)
+                then(written)
+            except Exception:
+                # One request's fault must not keep the others of its group waiting for ever.
+                log.exception("what waited for a record failed")
 
     def close(self) -> None:
         """Write what waits and close."""
         self._commit()
-        self.flush_access()
+        self.access.close()
         try:
             self.spool.close()
         except OSError as error:
             log.error("the spool was not closed cleanly: %s", error)
-        if self._owned:
-            os.close(self._fd)
 
 
 def nothing(written: bool) -> None:

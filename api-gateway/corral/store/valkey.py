@@ -144,16 +144,15 @@ class Valkey:
                 # Not wait_for: in Python 3.11 it may swallow a cancellation that meets its end.
                 async with asyncio.timeout(1.0):
                     await self._connect(lost)
-            except (OSError, TimeoutError, hiredis.HiredisError):
-                self._lose()
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(RECONNECT_MAX, pause * 2)
-                continue
-            pause = RECONNECT_MIN
-            try:
+                pause = RECONNECT_MIN
                 await lost.wait()
+                continue
+            except (OSError, TimeoutError, hiredis.HiredisError):
+                pass
             finally:
                 self._lose()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(RECONNECT_MAX, pause * 2)
 
     async def _connect(self, lost: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
