@@ -7,9 +7,9 @@ import time
 from support.fleet import Fleet
 from support.load import WHOLE, Answer, Load, after
 
-LONG, SHORT = 320, 6
-LENGTHS = [LONG, SHORT, SHORT, SHORT]
-"""Tokens of each fourth caller's answers; a long one takes eight seconds."""
+SHORT = 6
+LENGTHS = [200, SHORT, SHORT, SHORT, 260, SHORT, SHORT, SHORT, 320, SHORT, SHORT, SHORT, 380, SHORT, SHORT, SHORT]
+"""Tokens of each caller's answers: the long ones take five seconds and more, and never run in step."""
 
 
 def a_long_one_began(load: Load, node: str = "") -> None:
@@ -18,7 +18,7 @@ def a_long_one_began(load: Load, node: str = "") -> None:
     def found(_: list[Answer]) -> bool:
         fresh = [answer for answer in list(load.streaming.values()) if time.monotonic() - answer.first < 1.0]
         numbers = [int(answer.request_id.split("-")[1]) for answer in fresh if not node or answer.node == node]
-        return any(LENGTHS[number % len(LENGTHS)] == LONG for number in numbers)
+        return any(LENGTHS[number % len(LENGTHS)] > SHORT for number in numbers)
 
     load.until(found, f"a long stream begins on {node or 'any node'}", 40)
 
@@ -63,10 +63,9 @@ def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(fleet: Fl
         fleet.nodes.pop("node-3")
         extra.kill()
     assert load.unlike(WHOLE) == []
-    # A connection that was in use while HAProxy reloaded still ends at its old worker, which knows no new node: what is
-    # sent there next is tried once more, unseen.
-    assert max(answer.attempts for answer in load.answers) <= 2
-    assert len([answer for answer in load.answers if answer.attempts == 2]) <= 4
+    # A connection that was in use while HAProxy reloaded still ends at its old worker, which knows no new node: that
+    # is no fault of the node's, and no second attempt.
+    assert [str(answer) for answer in load.answers if answer.attempts != 1] == []
     assert all(span(load.answers, moment) for moment in reloads), "a stream ran across each reload"
 
     on_first = [answer for answer in load.answers if answer.node == "node-1"]

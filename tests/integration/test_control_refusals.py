@@ -13,7 +13,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from sqlalchemy import select
-from support.control import FakeNode, Running, make_key
+from support.control import FakeNode, Running, make_key, until
 from support.servers import valkey
 
 from corral.cli.main import cli
@@ -263,3 +263,20 @@ def test_a_drain_that_nobody_can_follow_says_so(tmp_path: Path, node: FakeNode) 
                 assert (done.exit_code, "node-1 gets no new work, but" in done.stderr) == (1, True), done.output
         finally:
             control.close()
+
+
+def test_a_node_that_cannot_be_removed_works_on(tmp_path: Path, node: FakeNode) -> None:
+    gone = tmp_path / "gone.sock"
+    control = Running(tmp_path / "state", nodes=[{"url": node.url}], control={"haproxy_socket": gone})
+    try:
+        until("the node is ready", lambda: states(control) == {"node-1": "ready"})
+        refused = control.admin.delete("/admin/nodes/node-1", params={"wait": 0})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (502, "haproxy_failed")
+        assert states(control) == {"node-1": "ready"}
+    finally:
+        control.close()
+
+
+def states(control: Running) -> dict[str, str]:
+    """The nodes' states."""
+    return {one["name"]: one["state"] for one in control.admin.get("/admin/nodes").json()["nodes"]}

@@ -139,11 +139,11 @@ def _error(status: int) -> str:
     return f"http-error {_answer(status)}"
 
 
-def _answer(status: int) -> str:
+def _answer(status: int, proxy: str = "haproxy") -> str:
     code, message = _ERRORS[status]
     body = json.dumps({"error": {"code": code, "message": message}}, separators=(",", ":"))
     extra = "hdr Retry-After 1 " if status == 503 else ""
-    return f"status {status} content-type application/json hdr {PROXY_HEADER} haproxy {extra}string '{body}'"
+    return f"status {status} content-type application/json hdr {PROXY_HEADER} {proxy} {extra}string '{body}'"
 
 
 def _statistics(plan: HaproxyPlan) -> list[str]:
@@ -230,7 +230,8 @@ def _node_front_end(plan: HaproxyPlan) -> list[str]:
         "    default_backend no_such_node",
         "",
         "backend no_such_node",
-        "    http-request return " + _answer(503),
+        # Named otherwise, so that a gateway on a connection to an old worker asks the new one.
+        "    http-request return " + _answer(503, "no-such-node"),
         "",
     ]
 

@@ -75,14 +75,21 @@ async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, 
 @router.delete("/admin/nodes/{name}")
 async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRAIN) -> dict[str, Any]:
     """Remove a node: it gets no new work, its streams may end within `wait`, then HAProxy forgets it."""
+    known = control.fleet.members.get(name)
+    was_draining = known is not None and known.draining
     member = await _set_draining(control, caller, name, True, None)
     streams, _ = await _drained(control, name, wait)
-    async with control.fleet.changing:
-        if control.fleet.members.get(name) is not member:
-            raise Problem(404, "not_found", f"there is no node {name!r}")
-        await _serve(control, [pair for pair in _pairs(control) if pair[0] != name])
-        await control.database.write(_leave, caller, member.describe())
-        await control.fleet.remove(name)
+    try:
+        async with control.fleet.changing:
+            if control.fleet.members.get(name) is not member:
+                raise Problem(404, "not_found", f"there is no node {name!r}")
+            await _serve(control, [pair for pair in _pairs(control) if pair[0] != name])
+            await control.database.write(_leave, caller, member.describe())
+            await control.fleet.remove(name)
+    except Problem:
+        if control.fleet.members.get(name) is member and not was_draining:
+            await _set_draining(control, caller, name, False, None)
+        raise
     return {"name": name, "removed": True, "streams": streams}
 
 

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
 ERROR_BODY_MAX = 64 << 10
+NO_SUCH_NODE = b"no-such-node"
 
 
 class Attempt:
     """A request on a node; tells the exchange how it goes until it is over."""
 
-    __slots__ = ("_connection", "_error_body", "_exchange", "_over", "_proxied", "_status", "node")
+    __slots__ = ("_connection", "_error_body", "_exchange", "_over", "_proxied", "_renewed", "_status", "node")
 
     def __init__(self, exchange: Exchange, node: Node) -> None:
         self._exchange = exchange
@@ -26,7 +27,8 @@ class Attempt:
         self._connection: UpstreamConnection | None = None
         self._over = False
         self._status = 0
-        self._proxied = False
+        self._proxied = b""
+        self._renewed = False
         self._error_body = b""
         node.in_flight += 1
 
@@ -67,7 +69,7 @@ class Attempt:
 
     # -- the answer
 
-    def on_head(self, status: int, proxied: bool) -> None:
+    def on_head(self, status: int, proxied: bytes) -> None:
         self._status, self._proxied = status, proxied
 
     def on_body(self, data: bytes) -> None:
@@ -93,8 +95,15 @@ class Attempt:
         if self._over:
             return
         if self._status != 200:
+            if self._proxied == NO_SUCH_NODE and not self._renewed:
+                # HAProxy was reloaded while this connection was in use: it ends at the old worker, which does not
+                # know a node that is new.
+                self._renewed, self._error_body = True, b""
+                gateway = self._exchange.gateway
+                gateway.upstreams.connect(gateway.nodes_address, self._connected)
+                return
             message = upstream_message(self._error_body)
-            failure = classify(self._status, self._proxied, message)
+            failure = classify(self._status, bool(self._proxied), message)
             status = 400 if failure is Failure.CALLER and self._status >= 500 else self._status
             code = {400: "bad_request", 404: "model_not_found"}.get(status, "upstream_error")
             self._fail(failure, ApiError(status, code, message))

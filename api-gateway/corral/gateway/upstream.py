@@ -21,8 +21,8 @@ Address = tuple[str, int]
 class Handler(Protocol):
     """Who waits for an answer. Exactly one of ``on_end`` and ``on_lost`` ends it."""
 
-    def on_head(self, status: int, proxied: bool) -> None:
-        """The head is whole; `proxied` tells that HAProxy made this answer, not the node."""
+    def on_head(self, status: int, proxied: bytes) -> None:
+        """The head is whole; `proxied` is empty unless HAProxy made this answer, not the node."""
 
     def on_body(self, data: bytes) -> None:
         """Some of the body, never empty."""
@@ -66,7 +66,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._feed = self._parser.feed_data
         self._body: list[bytes] = []
         self._reused = self._keep_alive = False
-        self._complete = self._headers_done = self._proxied = self._touched = False
+        self._complete = self._headers_done = self._touched = False
+        self._proxied = b""
         self.idle_since = self._sent_at = 0.0
 
     # -- asyncio
@@ -93,7 +94,8 @@ class UpstreamConnection(asyncio.Protocol):
             handler.on_body(body[0] if len(body) == 1 else b"".join(body))
         if self._complete and self._handler is handler:
             self._handler = None
-            self._complete = self._headers_done = self._proxied = self._touched = False
+            self._complete = self._headers_done = self._touched = False
+            self._proxied = b""
             if self._keep_alive and self.transport is not None:
                 self._reused = True
                 self.idle_since = monotonic()
@@ -120,7 +122,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(name) == 14 and name.lower() == b"x-corral-proxy" and not self._headers_done:
-            self._proxied = True
+            self._proxied = value
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()

@@ -9,6 +9,7 @@ so does what the key has used: a gateway keeps what the store last said, and tel
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import math
@@ -171,10 +172,19 @@ class Limits:
         return Verdict("", remaining, reset, 0.0)
 
     async def keep(self) -> None:
-        """Renew leases and this gateway's presence each two seconds, until cancelled."""
+        """Renew leases and this gateway's presence each two seconds, until cancelled.
+
+        A store that came back hears at once of what runs: it may have forgotten.
+        """
+        store = self._store
+        back = asyncio.Event()
+        if store is not None:
+            store.on_connect = back.set
         while True:
-            await asyncio.sleep(RENEW)
-            store = self._store
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW):
+                    await back.wait()
+            back.clear()
             if store is None or not store.connected:
                 continue
             try:

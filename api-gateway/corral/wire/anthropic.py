@@ -77,10 +77,9 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         chat.tools = [_tool(tool) for tool in body.tools]
     if body.thinking is not None and body.thinking.type == "enabled":
         chat.think = True
-    native.check_chat(chat, raw)
+    estimate = native.check_chat(chat, raw)
     max_tokens = native.prepare(chat, policy_of)
     identity = f"msg_{request_id}"
-    estimate = len(raw) // native.CHARS_PER_TOKEN
     responder = EventStream(identity, model, estimate) if body.stream else MessageWhole(identity)
     sent, fallback = encode(chat), b""
     if chat.think is True:

@@ -24,6 +24,8 @@ from corral.wire.errors import bad_request
 
 KEEP_ALIVE = -1
 CHARS_PER_TOKEN = 4
+TOKENS_PER_IMAGE = 256
+"""Guesses, for what a node did not come to count."""
 
 UNSET = msgspec.UNSET
 Unset = msgspec.UnsetType
@@ -155,7 +157,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     """`POST /api/chat`. Raises ApiError."""
     body = read(_chat, raw)
     model = require_model(body.model)
-    check_chat(body, raw)
+    estimate = check_chat(body, raw)
     stream = body.stream is not False
     max_tokens = prepare(body, policy_of)
     responder = Pass() if stream else Whole("message")
@@ -163,47 +165,50 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         b"/api/chat",
         model,
         encode(body),
-        len(raw) // CHARS_PER_TOKEN,
+        estimate,
         max_tokens,
         responder,
     )
 
 
-def check_chat(body: Chat, raw: bytes) -> None:
-    """Caps on messages, images, tools and what is nested in them. Raises ApiError."""
+def check_chat(body: Chat, raw: bytes) -> int:
+    """Caps on messages, images, tools and what is nested in them; a guess of the prompt's tokens. Raises ApiError."""
     messages = body.messages or []
     if len(messages) > MESSAGES_MAX:
         raise bad_request(f"at most {MESSAGES_MAX} messages", "messages")
-    images = 0
+    images = encoded = 0
     nested = body.format is not UNSET or body.tools
     for message in messages:
         nested = nested or message.tool_calls
         if message.images:
             images += len(message.images)
-            check_images(message.images)
+            encoded += check_images(message.images)
     if images > IMAGES_MAX:
         raise bad_request(f"at most {IMAGES_MAX} images", "messages")
     if nested:
         if body.tools and len(body.tools) > TOOLS_MAX:
             raise bad_request(f"at most {TOOLS_MAX} tools", "tools")
         check_depth(raw)
+    return (len(raw) - encoded) // CHARS_PER_TOKEN + images * TOKENS_PER_IMAGE
 
 
-def check_images(images: list[str]) -> None:
-    """Inline images only. Raises ApiError."""
+def check_images(images: list[str]) -> int:
+    """Inline images only; their size in base64. Raises ApiError."""
     for image in images:
         if image[:8].lower().startswith(("http:", "https:", "file:", "ftp:")):
             raise bad_request("images must be sent inline as base64, not by address", "images")
+    return sum(map(len, images))
 
 
 def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     """`POST /api/generate`. Raises ApiError."""
     body = read(_generate, raw)
     model = require_model(body.model)
+    estimate = len(raw) // CHARS_PER_TOKEN
     if body.images:
         if len(body.images) > IMAGES_MAX:
             raise bad_request(f"at most {IMAGES_MAX} images", "images")
-        check_images(body.images)
+        estimate += len(body.images) * TOKENS_PER_IMAGE - check_images(body.images) // CHARS_PER_TOKEN
     if body.format is not UNSET:
         check_depth(raw)
     stream = body.stream is not False
@@ -213,7 +218,7 @@ def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded
         b"/api/generate",
         model,
         encode(body),
-        len(raw) // CHARS_PER_TOKEN,
+        estimate,
         max_tokens,
         responder,
     )

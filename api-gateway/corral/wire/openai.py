@@ -177,7 +177,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     if body.logprobs:
         chat.logprobs = True
         chat.top_logprobs = body.top_logprobs or 0
-    native.check_chat(chat, raw)
+    estimate = native.check_chat(chat, raw)
     max_tokens = native.prepare(chat, policy_of)
     usage = body.stream_options is not None and body.stream_options.include_usage
     identity = f"chatcmpl-{short_id(request_id)}"
@@ -187,7 +187,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         b"/api/chat",
         model,
         encode(chat),
-        len(raw) // native.CHARS_PER_TOKEN,
+        estimate,
         max_tokens,
         responder,
     )

@@ -1,0 +1,175 @@
+"""Bodies in and answers out, without any I/O: whatever the cuts, the bytes and the nonsense."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corral.wire.answers import Pass, Whole
+from corral.wire.decode import DECODERS, Decoded
+from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.options import ModelPolicy
+
+ROUTES = ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages"]
+EMPTY = '"message":{"role":"assistant","content":""}'
+TEXTS = st.lists(st.text(max_size=8) | st.just(EMPTY) | st.just('"done":true') | st.just("\n"), max_size=6)
+
+
+def decode(route: str, body: Any, policy: ModelPolicy | None = None) -> Decoded:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return DECODERS[route](raw, "r1", lambda model: policy)
+
+
+def body_for(route: str, **more: Any) -> dict[str, Any]:
+    """A small right body."""
+    body: dict[str, Any] = {"model": "m", "max_tokens": 5} if route == "/v1/messages" else {"model": "m"}
+    if "chat" in route or "messages" in route:
+        return body | {"messages": [{"role": "user", "content": "hello"}]} | more
+    return body | {"prompt": "hello"} | more
+
+
+def chat_lines(texts: list[str], **last: Any) -> list[dict[str, Any]]:
+    """What a node sends for a chat."""
+    common = {"model": "m", "created_at": "2026-01-01T00:00:00Z"}
+    lines: list[dict[str, Any]] = [
+        common | {"message": {"role": "assistant", "content": text}, "done": False} for text in texts
+    ]
+    end = {"done": True, "done_reason": "stop", "prompt_eval_count": 3, "eval_count": len(texts), "later_field": [1]}
+    return [*lines, common | {"message": {"role": "assistant", "content": ""}} | end | last]
+
+
+def encoded(lines: list[dict[str, Any]]) -> bytes:
+    """Lines as Ollama writes them: no spaces, letters beyond ASCII as they are."""
+    return b"".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n" for line in lines)
+
+
+def fed(responder: Any, data: bytes, cuts: list[int]) -> bytes:
+    """What comes out when the data arrives cut at some places."""
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return b"".join(responder.feed(data[a:b]) for a, b in pairwise(edges)) + responder.finish()
+
+
+@given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))
+def test_a_whole_answer_is_the_last_line_with_all_the_text(texts: list[str], cuts: list[int]) -> None:
+    lines = chat_lines(texts)
+    responder = Whole("message")
+    value = json.loads(fed(responder, encoded(lines), cuts))
+    assert value == lines[-1] | {"message": {"role": "assistant", "content": "".join(texts)}}
+    assert list(value) == list(lines[-1]), "the fields stand in Ollama's order"
+    assert (responder.done, responder.prompt_tokens, responder.tokens) == (True, 3, len(texts))
+
+
+@given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))
+def test_a_whole_completion_too(texts: list[str], cuts: list[int]) -> None:
+    lines = [{"model": "m", "response": text, "done": False} for text in texts]
+    lines.append({"model": "m", "response": "", "done": True, "context": [1, 2], "eval_count": 1})
+    value = json.loads(fed(Whole("response"), encoded(lines), cuts))
+    assert value == lines[-1] | {"response": "".join(texts)}
+
+
+def test_thinking_tools_and_logprobs_are_put_together() -> None:
+    first, second, last = chat_lines(["", "b"])
+    first["message"] |= {"thinking": "hm"}
+    second["message"] |= {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    second["logprobs"] = [{"token": "b", "logprob": -1.0}]
+    value = json.loads(fed(Whole("message"), encoded([first, second, last]), []))
+    assert value["message"] == {"role": "assistant", "content": "b", "thinking": "hm"} | {
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}]
+    }
+    assert value["logprobs"] == [{"token": "b", "logprob": -1.0}]
+
+
+@given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))
+def test_a_streamed_answer_goes_through_as_it_is(texts: list[str], cuts: list[int]) -> None:
+    data = encoded(chat_lines(texts))
+    responder = Pass()
+    assert fed(responder, data, cuts) == data
+    assert responder.done and responder.tokens == len(texts)
+
+
+@pytest.mark.parametrize("make", [lambda: Whole("message"), Pass])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no json\n",
+        b"[]\n",
+        b"\xff\xfe\n",
+        encoded(chat_lines([])) + encoded(chat_lines([])),
+        b'{"model":"m","created_at":"x"' + b" " * (1 << 20) + b"x",
+    ],
+)
+def test_nonsense_is_told_apart(make: Any, data: bytes) -> None:
+    with pytest.raises(UpstreamNonsense):
+        make().feed(data)
+
+
+@pytest.mark.parametrize("make", [lambda: Whole("message"), lambda: Whole("response"), Pass])
+def test_an_error_in_band_is_no_token(make: Any) -> None:
+    responder = make()
+    assert responder.feed(b'{"error":"the runner died"}\n') == b""
+    assert responder.error is not None and responder.error.message == "the runner died"
+    assert not responder.done
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("value", ["http://evil", None, {"a": 1}, 3])
+@pytest.mark.parametrize("name", ["api_base", "base_url", "host", "url", "upstream", "node", "callback_url"])
+def test_a_field_that_could_name_an_upstream_is_refused_by_name(route: str, value: Any, name: str) -> None:
+    with pytest.raises(ApiError, match=f"`{name}` is not accepted") as refused:
+        decode(route, body_for(route) | {name: value})
+    assert (refused.value.status, refused.value.param) == (400, name)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_goes_upstream_follows_the_policy(route: str) -> None:
+    policy = ModelPolicy(num_ctx=4096, pinned={"num_gpu": 99})
+    more = {"options": {"num_ctx": 1, "num_gpu": 0}, "keep_alive": 0, "truncate": True} if "api" in route else {}
+    sent = json.loads(decode(route, body_for(route, stream=False, **more), policy).body)
+    assert (sent["stream"], sent["keep_alive"], sent["truncate"]) == (True, -1, False)
+    assert (sent["options"]["num_ctx"], sent["options"]["num_gpu"]) == (4096, 99)
+
+
+DEEP: Any = None
+for _ in range(100):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("route", "more"),
+    [
+        ("/api/chat", {"tools": DEEP}),
+        ("/api/chat", {"format": {"a": DEEP}}),
+        ("/api/generate", {"format": {"a": DEEP}}),
+        ("/api/chat", {"messages": [{"role": "assistant", "tool_calls": DEEP}]}),
+        ("/v1/chat/completions", {"tools": DEEP}),
+        ("/v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": DEEP}}}}),
+        ("/v1/messages", {"tools": [{"name": "t", "input_schema": {"a": DEEP}}]}),
+    ],
+)
+def test_what_is_nested_too_deep_is_refused(route: str, more: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match="nested"):
+        decode(route, body_for(route) | more)
+
+
+def test_brackets_in_text_are_no_nesting() -> None:
+    text = '[{"\\' * 5000
+    decode("/api/chat", body_for("/api/chat", format="json", messages=[{"role": "user", "content": text}]))
+
+
+def test_a_body_of_brackets_is_refused() -> None:
+    body = b'{"model":"m","format":{"a":[' + b"[]," * 4_000_000 + b"[]]}}"
+    with pytest.raises(ApiError, match="arrays and objects"):
+        decode("/api/chat", body)
+
+
+def test_an_image_counts_as_an_image_and_not_as_text() -> None:
+    picture = "A" * 1_000_000
+    message = {"role": "user", "content": "what is it?", "images": [picture]}
+    assert decode("/api/chat", {"model": "m", "messages": [message]}).estimate < 1000
+    assert decode("/api/generate", {"model": "m", "prompt": "what is it?", "images": [picture]}).estimate < 1000
+    assert 200 < decode("/api/generate", {"model": "m", "prompt": "abcd" * 200}).estimate < 300
