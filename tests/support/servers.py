@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import corral
 from corral.stack import binaries, models
 from support.process import Process, free_port
 
@@ -30,8 +31,8 @@ class Server:
 
 
 def python_env() -> dict[str, str]:
-    """What a `python -m corral` of this repository needs beside this process's environment."""
-    return {"PYTHONPATH": str(REPOSITORY / "api-gateway")}
+    """What a `python -m corral` of the package under test needs beside this process's environment."""
+    return {"PYTHONPATH": str(Path(corral.__file__).parents[1])}
 
 
 def cache_folder() -> Path:

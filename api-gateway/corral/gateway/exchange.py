@@ -47,7 +47,7 @@ class Exchange:
     model = ""
     key: Key | None = None
     key_id = ""
-    decoded: Decoded = None  # type: ignore[assignment]  # set by decode, read by what follows it
+    decoded: Decoded | None = None
     node_name = ""
     attempts = 0
     crashes = 0
@@ -59,7 +59,9 @@ class Exchange:
     _node_header = b""
     _rate_headers = b""
     _tail = b""
-    _admitted = _settled = _open = False
+    _admitted = False
+    _settled = False
+    _open = False
 
     def __init__(
         self,
@@ -150,7 +152,8 @@ class Exchange:
     # -- schedule, relay
 
     def _dispatch(self, now: float) -> None:
-        gateway = self.gateway
+        gateway, decoded = self.gateway, self.decoded
+        assert decoded is not None
         try:
             node = schedule.schedule(gateway.snapshot, self.model, now, self.tried)
         except ApiError as error:
@@ -160,13 +163,14 @@ class Exchange:
         self.attempts += 1
         self.deadline = now + gateway.first_token
         gateway.running.add(self)
-        self._attempt = attempt = Attempt(self, node)
+        self._attempt = attempt = Attempt(self, node, decoded)
         attempt.begin()
 
     def progress(self, out: bytes) -> None:
         """The node sent something; `out` is what of it goes to the caller now."""
         now = monotonic()
         self.deadline = now + self.gateway.between_tokens
+        assert self.decoded is not None
         responder = self.decoded.responder
         if not self.first_token and responder.started:
             self.first_token = now
@@ -183,6 +187,7 @@ class Exchange:
     def answered(self) -> None:
         """The node's answer is whole."""
         attempt, self._attempt = self._attempt, None
+        assert self.decoded is not None
         responder = self.decoded.responder
         try:
             rest = self._tail + responder.finish()
@@ -205,7 +210,9 @@ class Exchange:
         """Step 8. The attempt is over and gave back its place on the node."""
         gateway = self.gateway
         self._attempt = None
-        if failure is Failure.CALLER and cause is not None and self.decoded.without_thinking(cause.message):
+        decoded = self.decoded
+        assert decoded is not None
+        if failure is Failure.CALLER and cause is not None and decoded.without_thinking(cause.message):
             self._dispatch(monotonic())
             return
         if failure is Failure.CONNECT:

@@ -11,6 +11,7 @@ import re
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -147,13 +148,14 @@ class Gateway:
         ]
         self.changes.on_message = self._changed
         self.changes.on_connect = lambda: self.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
-        server = await self.loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
+        accept: Callable[[], Any] = lambda: ClientConnection(self)  # noqa: E731
+        server = await self.loop.create_server(accept, host, port, backlog=4096)
         log.info("%s listens on %s:%d", self.name, host, port)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, stop.set)
-        ended = asyncio.gather(*tasks)
-        waiting = self.loop.create_task(stop.wait())
+        ended: asyncio.Future[Any] = asyncio.gather(*tasks)
+        waiting: asyncio.Future[Any] = self.loop.create_task(stop.wait())
         await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
         self.stopping = True
         server.close()

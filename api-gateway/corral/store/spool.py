@@ -131,7 +131,8 @@ class SpoolWriter:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self._fd, view) :]
+                written = os.write(self._fd, view)
+                view = view[written:]
         except OSError:
             # A partial frame in the middle of a segment would hide all that follows.
             os.ftruncate(self._fd, self._size)
