@@ -123,6 +123,11 @@ class EdgeSettings(Section):
     host: str = Field("127.0.0.1", pattern=r"^[0-9A-Za-z.:_-]+$", description="Address to listen on.")
     port: Whole = Field(8080, ge=1, le=65535, description="The one fixed port of `corral up`.")
     plaintext: bool = Field(False, description="Allow plain HTTP beyond loopback.")
+    tls_port: Whole = Field(8443, ge=1, le=65535, description="Port of TLS, where there is a certificate.")
+    certificate: Path | None = Field(None, description="PEM file of certificate chain and key.")
+    ollama: Listen | None = Field(
+        None, description="A front end of the nodes that asks no key: for loopback or an internal network."
+    )
 
     @model_validator(mode="after")
     def _keys_stay_private(self) -> EdgeSettings:
@@ -137,6 +142,17 @@ class ControlSettings(Section):
     listen: Listen = Field("127.0.0.1:8090", description="Where control listens.")
     state: Path = Field(Path("."), description="State folder: database and secrets.")
     haproxy_socket: Path | None = Field(None, description="HAProxy's master socket, to reload it.")
+
+
+class HaproxySettings(Section):
+    """An HAProxy that control renders the configuration of; `corral up` starts and configures its own."""
+
+    config: Path | None = Field(None, description="The haproxy.cfg to render; none: that of `corral up`.")
+    gateways: dict[Name, Listen] = Field(default_factory=dict, description="Where each gateway is: name: host:port.")
+    control: Listen = Field("127.0.0.1:8090", description="Where control is.")
+    nodes: Listen = Field("127.0.0.1:8082", description="Where HAProxy listens for gateways.")
+    stats: Listen = Field("127.0.0.1:8404", description="Where it shows statistics and metrics.")
+    socket: Path = Field(Path("/run/haproxy/haproxy.sock"), description="Its socket for statistics.")
 
 
 class AuthSettings(Section):
@@ -158,6 +174,7 @@ class Settings(Section):
     audit: AuditSettings = AuditSettings()
     edge: EdgeSettings = EdgeSettings()
     control: ControlSettings = ControlSettings()
+    haproxy: HaproxySettings = HaproxySettings()
     auth: AuthSettings = AuthSettings()
 
     @model_validator(mode="before")

@@ -17,7 +17,7 @@ from corral.control import audit, errors, internal, keys, nodes, openapi, status
 from corral.control.auth import Gate
 from corral.control.context import Control
 from corral.control.errors import Problem
-from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from
+from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
 from corral.store.database import Database, resolve
@@ -58,7 +58,9 @@ class Application:
             members = await control.database.write(nodes.load, self._settings.nodes)
             await control.fleet.start(members)
             await control.hub.reload()
-            tasks.append(asyncio.create_task(_catch_up(control)))
+            # The first try before anyone hears that control is ready: HAProxy may be started with its file then.
+            if not await _told(control):
+                tasks.append(asyncio.create_task(_catch_up(control)))
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
             yield
         finally:
@@ -87,10 +89,12 @@ def _assemble(settings: Settings) -> Control:
 
 
 def _reloader(settings: Settings, state: Path) -> HaproxyReloader:
-    # `corral up` keeps the plan (ports, gateways) beside the configuration that it rendered from it.
     socket, run = settings.control.haproxy_socket, state / "run"
     if socket is None:
         return HaproxyReloader(None, None, None)
+    if (config := settings.haproxy.config) is not None:
+        return HaproxyReloader(lambda: plan_of(settings), state / config, state / socket)
+    # `corral up` keeps the plan (ports, gateways) beside the configuration that it rendered from it.
     return HaproxyReloader(plan_from(run / "haproxy.json"), run / "haproxy.cfg", state / socket)
 
 
@@ -105,18 +109,24 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 
 async def _catch_up(control: Control) -> None:
     """Give HAProxy the nodes of the database, as far as it was started without them or is still to start."""
-    silent = False
-    while control.haproxy.configured:
-        try:
-            async with control.fleet.changing:
-                pairs = [(node.name, node.url) for node in control.fleet.members.values()]
-                await control.haproxy.apply(pairs, keep=True)
-            return
-        except HaproxyError as error:
-            if not silent:
-                log.warning("HAProxy keeps its own list of nodes for now: %s", error)
-            silent = True
+    while True:
         await asyncio.sleep(CATCH_UP)
+        if await _told(control, logging.DEBUG):
+            return
+
+
+async def _told(control: Control, level: int = logging.WARNING) -> bool:
+    """Whether HAProxy has the nodes of the database now, or there is none to tell."""
+    if not control.haproxy.configured:
+        return True
+    try:
+        async with control.fleet.changing:
+            pairs = [(node.name, node.url) for node in control.fleet.members.values()]
+            await control.haproxy.apply(pairs, keep=True)
+    except HaproxyError as error:
+        log.log(level, "HAProxy keeps its own list of nodes for now: %s", error)
+        return False
+    return True
 
 
 def _api(life: object) -> FastAPI:

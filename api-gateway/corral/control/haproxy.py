@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from corral.config.haproxy import HaproxyPlan, render
+from corral.config.settings import Settings
+from corral.config.values import host_port
 
 TIMEOUT = 10.0
 
@@ -123,10 +125,33 @@ def plan_from(path: Path) -> PlanFactory:
                 "gateways": [(name, host, port) for name, host, port in value["gateways"]],
                 "control": (value["control"][0], value["control"][1]),
                 "nodes": [(name, url) for name, url in value["nodes"]],
+                "ollama": tuple(value["ollama"]) if value.get("ollama") else None,
             }
         )
 
     return read
+
+
+def plan_of(settings: Settings) -> HaproxyPlan:
+    """The plan of an HAProxy that somebody else starts, such as a container: `haproxy` in corral.yaml."""
+    edge, balancer = settings.edge, settings.haproxy
+    nodes, stats = host_port(balancer.nodes), host_port(balancer.stats)
+    return HaproxyPlan(
+        edge_host=edge.host,
+        edge_port=edge.port,
+        nodes_host=nodes[0],
+        nodes_port=nodes[1],
+        stats_host=stats[0],
+        stats_port=stats[1],
+        stats_socket=str(balancer.socket),
+        gateways=[(name, *host_port(address)) for name, address in balancer.gateways.items()],
+        control=host_port(balancer.control),
+        nodes=[(node.name, node.url) for node in settings.nodes],
+        max_duration=settings.gateway.max_duration,
+        tls_port=edge.tls_port,
+        certificate=str(edge.certificate) if edge.certificate else None,
+        ollama=host_port(edge.ollama) if edge.ollama else None,
+    )
 
 
 def binary() -> str | None:
