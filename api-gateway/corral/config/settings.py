@@ -104,6 +104,9 @@ class StoreSettings(Section):
     database: DatabaseUrl = Field(
         "sqlite:///corral.db", description="Opened by control alone; a relative file is in control.state."
     )
+    database_password_file: Path | None = Field(
+        None, description="Has PostgreSQL's password; a relative file is in control.state."
+    )
     valkey: RedisUrl = Field("redis://127.0.0.1:6390/0", description="Valkey or Redis 7.")
 
 

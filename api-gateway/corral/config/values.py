@@ -111,10 +111,14 @@ def _redis_url(value: str) -> str:
     return value
 
 
-def _database_url(value: str) -> str:
-    if not re.match(r"(sqlite|postgresql)(\+\w+)?://", value):
+def database_url(value: str) -> str:
+    """A database's address, with the driver that Corral has for it: psycopg 3 for PostgreSQL."""
+    scheme, separator, rest = value.partition("://")
+    if scheme in ("postgres", "postgresql"):
+        scheme = "postgresql+psycopg"
+    if not separator or scheme not in ("sqlite", "postgresql+psycopg"):
         raise ValueError("expected sqlite:///file or postgresql://user@host/name")
-    return value
+    return f"{scheme}://{rest}"
 
 
 def _no_bool(value: Any) -> Any:
@@ -136,4 +140,4 @@ BaseUrl = Annotated[str, AfterValidator(base_url)]
 Name = Annotated[str, AfterValidator(_name)]
 Network = Annotated[str, AfterValidator(_network)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
-DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
+DatabaseUrl = Annotated[str, AfterValidator(database_url)]

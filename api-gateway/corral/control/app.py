@@ -20,7 +20,7 @@ from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
-from corral.store.database import Database, resolve
+from corral.store.database import configured
 from corral.store.keys import read_pepper
 from corral.store.valkey import Valkey
 
@@ -72,7 +72,7 @@ class Application:
 
 def _assemble(settings: Settings) -> Control:
     state = settings.control.state.absolute()
-    database = Database(resolve(settings.store.database, state))
+    database = configured(settings.store, state)
     fleet = Fleet()
     valkey = Valkey(settings.store.valkey, timeout=VALKEY_TIMEOUT)
     return Control(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import uvicorn
 
@@ -10,10 +11,14 @@ from corral.config.settings import Settings
 from corral.config.values import host_port
 from corral.control.app import Application
 from corral.control.bootstrap import BootstrapError, bootstrap
-from corral.store.database import DatabaseError
+from corral.store.database import DatabaseAway, DatabaseError
 from corral.store.keys import PepperError
 
 __all__ = ["bootstrap", "run", "server"]
+
+PAUSE = 1.0
+
+log = logging.getLogger(__name__)
 
 
 def server(settings: Settings) -> uvicorn.Server:
@@ -45,10 +50,24 @@ def run(settings: Settings, new_pepper: bool = False) -> None:
     for name in ("httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        bootstrap(settings.control.state.absolute(), settings, new_pepper)
+        _bootstrap(settings, new_pepper)
     except (BootstrapError, DatabaseError, PepperError) as error:
         raise SystemExit(f"corral: {error}") from None
     control = server(settings)
     control.run()
     if not control.started:
         raise SystemExit(1)
+
+
+def _bootstrap(settings: Settings, new_pepper: bool) -> None:
+    """Bootstrap, as soon as the database answers."""
+    silent = False
+    while True:
+        try:
+            bootstrap(settings.control.state.absolute(), settings, new_pepper)
+            return
+        except DatabaseAway as error:
+            if not silent:
+                log.warning("control waits: %s", error)
+            silent = True
+        time.sleep(PAUSE)

@@ -97,6 +97,13 @@ class Hub:
             {"version": self.version, "keys": self._keys, "nodes": nodes, "models": self._catalogue}
         )
 
+    def look_up(self, key_id: str) -> tuple[dict[str, Any], list[tuple[str, float | None]]] | None:
+        """A key and its verifiers with their ends, as last read; None if it was not known then."""
+        for row, proofs in self._rows:
+            if row["id"] == key_id:
+                return {**row, "revoked": 0.0 if row["revoked"] else None}, proofs
+        return None
+
     # -- who has it
 
     async def heard(self, name: str, version: str) -> None:
