@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_an_alert_is_tested_before_and_after_its_time_and_when_it_is_over(rule: 
     step = 60.0
     rises, falls = [], []
     for moments in mine.values():
-        for (before, fired_before), (after, fired_after) in zip(moments, moments[1:], strict=False):
+        for (before, fired_before), (after, fired_after) in itertools.pairwise(moments):
             if not fired_before and fired_after:
                 rises.append((before, after))
             if fired_before and not fired_after:
