@@ -164,8 +164,8 @@ _names = itertools.count(1)
           "window": "3d"}, False),
         ({"alertname": "ControlDown"}, {"alertname": "ScrapeMissing", "job": "redis"}, True),
         ({"alertname": "ControlDown"}, {"alertname": "ScrapeMissing", "job": "api-gateway"}, False),
-        ({"alertname": "GatewayDown", "instance": "g"}, {"alertname": "ScrapeMissing", "job": "api-gateway",
-          "instance": "g"}, True),
+        ({"alertname": "GatewayDown", "gateway": "g"}, {"alertname": "ScrapeMissing", "job": "api-gateway",
+          "gateway": "g"}, True),
         ({"alertname": "EdgeDown"}, {"alertname": "SlowFirstToken", "model": "m"}, True),
         ({"alertname": "LimitStoreDown", "gateway": "g"}, {"alertname": "ScrapeMissing", "job": "redis"}, True),
         ({"alertname": "DatabaseDown"}, {"alertname": "IngestBehind", "gateway": "g"}, True),
@@ -174,10 +174,10 @@ _names = itertools.count(1)
 def test_a_worse_alert_keeps_what_follows_from_it_quiet(
     manager: Server, source: dict[str, str], target: dict[str, str], quiet: bool
 ) -> None:
-    # Neither disturbs the next case: each has its own node, model and instance, and ends here.
+    # Neither disturbs the next case: each has its own node, model or gateway, and ends here.
     mark = str(next(_names))
     source, target = (
-        {name: value + mark if name in ("node", "model", "instance") else value for name, value in labels.items()}
+        {name: value + mark if name in ("node", "model", "gateway") else value for name, value in labels.items()}
         | {"severity": severity, "case": mark}
         for labels, severity in ((source, "critical"), (target, "warning"))
     )

@@ -101,7 +101,7 @@ _INHIBITIONS = [
     _quiet(['severity="critical"', 'window="1h"'], ['severity="critical"', 'window="6h"'], ["alertname", "model"]),
     # What a part that is gone would have measured, or what cannot go well without it.
     _quiet(['alertname="NodeDown"'], ['alertname=~"NodeRunnerHung|ScrapeMissing"', 'node!=""'], ["node"]),
-    _quiet(['alertname="GatewayDown"'], ['alertname="ScrapeMissing"', 'job="api-gateway"'], ["instance"]),
+    _quiet(['alertname="GatewayDown"'], ['alertname="ScrapeMissing"', 'job="api-gateway"'], ["gateway"]),
     _quiet(
         ['alertname="ControlDown"'],
         ['alertname=~"SnapshotStale|SpoolBacklog|IngestBehind|DatabaseDown|BackupTooOld|BackupMissing"'],
