@@ -27,7 +27,8 @@ REGISTRIES = [
     "crates" + ".io",
     "conda." + "anaconda.org",
 ]
-MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:home|root|Users|work|mnt)/[\w.-]+")
+# But /root/.ollama: that is where the image ollama/ollama keeps its models.
+MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:home|root(?!/\.ollama\b)|Users|work|mnt)/[\w.-]+")
 
 
 def tracked() -> list[Path]:
