@@ -37,13 +37,20 @@ def docker(say: list[str]) -> Iterator[Docker]:
 
 
 @pytest.fixture(scope="session")
-def site(docker: Docker, say: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def empty(docker: Docker, say: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """The Compose files in a folder of their own; nothing is started yet."""
     made = Site(docker, tmp_path_factory.mktemp("site"))
     try:
         yield made
     finally:
         made.end()
+
+
+@pytest.fixture
+def site(empty: Site) -> Site:
+    """The same, started."""
+    empty.start()
+    return empty
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ from support.process import Process, until
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "corral"
+FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 NETWORKS = "base=10.213.0.0/16,size=24"
 
 
@@ -63,6 +64,7 @@ def engine(folder: Path, compose: str) -> Iterator[Docker]:
     # Only what is said here: the machine's own engine may have a configuration that this one must not take.
     (folder / "daemon.json").write_text("{}")
     docker = Docker(folder / "docker.sock", config)
+    before, forwarding = _tables(), FORWARDING.read_text()
     daemon = Process(
         [
             *("dockerd", "--config-file", folder / "daemon.json"),
@@ -80,7 +82,10 @@ def engine(folder: Path, compose: str) -> Iterator[Docker]:
     finally:
         daemon.end(seconds=60)
         _end_left(folder)
-        shutil.rmtree(folder / "exec", ignore_errors=True)
+        for namespace in (folder / "exec/netns").glob("*"):
+            run("umount", str(namespace))
+        _restore(before)
+        FORWARDING.write_text(forwarding)
 
 
 def _answers(docker: Docker) -> bool:
@@ -97,6 +102,45 @@ def _clean(docker: Docker) -> None:
     docker("network", "prune", "-f")
     if volumes := docker("volume", "ls", "-q").split():
         docker("volume", "rm", "-f", *volumes, timeout=120)
+
+
+Tables = dict[str, tuple[dict[str, str], list[str]]]
+"""By table: the chains with their policies, and the rules as iptables-save writes them."""
+
+
+def _tables() -> Tables:
+    found: Tables = {}
+    chains: dict[str, str] = {}
+    rules: list[str] = []
+    for line in run("iptables-save").splitlines():
+        if line.startswith("*"):
+            chains, rules = found[line[1:]] = ({}, [])
+        elif line.startswith(":"):
+            name, policy, *_ = line[1:].split()
+            chains[name] = policy
+        elif line.startswith("-A "):
+            rules.append(line)
+    return found
+
+
+def _restore(before: Tables) -> None:
+    """Take back what the engine changed in the machine's packet filter: it leaves it behind."""
+    for table, (chains, rules) in _tables().items():
+        old_chains, old_rules = before.get(table, ({}, []))
+        change = ("iptables", "-w", "-t", table)
+        for rule in rules:
+            if rule not in old_rules:
+                run(*change, "-D", *shlex.split(rule)[1:])
+        for name in chains.keys() - old_chains.keys():
+            # A chain that the kernel has from the start shows itself once its table is used.
+            if chains[name] == "-":
+                run(*change, "-X", name)
+        for name, policy in old_chains.items():
+            if chains[name] != policy:
+                run(*change, "-P", name, policy)
+        for name in chains.keys() - old_chains.keys():
+            if chains[name] not in ("-", "ACCEPT"):
+                run(*change, "-P", name, "ACCEPT")
 
 
 def _end_left(folder: Path) -> None:

@@ -96,7 +96,15 @@ def _base(docker: Docker) -> None:
     if not tarball.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             root = Path(scratch) / "root"
-            run("debootstrap", "--variant=minbase", "--include=ca-certificates", SUITE, str(root), _mirror(), timeout=900)
+            run(
+                "debootstrap",
+                "--variant=minbase",
+                "--include=ca-certificates",
+                SUITE,
+                str(root),
+                _mirror(),
+                timeout=900,
+            )
             for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):
                 shutil.rmtree(root / folder)
                 (root / folder / "partial").mkdir(parents=True)
@@ -149,7 +157,7 @@ def _copy(path: Path, root: Path) -> None:
 
 
 def _pip() -> configparser.RawConfigParser:
-    """pip's configuration here, that of its environment variables too, for a machine with the bundle of certificates."""
+    """pip's configuration here, also what its environment variables say, with the certificates where the images are."""
     made = configparser.RawConfigParser()
     made["global"] = {"cert": "/etc/ssl/certs/ca-certificates.crt"}
     for line in run(str(ROOT / ".venv/bin/python"), "-m", "pip", "config", "list").splitlines():

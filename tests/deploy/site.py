@@ -1,7 +1,8 @@
-"""A folder as an operator has it: the Compose files, unchanged, with .env and secrets as scripts/compose-init makes them."""
+"""A folder as an operator has it: the Compose files, unchanged; .env and secrets as scripts/compose-init makes them."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -20,14 +21,24 @@ from support.process import free_port, until
 
 from corral.stack import models
 
-FILES = ("docker-compose.yml", "compose.cpu.yml", ".env.example", "deploy/compose", "monitoring", "scripts/compose-init")
+FILES = (
+    "docker-compose.yml",
+    "compose.cpu.yml",
+    ".env.example",
+    "deploy/compose",
+    "monitoring",
+    "scripts/compose-init",
+)
 PORTS = {
-    name: default
-    for name, default in re.findall(r"\$\{(\w+_PORT):-(\d+)\}", (ROOT / "docker-compose.yml").read_text())
+    name: default for name, default in re.findall(r"\$\{(\w+_PORT):-(\d+)\}", (ROOT / "docker-compose.yml").read_text())
 }
 VERSION = "dev"
 MODEL = "smollm2:135m"
 PROJECT = "corral"
+SERVICES = (
+    *("ollama-1", "ollama-2", "haproxy", "api-gateway-1", "api-gateway-2", "control", "redis", "postgres"),
+    *("prometheus", "alertmanager", "grafana"),
+)
 
 
 class Site:
@@ -44,6 +55,7 @@ class Site:
         (folder / "api-gateway").symlink_to(ROOT / "api-gateway")
         self.ports = {name: free_port() for name in PORTS}
         self.key = self.admin_key = ""
+        self.seconds = 0.0
 
     # -- commands, as an operator gives them
 
@@ -63,7 +75,9 @@ class Site:
     def do(self, command: str, timeout: float = 60.0) -> str:
         """Standard output of a command line that has to succeed."""
         done = self.shell(command, timeout)
-        assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stderr[-3000:]}\n{done.stdout[-2000:]}"
+        assert done.returncode == 0, (
+            f"{command}: status {done.returncode}\n{done.stderr[-3000:]}\n{done.stdout[-2000:]}"
+        )
         return done.stdout
 
     def corral(self, arguments: str) -> Any:
@@ -87,6 +101,19 @@ class Site:
             logs = self.shell("docker compose ps -a; docker compose logs --tail 20").stdout
             raise AssertionError(f"up: status {done.returncode}\n{done.stderr[-3000:]}\n{logs[-8000:]}")
         return time.monotonic() - began
+
+    def start(self) -> None:
+        """Everything up, a model on both nodes, and a key whose limits nobody meets. Once."""
+        if self.key:
+            return
+        self.init()
+        self.seconds = self.up()
+        self.admin_key = self.do("docker compose exec -T control cat /var/lib/corral/admin.key").strip()
+        made = self.corral("keys create load --rpm 1000000 --tpm 100000000 --concurrency 1000")
+        self.key = made["key"]
+        for service in ("ollama-1", "ollama-2"):
+            self.give_model(service)
+        self.knows("ollama-1", "ollama-2")
 
     # -- what runs
 
@@ -127,6 +154,12 @@ class Site:
     def load(self, name: str, clients: int = 3, tokens: Sequence[int] = (12, 24)) -> Load:
         """Light load at the edge, by all three APIs."""
         return Load(self.url(), self.key, MODEL, clients=clients, tokens=tokens, name=name)
+
+    def gateway(self, name: str) -> dict[str, str]:
+        """What HAProxy counts of a gateway (or, for BACKEND, of all): its row of the statistics."""
+        answer = httpx.get(self.url("CORRAL_STATS_PORT") + "/;csv", timeout=5)
+        rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
+        return next(row for row in rows if (row["pxname"], row["svname"]) == ("gateways", name))
 
     def kill(self, service: str) -> int:
         """kill -9 of a container's first process, as a crash is: the engine has to start it again. Its pid."""

@@ -84,7 +84,7 @@ def test_no_secret_is_tracked(texts: dict[str, str]) -> None:
     assert [name for name in found if not name.startswith("tests/")] == []
 
 
-@pytest.mark.parametrize("name", ["runtime", "embedded", "model", "dev"])
+@pytest.mark.parametrize("name", ["runtime", "embedded", "container", "model", "dev"])
 def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
     text = (ROOT / "api-gateway/requirements" / f"{name}.txt").read_text()
     joined = text.replace("\\\n", " ")

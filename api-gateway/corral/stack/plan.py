@@ -17,6 +17,7 @@ import yaml
 from corral import __version__
 from corral.config.haproxy import HaproxyPlan, render
 from corral.config.settings import Settings
+from corral.config.values import host_port
 from corral.stack import binaries, monitoring, nodes, ports
 from corral.stack.nodes import Fleet
 from corral.stack.programs import Program, supervisord_conf, valkey_conf, write_specs
@@ -103,6 +104,9 @@ def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = Fa
         nodes=[(node.name, node.url) for node in settings.nodes],
         max_duration=settings.gateway.max_duration,
         ca_file=ssl.get_default_verify_paths().cafile or _CERTIFICATES,
+        tls_port=settings.edge.tls_port,
+        certificate=str(settings.edge.certificate.absolute()) if settings.edge.certificate else None,
+        ollama=host_port(settings.edge.ollama) if settings.edge.ollama else None,
     )
     watchers = monitoring.plan(settings, chosen, state) if monitored else None
     programs = (

@@ -49,21 +49,21 @@ def dashboards() -> list[dict]:
     return made
 
 
+ANSWERS = {"/api/datasources": datasources(), "/api/search": dashboards()}
+ADMIN = f"{os.environ['GF_SECURITY_ADMIN_USER']}:{os.environ['GF_SECURITY_ADMIN_PASSWORD']}"
+LOGIN = "Basic " + base64.b64encode(ADMIN.encode()).decode()
+
+
 class Handler(BaseHTTPRequestHandler):
     """The few routes of its API."""
-
-    answers = {"/api/datasources": datasources(), "/api/search": dashboards()}
-    login = base64.b64encode(
-        f"{os.environ['GF_SECURITY_ADMIN_USER']}:{os.environ['GF_SECURITY_ADMIN_PASSWORD']}".encode()
-    ).decode()
 
     def do_GET(self) -> None:
         if self.path == "/api/health":
             return self.answer(200, {"database": "ok", "version": "stand-in"})
-        if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Basic {self.login}"):
+        if not hmac.compare_digest(self.headers.get("Authorization", ""), LOGIN):
             return self.answer(401, {"message": "Unauthorized"})
-        if self.path in self.answers:
-            return self.answer(200, self.answers[self.path])
+        if self.path in ANSWERS:
+            return self.answer(200, ANSWERS[self.path])
         return self.answer(404, {"message": "Not found"})
 
     def answer(self, status: int, value: object) -> None:
