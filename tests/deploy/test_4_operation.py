@@ -30,6 +30,19 @@ def test_a_node_is_added_and_no_stream_is_cut(site: Site, say: list[str]) -> Non
     say.append(f"added ollama-3 in {seconds:.1f} s under load: {len(load.answers)} requests, all whole")
 
 
+def test_containers_are_replaced_one_after_another_and_nothing_is_cut(site: Site, say: list[str]) -> None:
+    replaced = ("control", "api-gateway-1", "api-gateway-2")
+    with site.load("replaced") as load:
+        load.more(6, seconds=60)
+        began = time.monotonic()
+        for service in replaced:
+            site.do(f"docker compose up -d --wait --no-deps --force-recreate {service}", 120)
+        seconds = time.monotonic() - began
+        load.more(9, seconds=60)
+    assert load.unlike(WHOLE) == []
+    say.append(f"replaced {', '.join(replaced)} in {seconds:.1f} s: {len(load.answers)} requests, all whole")
+
+
 def test_a_new_certificate_is_shown_after_a_reload_that_cuts_nothing(site: Site) -> None:
     path = site.folder / "secrets/tls.pem"
     old = _shown(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -78,6 +79,29 @@ def test_the_front_end_for_other_programs_asks_no_key_and_lets_through_inference
         ):
             answer = client.request(method, path, json={"model": model})
             assert answer.status_code == 404 and answer.headers["x-corral-proxy"] == "haproxy", path
+
+
+def test_a_drained_node_gets_nothing_by_it_either(edge: tuple[Stack, int, int]) -> None:
+    stack, _, port = edge
+
+    def served() -> dict[str, int]:
+        answer = httpx.get(stack.corral("status")["stats_url"] + "/;csv", timeout=5)
+        rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
+        return {row["svname"]: int(row["stot"]) for row in rows if row["pxname"] == "ollama" and row["stot"]}
+
+    def ask() -> None:
+        for _ in range(6):
+            assert httpx.get(f"http://127.0.0.1:{port}/api/version", timeout=5).status_code == 200
+
+    ask()
+    assert served()["node-1"] > 0
+    stack.corral("nodes", "drain", "node-1", "--wait")
+    ask()
+    # Counted anew since the reload.
+    assert served()["node-1"] == 0 and served()["node-2"] > 0
+    stack.corral("nodes", "resume", "node-1")
+    ask()
+    assert served()["node-1"] > 0
 
 
 def test_a_port_that_is_taken_is_named(pem: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class HaproxyPlan:
 
     ``ca_file`` has the certificates that an https node's is checked against. With a ``certificate`` (a PEM file of
     chain and key) the edge speaks TLS at ``tls_port`` too; with ``ollama`` (host, port) there is a front end for
-    programs that know nothing of Corral.
+    programs that know nothing of Corral, which gives nothing to the ``resting`` nodes.
     """
 
     edge_host: str
@@ -79,6 +79,7 @@ class HaproxyPlan:
     tls_port: int = 8443
     certificate: str | None = None
     ollama: tuple[str, int] | None = None
+    resting: tuple[str, ...] = ()
 
 
 DEFAULT = HaproxyPlan(
@@ -318,7 +319,10 @@ def _ollama(plan: HaproxyPlan, host: str, port: int) -> list[str]:
         "    option redispatch 1",
         "    retry-on conn-failure empty-response",
         "    http-reuse safe",
-        *(_node_server(name, url, plan.ca_file) for name, url in plan.nodes),
+        *(
+            _node_server(name, url, plan.ca_file) + (" disabled" if name in plan.resting else "")
+            for name, url in plan.nodes
+        ),
         "",
     ]
 

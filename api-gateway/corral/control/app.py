@@ -148,8 +148,10 @@ async def _told(control: Control, level: int = logging.WARNING) -> bool:
         return True
     try:
         async with control.fleet.changing:
-            pairs = [(node.name, node.url) for node in control.fleet.members.values()]
-            await control.haproxy.apply(pairs, keep=True)
+            members = control.fleet.members.values()
+            pairs = [(node.name, node.url) for node in members]
+            resting = [node.name for node in members if node.draining]
+            await control.haproxy.apply(pairs, keep=True, resting=resting)
     except HaproxyError as error:
         log.log(level, "HAProxy keeps its own list of nodes for now: %s", error)
         return False

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from corral.config.haproxy import HaproxyPlan, render
@@ -55,10 +55,11 @@ class HaproxyReloader:
             return ""
         return "" if plan.stats_host in WILDCARDS else joined(plan.stats_host, plan.stats_port)
 
-    async def apply(self, nodes: Sequence[tuple[str, str]], keep: bool = False) -> bool:
+    async def apply(self, nodes: Sequence[tuple[str, str]], keep: bool = False, resting: Collection[str] = ()) -> bool:
         """Make HAProxy serve these nodes (name, URL); False where it does already or there is none.
 
-        ``keep``: the file stays even if HAProxy does not reload, for one that is only about to start.
+        ``keep``: the file stays even if HAProxy does not reload, for one that is only about to start. ``resting``
+        nodes get nothing new by the front end for other programs; what gateways send is the gateways' to decide.
 
         Raises:
             HaproxyError: it refuses; the old configuration stays in force, and but for `keep` in place.
@@ -66,7 +67,8 @@ class HaproxyReloader:
         if self._plan_factory is None or self._config is None or self._master is None:
             return False
         try:
-            text = render(dataclasses.replace(self._plan_factory(), nodes=list(nodes)))
+            plan = self._plan_factory()
+            text = render(dataclasses.replace(plan, nodes=list(nodes), resting=tuple(sorted(resting))))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise HaproxyError(f"haproxy.cfg cannot be rendered: {error}") from None
         old = self._config.read_text(encoding="utf-8") if self._config.exists() else None
@@ -136,6 +138,7 @@ def plan_from(path: Path) -> PlanFactory:
                 "control": (value["control"][0], value["control"][1]),
                 "nodes": [(name, url) for name, url in value["nodes"]],
                 "ollama": tuple(value["ollama"]) if value.get("ollama") else None,
+                "resting": tuple(value.get("resting", ())),
             }
         )
 
@@ -209,11 +212,11 @@ async def _check(config: Path) -> None:
 
 
 def _sessions(table: str, name: str) -> int:
+    """What runs on a node and waits for it, in its own back end and in the one of the front end for other programs."""
+    wanted = ((f"node_{name}", "BACKEND"), ("ollama", name))
     rows = csv.DictReader(table.lstrip("# ").splitlines())
-    for row in rows:
-        if row.get("pxname") == f"node_{name}" and row.get("svname") == "BACKEND":
-            return int(row.get("scur") or 0) + int(row.get("qcur") or 0)
-    return 0
+    found = [row for row in rows if (row.get("pxname"), row.get("svname")) in wanted]
+    return sum(int(row.get("scur") or 0) + int(row.get("qcur") or 0) for row in found)
 
 
 def _write(path: Path, text: str) -> None:
