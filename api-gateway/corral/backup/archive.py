@@ -29,6 +29,8 @@ from typing import Any, BinaryIO
 
 import pyrage
 
+from corral.backup.streams import Bounded, Hashing, Sink, Whole
+
 FORMAT = 1
 HEADER, MANIFEST = "corral-backup.json", "manifest.json"
 IDENTITY, PAYLOAD = "identity.age", "backup.tar.age"
@@ -81,7 +83,7 @@ class Writer:
         except OSError as error:
             raise BackupError(f"{path}: cannot be written: {error.strerror}") from None
         self._draft = Path(draft)
-        self._sink = _Sink(os.fdopen(descriptor, "w+b"))
+        self._sink = Sink(os.fdopen(descriptor, "w+b"))
         self._thread: threading.Thread | None = None
         self._failed: Exception | None = None
         try:
@@ -98,7 +100,7 @@ class Writer:
             self._thread.start()
             self._pipe = os.fdopen(writing, "wb", buffering=0)
             self._tar = tarfile.open(  # noqa: SIM115
-                fileobj=_Whole(self._pipe), mode="w|", format=tarfile.PAX_FORMAT
+                fileobj=Whole(self._pipe), mode="w|", format=tarfile.PAX_FORMAT
             )
             digest = hashlib.sha256(protected).hexdigest() if protected is not None else None
             self.add(HEADER, _json({"format": FORMAT, **header, "identity": digest}))
@@ -117,7 +119,7 @@ class Writer:
             BackupError: `source` has less, or the file cannot be written.
         """
         assert _MEMBER.fullmatch(name) and name not in self._manifest, name
-        hashing = _Hashing(source, size)
+        hashing = Hashing(source, size)
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o600
         try:
@@ -218,7 +220,7 @@ def _read(path: Path, file: BinaryIO, secrets: Secrets, take: Take | None, progr
     def decrypt() -> None:
         with os.fdopen(writing, "wb", buffering=0) as sink:
             try:
-                pyrage.decrypt_io(_Bounded(file, size, progress), _Whole(sink), identities)
+                pyrage.decrypt_io(Bounded(file, size, progress), Whole(sink), identities)
             except Exception as error:
                 failed.append(error)
 
@@ -300,7 +302,7 @@ def _inside(path: Path, source: BinaryIO, take: Take | None) -> Contents:
                 raise ValueError(f"the member {info.name!r}")
             opened = tar.extractfile(info)
             assert opened is not None
-            hashing = _Hashing(opened, info.size)  # type: ignore[arg-type]
+            hashing = Hashing(opened, info.size)  # type: ignore[arg-type]
             if contents is None:
                 contents = Contents(_header(path, info.name, hashing.read(SMALL)))
             elif info.name == MANIFEST:
@@ -379,71 +381,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Sink:
-    """A file to write to that remembers why it could not be."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        try:
-            self.file.flush()
-        except OSError as error:
-            self.error = error
-            raise
-
-
-class _Whole:
-    """Writes all it is given: a pipe takes what it has room for."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-
-    def write(self, data: bytes) -> int:
-        view = memoryview(data)
-        while view:
-            view = view[self._raw.write(view) :]
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-
-class _Bounded:
-    """The next `size` bytes of a file; `progress` hears how many were read."""
-
-    def __init__(self, file: BinaryIO, size: int, progress: Callable[[int], None]) -> None:
-        self._file, self._left, self._progress = file, size, progress
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(self._left if size < 0 else min(size, self._left))
-        self._left -= len(data)
-        self._progress(len(data))
-        return data
-
-
-class _Hashing:
-    """Reads at most `size` bytes of a source and hashes them; one that has fewer is an error."""
-
-    def __init__(self, source: BinaryIO, size: int) -> None:
-        self._source, self._left = source, size
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        wanted = self._left if size < 0 else min(size, self._left)
-        data = self._source.read(wanted) if wanted else b""
-        if wanted and not data:
-            raise EOFError(f"{self._left} bytes are missing")
-        self._left -= len(data)
-        self.digest.update(data)
-        return data

@@ -20,7 +20,7 @@ from corral import __version__
 from corral.backup import models
 from corral.backup.archive import BackupError, Secrets, Writer
 from corral.backup.place import Place, open_database, sqlite_file
-from corral.stack.state import write_private
+from corral.stack.state import read_json, write_private
 from corral.store import spool
 from corral.store.database import Database
 from corral.store.dump import dump
@@ -106,6 +106,13 @@ def listing(folder: Path) -> list[dict[str, Any]]:
         stat = path.stat()
         found.append({"file": str(path), "size": stat.st_size, "created": stat.st_mtime})
     return sorted(found, key=lambda item: (item["created"], item["file"]))
+
+
+def last(root: Path) -> Path:
+    """The last backup that was made of an installation. Raises BackupError where there is none."""
+    if not (made := (read_json(root / RECORD) or {}).get("file")):
+        raise BackupError(f"no backup of {root} was made yet: corral backup create, or name a FILE")
+    return Path(made)
 
 
 def backups(root: Path) -> Path:

@@ -83,16 +83,25 @@ def create(
 
 
 @command.command("verify")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=click.Path(path_type=Path))
 @_identity
 @_passphrase
+@_config
 @common.options
 @_failing
 def verify(
-    file: Path, identity: tuple[str, ...], passphrase_file: str | None, as_json: bool, state: str | None
+    file: Path | None,
+    identity: tuple[str, ...],
+    passphrase_file: str | None,
+    config: str | None,
+    as_json: bool,
+    state: str | None,
 ) -> None:
-    """Decrypt and check all of a backup; nothing is written."""
+    """Decrypt and check all of a backup (the last one made, by default); nothing is written."""
+    from corral.backup import create as making
     from corral.backup import restore as restoring
+
+    file = file or making.last(_place(config, state).root)
 
     found = restoring.verify(file, _secrets(passphrase_file, (), identity), _say)
     common.emit(found, as_json, lambda: f"{file}: whole\n" + common.pairs(_shown(found)))
@@ -130,6 +139,38 @@ def restore(
     wishes = restoring.Wishes(database, replace, models)
     done = restoring.restore(file, _secrets(passphrase_file, (), identity), _place(config, state), wishes, _say)
     common.emit(done, as_json, lambda: _restored(done))
+
+
+@command.command("extract")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("member")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="[default: standard output]")
+@_identity
+@_passphrase
+@common.options
+@_failing
+def extract(
+    file: Path,
+    member: str,
+    output: Path | None,
+    identity: tuple[str, ...],
+    passphrase_file: str | None,
+    as_json: bool,
+    state: str | None,
+) -> None:
+    """Take one member out of a backup, such as secrets/pepper; it is checked first, whole."""
+    from corral.backup import restore as restoring
+
+    data = restoring.extract(file, _secrets(passphrase_file, (), identity), member)
+    if output is not None:
+        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
+            written.write(data)
+    told = {"file": str(file), "member": member, "size": len(data), "output": str(output) if output else None}
+    if output is not None or as_json:
+        text = None if output is not None else data.decode("utf-8", "replace")
+        common.emit({**told, "text": text}, as_json, lambda: f"{output}: {len(data)} bytes")
+    else:
+        click.get_binary_stream("stdout").write(data)
 
 
 @command.command("list")

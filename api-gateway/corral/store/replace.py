@@ -3,7 +3,7 @@
 What is new is made ready in ``.restore-ID`` within the folder (which may be a mount, so that it cannot be renamed
 itself). Then one step decides: the rename of the marker ``.restore.json``, or, where a database outside is replaced
 too, the commit of its transaction, which leaves the id in it. What remains is renames, which any later start ends:
-`finish` is called by whatever uses a state folder, before it does. What was there goes to ``replaced-TIME``.
+`finish` is called by whatever uses a state folder, before it does. What was there goes to ``replaced-TIME-…``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def hold(state: Path, exclusive: bool) -> int:
 def begin(state: Path) -> tuple[Replacement, Path]:
     """A new replacement and its staging folder; the caller holds the lock."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    replacement = Replacement(os.urandom(8).hex(), f"replaced-{stamp}")
+    name = os.urandom(8).hex()
+    replacement = Replacement(name, f"replaced-{stamp}-{name[:4]}")
     staging = state / f"{STAGING}{replacement.id}"
     staging.mkdir(mode=0o700)
     return replacement, staging
