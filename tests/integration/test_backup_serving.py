@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
 from sqlalchemy import select
 from support.backup import FOR_ME, IDENTITY, cli, fill, place, rows_in
 from support.control import Running, make_key
+from support.postgres import Postgres
+from support.process import Process, free_port
+from support.servers import answers, python_env
 
 from corral.backup.create import backups, create
 from corral.backup.restore import Wishes, restore
@@ -139,3 +143,39 @@ def test_wrong_usage_and_clear_refusals(tmp_path: Path) -> None:
         done = cli(*arguments, *(("--state", tmp_path / "none")))
         assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (1, True, 1), done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_where_a_container_has_its_settings(tmp_path: Path, postgres: Postgres) -> None:
+    """As in control's container: settings by CORRAL_CONFIG, the database's address and the secrets in files."""
+    secret, port = tmp_path / "passphrase", free_port()
+    secret.write_text("correct horse battery\n")
+    (tmp_path / "pepper").write_text("ab" * 32)
+    (tmp_path / "url").write_text(postgres.database() + "\n")
+    state = tmp_path / "state"
+    (tmp_path / "corral.yaml").write_text(
+        f"control: {{listen: '127.0.0.1:{port}', state: {state}}}\nauth: {{pepper_file: {tmp_path / 'pepper'}}}\n"
+    )
+    env = {
+        "CORRAL_CONFIG": str(tmp_path / "corral.yaml"),
+        "CORRAL_STORE__DATABASE_FILE": str(tmp_path / "url"),
+        "CORRAL_BACKUP_PASSPHRASE_FILE": str(secret),
+        "HOME": str(tmp_path),
+    }
+    argv = [sys.executable, "-P", "-m", "corral", "serve", "control"]
+    control = Process(argv, tmp_path / "control.log", {**python_env(), **env})
+    try:
+        control.wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"))
+        made = cli("create", "--json", env=env)
+        assert made.returncode == 0, made.stderr
+        told = json.loads(made.stdout)
+        assert Path(told["file"]).parent == state / "backups" and told["tables"]["keys"] == 1
+        assert json.loads((state / "backup.json").read_text())["size"] == told["size"]
+        refused = cli("restore", told["file"], "--replace", env=env)
+        assert (refused.returncode, "stop it first" in refused.stderr) == (1, True), refused.stderr
+    finally:
+        control.end()
+    done = cli("restore", told["file"], "--replace", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "/test_" in json.loads(done.stdout)["database"]
+    assert Path(told["file"]).exists() and not (state / "pepper").exists()
+    assert json.loads(cli("verify", "--json", env=env).stdout)["tables"] == told["tables"]
