@@ -53,6 +53,7 @@ def command(
     stack.stop_on_signals()
     where = common.folder(state)
     chosen = stack.Options(config, port, nodes, urls, node_backend, detach, monitoring)
+    _finish_restore(where.root)
     click.echo("corral: starting", err=True)
     try:
         made = stack.up(where, chosen, os.environ, _progress, partial(_bootstrap, new_pepper=new_pepper))
@@ -64,6 +65,19 @@ def command(
         status = stack.stay(where)
         click.echo("corral: stopped", err=True)
         raise SystemExit(status)
+
+
+def _finish_restore(state: Path) -> None:
+    if not state.is_dir():
+        return
+    from corral.stack.state import StackError
+    from corral.store.replace import ReplaceError, finish
+
+    try:
+        if ended := finish(state):
+            click.echo(f"corral: a restore that was interrupted is {ended}", err=True)
+    except ReplaceError as error:
+        raise StackError(str(error)) from None
 
 
 def _bootstrap(state: Path, settings: Settings, new_pepper: bool) -> None:

@@ -14,6 +14,7 @@ from corral.control.bootstrap import BootstrapError, bootstrap
 from corral.control.monitor import listen
 from corral.store.database import DatabaseAway, DatabaseError
 from corral.store.keys import PepperError
+from corral.store.replace import ReplaceError, finish, hold
 
 __all__ = ["bootstrap", "run", "server"]
 
@@ -54,9 +55,13 @@ def run(settings: Settings, new_pepper: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for name in ("httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    state = settings.control.state.absolute()
     try:
+        if ended := finish(state):
+            log.warning("a restore that was interrupted is %s", ended)
+        hold(state, exclusive=False)  # until this process ends
         _bootstrap(settings, new_pepper)
-    except (BootstrapError, DatabaseError, PepperError) as error:
+    except (BootstrapError, DatabaseError, PepperError, ReplaceError) as error:
         raise SystemExit(f"corral: {error}") from None
     try:
         control = server(settings)

@@ -91,7 +91,7 @@ class Database:
             told = {name: value for name, value in POSTGRESQL.items() if name not in parsed.query}
             self.engine = create_engine(parsed, pool_pre_ping=True, pool_timeout=BUSY_SECONDS, connect_args=told)
             _prepare_postgresql(self.engine, password_file)
-        self._shown = parsed.render_as_string(hide_password=True)
+        self.shown = parsed.render_as_string(hide_password=True)
 
     # -- schema
 
@@ -108,22 +108,36 @@ class Database:
         known = revisions()
         try:
             with self.engine.connect().execution_options(corral_write=True) as connection, connection.begin():
-                current = _version(connection)
+                current = schema_version(connection)
                 if current is not None and current not in known:
                     raise DatabaseTooNew(
-                        f"the database {self._shown} has schema version {current}; this Corral knows versions "
+                        f"the database {self.shown} has schema version {current}; this Corral knows versions "
                         f"up to {known[-1]}: start the newer Corral, or restore a backup of the older database"
                     )
                 if current != known[-1]:
-                    _upgrade(connection)
+                    upgrade(connection)
         except SQLAlchemyError as error:
-            away = self.dialect != "sqlite" and isinstance(error, OperationalError)
-            kind = DatabaseAway if away else DatabaseError
-            raise kind(f"the database {self._shown} cannot be used: {_reason(error)}") from error
+            raise self._unusable(error) from error
+
+    def check(self) -> None:
+        """Ask it something.
+
+        Raises:
+            DatabaseAway, DatabaseError: as `migrate`, which changes it besides.
+        """
+        try:
+            self.version()
+        except SQLAlchemyError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: SQLAlchemyError) -> DatabaseError:
+        away = self.dialect != "sqlite" and isinstance(error, OperationalError)
+        kind = DatabaseAway if away else DatabaseError
+        return kind(f"the database {self.shown} cannot be used: {_reason(error)}")
 
     def version(self) -> str | None:
         """The schema's version, None for an empty database."""
-        return self.read_now(_version)
+        return self.read_now(schema_version)
 
     # -- calls
 
@@ -184,13 +198,15 @@ def revisions() -> list[str]:
     return sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
 
 
-def _version(connection: Connection) -> str | None:
+def schema_version(connection: Connection) -> str | None:
+    """The schema's version, None for an empty database."""
     if not inspect(connection).has_table(_VERSION.name):
         return None
     return connection.execute(select(_VERSION.c.version_num)).scalar()
 
 
-def _upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Bring the schema forward to a version, in the connection's transaction."""
     # Takes a third of a second to import, and most starts have nothing to migrate.
     from alembic import command
     from alembic.config import Config
@@ -199,7 +215,7 @@ def _upgrade(connection: Connection) -> None:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def _make_private(path: Path) -> None:
