@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy.exc import OperationalError
 
 from corral.config.prometheus import DEFAULT, JOBS, PrometheusPlan, render
-from corral.control import discovery, pages
+from corral.control import discovery, measure, pages
 from corral.control.alerts import FORGET, KEPT_MAX, Alerts, BadNotification
 from corral.control.canary import due, policies, stays
 from corral.control.measured import Measured, Residence
@@ -211,6 +213,47 @@ def test_a_node_that_computes_on_its_cpu() -> None:
     seen = samples(pages.node_page(member))
     assert seen["corral_node_state{state=down}"] == 1 and seen["corral_node_state{state=ready}"] == 0
     assert not any(name.startswith("corral_node_model_resident{") for name in seen)
+
+
+# -- the database
+
+
+class Hanging:
+    """A database that does not answer until it is told to."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.go = asyncio.Event()
+
+    async def read(self, question: object) -> dict[str, int]:
+        self.asked += 1
+        await self.go.wait()
+        return {"active": 1}
+
+
+def test_a_database_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "TIMEOUT", 0.05)
+
+    async def run() -> None:
+        database: Any = Hanging()
+        assert [await measure.keys_by_state(database) for _ in range(3)] == [None, None, None]
+        assert database.asked == 1
+        database.go.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert await measure.keys_by_state(database) == {"active": 1}
+
+    asyncio.run(run())
+
+
+def test_a_database_that_fails_is_none() -> None:
+    class Failing:
+        async def read(self, question: object) -> None:
+            raise OperationalError("x", None, Exception("away"))
+
+    database: Any = Failing()
+    assert asyncio.run(measure.database(database)) is None
+    assert samples(pages.render(pages._database(None))) == {"corral_database_up": 0}
 
 
 # -- what is in the state folder
