@@ -202,6 +202,7 @@ def gateway(folder: Path, node: int, store: str, control: int, python: str) -> t
     settings: dict[str, Any] = {
         "gateway": {
             "listen": f"127.0.0.1:{port}",
+            "metrics": "",
             "nodes_url": f"http://127.0.0.1:{node}",
             "control_url": f"http://127.0.0.1:{control}",
             "spool": str(folder / "spool"),

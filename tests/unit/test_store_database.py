@@ -52,7 +52,7 @@ def settle(number: int = 1, **fields: Any) -> dict[str, Any]:
 
 
 def take(database: Database, offset: int, data: bytes, segment: str = "00000001.seg") -> int:
-    return database.write_now(ingest, "gateway-1", segment, offset, data)
+    return database.write_now(ingest, "gateway-1", segment, offset, data).watermark
 
 
 def test_migrations_make_the_tables_of_this_version(database: Database) -> None:

@@ -17,6 +17,7 @@ from corral.config.values import (
     DatabaseUrl,
     Duration,
     Listen,
+    ListenOrNone,
     Name,
     Network,
     RedisUrl,
@@ -74,6 +75,7 @@ class GatewaySettings(Section):
     control_url: BaseUrl = Field("http://127.0.0.1:8090", description="Control's own address, for /internal.")
     spool: Path = Field(Path("spool"), description="Folder of spools; this gateway's is <name> in it.")
     cache: Path = Field(Path("cache"), description="Folder of snapshots; this gateway's is <name> in it.")
+    metrics: ListenOrNone = Field("127.0.0.1:9101", description='Where /metrics is served, without a key; "": nowhere.')
     access_log: str = Field("-", description="File of the access log; - is standard output.")
     max_body: Size = Field(32 << 20, gt=0, description="Largest request body.")
     trusted_proxies: tuple[Network, ...] = Field(
@@ -131,12 +133,32 @@ class EdgeSettings(Section):
         return self
 
 
+class CanarySettings(Section):
+    """A generation of one token on a resident model of each node, to see that it computes."""
+
+    interval: Duration = Field(15.0, description="Seconds between two of a node; 0: none.")
+    timeout: Duration = Field(10.0, gt=0, description="Longest wait for its answer.")
+
+
 class ControlSettings(Section):
     """The control plane."""
 
     listen: Listen = Field("127.0.0.1:8090", description="Where control listens.")
     state: Path = Field(Path("."), description="State folder: database and secrets.")
     haproxy_socket: Path | None = Field(None, description="HAProxy's master socket, to reload it.")
+    metrics: ListenOrNone = Field(
+        "127.0.0.1:9102",
+        description="Where metrics, Prometheus's targets and Alertmanager's webhook are, without a key; \"\": nowhere.",
+    )
+    canary: CanarySettings = CanarySettings()
+
+
+class MonitoringSettings(Section):
+    """Prometheus and Alertmanager."""
+
+    haproxy: ListenOrNone = Field("", description="Where Prometheus finds HAProxy's /metrics, if not as it listens.")
+    slack_webhook_file: Path | None = Field(None, description="File with the address of a Slack webhook.")
+    slack_channel: str = Field("#llm-alerts", pattern=r"^[#@]?[\w.-]{1,80}$", description="Channel for alerts.")
 
 
 class AuthSettings(Section):
@@ -158,6 +180,7 @@ class Settings(Section):
     audit: AuditSettings = AuditSettings()
     edge: EdgeSettings = EdgeSettings()
     control: ControlSettings = ControlSettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
     auth: AuthSettings = AuthSettings()
 
     @model_validator(mode="before")

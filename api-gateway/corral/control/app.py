@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from starlette.types import Receive, Scope, Send
 from corral import __version__
 from corral.config.settings import Settings
 from corral.control import audit, errors, internal, keys, nodes, openapi, status
+from corral.control.alerts import Alerts
 from corral.control.auth import Gate
+from corral.control.canary import Canary, policies
 from corral.control.context import Control
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from
+from corral.control.monitor import Monitor
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
+from corral.control.usage import Usage
 from corral.store.database import Database, resolve
 from corral.store.keys import read_pepper
 from corral.store.valkey import Valkey
@@ -32,10 +37,13 @@ log = logging.getLogger(__name__)
 
 
 class Application:
-    """The ASGI application: the gate, then FastAPI; ``control`` is set between start and end."""
+    """The ASGI application: the gate, then FastAPI; ``control`` is set between start and end.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    ``listener`` is the socket of the internal port, for metrics.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket | None = None) -> None:
+        self._settings, self._listener = settings, listener
         self.api = _api(self._life)
         self._gate: Gate | None = None
 
@@ -49,6 +57,7 @@ class Application:
         app.state.control = control
         refusals = audit.Refusals(control.database)
         self._gate = Gate(app, control, refusals.note)
+        monitor = Monitor(control, self._listener) if self._listener is not None else None
         tasks = [
             asyncio.create_task(control.valkey.run()),
             asyncio.create_task(refusals.run()),
@@ -59,9 +68,14 @@ class Application:
             await control.fleet.start(members)
             await control.hub.reload()
             tasks.append(asyncio.create_task(_catch_up(control)))
+            tasks.append(asyncio.create_task(_canary(control).run()))
+            if monitor is not None:
+                monitor.start()
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
             yield
         finally:
+            if monitor is not None:
+                await monitor.close()
             await _end(tasks)
             await control.fleet.close()
             await refusals.flush()
@@ -83,7 +97,20 @@ def _assemble(settings: Settings) -> Control:
         hub=Hub(database, fleet, valkey, settings.models),
         haproxy=_reloader(settings, state),
         valkey=valkey,
+        usage=Usage(),
+        alerts=Alerts(),
     )
+
+
+def _canary(control: Control) -> Canary:
+    async def streams(name: str) -> int | None:
+        try:
+            return await control.haproxy.streams(name)
+        except HaproxyError:
+            return None
+
+    known = policies([model.model_dump() for model in control.settings.models])
+    return Canary(control.fleet, control.settings.control.canary, known, streams)
 
 
 def _reloader(settings: Settings, state: Path) -> HaproxyReloader:

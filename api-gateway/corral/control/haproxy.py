@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from corral.config.haproxy import HaproxyPlan, render
+from corral.config.values import WILDCARDS, joined
 
 TIMEOUT = 10.0
 
@@ -42,6 +43,16 @@ class HaproxyReloader:
     def configured(self) -> bool:
         """Whether there is an HAProxy to keep."""
         return None not in (self._plan_factory, self._config, self._master)
+
+    def statistics(self) -> str:
+        """host:port of its page of statistics and metrics, as others reach it; "" where the plan does not say."""
+        if self._plan_factory is None:
+            return ""
+        try:
+            plan = self._plan_factory()
+        except (OSError, ValueError, TypeError, KeyError):
+            return ""
+        return "" if plan.stats_host in WILDCARDS else joined(plan.stats_host, plan.stats_port)
 
     async def apply(self, nodes: Sequence[tuple[str, str]], keep: bool = False) -> bool:
         """Make HAProxy serve these nodes (name, URL); False where it does already or there is none.

@@ -10,6 +10,7 @@ from corral.config.settings import Settings
 from corral.config.values import host_port
 from corral.control.app import Application
 from corral.control.bootstrap import BootstrapError, bootstrap
+from corral.control.monitor import listen
 from corral.store.database import DatabaseError
 from corral.store.keys import PepperError
 
@@ -17,11 +18,15 @@ __all__ = ["bootstrap", "run", "server"]
 
 
 def server(settings: Settings) -> uvicorn.Server:
-    """Control's HTTP server, not running yet."""
+    """Control's HTTP server, not running yet; the internal port is taken already.
+
+    Raises:
+        OSError: the internal port cannot be used.
+    """
     host, port = host_port(settings.control.listen)
     return uvicorn.Server(
         uvicorn.Config(
-            Application(settings),
+            Application(settings, listen(settings.control.metrics)),
             host=host,
             port=port,
             loop="uvloop",
@@ -48,7 +53,10 @@ def run(settings: Settings, new_pepper: bool = False) -> None:
         bootstrap(settings.control.state.absolute(), settings, new_pepper)
     except (BootstrapError, DatabaseError, PepperError) as error:
         raise SystemExit(f"corral: {error}") from None
-    control = server(settings)
+    try:
+        control = server(settings)
+    except OSError as error:
+        raise SystemExit(f"corral: {error}") from None
     control.run()
     if not control.started:
         raise SystemExit(1)

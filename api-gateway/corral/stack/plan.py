@@ -56,8 +56,18 @@ class Plan:
             "edge": {"host": self.settings.edge.host, "port": self.settings.edge.port},
             "nodes_url": self.settings.gateway.nodes_url,
             "stats_url": f"http://127.0.0.1:{self.ports['stats']}",
-            "control": {"url": self.settings.gateway.control_url},
-            "gateways": [{"name": name, "url": f"http://127.0.0.1:{self.ports[name]}"} for name in self.gateways],
+            "control": {
+                "url": self.settings.gateway.control_url,
+                "metrics": f"http://{self.settings.control.metrics}/metrics",
+            },
+            "gateways": [
+                {
+                    "name": name,
+                    "url": f"http://127.0.0.1:{self.ports[name]}",
+                    "metrics": f"http://127.0.0.1:{self.ports[metrics_of(name)]}/metrics",
+                }
+                for name in self.gateways
+            ],
             "valkey": {"url": self.settings.store.valkey, "own": self.own_valkey},
             "nodes": [{"name": node.name, "url": node.url, "own": node.name in own} for node in self.settings.nodes],
             "ports": dict(self.ports),
@@ -69,6 +79,7 @@ def make(given: Settings, fleet: Fleet, state: StateFolder) -> Plan:
     """Choose ports and complete the settings. StackError where a program is missing."""
     gateways = [f"gateway-{number}" for number in range(1, given.gateway.processes + 1)]
     names = ["valkey", "control", "nodes", "stats", *gateways, *fleet.names]
+    names += [metrics_of(name) for name in ("control", *gateways)]
     before = {name: port for name, port in (read_json(state.ports_file) or {}).items() if isinstance(port, int)}
     chosen = ports.choose(names, before, avoid=(given.edge.port,))
     own_valkey, valkey_url, chosen["valkey"] = _valkey(given, chosen["valkey"])
@@ -90,7 +101,7 @@ def make(given: Settings, fleet: Fleet, state: StateFolder) -> Plan:
     programs = (
         *([Program("valkey", [binaries.valkey(), str(state.run / "valkey.conf")], priority=10)] if own_valkey else []),
         _control(state),
-        *(_gateway(state, name, chosen[name], settings) for name in gateways),
+        *(_gateway(state, name, chosen, settings) for name in gateways),
         *nodes.programs(fleet, chosen, state),
         _haproxy(state),
     )
@@ -127,6 +138,7 @@ def _effective(
             "gateway": given.gateway.model_copy(
                 update={
                     "listen": f"127.0.0.1:{chosen['gateway-1']}",
+                    "metrics": f"127.0.0.1:{chosen[metrics_of('gateway-1')]}",
                     "nodes_url": f"http://127.0.0.1:{chosen['nodes']}",
                     "control_url": f"http://127.0.0.1:{chosen['control']}",
                     "spool": state.spool,
@@ -136,6 +148,7 @@ def _effective(
             "control": given.control.model_copy(
                 update={
                     "listen": f"127.0.0.1:{chosen['control']}",
+                    "metrics": f"127.0.0.1:{chosen[metrics_of('control')]}",
                     "state": state.root,
                     "haproxy_socket": state.socket("master.sock"),
                 }
@@ -167,11 +180,17 @@ def _control(state: StateFolder) -> Program:
     return Program("control", _serve(state, "control"), priority=20)
 
 
-def _gateway(state: StateFolder, name: str, port: int, settings: Settings) -> Program:
+def metrics_of(name: str) -> str:
+    """The name of the port with a program's metrics."""
+    return f"{name}-metrics"
+
+
+def _gateway(state: StateFolder, name: str, chosen: Mapping[str, int], settings: Settings) -> Program:
     log = settings.gateway.access_log
     env = {
         "CORRAL_GATEWAY__NAME": name,
-        "CORRAL_GATEWAY__LISTEN": f"127.0.0.1:{port}",
+        "CORRAL_GATEWAY__LISTEN": f"127.0.0.1:{chosen[name]}",
+        "CORRAL_GATEWAY__METRICS": f"127.0.0.1:{chosen[metrics_of(name)]}",
         # Not through the supervisor's pipe: a slow reader there would hold up the token path.
         "CORRAL_GATEWAY__ACCESS_LOG": str(state.logs / f"{name}.access.log") if log == "-" else log,
     }
