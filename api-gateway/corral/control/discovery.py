@@ -10,8 +10,6 @@ from corral.config.values import WILDCARDS, host_port, joined
 from corral.control.prober import Member
 from corral.control.snapshot import Gateway
 
-JOBS = ("ollama", "api-gateway", "haproxy", "control", "redis", "postgres")
-
 
 def group(target: str, **labels: str) -> dict[str, Any]:
     """One target with its labels."""

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from corral.config.prometheus import JOBS
 from corral.config.values import host_port, joined
 from corral.control import discovery, pages
 from corral.control.alerts import BadNotification
@@ -139,7 +140,7 @@ def _targets(control: Control, job: str, here: str) -> Response:
         path = "/metrics/valkey" if job == "redis" else "/metrics/database"
         found = [discovery.group(here, __metrics_path__=path)]
     else:
-        return PlainTextResponse(f"expected one of {', '.join(discovery.JOBS)}\n", 404)
+        return PlainTextResponse(f"expected one of {', '.join(JOBS)}\n", 404)
     return JSONResponse(found)
 
 

@@ -112,12 +112,16 @@ class Page(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         metrics = self._gateway.metrics
+        ended: dict[tuple[str, ...], int] = {}
+        for one in metrics.ended.values():
+            names = (one.route, one.api, one.label, one.outcome, str(one.status))
+            ended[names] = ended.get(names, 0) + one.count  # a model may be asked for with and without its tag
         yield labelled(
             CounterMetricFamily,
             "corral_requests",
             "Requests that ended.",
             ("route", "api", "model", "outcome", "code"),
-            {(*names, str(status)): count for (*names, status), count in metrics.requests.items()},
+            ended,
         )
         refusals = {(reason,): count for reason, count in metrics.refusals.items()}
         yield labelled(CounterMetricFamily, "corral_refusals", "Requests that were refused.", ("reason",), refusals)

@@ -50,7 +50,7 @@ class Histogram:
 
 
 class OfModel:
-    """What is counted of one model."""
+    """What is counted of one model (its label)."""
 
     __slots__ = ("between", "first_token", "generated", "prompt", "queue", "rate")
 
@@ -80,15 +80,25 @@ class Pace:
         between.total += gap
 
 
-class Metrics:
-    """All counters of a gateway.
+class Ended:
+    """Requests of one route and model (its label) that ended alike."""
 
-    ``requests`` counts by (route, api, model, outcome, status), ``durations`` are by (route, model).
-    """
+    __slots__ = ("api", "count", "duration", "label", "of", "outcome", "refused", "route", "status")
+
+    def __init__(self, record: Settled, label: str, duration: Histogram) -> None:
+        self.route, self.api, self.outcome, self.status = record.route, record.api, record.outcome, record.status
+        self.label, self.duration = label, duration
+        self.of: OfModel | None = None  # until a node has heard of one
+        self.refused = record.outcome not in ANSWERED
+        self.count = 0
+
+
+class Metrics:
+    """All counters of a gateway. ``ended`` are requests by (route, API, model as asked for, outcome, status)."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self.requests: dict[tuple[str, str, str, str, int], int] = {}
+        self.ended: dict[tuple[str, str, str, str, int], Ended] = {}
         self.durations: dict[tuple[str, str], Histogram] = {}
         self.models: dict[str, OfModel] = {}
         self.refusals: dict[str, int] = dict.fromkeys(EVERY_REASON, 0)
@@ -122,28 +132,47 @@ class Metrics:
 
     def settled(self, exchange: Exchange, record: Settled) -> None:
         """A request ended."""
-        label = self.label(record.model) if record.model else ""
-        route, outcome, status = record.route, record.outcome, record.status
-        key = (route, record.api, label, outcome, status)
-        requests = self.requests
-        requests[key] = requests.get(key, 0) + 1
-        place = (route, label)
-        duration = self.durations.get(place)
-        if duration is None:
-            duration = self.durations[place] = Histogram(DURATION)
-        duration.observe(record.ms / 1e3)
-        if outcome not in ANSWERED:
-            reason = exchange.refusal or REASONS.get(status)
-            if reason is None:
-                # Past its limits, so what was missing is a node.
-                reason = "no_node" if status == 503 and exchange.decoded is not None else "other"
-            self.refusals[reason] += 1
+        key = (record.route, record.api, record.model, record.outcome, record.status)
+        ended = self.ended.get(key)
+        if ended is None:
+            ended = self._ended(record)
+        ended.count += 1
+        seconds = record.ms / 1e3
+        duration = ended.duration
+        duration.counts[bisect_left(DURATION, seconds)] += 1
+        duration.total += seconds
+        if ended.refused:
+            self._refused(exchange, ended.status)
         if not record.attempts:
             return
-        known = self.of(label)
-        known.queue.observe(record.queue_ms / 1e3)
-        known.prompt += record.prompt_tokens
-        known.generated += record.tokens
-        if outcome == "ok" and record.tokens > 1 and record.ttft_ms is not None:
+        of = ended.of
+        if of is None:
+            of = ended.of = self.of(ended.label)
+        of.queue.observe(record.queue_ms / 1e3)
+        tokens = record.tokens
+        of.prompt += record.prompt_tokens
+        of.generated += tokens
+        first = record.ttft_ms
+        if tokens > 1 and first is not None and ended.outcome == "ok":
             # The first token ends the prompt's time; the others are what was written in the rest.
-            known.rate.observe((record.tokens - 1) / max(1e-6, (record.ms - record.ttft_ms) / 1e3))
+            of.rate.observe((tokens - 1) / max(1e-6, seconds - first / 1e3))
+
+    def _ended(self, record: Settled) -> Ended:
+        # A model that the fleet does not know is never a key: names that callers invent take no memory.
+        label = self.label(record.model) if record.model else ""
+        key = (record.route, record.api, record.model if label else "", record.outcome, record.status)
+        ended = self.ended.get(key)
+        if ended is None:
+            place = (record.route, label)
+            duration = self.durations.get(place)
+            if duration is None:
+                duration = self.durations[place] = Histogram(DURATION)
+            ended = self.ended[key] = Ended(record, label, duration)
+        return ended
+
+    def _refused(self, exchange: Exchange, status: int) -> None:
+        reason = exchange.refusal or REASONS.get(status)
+        if reason is None:
+            # Past its limits, so what was missing is a node.
+            reason = "no_node" if status == 503 and exchange.decoded is not None else "other"
+        self.refusals[reason] += 1

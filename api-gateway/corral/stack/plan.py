@@ -17,7 +17,7 @@ import yaml
 from corral import __version__
 from corral.config.haproxy import HaproxyPlan, render
 from corral.config.settings import Settings
-from corral.stack import binaries, nodes, ports
+from corral.stack import binaries, monitoring, nodes, ports
 from corral.stack.nodes import Fleet
 from corral.stack.programs import Program, supervisord_conf, valkey_conf, write_specs
 from corral.stack.state import StateFolder, read_json, write_private
@@ -35,6 +35,7 @@ class Plan:
     programs: tuple[Program, ...]
     haproxy: HaproxyPlan
     own_valkey: bool
+    monitoring: monitoring.Monitoring | None = None
 
     @property
     def url(self) -> str:
@@ -72,14 +73,19 @@ class Plan:
             "nodes": [{"name": node.name, "url": node.url, "own": node.name in own} for node in self.settings.nodes],
             "ports": dict(self.ports),
             "programs": [program.name for program in self.programs],
+            **({"monitoring": self.monitoring.describe()} if self.monitoring is not None else {}),
         }
 
 
-def make(given: Settings, fleet: Fleet, state: StateFolder) -> Plan:
-    """Choose ports and complete the settings. StackError where a program is missing."""
+def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = False) -> Plan:
+    """Choose ports and complete the settings. StackError where a program is missing.
+
+    ``monitored``: with Prometheus and Alertmanager.
+    """
     gateways = [f"gateway-{number}" for number in range(1, given.gateway.processes + 1)]
     names = ["valkey", "control", "nodes", "stats", *gateways, *fleet.names]
     names += [metrics_of(name) for name in ("control", *gateways)]
+    names += [monitoring.PROMETHEUS, monitoring.ALERTMANAGER] if monitored else []
     before = {name: port for name, port in (read_json(state.ports_file) or {}).items() if isinstance(port, int)}
     chosen = ports.choose(names, before, avoid=(given.edge.port,))
     own_valkey, valkey_url, chosen["valkey"] = _valkey(given, chosen["valkey"])
@@ -98,14 +104,16 @@ def make(given: Settings, fleet: Fleet, state: StateFolder) -> Plan:
         max_duration=settings.gateway.max_duration,
         ca_file=ssl.get_default_verify_paths().cafile or _CERTIFICATES,
     )
+    watchers = monitoring.plan(settings, chosen, state) if monitored else None
     programs = (
         *([Program("valkey", [binaries.valkey(), str(state.run / "valkey.conf")], priority=10)] if own_valkey else []),
         _control(state),
         *(_gateway(state, name, chosen, settings) for name in gateways),
         *nodes.programs(fleet, chosen, state),
         _haproxy(state),
+        *(watchers.programs if watchers is not None else ()),
     )
-    return Plan(settings, fleet, chosen, programs, haproxy, own_valkey)
+    return Plan(settings, fleet, chosen, programs, haproxy, own_valkey, watchers)
 
 
 def write(plan: Plan, state: StateFolder) -> None:
@@ -117,6 +125,8 @@ def write(plan: Plan, state: StateFolder) -> None:
     write_private(state.run / "valkey.conf", valkey_conf(plan.ports["valkey"], state.run))
     write_private(state.run / "supervisord.conf", supervisord_conf(state, plan.programs))
     write_specs(state, plan.programs)
+    if plan.monitoring is not None:
+        monitoring.write(plan.monitoring, state)
 
 
 def dump(settings: Settings) -> str:

@@ -37,6 +37,7 @@ class Options:
     attach: Sequence[str] = ()
     backend: str | None = None
     detach: bool = False
+    monitoring: bool = False
 
 
 def up(
@@ -68,7 +69,7 @@ def up(
             *(() if options.attach or options.nodes or options.backend else settings.nodes),
         ]
         fleet = nodes.choose(attach, options.nodes, options.backend, env)
-        made = plan.make(settings, fleet, state)
+        made = plan.make(settings, fleet, state, options.monitoring)
         bootstrap(state.root, made.settings)
         plan.write(made, state)
         of_file = bool(attach) and not options.attach
