@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[_TABLE]
     if not rows:
         return
-    terminalreporter.section("alerts that fired and were over")
+    terminalreporter.section("alerts that fired and were over (rules in a hurry: support.monitoring.hasten)")
     width = max(len(row.alert) for row in rows)
     done = max(len(row.done) for row in rows)
     terminalreporter.write_line(f"{'alert'.ljust(width)}  {'what was done'.ljust(done)}  firing after  resolved after")
