@@ -1,4 +1,4 @@
-"""`corral up --monitoring`: Prometheus and Alertmanager on this machine; their files and data are in the state folder."""
+"""`corral up --monitoring`: Prometheus and Alertmanager on this machine, with all their files in the state folder."""
 
 from __future__ import annotations
 
