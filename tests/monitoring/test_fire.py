@@ -18,7 +18,7 @@ from support import monitoring
 from support.exporter import Exporter, exporter
 from support.process import NotReady, until
 from support.receivers import Receivers, receivers
-from support.stage import Fired, Stage, pause, quick_alertmanager, quick_rules
+from support.stage import RUNBOOKS, Fired, Stage, pause, quick_alertmanager, quick_rules
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ def test_what_is_broken_fires_and_what_is_mended_is_over(whole_stage: Stage, tab
     fired = stage.heard.told(fault.alert, "firing", began, **fault.labels) - began
     over = stage.heard.told(fault.alert, "resolved", mended, **fault.labels) - mended
     table.append(Fired(fault.alert, fault.done, fired, over))
+    told = [alert for message in stage.heard.control for alert in message["alerts"]]
+    links = {alert["annotations"]["runbook_url"] for alert in told if alert["labels"]["alertname"] == fault.alert}
+    assert links == {f"{RUNBOOKS}/{fault.alert}.md"}
+    assert not any("runbooks" in alert["labels"] for alert in told)
     assert stage.heard.refused == []
 
 

@@ -30,14 +30,15 @@ from support.servers import Server, valkey
 from support.stack import Stack, stack
 
 MODEL = "sim:latest"
-SIMULATION = {"models": [{"name": MODEL, "load": 0.5, "prefill": 5000.0, "decode": 200.0, "slots": 8}]}
+SIMULATION = {"models": [{"name": MODEL, "load": 2.5, "prefill": 5000.0, "decode": 200.0, "slots": 8}]}
+RUNBOOKS = "https://runbooks.example/corral"
 HASTE, LONGEST = 20.0, 8.0
 """A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds."""
 
 
 def quick_prometheus(control: str, manager: Server, rules: Path) -> dict[str, Any]:
     """The stack's own prometheus.yml, with a scrape each second."""
-    plan = PrometheusPlan(control, manager.url.removeprefix("http://"), str(rules / "*.yml"))
+    plan = PrometheusPlan(control, manager.url.removeprefix("http://"), str(rules / "*.yml"), RUNBOOKS)
     config: dict[str, Any] = yaml.safe_load(render_prometheus(plan))
     config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     for job in config["scrape_configs"]:
@@ -106,7 +107,7 @@ class Stage:
             until(lambda url=url: httpx.get(url, headers=headers).status_code == 200, "the key is known")  # type: ignore[misc]
         return str(made["key"])
 
-    def ask(self, count: int, key: str = "", tokens: int = 4) -> list[int]:
+    def ask(self, count: int, key: str = "", tokens: int = 12) -> list[int]:
         """Ask ``count`` times, one after the other: the statuses."""
         client = Client(self.stack.url, key or self.stack.key)
         try:
@@ -150,7 +151,7 @@ def stage(folder: Path) -> Iterator[Stage]:
         store = exits.enter_context(valkey(folder))
         settings = {
             "nodes": [{"name": node.name, "url": node.url, "slots": 8, "memory": "24GiB"} for node in nodes.values()],
-            "gateway": {"processes": 2, "first_token": "3s", "between_tokens": "3s"},
+            "gateway": {"processes": 2, "first_token": "8s", "between_tokens": "3s"},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": store.url},
             "control": {"canary": {"interval": "1s", "timeout": "2s"}},
