@@ -43,6 +43,9 @@ class Plan:
         shown = "127.0.0.1" if edge.host in ("0.0.0.0", "::") else edge.host
         return f"http://{f'[{shown}]' if ':' in shown else shown}:{edge.port}"
 
+    def _page(self, port: str) -> str | None:
+        return f"http://127.0.0.1:{self.ports[port]}/metrics" if port in self.ports else None
+
     @property
     def gateways(self) -> list[str]:
         return [f"gateway-{number}" for number in range(1, self.settings.gateway.processes + 1)]
@@ -59,13 +62,13 @@ class Plan:
             "stats_url": f"http://127.0.0.1:{self.ports['stats']}",
             "control": {
                 "url": self.settings.gateway.control_url,
-                "metrics": f"http://{self.settings.control.metrics}/metrics",
+                "metrics": self._page(metrics_of("control")),
             },
             "gateways": [
                 {
                     "name": name,
                     "url": f"http://127.0.0.1:{self.ports[name]}",
-                    "metrics": f"http://127.0.0.1:{self.ports[metrics_of(name)]}/metrics",
+                    "metrics": self._page(metrics_of(name)),
                 }
                 for name in self.gateways
             ],
@@ -84,7 +87,8 @@ def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = Fa
     """
     gateways = [f"gateway-{number}" for number in range(1, given.gateway.processes + 1)]
     names = ["valkey", "control", "nodes", "stats", *gateways, *fleet.names]
-    names += [metrics_of(name) for name in ("control", *gateways)]
+    names += [metrics_of("control")] if given.control.metrics else []
+    names += [metrics_of(name) for name in gateways if given.gateway.metrics]
     names += [monitoring.PROMETHEUS, monitoring.ALERTMANAGER] if monitored else []
     before = {name: port for name, port in (read_json(state.ports_file) or {}).items() if isinstance(port, int)}
     chosen = ports.choose(names, before, avoid=(given.edge.port,))
@@ -148,7 +152,7 @@ def _effective(
             "gateway": given.gateway.model_copy(
                 update={
                     "listen": f"127.0.0.1:{chosen['gateway-1']}",
-                    "metrics": f"127.0.0.1:{chosen[metrics_of('gateway-1')]}",
+                    "metrics": _metrics(chosen, "gateway-1"),
                     "nodes_url": f"http://127.0.0.1:{chosen['nodes']}",
                     "control_url": f"http://127.0.0.1:{chosen['control']}",
                     "spool": state.spool,
@@ -158,7 +162,7 @@ def _effective(
             "control": given.control.model_copy(
                 update={
                     "listen": f"127.0.0.1:{chosen['control']}",
-                    "metrics": f"127.0.0.1:{chosen[metrics_of('control')]}",
+                    "metrics": _metrics(chosen, "control"),
                     "state": state.root,
                     "haproxy_socket": state.socket("master.sock"),
                 }
@@ -195,12 +199,17 @@ def metrics_of(name: str) -> str:
     return f"{name}-metrics"
 
 
+def _metrics(chosen: Mapping[str, int], name: str) -> str:
+    """The address of a program's metrics; "" where its settings want none."""
+    return f"127.0.0.1:{chosen[metrics_of(name)]}" if metrics_of(name) in chosen else ""
+
+
 def _gateway(state: StateFolder, name: str, chosen: Mapping[str, int], settings: Settings) -> Program:
     log = settings.gateway.access_log
     env = {
         "CORRAL_GATEWAY__NAME": name,
         "CORRAL_GATEWAY__LISTEN": f"127.0.0.1:{chosen[name]}",
-        "CORRAL_GATEWAY__METRICS": f"127.0.0.1:{chosen[metrics_of(name)]}",
+        "CORRAL_GATEWAY__METRICS": _metrics(chosen, name),
         # Not through the supervisor's pipe: a slow reader there would hold up the token path.
         "CORRAL_GATEWAY__ACCESS_LOG": str(state.logs / f"{name}.access.log") if log == "-" else log,
     }
