@@ -59,6 +59,22 @@ def test_what_is_exported_elsewhere_is_exported_at_all() -> None:
         assert f'"{name.removesuffix("_total")}"' in sources, name
 
 
+def test_the_table_of_alerts_is_that_of_the_rules() -> None:
+    text = (REPOSITORY / "docs/monitoring.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| \[(\w+)\]\(runbooks/(\w+)\.md\) \| ([^|]+) \| ([^|]+) \|", text, re.MULTILINE)
+    rules: dict[str, tuple[list[str], list[str]]] = {}
+    for rule in monitoring.alerts():
+        severities, times = rules.setdefault(rule["alert"], ([], []))
+        severities.append(rule["labels"]["severity"])
+        times.append(rule["for"])
+    told = {name: (severity, time) for name, _, severity, time in table}
+    assert all(name == runbook for name, runbook, _, _ in table)
+    assert told == {
+        name: (", ".join(dict.fromkeys(severities)), ", ".join(dict.fromkeys(times)))
+        for name, (severities, times) in rules.items()
+    }
+
+
 def blocks(language: str) -> Iterator[tuple[str, str]]:
     """(runbook, line) of the blocks of a language in the runbooks of alerts."""
     for name in sorted({rule["alert"] for rule in monitoring.alerts()}):
