@@ -160,7 +160,7 @@ class MonitoringSettings(Section):
     slack_webhook_file: Path | None = Field(None, description="File with the address of a Slack webhook.")
     slack_channel: str = Field("#llm-alerts", pattern=r"^[#@]?[\w.-]{1,80}$", description="Channel for alerts.")
     runbooks: str = Field(
-        "", pattern=r"^(https?://\S+[^/\s])?$", description="Where alerts link to the runbooks, if not as the rules say."
+        "", pattern=r"^(https?://\S+[^/\s])?$", description="Where the runbooks are that alerts link to, if elsewhere."
     )
 
 
