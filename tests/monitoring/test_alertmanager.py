@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ from support import monitoring
 from support.monitoring import MONITORING, program
 from support.process import Process, free_port, until
 from support.receivers import Receivers, receivers
-from support.servers import Server, answers
+from support.servers import REPOSITORY, Server, answers
 
 from corral.config.alertmanager import CONTROL, SLACK, AlertmanagerPlan, render
 
@@ -196,6 +198,19 @@ def test_a_worse_alert_keeps_what_follows_from_it_quiet(
     send(manager, source, target, ended=True)
     assert bool(state[target["alertname"] + "warning"]["inhibitedBy"]) == quiet
     assert state[source["alertname"] + "critical"]["inhibitedBy"] == []
+
+
+def test_the_documented_ways_to_silence_work(manager: Server) -> None:
+    text = (REPOSITORY / "docs/monitoring.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^amtool .+$", text, re.MULTILINE)
+    assert any(" silence add " in line for line in lines)
+    for line in lines:
+        _, *arguments = shlex.split(line.replace("http://127.0.0.1:9093", manager.url))
+        amtool(*arguments)
+    silences = httpx.get(manager.url + "/api/v2/silences").json()
+    assert [silence["comment"] for silence in silences] == ["a new GPU"]
+    for silence in silences:
+        httpx.delete(f"{manager.url}/api/v2/silence/{silence['id']}").raise_for_status()
 
 
 @pytest.mark.parametrize("secret", ["absent", "empty", "there"])

@@ -60,9 +60,12 @@ class Receivers:
         self.slack.append(message)
         return 200, "ok"
 
-    def told(self, name: str, status: str, **labels: str) -> float:
-        """When control first heard that an alert was ``firing`` or ``resolved`` (monotonic); 0 if it has not."""
-        for message in list(self.control):
+    def told(self, name: str, status: str, since: float = 0.0, **labels: str) -> float:
+        """When control first heard after ``since`` that an alert was ``firing`` or ``resolved``; 0 if it has not.
+
+        Both are monotonic seconds.
+        """
+        for message in [message for message in list(self.control) if message["at"] > since]:
             for alert in message["alerts"]:
                 has = alert["labels"]
                 if alert["status"] == status and has["alertname"] == name and labels.items() <= has.items():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -33,10 +34,14 @@ DEFAULT = PrometheusPlan()
 def render(plan: PrometheusPlan) -> str:
     """The whole prometheus.yml of ``plan``."""
     whole = {"scrape_interval": "15s", "evaluation_interval": "15s"}
+    alerting: dict[str, Any] = {"alertmanagers": [{"static_configs": [{"targets": [plan.alertmanager]}]}]}
+    if plan.runbooks:
+        # The rules make links of it; on an alert it would be noise.
+        alerting |= {"alert_relabel_configs": [{"action": "labeldrop", "regex": "runbooks"}]}
     config = {
         "global": whole | ({"external_labels": {"runbooks": plan.runbooks}} if plan.runbooks else {}),
         "rule_files": [plan.rules],
-        "alerting": {"alertmanagers": [{"static_configs": [{"targets": [plan.alertmanager]}]}]},
+        "alerting": alerting,
         "scrape_configs": [
             # Control says in an instant what has changed; asking for it costs nothing.
             {

@@ -167,6 +167,9 @@ class MonitoringSettings(Section):
     haproxy: ListenOrNone = Field("", description="Where Prometheus finds HAProxy's /metrics, if not as it listens.")
     slack_webhook_file: Path | None = Field(None, description="File with the address of a Slack webhook.")
     slack_channel: str = Field("#llm-alerts", pattern=r"^[#@]?[\w.-]{1,80}$", description="Channel for alerts.")
+    runbooks: str = Field(
+        "", pattern=r"^(https?://\S+[^/\s])?$", description="Where the runbooks are that alerts link to, if elsewhere."
+    )
 
 
 class HaproxySettings(Section):

@@ -46,7 +46,9 @@ def plan(settings: Settings, ports: Mapping[str, int], state: StateFolder) -> Mo
     if not settings.control.metrics:
         raise StackError('--monitoring needs control.metrics: with "" there is nothing to scrape')
     chosen = {name: ports[name] for name in _PROGRAMS}
-    prometheus = PrometheusPlan(settings.control.metrics, f"127.0.0.1:{chosen[ALERTMANAGER]}", "rules/*.yml")
+    prometheus = PrometheusPlan(
+        settings.control.metrics, f"127.0.0.1:{chosen[ALERTMANAGER]}", "rules/*.yml", settings.monitoring.runbooks
+    )
     alertmanager = AlertmanagerPlan(
         control_url=f"http://{settings.control.metrics}/internal/alerts",
         slack_webhook_file=_slack(settings),
