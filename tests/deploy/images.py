@@ -65,7 +65,17 @@ def provide(docker: Docker, corral: str) -> str:
         _build(docker, PYTHON, HERE / "python")
         for image in named():
             _build(docker, image, HERE / STAND_INS[image.partition(":")[0]])
-    docker("build", "--network", "host", "-q", "-t", corral, str(ROOT / "api-gateway"), timeout=600)
+    docker(
+        "build",
+        "--network",
+        "host",
+        "-q",
+        *("--build-arg", "VERSION=dev"),
+        "-t",
+        corral,
+        str(ROOT / "api-gateway"),
+        timeout=600,
+    )
     return "official images" if pulled else "stand-ins"
 
 

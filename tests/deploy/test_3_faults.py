@@ -41,7 +41,11 @@ def test_what_is_not_on_the_token_path_loses_nothing(site: Site, say: list[str],
 
 
 def test_a_node_loses_nothing(site: Site, say: list[str]) -> None:
-    load = _killed(site, say, "ollama-1", lambda load: load.more(3, "ollama-1", seconds=60))
+    def streams(load: Load) -> None:
+        begun = load.streaming
+        load.until(lambda _: any(answer.node == "ollama-1" for answer in list(begun.values())), "ollama-1 streams", 60)
+
+    load = _killed(site, say, "ollama-1", streams, tokens=[48])
     # What had begun to stream is ended in the form of its API, and never silently; all else is answered elsewhere.
     assert load.unlike(WHOLE, TOLD) == []
     told = [answer for answer in load.answers if answer.fate == TOLD]
