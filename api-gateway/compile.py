@@ -23,6 +23,7 @@ MODULES = (
     "gateway/exchange.py",
     "gateway/journal.py",
     "gateway/listen.py",
+    "gateway/metrics.py",
     "gateway/recover.py",
     "gateway/relay.py",
     "gateway/route.py",

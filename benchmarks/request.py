@@ -207,6 +207,7 @@ def gateways(
             "gateway": {
                 "listen": f"127.0.0.1:{port}",
                 "name": f"gateway-{number}",
+                "metrics": "",
                 "nodes_url": f"http://127.0.0.1:{node}",
                 "control_url": f"http://127.0.0.1:{control}",
                 "spool": str(folder / "spool"),

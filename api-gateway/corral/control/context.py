@@ -9,9 +9,11 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from corral.config.settings import Settings
+from corral.control.alerts import Alerts
 from corral.control.haproxy import HaproxyReloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
+from corral.control.usage import Usage
 from corral.store.database import Database
 from corral.store.valkey import Valkey
 
@@ -29,6 +31,8 @@ class Control:
     hub: Hub
     haproxy: HaproxyReloader
     valkey: Valkey
+    usage: Usage
+    alerts: Alerts
 
 
 def _control(request: Request) -> Control:

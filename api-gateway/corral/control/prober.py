@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from corral.control.measured import Measured
+
 INTERVAL = 1.0
 TIMEOUT = 2.0
 TAGS_INTERVAL = 5.0
@@ -36,6 +38,7 @@ class Member:
     tags: list[dict[str, Any]] = field(default_factory=list)
     ps: list[dict[str, Any]] = field(default_factory=list)
     tags_at: float = 0.0
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def state(self) -> str:
@@ -152,11 +155,14 @@ class Fleet:
                     member.tags, member.version, member.tags_at = tags, version, now
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
             member.misses += 1
+            member.measured.probe_failures += 1
             member.error = reason(error)
             if member.misses >= MISSES:
                 member.up = False
             return
         member.ps = ps
+        member.measured.held(entry["name"] for entry in member.tags)
+        member.measured.resident(names, now)
         member.up, member.misses, member.error = True, 0, None
 
     async def _models(self, member: Member, path: str) -> list[dict[str, Any]]:

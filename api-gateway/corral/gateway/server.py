@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 from corral.config.settings import Settings
 from corral.gateway import settle
 from corral.gateway.exchange import Exchange
+from corral.gateway.exposition import Exposition
 from corral.gateway.journal import Journal, nothing
 from corral.gateway.listen import ClientConnection
+from corral.gateway.metrics import Metrics
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Feed, Snapshot
@@ -56,7 +58,9 @@ class Gateway:
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
         default = settings.limits.default
         self.snapshot = Snapshot(default.rpm, default.concurrency)
-        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache)
+        self.metrics = Metrics(self.snapshot)
+        self.exposition = Exposition(self, gateway.metrics)
+        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
         self.store = Valkey(settings.store.valkey, scripts=(ADMIT, RENEW_SCRIPT))
         self.changes = Valkey(settings.store.valkey)
         self.limits = Limits(self.store, self.name, settings.limits.on_store_failure)
@@ -128,6 +132,7 @@ class Gateway:
     def refuse_unread(self, exchange: Exchange, error: ApiError, sent: int) -> None:
         """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
         record = settle.settled(exchange, error.status, "refused", sent, time.monotonic())
+        self.metrics.settled(exchange, record)
         self.journal.record(record, nothing, access=True)
 
     # -- life
@@ -135,6 +140,7 @@ class Gateway:
     async def serve(self, host: str, port: int) -> None:
         """Serve until SIGTERM or SIGINT, then drain: end what runs, ship the spool."""
         self.feed.load()
+        await self.exposition.start()
         tasks = [
             self.loop.create_task(work)
             for work in (
@@ -170,6 +176,7 @@ class Gateway:
             self.journal.close()
             self.upstreams.close()
             await self.shipper.drain()
+            await self.exposition.close()
 
     async def _drain(self) -> None:
         for connection in list(self.connections):
@@ -193,6 +200,10 @@ class Gateway:
             for exchange in list(self.running):
                 exchange.check(now)
             self.upstreams.sweep(now)
+
+    def _tell(self) -> dict[str, str]:
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""
+        return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
 
     def _changed(self, message: Any) -> None:
         self.feed.poke()

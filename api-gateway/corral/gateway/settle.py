@@ -18,6 +18,8 @@ def outcome_of(status: int) -> str:
         return "ok"
     if status < 500:
         return OUTCOMES.get(status, "refused")
+    if status == 501:
+        return "refused"  # a route that this version does not serve
     return "overloaded" if status == 503 else "upstream_error"
 
 
