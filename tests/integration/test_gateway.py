@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -459,10 +460,11 @@ def test_concurrency(gw: Gateway) -> None:
 def test_exactly_the_limit_is_admitted_under_concurrency(gw: Gateway) -> None:
     key = gw.new_key(rpm=30, concurrency=1000)
     headers = {"Authorization": f"Bearer {key}"}
+    began = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
         codes = [f.result().status_code for f in [pool.submit(gw.post, headers=headers) for _ in range(60)]]
     # One request comes back each two seconds, and these took a moment.
-    assert 30 <= codes.count(200) <= 34
+    assert 30 <= codes.count(200) <= 31 + (time.monotonic() - began) / 2
     assert codes.count(429) == 60 - codes.count(200)
 
 
