@@ -168,6 +168,9 @@ def test_refusals_have_their_reasons(watched: Watched) -> None:
     before = watched.sum("corral_refusals_total", reason="unauthorized")
     httpx.get(watched.stack.url + "/api/tags")
     assert watched.sum("corral_refusals_total", reason="unauthorized") == before + 1
+    unread = watched.sum("corral_refusals_total", reason="other")
+    assert httpx.post(watched.stack.url + "/api/chat", headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert watched.sum("corral_refusals_total", reason="other") == unread + 1
     made = watched.stack.corral("keys", "create", "narrow", "--rpm", "1")
     narrow = {"Authorization": f"Bearer {made['key']}"}
     statuses = []
