@@ -1,4 +1,4 @@
-"""The canary before a real Ollama: it gets its token, loads nothing, and keeps no model longer than it would have stayed."""
+"""The canary before a real Ollama: it gets its token, loads nothing, and no model stays longer for it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ def runners(log: Path) -> int:
 async def canaries(url: str, count: int) -> Member:
     """Probe a node and send canaries until so many have got their token."""
     fleet, member = Fleet(), Member("a", url)
-    answered: list[float] = []
+    answered: set[float | None] = {None}
+    enough = asyncio.Event()
 
     async def nobody(name: str) -> int | None:
-        if member.measured.canary_success and member.measured.canary_success not in answered:
-            answered.append(member.measured.canary_success)
+        answered.add(member.measured.canary_success)
+        if len(answered) > count:
+            enough.set()
         return None
 
     await fleet.start([member])
     task = asyncio.create_task(Canary(fleet, CanarySettings(interval=0.2, timeout=30.0), {}, nobody).run())
     try:
         async with asyncio.timeout(90):
-            while len(answered) < count:
-                await asyncio.sleep(0.1)
+            await enough.wait()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
