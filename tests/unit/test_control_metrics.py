@@ -166,6 +166,24 @@ def test_loads_are_what_was_seen_to_come() -> None:
     assert measured.residents["a"].fresh
 
 
+def test_the_load_that_a_request_waited_for() -> None:
+    measured = Measured()
+    measured.resident(set(), 1.0)
+    measured.resident({"a"}, 2.0)
+    measured.residents["a"].appeared = 1000.0
+    measured.waited("a", 999.0, 1100.0)
+    measured.waited("a", 992.0, 999.5)
+    measured.waited("a", 995.0, 1000.5)
+    assert measured.load_seconds == {"a": 7.5}, "the one that waited longest saw it from its begin"
+    measured.waited("a", 980.0, 990.0)
+    measured.waited("a", 1001.0, 1002.0)
+    measured.waited("b", 992.0, 999.5)
+    assert measured.load_seconds == {"a": 7.5}, "these waited for no load of this one"
+    measured.residents["a"].fresh = False
+    measured.waited("a", 900.0, 1000.0)
+    assert measured.load_seconds == {"a": 7.5}, "it was there before control was"
+
+
 def test_one_hung_runner_is_enough() -> None:
     measured = Measured()
     measured.resident({"a", "b"}, 1.0)
@@ -180,8 +198,10 @@ def test_one_hung_runner_is_enough() -> None:
 
 def test_whose_turn_it_is() -> None:
     assert due({}, 100.0, 15.0) is None
-    assert due({"a": Residence(1.0, False, 90.0), "b": Residence(1.0, False)}, 100.0, 15.0) == "b", "the new one first"
-    known = {"a": Residence(1.0, False, 90.0), "b": Residence(1.0, False, 60.0)}
+    assert due({"a": Residence(1.0, False, tried=90.0), "b": Residence(1.0, False)}, 100.0, 15.0) == "b", (
+        "the new one first"
+    )
+    known = {"a": Residence(1.0, False, tried=90.0), "b": Residence(1.0, False, tried=60.0)}
     assert due(known, 100.0, 15.0) is None
     assert due(known, 105.0, 15.0) == "b", "in turn"
 
@@ -295,7 +315,7 @@ class Members:
 
 def row(**fields: Any) -> dict[str, Any]:
     known = {"key": "known", "outcome": "ok", "node": "a", "model": "m", "prompt_tokens": 7, "tokens": 21}
-    return {**known, "ttft_ms": 100.0, "ms": 1100.0, **fields}
+    return {**known, "ttft_ms": 100.0, "ms": 1100.0, "ts": 1.0, "queue_ms": 1.0, "attempts": 1, **fields}
 
 
 def test_usage_of_known_keys_alone() -> None:
