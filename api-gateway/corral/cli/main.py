@@ -20,6 +20,7 @@ _COMMANDS = {
     "audit": "audit",
     "config": "config",
     "logs": "logs",
+    "loadtest": "loadtest",
     "serve": "serve",
 }
 

@@ -1,0 +1,62 @@
+"""How a run goes, while it goes: one line that is written anew on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from time import perf_counter
+from typing import TextIO
+
+from corral.loadtest.histogram import Histogram
+from corral.loadtest.measure import Recorder
+from corral.loadtest.units import seconds
+
+EVERY = 5.0
+RECENT = 2.0
+
+
+class Progress:
+    """Writes to ``out``. Elsewhere than on a terminal a line comes each ``EVERY`` seconds."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._terminal = out.isatty()
+        self._last = perf_counter()
+
+    def __call__(self, recorder: Recorder, over: bool) -> None:
+        """Say how it stands."""
+        now = perf_counter()
+        if not self._terminal and not over and now - self._last < EVERY:
+            return
+        self._last = now
+        text = line(recorder, now)
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._out.write("\r" + text[:width].ljust(width) + ("\n" if over else ""))
+        else:
+            self._out.write(text + "\n")
+        self._out.flush()
+
+
+def line(recorder: Recorder, now: float) -> str:
+    """The state in one line; rates and times are those of the last seconds."""
+    elapsed = max(1e-9, now - recorder.start)
+    group, series = recorder.total.group, recorder.series
+    count = max(1, round(RECENT / series.seconds))
+    recent = series.slices[-count - 1 : -1] or series.slices[-1:]
+    ttft, e2e = Histogram(), Histogram()
+    for part in recent:
+        ttft.merge(part.ttft)
+        e2e.merge(part.e2e)
+    span = min(elapsed, len(recent) * series.seconds)
+    parts = [f"{elapsed:6.1f} s", f"under way {recorder.in_flight}", f"done {group.ok}"]
+    if group.failed:
+        parts.append(f"failed {group.failed}")
+    parts += [
+        f"{sum(part.ok for part in recent) / span:.1f} req/s",
+        f"{sum(p.tokens for p in recent) / span:.0f} tok/s",
+    ]
+    for name, histogram in (("first token", ttft), ("end", e2e)):
+        if histogram.count:
+            p50, p95 = histogram.percentiles((50, 95))
+            parts.append(f"{name} p50 {seconds(p50)} p95 {seconds(p95)}")
+    return "  ".join(parts)
