@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from corral.loadtest.result import MEASURES, Result
 from corral.loadtest.summary import align, value
 from corral.loadtest.units import number, percent
@@ -54,8 +56,17 @@ def change_text(row: dict[str, Any]) -> str:
     return "-" if row["change"] is None else f"{row['change']:+.1%}"
 
 
+def differences(first: Result, second: Result) -> list[str]:
+    """In what the two loads differ: a change of a figure may come from there."""
+    before, after = msgspec.structs.asdict(first.load), msgspec.structs.asdict(second.load)
+    named = {name.replace("_", " ") for name in before if name != "description" and before[name] != after[name]}
+    return sorted(named | ({"machine"} if first.machine != second.machine else set()))
+
+
 def text(first: Result, second: Result) -> str:
     """The table for a terminal."""
+    differing = differences(first, second)
+    note = f"\n\nwarning: the loads differ in {', '.join(differing)}" if differing else ""
     table = [["", "first", "second", "change"]]
     table += [[row["figure"], row["first_text"], row["second_text"], change_text(row)] for row in rows(first, second)]
-    return "\n".join(align(table))
+    return "\n".join(align(table)) + note

@@ -28,7 +28,7 @@ def page(result: Result, other: Result | None = None) -> str:
     parts += [_section("Distributions", _distributions(result, other))]
     if other is None:
         parts += [_section("Over time", _over_time(result)), _latencies(result), _errors(result)]
-        for title, groups in (("models", result.by_model), ("keys", result.by_key), ("nodes", result.by_node)):
+        for title, groups in (("model", result.by_model), ("key", result.by_key), ("node", result.by_node)):
             parts.append(_groups(f"By {title}", groups))
     parts += [_made(result, "How it was run" if other is None else "How the first was run")]
     if other is not None:
@@ -126,7 +126,9 @@ def _distributions(result: Result, other: Result | None) -> str:
             continue
         wide = max(points) > 20 * min(points)
         x = Axis(f"{MEASURES[measure]}{', logarithmic' if wide else ''}", tick, None if wide else 0.0, None, wide)
-        drawn.append(lines(f"Share of answers by {MEASURES[measure]}", series, x, Axis("", _whole_percent, 0.0, 1.0)))
+        drawn.append(
+            lines(f"{MEASURES[measure].capitalize()}: share within", series, x, Axis("", _whole_percent, 0.0, 1.0))
+        )
     return _charts(drawn)
 
 
@@ -229,7 +231,9 @@ def _compared(first: Result, second: Result) -> str:
         state = {True: ' class="good"', False: ' class="bad"', None: ""}[row["better"]]
         cells = f"<td>{escape(row['first_text'])}</td><td>{escape(row['second_text'])}</td>"
         rows.append(f"<tr><th>{escape(row['figure'])}</th>{cells}<td{state}>{comparison.change_text(row)}</td></tr>")
-    return _section("Figures", _card(("", "first", "second", "change"), rows))
+    differing = comparison.differences(first, second)
+    note = _warning(f"The loads differ in {', '.join(differing)}.") if differing else ""
+    return note + _section("Figures", _card(("", "first", "second", "change"), rows))
 
 
 def _made(result: Result, title: str) -> str:
@@ -270,7 +274,9 @@ def _charts(drawn: Iterable[str]) -> str:
 
 
 def _card(heads: Sequence[str], rows: Sequence[str]) -> str:
-    head = f"<thead><tr>{''.join(f'<th>{escape(text)}</th>' for text in heads)}</tr></thead>" if heads else ""
+    left = {"reason": " class=text"}
+    cells = "".join(f"<th{left.get(text, '')}>{escape(text)}</th>" for text in heads)
+    head = f"<thead><tr>{cells}</tr></thead>" if heads else ""
     return f'<div class="card"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
