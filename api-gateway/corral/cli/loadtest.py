@@ -81,7 +81,10 @@ def run(as_json: bool, state: str | None, **given: Any) -> None:
         data, page = files.save(folder, result)
     except LoadTestError as error:
         common.fail(str(error), as_json)
-    click.echo(encode(result).decode() if as_json else f"\n{summary.text(result)}\n\nreport  {page}\ndata    {data}")
+    if as_json:
+        _write(encode(result))
+    else:
+        click.echo(f"\n{summary.text(result)}\n\nreport  {page}\ndata    {data}")
     failed = [verdict.text for verdict in result.thresholds if not verdict.passed]
     if failed:
         click.echo(f"corral: failed: {', '.join(failed)}", err=True)
@@ -180,6 +183,14 @@ def _url(state: str | None) -> str:
     if not running(folder) or "url" not in stack:
         raise StackError(f"nothing runs with the state folder {folder.root}: `corral up`, or give --url")
     return str(stack["url"])
+
+
+def _write(data: bytes) -> None:
+    """All of it on standard output; an unbuffered one takes a part where a signal comes in between."""
+    out, rest = click.get_binary_stream("stdout"), memoryview(data)
+    while rest:
+        rest = rest[out.write(rest) :]
+    out.flush()
 
 
 def _command() -> str:

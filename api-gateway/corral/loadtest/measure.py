@@ -45,7 +45,6 @@ def summary(histogram: Histogram, with_cdf: bool = True) -> Summary:
     if not histogram.count:
         return Summary()
     p50, p90, p95, p99 = histogram.percentiles(PERCENTILES)
-    shares = _CDF if with_cdf else []
     return Summary(
         count=histogram.count,
         mean=histogram.mean,
@@ -57,8 +56,18 @@ def summary(histogram: Histogram, with_cdf: bool = True) -> Summary:
         p99=p99,
         max=histogram.greatest,
         exact=histogram.exact,
-        cdf=[(round(v, 6), round(s / 100, 6)) for v, s in zip(histogram.percentiles(shares), shares, strict=True)],
+        cdf=_cdf(histogram) if with_cdf else [],
     )
+
+
+def _cdf(histogram: Histogram) -> list[tuple[float, float]]:
+    points: list[tuple[float, float]] = []
+    for value, share in zip(histogram.percentiles(_CDF), _CDF, strict=True):
+        point = (round(value, 6), round(share / 100, 6))
+        if len(points) > 1 and points[-2][0] == points[-1][0] == point[0]:
+            points.pop()
+        points.append(point)
+    return points
 
 
 class _Tally:

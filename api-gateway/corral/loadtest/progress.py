@@ -15,12 +15,12 @@ RECENT = 2.0
 
 
 class Progress:
-    """Writes to ``out``. Elsewhere than on a terminal a line comes each ``EVERY`` seconds."""
+    """Writes to ``out``. Elsewhere than on a terminal a line comes after a second, then each ``EVERY`` seconds."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._terminal = out.isatty()
-        self._last = perf_counter()
+        self._last = perf_counter() + 1.0 - EVERY
 
     def __call__(self, recorder: Recorder, over: bool) -> None:
         """Say how it stands."""

@@ -23,7 +23,7 @@ MEASURES = {
 class Summary(msgspec.Struct, forbid_unknown_fields=True):
     """Samples of one measure. ``exact``: percentiles are those of the samples, else within 0.5%.
 
-    ``cdf``: (value, share of samples up to it), ascending.
+    ``cdf``: (value, share of samples up to it), ascending; of like values the first and the last.
     """
 
     count: int = 0
@@ -157,8 +157,8 @@ class Result(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def encode(result: Result) -> bytes:
-    """As JSON, indented."""
-    return msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
+    """As JSON, one line."""
+    return msgspec.json.encode(result) + b"\n"
 
 
 def schema() -> dict[str, Any]:

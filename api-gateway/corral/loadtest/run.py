@@ -153,7 +153,6 @@ class _Runner:
                 what = answers.KINDS.get(answer.kind, answer.kind)
                 raise LoadTestError(
                     f"a warm-up request for {model} failed, and nothing was measured: {what}: {answer.reason}"
-                    " (--warmup 0 goes on without)"
                 )
 
     async def _watching(self) -> None:

@@ -18,12 +18,8 @@ def tick(value: float) -> str:
     """A round time, as an axis has it."""
     if value == 0:
         return "0"
-    for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if value >= size * 0.9999:
-            return (
-                f"{value / size:g} {unit}" if value / size == round(value / size, 9) else f"{value / size:.3g} {unit}"
-            )
-    return f"{value * 1e6:.3g} us"
+    size, unit = (1.0, "s") if value >= 0.9999 else (1e-3, "ms") if value >= 0.9999e-3 else (1e-6, "us")
+    return f"{float(f'{value / size:.4g}'):g} {unit}"
 
 
 def number(value: float) -> str:
