@@ -6,6 +6,7 @@ import http.server
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -161,6 +162,44 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
             target.accept()
     assert found.total.errors == {"redirect": ErrorKind(5, {"status 307": 5})}
     assert len(asked) == 5
+
+
+def test_https_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
+    class Speaks(http.server.BaseHTTPRequestHandler):
+        """HTTP/1.0: the answer ends with its connection."""
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(
+                b'{"message":{"content":"a"}}\n{"message":{"content":"b"}}\n{"done":true,"eval_count":2}\n'
+            )
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+    class Quiet(http.server.ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that does not trust it leaves."""
+
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with Quiet(("127.0.0.1", 0), Speaks) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"https://localhost:{server.server_port}"
+        trusted, _ = loadtest.run(url, tmp_path / "a", *SMALL, "--ca", str(tmp_path / "cert.pem"))
+        unknown, _ = loadtest.run(url, tmp_path / "b", *SMALL)
+        server.shutdown()
+        thread.join()
+    assert (trusted.total.ok, trusted.total.output_tokens) == (40, 80)
+    assert unknown.total.errors["connect"].count == 40
+    assert "the certificate is not trusted" in next(iter(unknown.total.errors["connect"].reasons))
 
 
 def test_a_failed_warm_up_measures_nothing(node: str, tmp_path: Path) -> None:

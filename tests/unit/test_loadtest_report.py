@@ -105,6 +105,13 @@ def test_the_command_makes_a_page_again_and_compares(made: result.Result, tmp_pa
     assert {row["figure"] for row in shown["comparison"]} >= {"requests a second", "time to first token, p95"}
 
 
+def test_the_command_prints_the_schema() -> None:
+    done = CliRunner().invoke(cli, ["loadtest", "report", "--schema"])
+    assert done.exit_code == 0
+    assert set(msgspec.json.decode(done.stdout)["$defs"]) >= {"Result", "Group", "Summary", "Slot"}
+    assert CliRunner().invoke(cli, ["loadtest", "report"]).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("low", "high", "log"),
     [(0.0, 1.0, False), (0.0, 0.00031, False), (3.0, 3.0, False), (0.0, 0.0, False), (1e-6, 90.0, True)],

@@ -41,7 +41,9 @@ def command() -> None:
 @click.option("--trace", metavar="azure|mooncake|FILE", help="As a real service was asked (times and lengths).")
 @click.option("--speed", type=click.FloatRange(0, 1e6, min_open=True), default=1.0, help="How fast a trace is played.")
 @click.option(
-    "--requests", type=click.IntRange(1, 1_000_000), help="At most.  [default: 100 where no --duration is given]"
+    "--requests",
+    type=click.IntRange(1, 1_000_000),
+    help="At most.  [default: 100, or all of a trace, or what --duration bounds]",
 )
 @click.option("--duration", type=Span(), help="For how long requests begin.  [default: 10m at most]")
 @click.option("--prompt-tokens", default="64", show_default=True, metavar="N|DIST", help="64, 64-512, exp:256, …")
@@ -199,17 +201,25 @@ def _command() -> str:
 
 
 @command.command("report")
-@click.argument("result", type=click.Path(path_type=Path))
+@click.argument("result", type=click.Path(path_type=Path), required=False)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: beside RESULT]")
 @click.option("--compare", type=click.Path(path_type=Path), metavar="OTHER", help="Another result, shown beside.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of a result, and nothing else.")
 @common.options
-def report(result: Path, output: Path | None, compare: Path | None, as_json: bool, state: str | None) -> None:
+def report(
+    result: Path | None, output: Path | None, compare: Path | None, schema: bool, as_json: bool, state: str | None
+) -> None:
     """Make the report of a result.json again, or of two side by side."""
     from corral.loadtest import comparison
     from corral.loadtest import report as pages
     from corral.loadtest import result as results
     from corral.loadtest.errors import LoadTestError
 
+    if schema:
+        click.echo(json.dumps(results.schema(), indent=2))
+        return
+    if result is None:
+        raise click.UsageError("name a result.json of `corral loadtest run`")
     try:
         first = results.read(result)
         other = results.read(compare) if compare else None
