@@ -262,6 +262,10 @@ def test_a_trace_is_played(node: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert found.total.ok == 20
     assert found.total.output_tokens == sum(min(10, at + 1) for at in range(20))
+    later, _ = loadtest.run(node, tmp_path / "later", *words, "--from", "5s", "--duration", "500ms")
+    # Of the seconds 5 to 14: each is a twentieth of a second.
+    assert later.total.output_tokens == 6 + 7 + 8 + 9 + 10 * 6
+    assert later.total.requests == later.load.requests == 10
     assert found.load.description == (
         "open loop, trace trace.csv, 20 times as fast, 20 requests in 950 ms at most, answers cut at 10"
     )

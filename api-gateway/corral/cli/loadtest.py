@@ -48,6 +48,7 @@ def command() -> None:
 @click.option("--duration", type=Span(), help="For how long requests begin.  [default: 10m at most]")
 @click.option("--prompt-tokens", default="64", show_default=True, metavar="N|DIST", help="64, 64-512, exp:256, …")
 @click.option("--max-tokens", default="64", show_default=True, metavar="N|DIST", help="Length of an answer, likewise.")
+@click.option("--from", "since", type=Span(), default="0s", help="From which time of a trace on.")
 @click.option("--cap-prompt", type=click.IntRange(1), metavar="N", help="Cut a trace's prompts to N tokens.")
 @click.option("--cap-output", type=click.IntRange(1), metavar="N", help="Cut a trace's answers to N tokens.")
 @click.option("--stream/--no-stream", default=True, help="Whether answers are streamed.  [default: --stream]")
@@ -108,8 +109,10 @@ def _options(given: dict[str, Any], state: str | None) -> tuple[Any, list[Any]]:
     if route not in ROUTES:
         raise click.UsageError(f"--api {route[0]} has no --route {route[1]}")
     kind = _usage(arguments.mode, given["closed"], given["rate"], given["poisson"], given["trace"])
-    if given["trace"] is None and (given["cap_prompt"] or given["cap_output"] or given["speed"] != 1.0):
-        raise click.UsageError("--cap-prompt, --cap-output and --speed go with --trace")
+    if given["trace"] is None and (
+        given["cap_prompt"] or given["cap_output"] or given["speed"] != 1.0 or given["since"]
+    ):
+        raise click.UsageError("--speed, --from, --cap-prompt and --cap-output go with --trace")
     judged = [_usage(thresholds.parse, text) for text in given["threshold"]]
     objectives = _usage(arguments.objectives, given["slo"])
     prompt, output = (_named(lengths.parse, given, name) for name in ("prompt_tokens", "max_tokens"))
@@ -117,7 +120,7 @@ def _options(given: dict[str, Any], state: str | None) -> tuple[Any, list[Any]]:
     models = _usage(arguments.models, given["model"], given["zipf"])
     if not 0 < given["timeout"] <= arguments.DURATION_MAX:
         raise click.UsageError("--timeout is from 1ms to 24h")
-    arrivals = arguments.arrivals_of(kind, given["trace"])
+    arrivals = _usage(arguments.arrivals_of, kind, given["trace"], given["since"])
     requests, seconds = _usage(arguments.bounds, kind, given["requests"], given["duration"], arrivals, given["speed"])
     target = guard.target(given["url"] or _url(state), given["i_may_load"], os.environ)
     tls = _usage(arguments.tls, target.tls, given["ca"])
@@ -139,6 +142,7 @@ def _options(given: dict[str, Any], state: str | None) -> tuple[Any, list[Any]]:
         trace=Path(given["trace"]).name if given["trace"] else "",
         arrivals=arrivals,
         speed=given["speed"],
+        since=given["since"],
         prompt_tokens=None if arrivals else prompt,
         max_tokens=None if arrivals else output,
         cap_prompt=given["cap_prompt"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import ssl
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,9 @@ def bounds(
     if seconds is not None and not 0 < seconds <= DURATION_MAX:
         raise ValueError("--duration is from 1ms to 24h")
     if kind == schedule.TRACE:
-        end = arrivals[-1].at / speed + 1e-6
-        return min(requests or len(arrivals), len(arrivals)), min(seconds or DURATION_MAX, end, DURATION_MAX)
+        until = min(seconds or DURATION_MAX, arrivals[-1].at / speed + 1e-6, DURATION_MAX)
+        due = sum(arrival.at / speed < until for arrival in arrivals)
+        return min(requests or due, due), until
     if requests is None:
         return (REQUESTS, DURATION) if seconds is None else (schedule.REQUESTS_MAX, seconds)
     return requests, DURATION if seconds is None else seconds
@@ -120,6 +122,11 @@ def tls(target_tls: bool, ca: str | None) -> ssl.SSLContext | None:
         raise LoadTestError(f"--ca {ca}: {getattr(error, 'strerror', '') or error}") from None
 
 
-def arrivals_of(kind: str, trace: str | None) -> list[Arrival]:
-    """The trace, where there is one."""
-    return traces.load(trace) if kind == schedule.TRACE and trace else []
+def arrivals_of(kind: str, trace: str | None, since: float) -> list[Arrival]:
+    """The trace from ``since`` seconds on, where there is one."""
+    if kind != schedule.TRACE or not trace:
+        return []
+    later = [arrival for arrival in traces.load(trace) if arrival.at >= since]
+    if not later:
+        raise ValueError(f"--from: the trace ends before {since:g} s")
+    return [dataclasses.replace(arrival, at=arrival.at - later[0].at) for arrival in later]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 600, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 26, 14, 40
 COLOURS = 8
 
 Format = Callable[[float], str]
@@ -90,22 +90,24 @@ def lines(title: str, series: Sequence[Line], x: Axis, y: Axis) -> str:
 
 
 def _path(line: Line, across: _Scale, up: _Scale, x: Axis, y: Axis) -> str:
-    parts, pen, marks = [], "M", []
-    alone = sum(value is not None for _, value in line.points) == 1
-    for at, value in line.points:
+    parts: list[str] = []
+    marks: list[str] = []
+    dots: list[str] = []
+    values = [value for _, value in line.points]
+    for number, (at, value) in enumerate(line.points):
         if value is None:
-            pen = "M"
             continue
-        place = f"{across(at):.1f} {up(value):.1f}"
-        parts.append(f"{pen}{place}")
-        pen = "L"
+        begins = number == 0 or values[number - 1] is None
+        ends = number + 1 == len(values) or values[number + 1] is None
+        cx, cy = f"{across(at):.1f}", f"{up(value):.1f}"
+        parts.append(f"{'M' if begins else 'L'}{cx} {cy}")
         said = escape(f"{line.name}: {y.form(value)} at {x.form(at)}")
-        cx, _, cy = place.partition(" ")
-        radius = 3 if alone else 5
-        marks.append(f'<circle cx="{cx}" cy="{cy}" r="{radius}"><title>{said}</title></circle>')
+        # A point that no line leads to is drawn itself.
+        where, radius = (dots, 2.5) if begins and ends else (marks, 5)
+        where.append(f'<circle cx="{cx}" cy="{cy}" r="{radius}"><title>{said}</title></circle>')
     dash = ' stroke-dasharray="6 4"' if line.dashed else ""
-    shown = f' class="dot c{line.colour}"' if alone else ' class="hit"'
-    return f'<path class="line c{line.colour}" d="{"".join(parts)}"{dash}/><g{shown}>{"".join(marks)}</g>'
+    drawn = f'<path class="line c{line.colour}" d="{"".join(parts)}"{dash}/>'
+    return f'{drawn}<g class="dot c{line.colour}">{"".join(dots)}</g><g class="hit">{"".join(marks)}</g>'
 
 
 def bars(title: str, slots: Sequence[tuple[float, float, dict[str, int]]], x: Axis, y: Axis) -> str:

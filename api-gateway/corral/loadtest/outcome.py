@@ -72,7 +72,8 @@ def describe(load: Load) -> str:
     if load.mode == schedule.CLOSED:
         return f"closed loop, {load.concurrency} callers, {bound}"
     if load.mode == schedule.TRACE:
-        pace = "" if load.speed == 1 else f", {load.speed:g} times as fast"
+        pace = f" from {tick(load.since)} on" if load.since else ""
+        pace += "" if load.speed == 1 else f", {load.speed:g} times as fast"
         caps = [
             f"{name} cut at {cap}" for name, cap in (("prompts", load.cap_prompt), ("answers", load.cap_output)) if cap
         ]
@@ -98,6 +99,7 @@ def _load(options: Options) -> LoadPart:
         rate=load.rate,
         trace=load.trace,
         speed=load.speed,
+        since=load.since,
         prompt_tokens=load.prompt_tokens.text if load.prompt_tokens else "",
         max_tokens=load.max_tokens.text if load.max_tokens else "",
         warmup=options.warmup,

@@ -104,6 +104,7 @@ class LoadPart(msgspec.Struct, forbid_unknown_fields=True):
     rate: float
     trace: str
     speed: float
+    since: float
     prompt_tokens: str
     max_tokens: str
     warmup: int

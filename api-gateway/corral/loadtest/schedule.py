@@ -19,7 +19,7 @@ class Load:
     """What load is made. ``rate``: requests a second; ``duration``: seconds in which requests begin.
 
     ``models`` and ``keys``: (name, weight); a key's name stands for its secret, which is not here.
-    ``cap_prompt``, ``cap_output`` cut a trace's lengths (tokens).
+    ``since``: where in the trace ``arrivals`` begin (s); ``cap_prompt``, ``cap_output`` cut its lengths (tokens).
     """
 
     mode: str
@@ -32,6 +32,7 @@ class Load:
     trace: str = ""
     arrivals: Sequence[Arrival] = field(default=(), repr=False)
     speed: float = 1.0
+    since: float = 0.0
     prompt_tokens: Lengths | None = None
     max_tokens: Lengths | None = None
     cap_prompt: int | None = None
