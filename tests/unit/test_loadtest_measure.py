@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from corral.loadtest import answers, measure, result, thresholds
+from corral.loadtest import answers, measure, progress, result, thresholds
 from corral.loadtest.answers import CANCELLED, OK
 from corral.loadtest.client import Answer
 from corral.loadtest.errors import LoadTestError
@@ -149,6 +149,15 @@ def test_the_series_is_bounded_and_loses_nothing() -> None:
     assert {slot.seconds for slot in slots} == {16.0}
     told = [slot.ttft_p50 for slot in slots if slot.ttft_p50 is not None]
     assert told == pytest.approx([0.5] * len(told))
+
+
+def test_progress_tells_of_the_last_seconds() -> None:
+    recorder = recorded(*[(100.0 + at, answered([100.5 + at], 101.0 + at)) for at in range(60)])
+    counts = "  60.0 s  under way 0  done 60  1.0 req/s  1 tok/s  "
+    times = "first token p50 500 ms p95 500 ms  end p50 1.00 s p95 1.00 s"
+    assert progress.line(recorder, 160.0) == counts + times
+    assert " 0.0 req/s " in progress.line(recorder, 170.0), "what is long ago is no rate of now"
+    assert "req/s" in progress.line(Recorder(Objectives(), 100.0), 100.0)
 
 
 # -- thresholds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ _CDF = [0.5, *range(1, 96), 95.5, 96, 96.5, 97, 97.5, 98, 98.5, 99, 99.25, 99.5,
 _REASONS_MAX = 24
 _GROUPS_MAX = 64
 _SLOTS_MAX = 240
+_LATEST = 100
 OTHER = "other"
 
 
@@ -186,6 +187,8 @@ class Recorder:
         self.series = _Series()
         self.in_flight = self.in_flight_max = 0
         self.last_end = start
+        self.latest: deque[tuple[float | None, float]] = deque(maxlen=_LATEST)
+        """Time to first token and to the end of the latest whole answers."""
 
     def begun(self, due: float, late: float | None) -> None:
         """A request was sent ``late`` seconds after it was due (None: nothing said when it was due)."""
@@ -246,6 +249,7 @@ class Recorder:
             part.failed += 1
             part.errors[answer.kind] += 1
             return
+        self.latest.append((ttft, e2e))
         part.ok += 1
         part.e2e.add(e2e)
         if ttft is not None:

@@ -38,16 +38,13 @@ class Progress:
 
 
 def line(recorder: Recorder, now: float) -> str:
-    """The state in one line; rates and times are those of the last seconds."""
+    """The state: answers of the last seconds, tokens of the run so far, times of the latest answers."""
     elapsed = max(1e-9, now - recorder.start)
     group, series = recorder.total.group, recorder.series
-    count = max(1, round(RECENT / series.seconds))
-    recent = series.slices[-count - 1 : -1] or series.slices[-1:]
-    ttft, e2e = Histogram(), Histogram()
-    for part in recent:
-        ttft.merge(part.ttft)
-        e2e.merge(part.e2e)
-    span = min(elapsed, len(recent) * series.seconds)
+    end = int(elapsed / series.seconds)
+    begin = max(0, end - max(1, round(RECENT / series.seconds)))
+    recent = series.slices[begin:end] or series.slices[:1]
+    span = (end - begin) * series.seconds or elapsed
     parts = [f"{elapsed:6.1f} s", f"under way {recorder.in_flight}", f"done {group.ok}"]
     if group.failed:
         parts.append(f"failed {group.failed}")
@@ -55,8 +52,11 @@ def line(recorder: Recorder, now: float) -> str:
         f"{sum(part.ok for part in recent) / span:.1f} req/s",
         f"{sum(p.tokens for p in recent) / span:.0f} tok/s",
     ]
-    for name, histogram in (("first token", ttft), ("end", e2e)):
-        if histogram.count:
+    firsts, ends = [ttft for ttft, _ in recorder.latest if ttft is not None], [e2e for _, e2e in recorder.latest]
+    for name, values in (("first token", firsts), ("end", ends)):
+        if values:
+            histogram = Histogram()
+            histogram.extend(values)
             p50, p95 = histogram.percentiles((50, 95))
             parts.append(f"{name} p50 {seconds(p50)} p95 {seconds(p95)}")
     return "  ".join(parts)
