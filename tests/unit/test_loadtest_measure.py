@@ -156,7 +156,7 @@ def test_progress_tells_of_the_last_seconds() -> None:
     counts = "  60.0 s  under way 0  done 60  1.0 req/s  1 tok/s  "
     times = "first token p50 500 ms p95 500 ms  end p50 1.00 s p95 1.00 s"
     assert progress.line(recorder, 160.0) == counts + times
-    assert " 0.0 req/s " in progress.line(recorder, 170.0), "what is long ago is no rate of now"
+    assert " 0.0 req/s  1 tok/s " in progress.line(recorder, 170.0), "what is long ago is no rate of now"
     assert "req/s" in progress.line(Recorder(Objectives(), 100.0), 100.0)
 
 

@@ -48,10 +48,9 @@ def line(recorder: Recorder, now: float) -> str:
     parts = [f"{elapsed:6.1f} s", f"under way {recorder.in_flight}", f"done {group.ok}"]
     if group.failed:
         parts.append(f"failed {group.failed}")
-    parts += [
-        f"{sum(part.ok for part in recent) / span:.1f} req/s",
-        f"{sum(p.tokens for p in recent) / span:.0f} tok/s",
-    ]
+    parts.append(f"{sum(part.ok for part in recent) / span:.1f} req/s")
+    # Tokens are known once an answer is whole, so those of the last seconds would be too few.
+    parts.append(f"{group.output_tokens / elapsed:.0f} tok/s")
     firsts, ends = [ttft for ttft, _ in recorder.latest if ttft is not None], [e2e for _, e2e in recorder.latest]
     for name, values in (("first token", firsts), ("end", ends)):
         if values:
