@@ -15,7 +15,15 @@ from corral.cli.main import cli
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     monkeypatch.chdir(tmp_path)
-    for name in ("CORRAL_URL", "CORRAL_ADMIN_KEY", "CORRAL_CONFIG", "CORRAL_STATE", "OLLAMA_URL", "REDIS_URL"):
+    for name in (
+        "CORRAL_URL",
+        "CORRAL_ADMIN_KEY",
+        "CORRAL_CONFIG",
+        "CORRAL_STATE",
+        "CORRAL_KEY",
+        "OLLAMA_URL",
+        "REDIS_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
     return Runner(tmp_path / "state")
 
@@ -28,7 +36,7 @@ class Runner:
         return CliRunner().invoke(cli, [*arguments, "--state", str(self.state)])
 
 
-NOUNS = ["up", "down", "status", "doctor", "keys", "nodes", "models", "audit", "config", "logs", "serve"]
+NOUNS = ["up", "down", "status", "doctor", "keys", "nodes", "models", "audit", "config", "logs", "loadtest", "serve"]
 
 
 @pytest.mark.parametrize("noun", NOUNS)
@@ -42,7 +50,8 @@ def test_every_command_explains_itself(noun: str) -> None:
     "words",
     [
         ["status"], ["keys", "create", "x"], ["keys", "list"], ["nodes", "list"], ["models", "list"],
-        ["audit", "list"], ["config", "reload"], ["logs"],
+        ["audit", "list"], ["config", "reload"], ["logs"], ["loadtest", "run", "--no-key", "--closed", "2"],
+        ["loadtest", "report", "nowhere.json"],
     ],
 )  # fmt: skip
 def test_without_a_stack_a_command_fails_with_a_sentence(run: Runner, words: list[str]) -> None:
@@ -65,6 +74,15 @@ def test_with_json_the_error_is_json(run: Runner) -> None:
         ["nonsense"], ["up", "--nodes", "0"], ["up", "--attach", "nonsense"], ["up", "--port", "99999"],
         ["up", "--attach", "http://a", "--nodes", "2"], ["keys", "create"], ["keys", "create", "x", "--role", "king"],
         ["keys", "create", "x", "--rpm", "0"], ["keys", "create", "x", "--expires", "soon"],
+        ["loadtest", "run", "--no-key"], ["loadtest", "run", "--closed", "2"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--rate", "3"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--threshold", "p95_speed<1s"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--slo", "ttft"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--model", "a=0"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--model", "a=2", "--zipf", "1"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--prompt-tokens", "many"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--speed", "2"],
+        ["loadtest", "run", "--no-key", "--closed", "2", "--api", "anthropic", "--route", "embed"],
     ],
 )  # fmt: skip
 def test_wrong_usage_is_status_2(run: Runner, words: list[str]) -> None:

@@ -21,6 +21,7 @@ _COMMANDS = {
     "backup": "backup",
     "config": "config",
     "logs": "logs",
+    "loadtest": "loadtest",
     "serve": "serve",
 }
 
