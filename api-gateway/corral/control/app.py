@@ -13,11 +13,15 @@ from starlette.types import Receive, Scope, Send
 
 from corral import __version__
 from corral.config.settings import Settings
-from corral.control import audit, errors, internal, keys, nodes, openapi, status
+from corral.control import audit, errors, internal, keys, models, nodes, openapi, status
 from corral.control.auth import Gate
+from corral.control.catalogue import Catalogue
 from corral.control.context import Control
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from
+from corral.control.modelops import Worker
+from corral.control.operations import Operations
+from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
 from corral.store.database import Database, resolve
@@ -56,6 +60,7 @@ class Application:
         ]
         try:
             members = await control.database.write(nodes.load, self._settings.nodes)
+            await control.catalogue.load()
             await control.fleet.start(members)
             await control.hub.reload()
             tasks.append(asyncio.create_task(_catch_up(control)))
@@ -63,6 +68,8 @@ class Application:
             yield
         finally:
             await _end(tasks)
+            await control.preloader.close()
+            await control.operations.close()
             await control.fleet.close()
             await refusals.flush()
             control.database.close()
@@ -73,6 +80,8 @@ def _assemble(settings: Settings) -> Control:
     database = Database(resolve(settings.store.database, state))
     fleet = Fleet()
     valkey = Valkey(settings.store.valkey, timeout=VALKEY_TIMEOUT)
+    catalogue = Catalogue(database, fleet, settings.models)
+    operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
     return Control(
         settings=settings,
         state=state,
@@ -83,6 +92,9 @@ def _assemble(settings: Settings) -> Control:
         hub=Hub(database, fleet, valkey, settings.models),
         haproxy=_reloader(settings, state),
         valkey=valkey,
+        catalogue=catalogue,
+        operations=operations,
+        preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
     )
 
 
@@ -131,7 +143,7 @@ def _api(life: object) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    for module in (keys, nodes, status, audit, internal):
+    for module in (keys, nodes, models, status, audit, internal):
         app.include_router(module.router)
     openapi.install(app)
 
