@@ -41,7 +41,8 @@ def test_every_command_explains_itself(noun: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["status"], ["keys", "create", "x"], ["keys", "list"], ["nodes", "list"], ["models", "list"], ["models", "plan"], ["models", "apply", "--yes"], ["models", "watch"],
+        ["status"], ["keys", "create", "x"], ["keys", "list"], ["nodes", "list"], ["models", "list"],
+        ["models", "plan"], ["models", "apply", "--yes"], ["models", "watch"],
         ["audit", "list"], ["config", "reload"], ["logs"],
     ],
 )  # fmt: skip

@@ -130,7 +130,8 @@ class Worker:
 
     async def _download(self, operation: Operation, work: Work, node: Ollama, source: str) -> None:
         meter = _Meter()
-        async for event in node.pull(source, self._mirror.insecure and source != work.step.model):
+        private = self._mirror.registry is not None and source.startswith(f"{self._mirror.registry}/")
+        async for event in node.pull(source, private and self._mirror.insecure):
             work.progress = meter.note(event)
             operation.touch()
             if meter.stalled > STALLED:
