@@ -25,6 +25,7 @@ from corral.fleet.catalogue import (
     mirrored,
     plan,
     settled,
+    without,
 )
 
 A, B = (f"sha256:{letter * 64}" for letter in "ab")
@@ -91,6 +92,8 @@ def test_what_is_in_memory_as_requests_do_not_need_it_is_loaded_anew(resident: R
 def test_room_is_made_by_what_the_catalogue_does_not_ask_for() -> None:
     full = node("n1", "m:1 x:1 y:1", "x:1 y:1", max_models=2)
     assert short(plan([Wanted("m:1", A)], [full])) == ["unload x:1 n1", "load m:1 n1"]
+    steps = plan([Wanted("m:1", A)], [full]).steps
+    assert without({"m:1"}, steps) == (), "no room is made for what does not come"
     pinned = plan([Wanted("m:1", A), Wanted("x:1", A, pin=True), Wanted("y:1", A, pin=True)], [full])
     assert pinned.steps == ()
     assert pinned.problems == ("m:1: 0 of 1 copies, no node has room: n1 (max_models 2) keeps x:1, y:1",)
@@ -108,7 +111,7 @@ def test_nodes_that_are_down_are_a_problem_and_drained_ones_are_left_alone() -> 
     made = plan(
         [Wanted("m:1", A)], [node("n1", problem="is down"), node("n2", draining=True), node("n3", "m:1", "m:1")]
     )
-    assert made == Plan((), ("n1: is down",), ("n2 is draining: it is left as it is",))
+    assert made == Plan((), ("n1: m:1: the node is down",), ("n2 is draining: it is left as it is",))
     assert plan([Wanted("m:1")], []).problems == ("no node is in service",)
 
 

@@ -51,6 +51,8 @@ def conclude(ended: Sequence[dict[str, Any]], as_json: bool) -> int:
     """Say how operations ended; the exit status."""
     failed = False
     for one in ended:
+        for note in one["notes"]:
+            click.echo(f"note: {note}", err=True)
         for error in one["errors"]:
             click.echo(f"corral: {printable(error)}", err=True)
         failed = failed or one["state"] != "done"

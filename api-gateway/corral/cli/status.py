@@ -31,7 +31,7 @@ def _text(known: dict[str, Any]) -> str:
         {"part": "valkey", **valkey},
         {"part": "database", **database},
     ]
-    columns = ("name", "state", "pid", "url", "models")
+    columns = ("name", "state", "pid", "url", "models", "reason")
     return "\n\n".join(
         (
             common.table(parts, ("part", "state", "pid", "url"), ""),

@@ -62,6 +62,7 @@ class Application:
             members = await control.database.write(nodes.load, self._settings.nodes)
             await control.catalogue.load()
             await control.fleet.start(members)
+            control.preloader.start()
             await control.hub.reload()
             tasks.append(asyncio.create_task(_catch_up(control)))
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))

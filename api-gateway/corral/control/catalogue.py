@@ -104,16 +104,20 @@ class Catalogue:
             self._trained[digest] = most
         return most
 
-    def plan(self, nodes: Collection[str] | None = None, everywhere: bool = False) -> tuple[Plan, dict[str, str]]:
+    def plan(
+        self, nodes: Collection[str] | None = None, everywhere: bool = False
+    ) -> tuple[Plan, dict[str, tuple[str, str]]]:
         """The steps that put the catalogue in force on all nodes, or those of them on `nodes` only.
 
-        Also the digests to record with that, by model: of those that have none yet but are held.
+        Also the digests to record with that, each with its node, by model: of those that have none yet but are held.
         """
-        wanted, fresh, notes = [], {}, []
+        wanted: list[Wanted] = []
+        fresh: dict[str, tuple[str, str]] = {}
+        notes: list[str] = []
         everything = self.holdings()
         for model in self.wanted():
             if model.digest is None and (found := decide.settled(model.name, everything)) is not None:
-                fresh[model.name] = found[0]
+                fresh[model.name] = found
                 notes.append(f"{model.name}: the digest of {found[1]} is recorded: {found[0]}")
                 model = replace(model, digest=found[0])
             wanted.append(model)

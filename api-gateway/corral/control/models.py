@@ -114,8 +114,7 @@ async def apply_models(control: Here, caller: Caller, how: Annotated[Apply | Non
     made, fresh = control.catalogue.plan()
     if how is not None and how.plan is not None and how.plan != made.fingerprint:
         raise Problem(409, "plan_changed", "the fleet has changed since that plan was made: plan again")
-    for name, digest in fresh.items():
-        node = next(one.node for one in control.catalogue.holdings() if name in one.held)
+    for name, (digest, node) in fresh.items():
         await control.catalogue.record(name, digest, node)
     works = [Work(step) for step in made.steps]
     operation = Operation("apply", caller, works, made.problems, made.notes)
@@ -159,7 +158,7 @@ async def load_models(control: Here, caller: Caller, wanted: Choice) -> dict[str
                     full = ", ".join(sorted(others - taken))
                     problems.append(f"{node}: {name}: no room (max_models {room}), in memory: {full}")
                     continue
-                steps += [Step(UNLOAD, node, one, f"makes room for {name}") for one in free]
+                steps += [Step(UNLOAD, node, one, f"makes room for {name}", room_for=name) for one in free]
             steps.append(Step(LOAD, node, name, "asked for", control.catalogue.want(name).digest))
     return await _begin(control, caller, "load", steps, problems)
 

@@ -227,7 +227,7 @@ class Operations:
             failed: dict[str, str] = {}
             gone = False
             for work in works:
-                if gone or work.step.model in failed:
+                if gone or failed.keys() & {work.step.model, work.step.room_for}:
                     work.state = SKIPPED
                     work.detail = "the node is gone" if gone else "an earlier step failed"
                     continue

@@ -15,6 +15,10 @@ from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import Step
 
 LOOK = 0.5
+STARTING = 60.0
+"""Seconds after control's start in which nodes that answer for the first time belong to that start."""
+
+FETCH = (decide.PULL, decide.COPY)
 
 log = logging.getLogger(__name__)
 
@@ -22,30 +26,54 @@ log = logging.getLogger(__name__)
 class Preloader:
     """Holds nodes back (``Member.preloading``) until they have what they should, for at most `timeout` seconds.
 
-    Only while another node is in service: where none is, a node that lacks a model is better than none.
+    Only while another node is in service: where none is, a node that lacks a model is better than none. At control's
+    own start nodes are as they were: what they hold is loaded, and none is held back.
     """
 
     def __init__(self, fleet: Fleet, catalogue: Catalogue, operations: Operations, timeout: float) -> None:
         self._fleet, self._catalogue, self._operations = fleet, catalogue, operations
         self._timeout = timeout
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        fleet.on_up = lambda member: self.begin(member, update=False)
+        self._started = 0.0
 
-    def begin(self, member: Member, update: bool = True) -> None:
-        """Give a node that answers what it lacks. ``update``: also newer versions of what it has.
+    def start(self) -> None:
+        """Begin with the nodes there are, and go on with those that come back."""
+        self._started = asyncio.get_running_loop().time()
+        self._fleet.on_up = self._returned
+        for member in self._fleet.members.values():
+            self._begin(member, self._to_load(member), hold=False)
+
+    def begin(self, member: Member) -> None:
+        """Give a node that is new, or in use again, its models in the catalogue's versions.
 
         Before this returns, the node is held back if it has to be.
         """
+        self._begin(member, self._catalogue.plan([member.name])[0].steps)
+
+    def _returned(self, member: Member) -> None:
+        if not member.answered and asyncio.get_running_loop().time() - self._started < STARTING:
+            self._begin(member, self._to_load(member), hold=False)
+        else:
+            # It was in use with what it has: other versions of that are for `corral models apply`.
+            held = {entry["name"] for entry in member.tags}
+            steps = self._catalogue.plan([member.name])[0].steps
+            later = {step.model for step in steps if step.action in FETCH and step.model in held}
+            self._begin(member, decide.without(later, steps))
+
+    def _to_load(self, member: Member) -> tuple[Step, ...]:
+        steps = self._catalogue.plan([member.name])[0].steps
+        return decide.without({step.model for step in steps if step.action in FETCH}, steps)
+
+    def _begin(self, member: Member, steps: tuple[Step, ...], hold: bool = True) -> None:
         member.warning = None
         running = self._tasks.get(member.name)
         if not member.up or member.draining or (running is not None and not running.done()):
             return
-        steps = self._steps(member, update)
         if not steps:
             return
-        if self._timeout > 0 and self._others_serve(member):
+        if hold and self._timeout > 0 and self._others_serve(member):
             member.preloading = "preloading"
-        self._tasks[member.name] = asyncio.get_running_loop().create_task(self._run(member, steps, update))
+        self._tasks[member.name] = asyncio.get_running_loop().create_task(self._run(member, steps))
 
     def forget(self, member: Member) -> None:
         """Stop: the node is drained or removed."""
@@ -61,21 +89,10 @@ class Preloader:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _steps(self, member: Member, update: bool) -> tuple[Step, ...]:
-        plan, _ = self._catalogue.plan([member.name])
-        if update:
-            return plan.steps
-        # A node that was away is as it was before: what has changed since is for `corral models apply`.
-        held = {entry["name"] for entry in member.tags}
-        fetch = (decide.PULL, decide.COPY)
-        return decide.without(
-            {step.model for step in plan.steps if step.action in fetch and step.model in held}, plan.steps
-        )
-
     def _others_serve(self, member: Member) -> bool:
         return any(other.state == "ready" for other in self._fleet.members.values() if other is not member)
 
-    async def _run(self, member: Member, steps: tuple[Step, ...], update: bool) -> None:
+    async def _run(self, member: Member, steps: tuple[Step, ...]) -> None:
         until = asyncio.get_running_loop().time() + self._timeout
         failed: list[str] = []
         try:

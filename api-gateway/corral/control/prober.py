@@ -24,7 +24,7 @@ class Member:
     """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them.
 
     ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
-    wrong with that. ``withheld`` models are held but not to be used.
+    wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Member:
     tags_at: float = 0.0
     preloading: str | None = None
     warning: str | None = None
+    answered: bool = False
     withheld: set[str] = field(default_factory=set)
 
     @property
@@ -186,6 +187,7 @@ class Fleet:
         member.up, member.misses, member.error = True, 0, None
         if returned:
             self.on_up(member)
+        member.answered = True
 
     @property
     def client(self) -> httpx.AsyncClient:

@@ -60,7 +60,7 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing to do on one node. ``source``: the name that a copy is made of."""
+    """One thing to do on one node. ``source``: the name that a copy is made of; ``room_for``: why it is unloaded."""
 
     action: str
     node: str
@@ -68,6 +68,7 @@ class Step:
     reason: str = ""
     digest: str | None = None
     source: str | None = None
+    room_for: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,13 @@ def plan(wanted: Iterable[Wanted], nodes: Sequence[Holdings], everywhere: bool =
     """
     wanted = list(wanted)
     usable = [node for node in nodes if node.problem is None and not node.draining]
-    problems = [f"{node.node}: {node.problem}" for node in nodes if node.problem is not None and not node.draining]
+    names = ", ".join(model.name for model in wanted)
+    away = [node for node in nodes if node.problem is not None and not node.draining] if wanted else []
+    problems = [f"{node.node}: {names}: the node {node.problem}" for node in away]
     notes = [f"{node.node} is draining: it is left as it is" for node in nodes if node.draining]
+    if usable:
+        few = [model for model in wanted if model.copies > len(usable)]
+        notes += [f"{model.name}: {model.copies} copies asked for, {len(usable)} in service" for model in few]
     fetch = [step for node in usable for model in wanted if (step := fetched(model, node)) is not None]
     loads, missing = _residency(wanted, usable, everywhere)
     if wanted and not usable and not problems:
@@ -194,7 +200,7 @@ def _residency(wanted: Sequence[Wanted], nodes: Sequence[Holdings], everywhere: 
                 break
             place, out = min(free, key=lambda one: (len(one[1]), len(one[0].secured), sum(one[0].secured.values())))
             for name in out:
-                steps.append(Step(UNLOAD, place.node.node, name, f"makes room for {model.name}"))
+                steps.append(Step(UNLOAD, place.node.node, name, f"makes room for {model.name}", room_for=model.name))
                 del place.loose[name]
             place.loose.pop(model.name, None)
             place.secured[model.name] = size
@@ -257,4 +263,4 @@ def is_own(model: str) -> bool:
 
 def without(names: Collection[str], steps: Iterable[Step]) -> tuple[Step, ...]:
     """The steps that do not concern these models."""
-    return tuple(step for step in steps if step.model not in names)
+    return tuple(step for step in steps if step.model not in names and step.room_for not in names)
