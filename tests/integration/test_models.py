@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from support.control import make_key
-from support.process import until
 from support.registry import registry
 from support.servers import MODEL, Server, embedded_node
 from support.site import Site, Source, digests, resident, site
@@ -181,10 +180,10 @@ def test_a_node_that_dies_in_a_pull_is_named_and_others_go_on(here: Site, source
     dying, other = here.node(), here.node()
     here.control(entry(source.first), slow=True)
     running = here.start("models", "apply", "--yes")
-    until(lambda: here.running.admin.get("/admin/operations").json()["operations"], "it has begun", 20)
-    (operation,) = here.running.admin.get("/admin/operations").json()["operations"]
-    here.pulling(operation["id"])
-    (first,) = [step["node"] for step in here.operation(operation["id"])["steps"] if step["progress"]]
+    operation = here.begun("apply")
+    here.pulling(operation)
+    steps = here.operation(operation)["steps"]
+    (first,) = [step["node"] for step in steps if (step["progress"] or {}).get("total")]
     victim, survivor = (dying, other) if first == "node-1" else (other, dying)
     victim.kill()
     ended = running.finish()
@@ -213,13 +212,11 @@ def test_a_cancelled_operation_leaves_nothing_in_use(here: Site, source: Source)
 
 def test_an_operation_goes_on_when_its_caller_leaves(here: Site, source: Source) -> None:
     node = here.node()
-    control = here.control(entry(source.first), slow=True)
+    here.control(entry(source.first), slow=True)
     running = here.start("models", "apply", "--yes")
-    until(lambda: control.admin.get("/admin/operations").json()["operations"], "it has begun", 20)
-    (operation,) = control.admin.get("/admin/operations").json()["operations"]
-    running._popen.kill()
-    running.finish()
-    watched = here.corral("models", "watch", operation["id"])
+    operation = here.begun("apply")
+    running.kill()
+    watched = here.corral("models", "watch", operation)
     assert (watched.returncode, watched.stdout) == (0, "done\n"), watched.stderr
     assert digests(node.url) == {MODEL: source.first}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,8 +60,12 @@ class OllamaNode:
         return [int(pid) for pid in found.stdout.split()]
 
     def kill(self) -> None:
-        """kill -9."""
-        self.process.end(9)
+        """kill -9, as a machine dies: its runners would outlive it by themselves."""
+        runners = self.runners()
+        self.process.end(signal.SIGKILL)
+        for pid in runners:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Source:
@@ -103,7 +109,7 @@ class Site:
         """Start a node; control does not know it yet. ``seeded``: it has the first version as smollm2:135m."""
         made = OllamaNode(self._folder / f"ollama-{len(self.nodes) + 1}", self.source.seed if seeded else None)
         self.nodes.append(made)
-        self._exits.callback(made.kill)
+        self._exits.callback(lambda: made.process.end())
         return made
 
     def control(self, *models: dict[str, Any], slow: bool = False, **sections: Any) -> Running:
@@ -132,6 +138,20 @@ class Site:
         """An operation as it is now."""
         return dict(self.running.admin.get(f"/admin/operations/{operation}").json())
 
+    def begun(self, kind: str, node: str = "node-1") -> str:
+        """The id of an operation of this kind on a node, once there is one."""
+
+        def found() -> list[str]:
+            listed = self.running.admin.get("/admin/operations").json()["operations"]
+            return [
+                one["id"]
+                for one in listed
+                if one["kind"] == kind and any(step["node"] == node for step in one["steps"])
+            ]
+
+        until(found, f"{kind} on {node} begins", 20)
+        return found()[-1]
+
     def ended(self, operation: str) -> dict[str, Any]:
         """An operation once it has ended."""
         until(lambda: self.operation(operation)["state"] != "running", f"{operation} ends", SECONDS)
@@ -159,6 +179,11 @@ class Command:
             text=True,
             env={**clean, **python_env(), **env},
         )
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._popen.kill()
+        self._popen.communicate()
 
     def finish(self) -> subprocess.CompletedProcess[str]:
         """Wait for it; its status and what it said."""

@@ -52,7 +52,7 @@ def test_nothing_to_do() -> None:
 def test_every_node_holds_a_model_and_copies_of_them_keep_it() -> None:
     made = plan([Wanted("m:1", A, copies=2), Wanted("x:1")], [node("n1", "m:1"), node("n2"), node("n3", "x:1 m:1")])
     assert short(made) == [
-        "pull x:1 n1", "load m:1 n1",
+        "load m:1 n1", "pull x:1 n1",
         "pull m:1 n2", "pull x:1 n2", "load m:1 n2",
         "load x:1 n3",
     ]  # fmt: skip

@@ -83,9 +83,7 @@ class Catalogue:
     async def refresh(self) -> None:
         """Ask every node now what it holds, and how long a context can be where it is less than asked for."""
         members = list(self._fleet.members.values())
-        for member in members:
-            member.tags_at = 0.0
-        await asyncio.gather(*(self._fleet.probe(member) for member in members))
+        await asyncio.gather(*(self._fleet.probe(member, fresh=True) for member in members))
         for member in members:
             for model in self.wanted():
                 resident = view(member).resident.get(model.name)
@@ -104,9 +102,7 @@ class Catalogue:
             self._trained[digest] = most
         return most
 
-    def plan(
-        self, nodes: Collection[str] | None = None, everywhere: bool = False
-    ) -> tuple[Plan, dict[str, tuple[str, str]]]:
+    def plan(self, nodes: Collection[str] | None = None) -> tuple[Plan, dict[str, tuple[str, str]]]:
         """The steps that put the catalogue in force on all nodes, or those of them on `nodes` only.
 
         Also the digests to record with that, each with its node, by model: of those that have none yet but are held.
@@ -121,7 +117,7 @@ class Catalogue:
                 notes.append(f"{model.name}: the digest of {found[1]} is recorded: {found[0]}")
                 model = replace(model, digest=found[0])
             wanted.append(model)
-        made = decide.plan(wanted, everything, everywhere)
+        made = decide.plan(wanted, everything)
         steps = tuple(step for step in made.steps if nodes is None or step.node in nodes)
         return Plan(steps, made.problems, (*notes, *made.notes)), fresh
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,8 +26,11 @@ UNLOADED = 60.0
 POLL = 0.2
 
 
+Act = Callable[[Operation, Work, Member, Ollama], Awaitable[None]]
+
+
 class Worker:
-    """Performs steps. Pulls to nodes of one host go one after the other: they may share a folder, and share a line."""
+    """Performs steps. Nodes of one host change their disks one after the other: they may share a folder."""
 
     def __init__(self, fleet: Fleet, catalogue: Catalogue, mirror: MirrorSettings) -> None:
         self._fleet, self._catalogue, self._mirror = fleet, catalogue, mirror
@@ -47,52 +51,72 @@ class Worker:
             decide.REMOVE: self._remove,
         }[work.step.action]
         try:
-            await act(operation, work, member, node)
+            if work.step.action in (decide.LOAD, decide.UNLOAD):
+                await act(operation, work, member, node)
+            else:
+                await self._alone(act, operation, work, member, node)
         except NodeFailed as error:
             raise StepFailed(str(error), error.gone) from None
         finally:
-            # Gateways learn at once what has changed.
-            member.tags_at = 0.0
-            if self._fleet.members.get(member.name) is member:
-                await self._fleet.probe(member)
-                self._fleet.on_change()
+            # Gateways learn at once what has changed, and of a pull nothing before that.
+            await self._look([member])
+
+    async def _alone(self, act: Act, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
+        host = urlsplit(member.url).hostname or ""
+        if self._hosts[host].locked():
+            work.progress = {"status": f"waits for another node of {host}"}
+            operation.touch()
+        async with self._hosts[host]:
+            try:
+                await act(operation, work, member, node)
+            finally:
+                await self._look(peer for peer in self._peers(member) if peer.withheld)
+
+    def _peers(self, member: Member) -> list[Member]:
+        """The nodes that may share a folder with this one, itself among them."""
+        host = urlsplit(member.url).hostname
+        return [one for one in self._fleet.members.values() if urlsplit(one.url).hostname == host]
+
+    async def _look(self, members: Iterable[Member]) -> None:
+        present = [one for one in members if self._fleet.members.get(one.name) is one]
+        await asyncio.gather(*(self._fleet.probe(one, fresh=True) for one in present))
+        for one in present:
+            one.withheld.clear()
+        self._fleet.on_change()
 
     # -- the versions on a node's disk
 
     async def _pull(self, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
-        name, host = work.step.model, urlsplit(member.url).hostname or ""
-        if self._hosts[host].locked():
-            work.detail = f"waits for another pull to {host}"
-            operation.touch()
-        async with self._hosts[host]:
-            before = await node.digest(name)
-            if before is not None and before == work.step.digest:
-                work.detail = "held already"
-                return
-            source = mirrored(name, self._mirror.registry)
-            kept = aside(name, "aside")
-            try:
-                member.withheld |= {name, source} if before is None else {source} - {name}
-                if before is not None:
-                    await node.copy(name, kept)
-                await self._download(operation, work, node, source)
-                got = await node.digest(source)
-                if got is None:
-                    raise StepFailed(f"the node does not have {source} after the pull")
-                await self._verify(operation, work, member, got)
-                if source != name:
-                    await node.copy(source, name)
-                await self._replaced(node, name, kept, before, got)
-                work.detail = f"{got}" if got != before else f"unchanged: {got}"
-            except BaseException:
-                with contextlib.suppress(NodeFailed):
-                    await asyncio.shield(self._restore(node, name, kept, before))
-                raise
-            finally:
-                member.withheld -= {name, source}
-                with contextlib.suppress(NodeFailed):
-                    for spare in ([kept] if before is not None else []) + ([source] if source != name else []):
-                        await asyncio.shield(node.delete(spare))
+        name = work.step.model
+        before = await node.digest(name)
+        # Who asks for a pull wants to know what the registry has; a plan wants the version.
+        if operation.kind != "pull" and before is not None and before == work.step.digest:
+            work.detail = "held already"
+            return
+        source = mirrored(name, self._mirror.registry)
+        kept = aside(name, "aside")
+        try:
+            for peer in self._peers(member):
+                peer.withheld |= {name, source} - {entry["name"] for entry in peer.tags}
+            if before is not None:
+                await node.copy(name, kept)
+            await self._download(operation, work, node, source)
+            got = await node.digest(source)
+            if got is None:
+                raise StepFailed(f"the node does not have {source} after the pull")
+            await self._verify(operation, work, member, got)
+            if source != name:
+                await node.copy(source, name)
+            await self._replaced(node, name, kept, before, got)
+            work.detail = f"{got}" if got != before else f"unchanged: {got}"
+        except BaseException:
+            with contextlib.suppress(NodeFailed):
+                await asyncio.shield(self._restore(node, name, kept, before))
+            raise
+        finally:
+            with contextlib.suppress(NodeFailed):
+                for spare in ([kept] if before is not None else []) + ([source] if source != name else []):
+                    await asyncio.shield(node.delete(spare))
 
     async def _copy(self, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
         name, source = work.step.model, work.step.source or ""

@@ -143,10 +143,6 @@ class Operations:
             raise Problem(404, "not_found", f"there is no operation {operation!r}: {gone}")
         return self._known[operation]
 
-    def busy(self, node: str) -> bool:
-        """Whether an operation works on a node."""
-        return node in self._locks and self._locks[node].locked()
-
     async def start(self, operation: Operation, route: str) -> Operation:
         """Begin; it is in the audit trail when this returns.
 

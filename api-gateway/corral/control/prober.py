@@ -46,6 +46,7 @@ class Member:
     warning: str | None = None
     answered: bool = False
     withheld: set[str] = field(default_factory=set)
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     @property
     def state(self) -> str:
@@ -163,14 +164,22 @@ class Fleet:
             await self.probe(member)
             self.on_change()
 
-    async def probe(self, member: Member) -> None:
-        """Ask a node once and note what it says: two misses make it down, one answer ready."""
+    async def probe(self, member: Member, fresh: bool = False) -> None:
+        """Ask a node once and note what it says: two misses make it down, one answer ready.
+
+        ``fresh``: its tags too, whatever is known of them.
+        """
+        # One at a time: what was asked first must not be noted last.
+        async with member.probing:
+            await self._probe(member, fresh)
+
+    async def _probe(self, member: Member, fresh: bool) -> None:
         try:
             async with asyncio.timeout(TIMEOUT):
                 ps = await self._models(member, "/api/ps")
                 names = {entry["name"] for entry in ps}
                 now = time.monotonic()
-                stale = not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
+                stale = fresh or not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
                 if stale or names != {entry["name"] for entry in member.ps}:
                     tags = await self._models(member, "/api/tags")
                     # A node that was away may come back as another version.

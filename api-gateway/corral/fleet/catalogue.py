@@ -135,8 +135,17 @@ def plan(wanted: Iterable[Wanted], nodes: Sequence[Holdings], everywhere: bool =
     loads, missing = _residency(wanted, usable, everywhere)
     if wanted and not usable and not problems:
         problems.append("no node is in service")
-    steps = [step for node in usable for step in (*fetch, *loads) if step.node == node.node]
+    steps = [step for node in usable for step in _in_order(node.node, fetch, loads)]
     return Plan(tuple(steps), (*problems, *missing), tuple(notes))
+
+
+def _in_order(node: str, fetch: Iterable[Step], loads: Iterable[Step]) -> list[Step]:
+    """A node's steps: what can be loaded at once does not wait for a download."""
+    fetch = [step for step in fetch if step.node == node]
+    late = {step.model for step in fetch}
+    loads = [step for step in loads if step.node == node]
+    at_once = [step for step in loads if not {step.model, step.room_for} & late]
+    return [*at_once, *fetch, *(step for step in loads if step not in at_once)]
 
 
 def fetched(model: Wanted, node: Holdings) -> Step | None:
