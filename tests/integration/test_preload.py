@@ -116,15 +116,15 @@ def test_nobody_has_to_wait_for_it(here: Site, source: Source) -> None:
     first, second = here.node(seeded=True), here.node()
     control = here.control(entry(source), slow=True, nodes=[{"url": first.url}])
     control.admin.post("/admin/nodes", json={"url": second.url})
-    here.pulling(here.begun("preload", "node-2"))
+    operation = here.begun("preload", "node-2")
+    here.pulling(operation)
     assert here.corral("nodes", "resume", "node-2", "--no-preload").returncode == 0
     assert states(control)["node-2"] == "ready"
     control.admin.delete("/admin/nodes/node-2")
     third = here.node()
     added = control.admin.post("/admin/nodes", json={"url": third.url, "preload": False}).json()
     assert (added["state"], added["reason"], digests(third.url)) == ("ready", None, {})
-    listed = control.admin.get("/admin/operations").json()["operations"]
-    assert all(one["state"] != "running" for one in listed), "what was for a node ends with it"
+    assert here.ended(operation)["state"] == "cancelled"
 
 
 def test_a_removed_node_takes_its_preloading_along(here: Site, source: Source) -> None:
