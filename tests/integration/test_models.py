@@ -170,6 +170,10 @@ def test_an_update_can_be_rolled_back_without_a_registry(here: Site, source: Sou
     assert digests(node.url)[MODEL] == source.first
     (loaded,) = resident(node.url)
     assert f"sha256:{loaded['digest']}" == source.first
+    control.admin.put("/admin/models/catalogue", json=[entry(None, num_ctx=2048)])
+    assert "nothing to do" in here.corral("models", "plan").stdout
+    (listed,) = json.loads(here.corral("models", "list", "--json").stdout)
+    assert (listed["expected"], listed["stated"]) == (source.first, False), "what was stated once is recorded"
 
     control.admin.put("/admin/models/catalogue", json=[])
     assert here.corral("models", "remove", MODEL).returncode == 0

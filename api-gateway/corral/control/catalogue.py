@@ -41,6 +41,13 @@ class Catalogue:
     async def load(self) -> None:
         """Read the recorded digests."""
         self.recorded = await self._database.read(_read)
+        await self.record_stated()
+
+    async def record_stated(self) -> None:
+        """Record what corral.yaml states, so that a model stays at that version when it is no longer stated there."""
+        for name, entry in self.entries.items():
+            if entry.digest is not None and self.recorded.get(name) != entry.digest:
+                await self.record(name, entry.digest, "corral.yaml", anew=True)
 
     async def record(self, name: str, digest: str, node: str, anew: bool = False) -> str:
         """Record a model's digest unless there is one already (or ``anew``); the one that holds from now on."""

@@ -215,6 +215,7 @@ async def replace_catalogue(
     after = [model.model_dump(mode="json") for model in models]
     await control.database.write(_replaced, caller, before, after)
     control.catalogue.replace(models)
+    await control.catalogue.record_stated()
     control.hub.replace(models)
     control.hub.refresh()
     return {"models": after}
