@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from support.control import make_key
+from support.process import until
 from support.registry import registry
 from support.servers import MODEL, Server, embedded_node
 from support.site import Site, Source, digests, resident, site
@@ -145,6 +146,7 @@ def test_without_a_digest_the_first_one_is_recorded_and_drift_is_seen(here: Site
 
     assert here.corral("models", "pull", MODEL, "--accept").returncode == 0
     assert [digests(node.url)[MODEL] for node in here.nodes] == [source.second] * 2
+    until(lambda: [one for node in here.nodes for one in resident(node.url)] == [], "the old version leaves memory")
     assert here.corral("models", "apply", "--yes").returncode == 0
     (listed,) = json.loads(here.corral("models", "list", "--json").stdout)
     assert (listed["expected"], listed["match"]) == (source.second, "ok")

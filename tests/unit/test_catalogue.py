@@ -99,6 +99,13 @@ def test_room_is_made_by_what_the_catalogue_does_not_ask_for() -> None:
     assert pinned.problems == ("m:1: 0 of 1 copies, no node has room: n1 (max_models 2) keeps x:1, y:1",)
 
 
+def test_a_pinned_model_stays_also_beyond_its_copies() -> None:
+    nodes = [node(name, "m:1 x:1", "x:1", max_models=1) for name in ("n1", "n2")]
+    assert short(plan([Wanted("m:1", A), Wanted("x:1", A)], nodes)) == ["unload x:1 n2", "load m:1 n2"]
+    made = plan([Wanted("m:1", A), Wanted("x:1", A, pin=True)], nodes)
+    assert (made.steps, len(made.problems)) == ((), 1)
+
+
 def test_memory_is_room_too() -> None:
     small = node("n1", "m:1 x:1", "x:1", memory=150)
     assert short(plan([Wanted("m:1", A)], [small])) == ["unload x:1 n1", "load m:1 n1"]
