@@ -183,9 +183,10 @@ def wrk(subject: Subject, seconds: int, rate: int, env: dict[str, str], script: 
     return int(found[1]), elapsed, used * 1e6
 
 
-def gateway(folder: Path, node: int, store: str, control: int, python: str) -> tuple[int, Process, str]:
-    """A gateway as `corral up` starts it, with a key that has limits: port, process, the key."""
-    port = free_port()
+def gateways(
+    folder: Path, node: int, store: str, control: int, python: str, packages: dict[str, Path]
+) -> tuple[dict[str, tuple[int, Process]], str]:
+    """Gateways as `corral up` starts them, one a package: port and process of each, and a key that has limits."""
     (folder / "pepper").write_text(secrets.token_hex(32))
     (folder / "internal.token").write_text(secrets.token_hex(32))
     key_id, text = keys.generate()
@@ -199,22 +200,29 @@ def gateway(folder: Path, node: int, store: str, control: int, python: str) -> t
     ]
     key = {"id": key_id, "name": "load", "role": "inference", "verifiers": [verifier], "models": ["*"], **limits}
     Control.snapshot = json.dumps({"version": "1", "keys": [key], "nodes": nodes, "models": []}).encode()
-    settings: dict[str, Any] = {
-        "gateway": {
-            "listen": f"127.0.0.1:{port}",
-            "nodes_url": f"http://127.0.0.1:{node}",
-            "control_url": f"http://127.0.0.1:{control}",
-            "spool": str(folder / "spool"),
-            "cache": str(folder / "cache"),
-            "access_log": str(folder / "access.log"),
-        },
-        "store": {"valkey": store},
-        "auth": {"pepper_file": str(folder / "pepper"), "internal_token_file": str(folder / "internal.token")},
-    }
-    (folder / "corral.yaml").write_text(yaml.safe_dump(settings))
-    argv = [python, "-m", "corral", "serve", "gateway", "--config", str(folder / "corral.yaml")]
-    path = os.pathsep.join([str(ROOT / "api-gateway"), *(entry for entry in sys.path if "site-packages" in entry)])
-    return port, Process(argv, folder / "gateway.log", {"PYTHONPATH": path}, cpu=MEASURED), text
+    started = {}
+    for number, (name, package) in enumerate(packages.items(), 1):
+        port = free_port()
+        settings: dict[str, Any] = {
+            "gateway": {
+                "listen": f"127.0.0.1:{port}",
+                "name": f"gateway-{number}",
+                "metrics": "",
+                "nodes_url": f"http://127.0.0.1:{node}",
+                "control_url": f"http://127.0.0.1:{control}",
+                "spool": str(folder / "spool"),
+                "cache": str(folder / "cache"),
+                "access_log": str(folder / f"access-{number}.log"),
+            },
+            "store": {"valkey": store},
+            "auth": {"pepper_file": str(folder / "pepper"), "internal_token_file": str(folder / "internal.token")},
+        }
+        file = folder / f"corral-{number}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        path = os.pathsep.join([str(package), *(entry for entry in sys.path if "site-packages" in entry)])
+        argv = [python, "-m", "corral", "serve", "gateway", "--config", str(file)]
+        started[name] = port, Process(argv, folder / f"gateway-{number}.log", {"PYTHONPATH": path}, cpu=MEASURED)
+    return started, text
 
 
 @contextlib.contextmanager
@@ -248,9 +256,11 @@ def subjects(folder: Path, framework: bool, python: str) -> Iterator[tuple[list[
             port = free_port()
             argv = [sys.executable, str(ROOT / "benchmarks" / "framework.py"), str(port), str(node)]
             found.append(Subject("FastAPI and httpx", port, start(argv, "framework", MEASURED)))
-        port, process, key = gateway(folder, node, f"redis://127.0.0.1:{store}/0", server.server_port, python)
-        stack.callback(process.end)
-        found.append(Subject("gateway", port, process))
+        packages = {"gateway, not compiled": ROOT / "api-gateway", "gateway": ROOT / ".venv" / "compiled"}
+        started, key = gateways(folder, node, f"redis://127.0.0.1:{store}/0", server.server_port, python, packages)
+        for name, (port, process) in started.items():
+            stack.callback(process.end)
+            found.append(Subject(name, port, process))
         for subject in found:
             until(lambda port=subject.port: listens(port), f"{subject.name} listens", 30)  # type: ignore[misc]
         yield found, [valkey, back_end], key

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from support import process, servers
+from support.postgres import Postgres
+from support.postgres import postgres as run_postgres
 from support.stack import Stack
 from support.stack import stack as run_stack
 
+from corral.config.values import database_url as database_address
 from corral.stack import binaries
 
 
@@ -45,6 +48,22 @@ def embedded_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.
     """The embedded node over llama.cpp with smollm2:135m."""
     with servers.embedded_node(tmp_path_factory.mktemp("node")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL for the whole run; a test that stops it starts its own."""
+    with run_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """`store.database` of an empty database: the test runs on each of the two kinds."""
+    if request.param == "sqlite":
+        return "sqlite:///corral.db"
+    server: Postgres = request.getfixturevalue("postgres")
+    return database_address(server.database())
 
 
 StartStack = Callable[..., Stack]

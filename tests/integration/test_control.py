@@ -31,8 +31,8 @@ def node() -> Iterator[FakeNode]:
 
 
 @pytest.fixture
-def control(tmp_path: Path, node: FakeNode) -> Iterator[Running]:
-    made = Running(tmp_path / "state", nodes=[{"url": node.url}])
+def control(tmp_path: Path, node: FakeNode, database_url: str) -> Iterator[Running]:
+    made = Running(tmp_path / "state", nodes=[{"url": node.url}], store={"database": database_url})
     yield made
     made.close()
 

@@ -85,7 +85,7 @@ class Running:
 
     def __init__(self, state: Path, **sections: Any) -> None:
         port = free_port()
-        control = {"listen": f"127.0.0.1:{port}", "state": state, **sections.pop("control", {})}
+        control = {"listen": f"127.0.0.1:{port}", "metrics": "", "state": state, **sections.pop("control", {})}
         store = {"valkey": "redis://127.0.0.1:1/0", **sections.pop("store", {})}
         self.settings = Settings.model_validate({"control": control, "store": store, **sections})
         self.state = state

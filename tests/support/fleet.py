@@ -35,11 +35,11 @@ SIMULATION = {
 class SimulatedNode:
     """A node in a process of its own, always at the same port."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, simulation: dict[str, Any] = SIMULATION) -> None:
         self.name, self.port = name, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
-        (folder / "simulation.json").write_text(json.dumps(SIMULATION))
+        (folder / "simulation.json").write_text(json.dumps(simulation))
         self.start()
 
     def start(self) -> None:

@@ -261,6 +261,7 @@ class Gateway:
         base = {
             "gateway": {
                 "listen": f"127.0.0.1:{self.port}",
+                "metrics": "",
                 "nodes_url": f"http://127.0.0.1:{nodes}",
                 "control_url": f"http://127.0.0.1:{self.control.port}",
                 "spool": str(folder / "spool"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import corral
 from corral.stack import binaries, models
 from support.process import Process, free_port
 
@@ -30,8 +32,8 @@ class Server:
 
 
 def python_env() -> dict[str, str]:
-    """What a `python -m corral` of this repository needs beside this process's environment."""
-    return {"PYTHONPATH": str(REPOSITORY / "api-gateway")}
+    """What a `python -m corral` of the package under test needs beside this process's environment."""
+    return {"PYTHONPATH": str(Path(corral.__file__).parents[1])}
 
 
 def cache_folder() -> Path:
@@ -51,6 +53,23 @@ def _accepts(port: int) -> bool:
     with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
         connection.sendall(b"PING\r\n")
         return connection.recv(16).startswith(b"+PONG")
+
+
+def certificate(folder: Path, name: str = "localhost") -> Path:
+    """A self-signed certificate for ``name`` and 127.0.0.1, with its key, in one file as HAProxy wants it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key, chain, pem = folder / "key", folder / "chain", folder / "tls.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name},IP:127.0.0.1"),
+            *("-keyout", key, "-out", chain),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    pem.write_text(chain.read_text() + key.read_text())
+    return pem
 
 
 @contextmanager

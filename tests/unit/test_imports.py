@@ -19,8 +19,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "control": LOW,
     "node": LOW,
     "stack": LOW,
+    "backup": LOW | {"stack"},
     # The command line starts each of them.
-    "cli": LOW | {"gateway", "control", "node", "stack", "loadtest"},
+    "cli": LOW | {"gateway", "control", "node", "stack", "backup", "loadtest"},
     "loadtest": LOW,
     "__main__": frozenset({"cli"}),
     "__init__": frozenset(),

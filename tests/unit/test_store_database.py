@@ -7,7 +7,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,14 @@ from corral.store.tables import audit, keys, metadata
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Any:
-    made = Database(resolve("sqlite:///corral.db", tmp_path))
+def database(tmp_path: Path, database_url: str) -> Any:
+    made = Database(resolve(database_url, tmp_path))
     made.migrate()
     yield made
     made.close()
+
+
+sqlite_alone = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 def rows(database: Database) -> list[dict[str, Any]]:
@@ -52,7 +57,7 @@ def settle(number: int = 1, **fields: Any) -> dict[str, Any]:
 
 
 def take(database: Database, offset: int, data: bytes, segment: str = "00000001.seg") -> int:
-    return database.write_now(ingest, "gateway-1", segment, offset, data)
+    return database.write_now(ingest, "gateway-1", segment, offset, data).watermark
 
 
 def test_migrations_make_the_tables_of_this_version(database: Database) -> None:
@@ -75,19 +80,21 @@ def test_the_names_of_the_migrations_are_their_versions() -> None:
     assert revisions() == newest_first[::-1]
 
 
+@sqlite_alone
 def test_a_start_with_nothing_to_migrate_loads_no_migrations(database: Database, tmp_path: Path) -> None:
     code = (
         "import sys; from corral.store.database import Database; import corral.control.app;"
         f"Database('sqlite:///{tmp_path}/corral.db').migrate();"
-        "print([name for name in ('alembic', 'mako', 'sqlalchemy.dialects.postgresql') if name in sys.modules])"
+        "late = ('alembic', 'mako', 'psycopg', 'sqlalchemy.dialects.postgresql');"
+        "print([name for name in late if name in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": str(MIGRATIONS.parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_rows_of_an_older_schema_live_on(tmp_path: Path) -> None:
-    older = Database(resolve("sqlite:///corral.db", tmp_path))
+def test_rows_of_an_older_schema_live_on(tmp_path: Path, database_url: str) -> None:
+    older = Database(resolve(database_url, tmp_path))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")
@@ -118,6 +125,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     database.close()
 
 
+@sqlite_alone
 def test_files_are_private_and_in_wal_mode(database: Database, tmp_path: Path) -> None:
     database.write_now(lambda connection: connection.execute(insert(audit).values(id="a", ts=1.0)))
     for path in tmp_path.iterdir():
@@ -205,3 +213,47 @@ def test_use_of_a_key_is_noted(database: Database) -> None:
     offset = take(database, 0, encode_frame(settle(1, ts=50.0)))
     take(database, offset, encode_frame(settle(2, ts=40.0)))
     assert database.read_now(lambda connection: connection.execute(select(keys.c.last_used)).scalar()) == 50.0
+
+
+def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> None:
+    """What a writer has read stays true until it commits, on both kinds; a reader is not held up by it."""
+    inside, order = threading.Event(), []
+
+    def count(connection: Connection) -> int:
+        return len(connection.execute(select(audit.c.id)).all())
+
+    def slow(connection: Connection) -> None:
+        inside.set()
+        before = count(connection)
+        time.sleep(0.3)
+        assert count(connection) == before
+        connection.execute(insert(audit).values(id="slow", ts=1.0))
+        order.append("slow")
+
+    def quick(connection: Connection) -> None:
+        connection.execute(insert(audit).values(id="quick", ts=1.0))
+        order.append("quick")
+
+    def reader(connection: Connection) -> tuple[int, int]:
+        before = count(connection)
+        database.write_now(lambda other: other.execute(insert(audit).values(id="between", ts=1.0)))
+        return before, count(connection)
+
+    thread = threading.Thread(target=database.write_now, args=(slow,))
+    thread.start()
+    assert inside.wait(10)
+    assert database.read_now(count) == 0
+    database.write_now(quick)
+    thread.join()
+    assert order == ["slow", "quick"]
+    assert database.read_now(reader) == (2, 2)
+
+
+def test_migrations_that_start_at_once_take_turns(tmp_path: Path, database_url: str) -> None:
+    made = [Database(resolve(database_url, tmp_path)) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(database.migrate) for database in made]:
+            done.result()
+    assert {database.version() for database in made} == {revisions()[-1]}
+    for database in made:
+        database.close()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
@@ -97,10 +98,9 @@ class Admin:
             if not running(state) or "url" not in stack:
                 raise StackError(f"nothing runs with the state folder {state.root}: `corral up`, or set CORRAL_URL")
             self.url = str(stack["url"])
-            try:
-                self.key = self.key or state.admin_key.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise StackError(f"{state.admin_key} cannot be read: {error.strerror}") from None
+            self.key = self.key or _read_key(state.admin_key)
+        if not self.key and (file := os.environ.get("CORRAL_ADMIN_KEY_FILE")):
+            self.key = _read_key(Path(file))
         if not self.key:
             raise StackError("CORRAL_URL is set but CORRAL_ADMIN_KEY is not")
 
@@ -113,6 +113,13 @@ class Admin:
             message = error.get("message") if isinstance(error, dict) else error
             raise StackError(str(message or f"{method} {path}: status {answer.status}"))
         return value
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise StackError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def rows(value: Any, name: str) -> list[dict[str, Any]]:

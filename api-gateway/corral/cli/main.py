@@ -18,6 +18,7 @@ _COMMANDS = {
     "nodes": "nodes",
     "models": "models",
     "audit": "audit",
+    "backup": "backup",
     "config": "config",
     "logs": "logs",
     "serve": "serve",

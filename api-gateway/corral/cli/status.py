@@ -30,11 +30,14 @@ def _text(known: dict[str, Any]) -> str:
         {"part": "control", **known["control"]},
         {"part": "valkey", **valkey},
         {"part": "database", **database},
+        *({"part": name, **part} for name, part in known["monitoring"].items()),
     ]
     columns = ("name", "state", "pid", "url", "models", "reason")
-    return "\n\n".join(
-        (
-            common.table(parts, ("part", "state", "pid", "url"), ""),
-            common.table(known["nodes"], columns, "no nodes"),
-        )
-    )
+    tables = [
+        common.table(parts, ("part", "state", "pid", "url"), ""),
+        common.table(known["nodes"], columns, "no nodes"),
+    ]
+    if known["alerts"]:
+        firing = common.table(known["alerts"], ("severity", "name", "since", "summary", "runbook_url"), "")
+        tables.append(f"Alerts firing\n{firing}")
+    return "\n\n".join(tables)

@@ -25,6 +25,7 @@ from corral.config.settings import Settings
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the address that clients use.  [default: 8080]")
 @click.option("--config", metavar="FILE", help="Configuration.  [default: ./corral.yaml if it is there]")
 @click.option("--new-pepper", is_flag=True, help="If the pepper is lost: make a new one and revoke all keys.")
+@click.option("--monitoring", is_flag=True, help="Start Prometheus and Alertmanager as well (both from PATH).")
 @click.option("--detach", is_flag=True, help="Return when it is ready; `corral down` stops it.")
 @common.options
 def command(
@@ -34,6 +35,7 @@ def command(
     port: int | None,
     config: str | None,
     new_pepper: bool,
+    monitoring: bool,
     detach: bool,
     as_json: bool,
     state: str | None,
@@ -50,7 +52,8 @@ def command(
         raise click.BadParameter(str(error), param_hint="--attach") from None
     stack.stop_on_signals()
     where = common.folder(state)
-    chosen = stack.Options(config, port, nodes, urls, node_backend, detach)
+    chosen = stack.Options(config, port, nodes, urls, node_backend, detach, monitoring)
+    _finish_restore(where.root)
     click.echo("corral: starting", err=True)
     try:
         made = stack.up(where, chosen, os.environ, _progress, partial(_bootstrap, new_pepper=new_pepper))
@@ -62,6 +65,19 @@ def command(
         status = stack.stay(where)
         click.echo("corral: stopped", err=True)
         raise SystemExit(status)
+
+
+def _finish_restore(state: Path) -> None:
+    if not state.is_dir():
+        return
+    from corral.stack.state import StackError
+    from corral.store.replace import ReplaceError, finish
+
+    try:
+        if ended := finish(state):
+            click.echo(f"corral: a restore that was interrupted is {ended}", err=True)
+    except ReplaceError as error:
+        raise StackError(str(error)) from None
 
 
 def _bootstrap(state: Path, settings: Settings, new_pepper: bool) -> None:
@@ -83,4 +99,5 @@ def _progress(line: str) -> None:
 def _welcome(made: dict[str, Any], detach: bool) -> str:
     key = made["key"] or "shown on the first start; another: corral keys create NAME"
     stop = "`corral down` stops it." if detach else "Ctrl-C stops it."
-    return f"\nCorral serves at {made['url']}\nKey   {key}\n\nTry   {made['curl']}\n\n{stop}"
+    watched = "".join(f"\n{name:<13} {known['url']}" for name, known in made.get("monitoring", {}).items())
+    return f"\nCorral serves at {made['url']}\nKey   {key}{watched}\n\nTry   {made['curl']}\n\n{stop}"

@@ -39,11 +39,29 @@ _ERRORS = {
 }
 
 
+# HTTP/1.1 alone (alpn, below): its requests are what the rules against smuggling were tested with.
+_TLS = [
+    "    # TLS 1.3, and of 1.2 the suites with forward secrecy and authenticated encryption.",
+    "    ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets",
+    "    ssl-default-bind-ciphersuites TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256",
+    "    ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!SHA1:!AESCCM",
+]
+
+# What the front end for other programs lets through: by method, exact paths.
+_INFERENCE = (
+    "/api/generate /api/chat /api/embed /api/embeddings /api/show"
+    " /v1/chat/completions /v1/completions /v1/embeddings /v1/messages"
+)
+_READS = "/ /api/tags /api/ps /api/version /v1/models"
+
+
 @dataclass(frozen=True)
 class HaproxyPlan:
     """Who listens where. ``nodes`` are (name, URL); ``max_duration`` is the longest request in seconds.
 
-    ``ca_file`` has the certificates that an https node's is checked against.
+    ``ca_file`` has the certificates that an https node's is checked against. With a ``certificate`` (a PEM file of
+    chain and key) the edge speaks TLS at ``tls_port`` too; with ``ollama`` (host, port) there is a front end for
+    programs that know nothing of Corral, which gives nothing to the ``resting`` nodes.
     """
 
     edge_host: str
@@ -58,6 +76,10 @@ class HaproxyPlan:
     nodes: list[tuple[str, str]]
     max_duration: float
     ca_file: str = "@system-ca"
+    tls_port: int = 8443
+    certificate: str | None = None
+    ollama: tuple[str, int] | None = None
+    resting: tuple[str, ...] = ()
 
 
 DEFAULT = HaproxyPlan(
@@ -83,13 +105,14 @@ def render(plan: HaproxyPlan) -> str:
         [
             *_global(plan),
             *_defaults(longest),
-            *(_resolvers() if any(_by_name(url) for _, url in plan.nodes) else []),
+            *(_resolvers() if _any_by_name(plan) else []),
             *_statistics(plan),
             *_edge(plan),
             *_gateways(plan),
             *_control(plan),
             *_node_front_end(plan),
             *(line for name, url in plan.nodes for line in _node(name, url, plan.ca_file)),
+            *(_ollama(plan, *plan.ollama) if plan.ollama else []),
         ]
     )
 
@@ -107,6 +130,7 @@ def _global(plan: HaproxyPlan) -> list[str]:
         "    fd-hard-limit 40000",
         "    # What fits one buffer can be replayed.",
         "    tune.bufsize 65536",
+        *(_TLS if plan.certificate else []),
         "",
     ]
 
@@ -164,6 +188,7 @@ def _edge(plan: HaproxyPlan) -> list[str]:
     return [
         "frontend edge",
         f"    bind {_address(plan.edge_host, plan.edge_port)}",
+        *_tls_bind(plan),
         "    # The whole of a small request is here before a gateway sees it: slow callers cost no gateway, and",
         "    # a replay has what it needs.",
         "    option http-buffer-request",
@@ -173,6 +198,7 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         "    http-request del-header forwarded",
         "    http-request del-header x-real-ip",
         "    http-request set-header X-Forwarded-For %[src]",
+        *(["    http-request set-header X-Forwarded-Proto https if { ssl_fc }"] if plan.certificate else []),
         "    # One id from here to the audit record; the caller's own where it is well formed and given once.",
         "    acl id_fit req.hdr(X-Request-ID) -m reg ^[A-Za-z0-9._-]{1,64}$",
         "    acl id_once req.hdr_cnt(X-Request-ID) eq 1",
@@ -186,6 +212,12 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         "    default_backend gateways",
         "",
     ]
+
+
+def _tls_bind(plan: HaproxyPlan) -> list[str]:
+    if not plan.certificate:
+        return []
+    return [f"    bind {_address(plan.edge_host, plan.tls_port)} ssl crt {_path(plan.certificate)} alpn http/1.1"]
 
 
 def _gateways(plan: HaproxyPlan) -> list[str]:
@@ -202,7 +234,9 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
         f"    http-response del-header {PROXY_HEADER}",
         f"    default-server check inter 1s fastinter 250ms fall 2 rise 1 pool-purge-delay {POOL_PURGE}",
     ]
-    servers = [f"    server {_word(name)} {_address(host, port)}" for name, host, port in plan.gateways]
+    servers = [
+        f"    server {_word(name)} {_address(host, port)}{_resolved(host)}" for name, host, port in plan.gateways
+    ]
     return [*lines, *servers, ""]
 
 
@@ -213,7 +247,7 @@ def _control(plan: HaproxyPlan) -> list[str]:
         "    http-check expect status 200",
         "    http-reuse safe",
         f"    server control {_address(*plan.control)} check inter 1s fastinter 250ms fall 2 rise 1"
-        f" pool-purge-delay {POOL_PURGE}",
+        f" pool-purge-delay {POOL_PURGE}{_resolved(plan.control[0])}",
         "",
     ]
 
@@ -237,23 +271,58 @@ def _node_front_end(plan: HaproxyPlan) -> list[str]:
 
 
 def _node(name: str, url: str, ca_file: str) -> list[str]:
+    return [
+        f"backend node_{_word(name)}",
+        "    option httpchk GET /api/version",
+        "    http-check expect status 200",
+        f"    http-request set-header Host {urlsplit(base_url(url)).netloc}",
+        f"    http-request del-header {NODE_HEADER}",
+        f"    http-response del-header {PROXY_HEADER}",
+        "    http-reuse safe",
+        _node_server(name, url, ca_file),
+        "",
+    ]
+
+
+def _node_server(name: str, url: str, ca_file: str) -> str:
     parts = urlsplit(base_url(url))
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     options = "check inter 1s fastinter 500ms fall 2 rise 2 pool-purge-delay " + POOL_PURGE
     if parts.scheme == "https":
         options += f" ssl verify required ca-file {_path(ca_file)} sni str({host}) check-sni {host}"
-    if _by_name(url):
-        options += " resolvers system init-addr last,libc,none"
+    return f"    server {_word(name)} {_address(host, port)} {options}{_resolved(host)}"
+
+
+def _ollama(plan: HaproxyPlan, host: str, port: int) -> list[str]:
     return [
-        f"backend node_{_word(name)}",
+        "# For programs that know nothing of Corral: no key is asked, so this is for loopback or an internal network.",
+        "# It balances over the nodes by itself, apart from what the gateways send them.",
+        "frontend ollama",
+        f"    bind {_address(host, port)}",
+        "    option http-buffer-request",
+        "    http-request del-header x-corral- -m beg",
+        f"    acl inference path {_INFERENCE}",
+        f"    acl reads path {_READS}",
+        "    acl reads path_beg /v1/models/",
+        "    acl fit path -m reg ^/[A-Za-z0-9._:/-]*$",
+        "    http-request return " + _answer(404) + " unless METH_POST inference or METH_GET reads fit",
+        "    default_backend ollama",
+        "",
+        "backend ollama",
+        "    balance leastconn",
         "    option httpchk GET /api/version",
         "    http-check expect status 200",
-        f"    http-request set-header Host {parts.netloc}",
-        f"    http-request del-header {NODE_HEADER}",
-        f"    http-response del-header {PROXY_HEADER}",
+        "    http-request set-header Host localhost",
+        "    # Failover while nothing can have been done with the request: each node is asked at most once more.",
+        "    retries 1",
+        "    option redispatch 1",
+        "    retry-on conn-failure empty-response",
         "    http-reuse safe",
-        f"    server {_word(name)} {_address(host, port)} {options}",
+        *(
+            _node_server(name, url, plan.ca_file) + (" disabled" if name in plan.resting else "")
+            for name, url in plan.nodes
+        ),
         "",
     ]
 
@@ -262,8 +331,17 @@ def _resolvers() -> list[str]:
     return ["resolvers system", "    parse-resolv-conf", "    hold valid 5s", ""]
 
 
-def _by_name(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
+def _any_by_name(plan: HaproxyPlan) -> bool:
+    hosts = [plan.control[0], *(host for _, host, _ in plan.gateways)]
+    return any(map(_by_name, [*hosts, *(urlsplit(url).hostname or "" for _, url in plan.nodes)]))
+
+
+def _resolved(host: str) -> str:
+    """How a server's name is looked up, again and again; "" for an address."""
+    return " resolvers system init-addr last,libc,none" if _by_name(host) else ""
+
+
+def _by_name(host: str) -> bool:
     return ":" not in host and not host.replace(".", "").isdigit()
 
 

@@ -16,7 +16,9 @@ from corral.config.settings import Settings
 Place = tuple[str | int, ...]
 """A field's way from the top: ("nodes", 0, "url")."""
 
-_OWN_VARIABLES = frozenset(("CORRAL_URL", "CORRAL_ADMIN_KEY", "CORRAL_OLLAMA", "CORRAL_STATE", "CORRAL_CONFIG"))
+_OWN_VARIABLES = frozenset(
+    ("CORRAL_URL", "CORRAL_ADMIN_KEY", "CORRAL_ADMIN_KEY_FILE", "CORRAL_OLLAMA", "CORRAL_STATE", "CORRAL_CONFIG")
+)
 
 
 def read(path: Path | None, env: Mapping[str, str]) -> Settings:

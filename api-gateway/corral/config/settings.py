@@ -17,6 +17,7 @@ from corral.config.values import (
     DatabaseUrl,
     Duration,
     Listen,
+    ListenOrNone,
     Name,
     Network,
     RedisUrl,
@@ -91,6 +92,7 @@ class GatewaySettings(Section):
     control_url: BaseUrl = Field("http://127.0.0.1:8090", description="Control's own address, for /internal.")
     spool: Path = Field(Path("spool"), description="Folder of spools; this gateway's is <name> in it.")
     cache: Path = Field(Path("cache"), description="Folder of snapshots; this gateway's is <name> in it.")
+    metrics: ListenOrNone = Field("127.0.0.1:9101", description='Where /metrics is served, without a key; "": nowhere.')
     access_log: str = Field("-", description="File of the access log; - is standard output.")
     max_body: Size = Field(32 << 20, gt=0, description="Largest request body.")
     trusted_proxies: tuple[Network, ...] = Field(
@@ -121,6 +123,9 @@ class StoreSettings(Section):
     database: DatabaseUrl = Field(
         "sqlite:///corral.db", description="Opened by control alone; a relative file is in control.state."
     )
+    database_password_file: Path | None = Field(
+        None, description="Has PostgreSQL's password; a relative file is in control.state."
+    )
     valkey: RedisUrl = Field("redis://127.0.0.1:6390/0", description="Valkey or Redis 7.")
 
 
@@ -140,6 +145,11 @@ class EdgeSettings(Section):
     host: str = Field("127.0.0.1", pattern=r"^[0-9A-Za-z.:_-]+$", description="Address to listen on.")
     port: Whole = Field(8080, ge=1, le=65535, description="The one fixed port of `corral up`.")
     plaintext: bool = Field(False, description="Allow plain HTTP beyond loopback.")
+    tls_port: Whole = Field(8443, ge=1, le=65535, description="Port of TLS, where there is a certificate.")
+    certificate: Path | None = Field(None, description="PEM file of certificate chain and key.")
+    ollama: Listen | None = Field(
+        None, description="A front end of the nodes that asks no key: for loopback or an internal network."
+    )
 
     @model_validator(mode="after")
     def _keys_stay_private(self) -> EdgeSettings:
@@ -148,12 +158,46 @@ class EdgeSettings(Section):
         return self
 
 
+class CanarySettings(Section):
+    """A generation of one token on a resident model of each node, to see that it computes."""
+
+    interval: Duration = Field(15.0, description="Seconds between two of a node; 0: none.")
+    timeout: Duration = Field(10.0, gt=0, description="Longest wait for its answer.")
+
+
 class ControlSettings(Section):
     """The control plane."""
 
     listen: Listen = Field("127.0.0.1:8090", description="Where control listens.")
     state: Path = Field(Path("."), description="State folder: database and secrets.")
     haproxy_socket: Path | None = Field(None, description="HAProxy's master socket, to reload it.")
+    metrics: ListenOrNone = Field(
+        "127.0.0.1:9102",
+        description="Where metrics, Prometheus's targets and Alertmanager's webhook are, without a key; \"\": nowhere.",
+    )
+    canary: CanarySettings = CanarySettings()
+
+
+class MonitoringSettings(Section):
+    """Prometheus and Alertmanager."""
+
+    haproxy: ListenOrNone = Field("", description="Where Prometheus finds HAProxy's /metrics, if not as it listens.")
+    slack_webhook_file: Path | None = Field(None, description="File with the address of a Slack webhook.")
+    slack_channel: str = Field("#llm-alerts", pattern=r"^[#@]?[\w.-]{1,80}$", description="Channel for alerts.")
+    runbooks: str = Field(
+        "", pattern=r"^(https?://\S+[^/\s])?$", description="Where the runbooks are that alerts link to, if elsewhere."
+    )
+
+
+class HaproxySettings(Section):
+    """An HAProxy that control renders the configuration of; `corral up` starts and configures its own."""
+
+    config: Path | None = Field(None, description="The haproxy.cfg to render; none: that of `corral up`.")
+    gateways: dict[Name, Listen] = Field(default_factory=dict, description="Where each gateway is: name: host:port.")
+    control: Listen = Field("127.0.0.1:8090", description="Where control is.")
+    nodes: Listen = Field("127.0.0.1:8082", description="Where HAProxy listens for gateways.")
+    stats: Listen = Field("127.0.0.1:8404", description="Where it shows statistics and metrics.")
+    socket: Path = Field(Path("/run/haproxy/haproxy.sock"), description="Its socket for statistics.")
 
 
 class AuthSettings(Section):
@@ -177,6 +221,8 @@ class Settings(Section):
     audit: AuditSettings = AuditSettings()
     edge: EdgeSettings = EdgeSettings()
     control: ControlSettings = ControlSettings()
+    haproxy: HaproxySettings = HaproxySettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
     auth: AuthSettings = AuthSettings()
 
     @model_validator(mode="before")

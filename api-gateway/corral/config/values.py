@@ -20,6 +20,8 @@ _BYTES = {"": 1, "b": 1} | {
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw]?)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+WILDCARDS = frozenset(("0.0.0.0", "::"))
+"""Hosts that mean every address of this machine."""
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 
@@ -56,6 +58,11 @@ def host_port(text: str) -> tuple[str, int]:
         raise ValueError("expected host:port such as 127.0.0.1:8080")
     _check_host(host, bracketed)
     return host, int(port)
+
+
+def joined(host: str, port: int) -> str:
+    """host:port, in brackets where they are needed."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_host(host: str, ipv6: bool) -> None:
@@ -111,10 +118,14 @@ def _redis_url(value: str) -> str:
     return value
 
 
-def _database_url(value: str) -> str:
-    if not re.match(r"(sqlite|postgresql)(\+\w+)?://", value):
+def database_url(value: str) -> str:
+    """A database's address, with the driver that Corral has for it: psycopg 3 for PostgreSQL."""
+    scheme, separator, rest = value.partition("://")
+    if scheme in ("postgres", "postgresql"):
+        scheme = "postgresql+psycopg"
+    if not separator or scheme not in ("sqlite", "postgresql+psycopg"):
         raise ValueError("expected sqlite:///file or postgresql://user@host/name")
-    return value
+    return f"{scheme}://{rest}"
 
 
 def _no_bool(value: Any) -> Any:
@@ -132,8 +143,13 @@ Duration = Annotated[
 Size = Annotated[int, BeforeValidator(size), WithJsonSchema({"type": _TEXT_OR_NUMBER, "examples": ["32MiB"]})]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Listen = Annotated[str, AfterValidator(_listen)]
+ListenOrNone = Annotated[
+    str,
+    BeforeValidator(lambda value: "" if value is None else value),
+    AfterValidator(lambda value: value and _listen(value)),
+]
 BaseUrl = Annotated[str, AfterValidator(base_url)]
 Name = Annotated[str, AfterValidator(_name)]
 Network = Annotated[str, AfterValidator(_network)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
-DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
+DatabaseUrl = Annotated[str, AfterValidator(database_url)]

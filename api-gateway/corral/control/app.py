@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,17 +15,21 @@ from starlette.types import Receive, Scope, Send
 from corral import __version__
 from corral.config.settings import Settings
 from corral.control import audit, errors, internal, keys, models, nodes, openapi, status
+from corral.control.alerts import Alerts
 from corral.control.auth import Gate
+from corral.control.canary import Canary
 from corral.control.catalogue import Catalogue
 from corral.control.context import Control
 from corral.control.errors import Problem
-from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from
+from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
 from corral.control.modelops import Worker
+from corral.control.monitor import Monitor
 from corral.control.operations import Operations
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
-from corral.store.database import Database, resolve
+from corral.control.usage import Usage
+from corral.store.database import configured
 from corral.store.keys import read_pepper
 from corral.store.valkey import Valkey
 
@@ -36,10 +41,13 @@ log = logging.getLogger(__name__)
 
 
 class Application:
-    """The ASGI application: the gate, then FastAPI; ``control`` is set between start and end."""
+    """The ASGI application: the gate, then FastAPI; ``control`` is set between start and end.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    ``listener`` is the socket of the internal port, for metrics.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket | None = None) -> None:
+        self._settings, self._listener = settings, listener
         self.api = _api(self._life)
         self._gate: Gate | None = None
 
@@ -53,6 +61,7 @@ class Application:
         app.state.control = control
         refusals = audit.Refusals(control.database)
         self._gate = Gate(app, control, refusals.note)
+        monitor = Monitor(control, self._listener) if self._listener is not None else None
         tasks = [
             asyncio.create_task(control.valkey.run()),
             asyncio.create_task(refusals.run()),
@@ -64,10 +73,17 @@ class Application:
             await control.fleet.start(members)
             control.preloader.start()
             await control.hub.reload()
-            tasks.append(asyncio.create_task(_catch_up(control)))
+            # The first try before anyone hears that control is ready: HAProxy may be started with its file then.
+            if not await _told(control):
+                tasks.append(asyncio.create_task(_catch_up(control)))
+            tasks.append(asyncio.create_task(_canary(control).run()))
+            if monitor is not None:
+                monitor.start()
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
             yield
         finally:
+            if monitor is not None:
+                await monitor.close()
             await _end(tasks)
             await control.preloader.close()
             await control.operations.close()
@@ -78,7 +94,7 @@ class Application:
 
 def _assemble(settings: Settings) -> Control:
     state = settings.control.state.absolute()
-    database = Database(resolve(settings.store.database, state))
+    database = configured(settings.store, state)
     fleet = Fleet()
     valkey = Valkey(settings.store.valkey, timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
@@ -96,14 +112,28 @@ def _assemble(settings: Settings) -> Control:
         catalogue=catalogue,
         operations=operations,
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
+        usage=Usage(),
+        alerts=Alerts(),
     )
 
 
+def _canary(control: Control) -> Canary:
+    async def streams(name: str) -> int | None:
+        try:
+            return await control.haproxy.streams(name)
+        except HaproxyError:
+            return None
+
+    return Canary(control.fleet, control.settings.control.canary, control.catalogue.policies, streams)
+
+
 def _reloader(settings: Settings, state: Path) -> HaproxyReloader:
-    # `corral up` keeps the plan (ports, gateways) beside the configuration that it rendered from it.
     socket, run = settings.control.haproxy_socket, state / "run"
     if socket is None:
         return HaproxyReloader(None, None, None)
+    if (config := settings.haproxy.config) is not None:
+        return HaproxyReloader(lambda: plan_of(settings), state / config, state / socket)
+    # `corral up` keeps the plan (ports, gateways) beside the configuration that it rendered from it.
     return HaproxyReloader(plan_from(run / "haproxy.json"), run / "haproxy.cfg", state / socket)
 
 
@@ -118,18 +148,26 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 
 async def _catch_up(control: Control) -> None:
     """Give HAProxy the nodes of the database, as far as it was started without them or is still to start."""
-    silent = False
-    while control.haproxy.configured:
-        try:
-            async with control.fleet.changing:
-                pairs = [(node.name, node.url) for node in control.fleet.members.values()]
-                await control.haproxy.apply(pairs, keep=True)
-            return
-        except HaproxyError as error:
-            if not silent:
-                log.warning("HAProxy keeps its own list of nodes for now: %s", error)
-            silent = True
+    while True:
         await asyncio.sleep(CATCH_UP)
+        if await _told(control, logging.DEBUG):
+            return
+
+
+async def _told(control: Control, level: int = logging.WARNING) -> bool:
+    """Whether HAProxy has the nodes of the database now, or there is none to tell."""
+    if not control.haproxy.configured:
+        return True
+    try:
+        async with control.fleet.changing:
+            members = control.fleet.members.values()
+            pairs = [(node.name, node.url) for node in members]
+            resting = [node.name for node in members if node.draining]
+            await control.haproxy.apply(pairs, keep=True, resting=resting)
+    except HaproxyError as error:
+        log.log(level, "HAProxy keeps its own list of nodes for now: %s", error)
+        return False
+    return True
 
 
 def _api(life: object) -> FastAPI:

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from corral.config.settings import Settings
 from corral.store import keys as keytext
-from corral.store.database import Database, insert, resolve
+from corral.store.database import configured, insert
 from corral.store.tables import key_verifiers, keys
 
 ADMIN_KEY = "admin.key"
@@ -43,7 +43,7 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     pepper_file = state / settings.auth.pepper_file
     make_private(state / settings.auth.internal_token_file, secrets.token_urlsafe(32))
-    database = Database(resolve(settings.store.database, state))
+    database = configured(settings.store, state)
     try:
         database.migrate()
         # In this order: another that makes both has made the pepper before the first key.

@@ -25,10 +25,12 @@ LASTING = 365 * 86400.0
 
 
 class Catalogue:
-    """``entries`` are corral.yaml's, by canonical name; ``recorded`` the digests that were entered when applied."""
+    """``entries`` are corral.yaml's, by canonical name; ``recorded`` the digests that were entered when applied;
+    ``policies`` what its requests have."""
 
     def __init__(self, database: Database, fleet: Fleet, entries: Iterable[ModelSettings]) -> None:
         self.entries: dict[str, ModelSettings] = {}
+        self.policies: dict[str, ModelPolicy] = {}
         self.recorded: dict[str, str] = {}
         self._database, self._fleet = database, fleet
         self._trained: dict[str, int] = {}
@@ -37,6 +39,10 @@ class Catalogue:
     def replace(self, entries: Iterable[ModelSettings]) -> None:
         """Put other models in force."""
         self.entries = {canonical_name(entry.name): entry for entry in entries}
+        # In place: who holds them follows.
+        self.policies.clear()
+        for name, entry in self.entries.items():
+            self.policies[name] = ModelPolicy.from_entry(entry.model_dump(mode="json"))
 
     async def load(self) -> None:
         """Read the recorded digests."""
@@ -80,8 +86,7 @@ class Catalogue:
 
     def options(self, name: str) -> dict[str, Any]:
         """Options of every request for a model: a runner that was loaded with others would be loaded again."""
-        entry = self.entries.get(name)
-        return {} if entry is None else check({}, ModelPolicy.from_entry(entry.model_dump(mode="json")))
+        return check({}, self.policies[name]) if name in self.policies else {}
 
     def holdings(self, names: Collection[str] | None = None) -> list[Holdings]:
         """The nodes (these only) as the prober saw them last."""

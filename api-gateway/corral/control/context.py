@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 from fastapi import Depends, Request
 
 from corral.config.settings import Settings
+from corral.control.alerts import Alerts
 from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
+from corral.control.usage import Usage
 from corral.store.database import Database
 from corral.store.valkey import Valkey
 
@@ -38,6 +40,8 @@ class Control:
     catalogue: Catalogue
     operations: Operations
     preloader: Preloader
+    usage: Usage
+    alerts: Alerts
 
 
 def _control(request: Request) -> Control:

@@ -11,10 +11,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from corral.config.haproxy import HaproxyPlan, render
+from corral.config.settings import Settings
+from corral.config.values import WILDCARDS, host_port, joined
 
 TIMEOUT = 10.0
 
@@ -43,10 +45,21 @@ class HaproxyReloader:
         """Whether there is an HAProxy to keep."""
         return None not in (self._plan_factory, self._config, self._master)
 
-    async def apply(self, nodes: Sequence[tuple[str, str]], keep: bool = False) -> bool:
+    def statistics(self) -> str:
+        """host:port of its page of statistics and metrics, as others reach it; "" where the plan does not say."""
+        if self._plan_factory is None:
+            return ""
+        try:
+            plan = self._plan_factory()
+        except (OSError, ValueError, TypeError, KeyError):
+            return ""
+        return "" if plan.stats_host in WILDCARDS else joined(plan.stats_host, plan.stats_port)
+
+    async def apply(self, nodes: Sequence[tuple[str, str]], keep: bool = False, resting: Collection[str] = ()) -> bool:
         """Make HAProxy serve these nodes (name, URL); False where it does already or there is none.
 
-        ``keep``: the file stays even if HAProxy does not reload, for one that is only about to start.
+        ``keep``: the file stays even if HAProxy does not reload, for one that is only about to start. ``resting``
+        nodes get nothing new by the front end for other programs; what gateways send is the gateways' to decide.
 
         Raises:
             HaproxyError: it refuses; the old configuration stays in force, and but for `keep` in place.
@@ -54,7 +67,8 @@ class HaproxyReloader:
         if self._plan_factory is None or self._config is None or self._master is None:
             return False
         try:
-            text = render(dataclasses.replace(self._plan_factory(), nodes=list(nodes)))
+            plan = self._plan_factory()
+            text = render(dataclasses.replace(plan, nodes=list(nodes), resting=tuple(sorted(resting))))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise HaproxyError(f"haproxy.cfg cannot be rendered: {error}") from None
         old = self._config.read_text(encoding="utf-8") if self._config.exists() else None
@@ -123,10 +137,34 @@ def plan_from(path: Path) -> PlanFactory:
                 "gateways": [(name, host, port) for name, host, port in value["gateways"]],
                 "control": (value["control"][0], value["control"][1]),
                 "nodes": [(name, url) for name, url in value["nodes"]],
+                "ollama": tuple(value["ollama"]) if value.get("ollama") else None,
+                "resting": tuple(value.get("resting", ())),
             }
         )
 
     return read
+
+
+def plan_of(settings: Settings) -> HaproxyPlan:
+    """The plan of an HAProxy that somebody else starts, such as a container: `haproxy` in corral.yaml."""
+    edge, balancer = settings.edge, settings.haproxy
+    nodes, stats = host_port(balancer.nodes), host_port(balancer.stats)
+    return HaproxyPlan(
+        edge_host=edge.host,
+        edge_port=edge.port,
+        nodes_host=nodes[0],
+        nodes_port=nodes[1],
+        stats_host=stats[0],
+        stats_port=stats[1],
+        stats_socket=str(balancer.socket),
+        gateways=[(name, *host_port(address)) for name, address in balancer.gateways.items()],
+        control=host_port(balancer.control),
+        nodes=[(node.name, node.url) for node in settings.nodes],
+        max_duration=settings.gateway.max_duration,
+        tls_port=edge.tls_port,
+        certificate=str(edge.certificate) if edge.certificate else None,
+        ollama=host_port(edge.ollama) if edge.ollama else None,
+    )
 
 
 def binary() -> str | None:
@@ -174,11 +212,11 @@ async def _check(config: Path) -> None:
 
 
 def _sessions(table: str, name: str) -> int:
+    """What runs on a node and waits for it, in its own back end and in the one of the front end for other programs."""
+    wanted = ((f"node_{name}", "BACKEND"), ("ollama", name))
     rows = csv.DictReader(table.lstrip("# ").splitlines())
-    for row in rows:
-        if row.get("pxname") == f"node_{name}" and row.get("svname") == "BACKEND":
-            return int(row.get("scur") or 0) + int(row.get("qcur") or 0)
-    return 0
+    found = [row for row in rows if (row.get("pxname"), row.get("svname")) in wanted]
+    return sum(int(row.get("scur") or 0) + int(row.get("qcur") or 0) for row in found)
 
 
 def _write(path: Path, text: str) -> None:

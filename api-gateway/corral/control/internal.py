@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from corral.control import discovery
 from corral.control.context import Here
 from corral.control.errors import Problem, answer
 from corral.store.ingest import WrongOffset, ingest
@@ -27,7 +29,7 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
     if _NAME.fullmatch(name):
-        await hub.heard(name, since)
+        await hub.heard(name, since, *_told(request))
     if since == hub.version:
         return Response(status_code=304)
     return Response(hub.content(), media_type="application/json")
@@ -47,9 +49,21 @@ async def spool(
         if len(data) > CHUNK_MAX:
             raise Problem(413, "request_too_large", f"more than {CHUNK_MAX} bytes of frames at once")
     try:
-        watermark = await control.database.write(ingest, gateway, segment, offset, bytes(data))
+        taken = await control.database.write(ingest, gateway, segment, offset, bytes(data))
     except WrongOffset as error:
         return JSONResponse({"offset": error.offset}, status_code=409)
     except SpoolCorrupt as error:
         return answer(Problem(400, "corrupt_frame", str(error), offset=error.offset))
-    return JSONResponse({"offset": watermark})
+    control.usage.ingested(taken, control.hub, control.fleet)
+    return JSONResponse({"offset": taken.watermark})
+
+
+def _told(request: Request) -> tuple[str, float]:
+    """Where a gateway says its metrics are, and how long its oldest unshipped record waits."""
+    peer = request.client.host if request.client is not None else ""
+    try:
+        behind = float(request.headers.get("x-corral-backlog", "0")[:32])
+    except ValueError:
+        behind = 0.0
+    metrics = discovery.address(request.headers.get("x-corral-metrics", ""), peer)
+    return metrics, behind if math.isfinite(behind) and behind > 0.0 else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ ACKNOWLEDGE = 1.5
 POLL = 0.1
 FIELDS = ("url", "slots", "memory", "max_models", "accelerator")
 
+log = logging.getLogger(__name__)
 router = APIRouter(tags=["nodes"])
 Wait = Annotated[float, Query(ge=0, le=LONGEST, description="Seconds to wait for its streams.")]
 
@@ -137,6 +139,11 @@ async def _set_draining(
             elif preload:
                 control.preloader.begin(member)
             control.hub.refresh()
+            try:
+                await control.haproxy.apply(_pairs(control), keep=True, resting=_resting(control))
+            except HaproxyError as error:
+                # The gateways know; the front end for other programs will when HAProxy reads its file.
+                log.warning("%s: HAProxy was not told of its draining: %s", name, error)
     return member
 
 
@@ -166,9 +173,13 @@ def _pairs(control: Control) -> list[tuple[str, str]]:
     return [(node.name, node.url) for node in control.fleet.members.values()]
 
 
+def _resting(control: Control) -> list[str]:
+    return [node.name for node in control.fleet.members.values() if node.draining]
+
+
 async def _serve(control: Control, pairs: Sequence[tuple[str, str]]) -> None:
     try:
-        await control.haproxy.apply(pairs)
+        await control.haproxy.apply(pairs, resting=_resting(control))
     except HaproxyError as error:
         raise Problem(502, "haproxy_failed", f"nothing was changed: {error}") from None
 

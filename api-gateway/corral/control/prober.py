@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from corral.control.measured import Measured
 from corral.fleet.catalogue import is_own
 
 INTERVAL = 1.0
@@ -47,6 +48,7 @@ class Member:
     answered: bool = False
     withheld: set[str] = field(default_factory=set)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def state(self) -> str:
@@ -187,12 +189,15 @@ class Fleet:
                     member.tags, member.version, member.tags_at = tags, version, now
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
             member.misses += 1
+            member.measured.probe_failures += 1
             member.error = reason(error)
             if member.misses >= MISSES:
                 member.up = False
             return
         returned = not member.up and self.members.get(member.name) is member and member.name in self._tasks
         member.ps = ps
+        member.measured.held(entry["name"] for entry in member.usable)
+        member.measured.resident(names, now)
         member.up, member.misses, member.error = True, 0, None
         if returned:
             self.on_up(member)

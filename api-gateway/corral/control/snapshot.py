@@ -24,6 +24,7 @@ from corral.store.valkey import Valkey, ValkeyDown
 
 CHANNEL = b"corral:snapshot"
 PRESENT = 3.0
+FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
 FIELDS = ("id", "name", "tenant", "role", "models", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
 
@@ -32,11 +33,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Gateway:
-    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has."""
+    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has.
+
+    ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds).
+    """
 
     name: str
     seen: float
     version: str
+    metrics: str = ""
+    behind: float = 0.0
 
 
 class Hub:
@@ -55,6 +61,7 @@ class Hub:
         self._keys_digest = b""
         self._rows: list[tuple[dict[str, Any], list[tuple[str, float | None]]]] = []
         self._verifier_ends = math.inf
+        self._tenants: dict[str, str] = {}
         self.number = 0
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._arrived = asyncio.Condition()
@@ -71,6 +78,7 @@ class Hub:
         """Read the keys again after they changed; the number of the snapshot that has them."""
         async with self._loading:
             self._rows = await self._database.read(_read_keys)
+            self._tenants = {row["id"]: row["tenant"] for row, _ in self._rows}
             self._build_keys()
             self.refresh()
         return self.number
@@ -101,13 +109,30 @@ class Hub:
             {"version": self.version, "keys": self._keys, "nodes": nodes, "models": self._catalogue}
         )
 
+    def look_up(self, key_id: str) -> tuple[dict[str, Any], list[tuple[str, float | None]]] | None:
+        """A key and its verifiers with their ends, as last read; None if it was not known then."""
+        for row, proofs in self._rows:
+            if row["id"] == key_id:
+                return {**row, "revoked": 0.0 if row["revoked"] else None}, proofs
+        return None
+
     # -- who has it
 
-    async def heard(self, name: str, version: str) -> None:
-        """Note that a gateway asked, and what it has."""
-        self.gateways[name] = Gateway(name, time.time(), version)
+    async def heard(self, name: str, version: str, metrics: str = "", behind: float = 0.0) -> None:
+        """Note that a gateway asked, what it has, and what it says of itself."""
+        self.gateways[name] = Gateway(name, time.time(), version, metrics, behind)
         async with self._arrived:
             self._arrived.notify_all()
+
+    def known(self) -> list[Gateway]:
+        """Gateways that were heard within the last hour, by name; who was away for longer is forgotten."""
+        since = time.time() - FORGOTTEN
+        self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.seen >= since}
+        return sorted(self.gateways.values(), key=lambda gateway: gateway.name)
+
+    def tenant(self, key_id: str) -> str | None:
+        """The tenant of a key; None where there is no such key."""
+        return self._tenants.get(key_id)
 
     async def acknowledged(self, number: int, within: float) -> tuple[list[str], list[str]]:
         """Wait until every gateway has snapshot `number` or a later one: names of those that have, and have not."""

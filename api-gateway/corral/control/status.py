@@ -39,7 +39,7 @@ async def status(control: Here) -> dict[str, Any]:
                 "state": "ready" if now - gateway.seen < PRESENT else "down",
                 "current": gateway.version == control.hub.version,
             }
-            for gateway in sorted(control.hub.gateways.values(), key=lambda one: one.name)
+            for gateway in control.hub.known()
         ],
         "nodes": [
             {
@@ -57,6 +57,7 @@ async def status(control: Here) -> dict[str, Any]:
             "database": {"state": "ready" if database else "down"},
         },
         "haproxy": {"managed": control.haproxy.configured},
+        "alerts": control.alerts.firing(),
     }
 
 

@@ -16,6 +16,7 @@ from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.decode import decode
 from corral.gateway.journal import Then, nothing
 from corral.gateway.listen import ClientConnection
+from corral.gateway.metrics import Pace
 from corral.gateway.recover import SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -47,7 +48,7 @@ class Exchange:
     model = ""
     key: Key | None = None
     key_id = ""
-    decoded: Decoded = None  # type: ignore[assignment]  # set by decode, read by what follows it
+    decoded: Decoded | None = None
     node_name = ""
     attempts = 0
     crashes = 0
@@ -55,11 +56,15 @@ class Exchange:
     queue_ms = 0.0
     first_token = 0.0
     deadline = 0.0
+    refusal = ""
+    pace: Pace | None = None
     _attempt: Attempt | None = None
     _node_header = b""
     _rate_headers = b""
     _tail = b""
-    _admitted = _settled = _open = False
+    _admitted = False
+    _settled = False
+    _open = False
 
     def __init__(
         self,
@@ -119,6 +124,7 @@ class Exchange:
             return
         self._rate_headers = admit.headers(verdict, key.budget)
         if verdict.refused:
+            self.refusal = verdict.refused
             self.refuse(admit.refusal(verdict, key.budget))
             return
         self._admitted = True
@@ -132,6 +138,7 @@ class Exchange:
         if self._settled:
             return
         if not written:
+            self.refusal = "recording"
             self.refuse(ApiError(503, "overloaded", "the audit record cannot be written", retry_after=5))
             return
         now = monotonic()
@@ -150,7 +157,8 @@ class Exchange:
     # -- schedule, relay
 
     def _dispatch(self, now: float) -> None:
-        gateway = self.gateway
+        gateway, decoded = self.gateway, self.decoded
+        assert decoded is not None
         try:
             node = schedule.schedule(gateway.snapshot, self.model, now, self.tried)
         except ApiError as error:
@@ -160,16 +168,20 @@ class Exchange:
         self.attempts += 1
         self.deadline = now + gateway.first_token
         gateway.running.add(self)
-        self._attempt = attempt = Attempt(self, node)
+        self._attempt = attempt = Attempt(self, node, decoded)
         attempt.begin()
 
     def progress(self, out: bytes) -> None:
         """The node sent something; `out` is what of it goes to the caller now."""
         now = monotonic()
         self.deadline = now + self.gateway.between_tokens
+        assert self.decoded is not None
         responder = self.decoded.responder
-        if not self.first_token and responder.started:
+        if self.pace is not None:
+            self.pace.piece(now)
+        elif not self.first_token and responder.started:
             self.first_token = now
+            self.pace = self.gateway.metrics.first_token(self, now)
         if responder.done:
             self._tail += out  # the last bytes leave when the settle record is written
         elif not out:
@@ -183,6 +195,7 @@ class Exchange:
     def answered(self) -> None:
         """The node's answer is whole."""
         attempt, self._attempt = self._attempt, None
+        assert self.decoded is not None
         responder = self.decoded.responder
         try:
             rest = self._tail + responder.finish()
@@ -205,7 +218,9 @@ class Exchange:
         """Step 8. The attempt is over and gave back its place on the node."""
         gateway = self.gateway
         self._attempt = None
-        if failure is Failure.CALLER and cause is not None and self.decoded.without_thinking(cause.message):
+        decoded = self.decoded
+        assert decoded is not None
+        if failure is Failure.CALLER and cause is not None and decoded.without_thinking(cause.message):
             self._dispatch(monotonic())
             return
         if failure is Failure.CONNECT:
@@ -216,6 +231,7 @@ class Exchange:
             node.shunned_until = monotonic() + SHUN
             self.tried += (node.name,)
         if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
+            gateway.metrics.retried(failure)
             self._again()
             return
         error = final_error(failure, self, cause)
@@ -234,7 +250,7 @@ class Exchange:
         # A responder lives for one answer, and nothing of this one was sent.
         key = self.key
         assert key is not None
-        self.first_token, self._tail = 0.0, b""
+        self.first_token, self.pace, self._tail = 0.0, None, b""
         try:
             self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
         except ApiError as error:
@@ -281,6 +297,7 @@ class Exchange:
         if self._admitted and self.key is not None:
             gateway.limits.release(self.key.budget, self.record_id)
         record = settle.settled(self, status, outcome, self.connection.sent + last, monotonic())
+        gateway.metrics.settled(self, record)
         gateway.journal.record(record, then or nothing, access=True)
 
     def client_gone(self) -> None:

@@ -31,7 +31,7 @@ _ONCE = frozenset((b"authorization", b"x-api-key", b"host", b"content-type", b"x
 _SPECIAL = frozenset((b"upgrade", b"content-encoding", b"expect"))
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection:
     """A caller's connection, made by the edge."""
 
     __slots__ = (
@@ -103,13 +103,13 @@ class ClientConnection(asyncio.Protocol):
             self.reject(error)
         except httptools.HttpParserUpgrade:
             self.reject(ApiError(400, "bad_request", "CONNECT and protocol upgrades are not served here"))
-        except httptools.HttpParserCallbackError as error:
-            cause = error.__context__
+        except httptools.HttpParserCallbackError as failed:
+            cause = failed.__context__
             if not isinstance(cause, ApiError):
                 raise
             self.reject(cause)
-        except httptools.HttpParserError as error:
-            self.reject(ApiError(400, "bad_request", f"malformed HTTP: {error}"))
+        except httptools.HttpParserError as malformed:
+            self.reject(ApiError(400, "bad_request", f"malformed HTTP: {malformed}"))
 
     def _wait_for_more(self, size: int) -> None:
         # Only a message that came in pieces needs a deadline and a count of what may still be the head.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 
 import uvloop
 
@@ -19,6 +20,9 @@ def run(settings: Settings) -> None:
     # What lives as long as the process need not be looked at by each collection.
     gc.freeze()
     gc.set_threshold(50_000, 50, 50)
+    # Two descriptors a stream: what the system allows, not what a shell starts with.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     host, _, port = settings.gateway.listen.rpartition(":")
     uvloop.run(_serve(settings, host.strip("[]"), int(port)))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from corral.fleet.node import Node
 from corral.gateway.recover import Failure, classify
 from corral.gateway.upstream import UpstreamConnection
+from corral.wire.common import Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 
 if TYPE_CHECKING:
@@ -19,10 +20,21 @@ NO_SUCH_NODE = b"no-such-node"
 class Attempt:
     """A request on a node; tells the exchange how it goes until it is over."""
 
-    __slots__ = ("_connection", "_error_body", "_exchange", "_over", "_proxied", "_renewed", "_status", "node")
+    __slots__ = (
+        "_connection",
+        "_decoded",
+        "_error_body",
+        "_exchange",
+        "_over",
+        "_proxied",
+        "_renewed",
+        "_status",
+        "node",
+    )
 
-    def __init__(self, exchange: Exchange, node: Node) -> None:
+    def __init__(self, exchange: Exchange, node: Node, decoded: Decoded) -> None:
         self._exchange = exchange
+        self._decoded = decoded
         self.node = node
         self._connection: UpstreamConnection | None = None
         self._over = False
@@ -53,7 +65,7 @@ class Attempt:
     def _send(self, connection: UpstreamConnection) -> None:
         self._connection = connection
         exchange = self._exchange
-        decoded = exchange.decoded
+        decoded = self._decoded
         connection.send(
             b"POST %b HTTP/1.1\r\nHost: nodes\r\n%bX-Request-ID: %b\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
@@ -78,7 +90,7 @@ class Attempt:
         if self._status != 200:
             self._error_body += data[: ERROR_BODY_MAX - len(self._error_body)]
             return
-        responder = self._exchange.decoded.responder
+        responder = self._decoded.responder
         try:
             out = responder.feed(data)
         except UpstreamNonsense as error:
@@ -108,7 +120,7 @@ class Attempt:
             code = {400: "bad_request", 404: "model_not_found"}.get(status, "upstream_error")
             self._fail(failure, ApiError(status, code, message))
             return
-        responder = self._exchange.decoded.responder
+        responder = self._decoded.responder
         if not responder.done:
             self.on_body(b"\n")  # an answer that is one object has no line end of its own
             if self._over:

@@ -11,14 +11,17 @@ import re
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
 from corral.gateway import settle
 from corral.gateway.exchange import Exchange
+from corral.gateway.exposition import Exposition
 from corral.gateway.journal import Journal, nothing
 from corral.gateway.listen import ClientConnection
+from corral.gateway.metrics import Metrics
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Feed, Snapshot
@@ -55,7 +58,9 @@ class Gateway:
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
         default = settings.limits.default
         self.snapshot = Snapshot(default.rpm, default.concurrency)
-        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache)
+        self.metrics = Metrics(self.snapshot)
+        self.exposition = Exposition(self, gateway.metrics)
+        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
         self.store = Valkey(settings.store.valkey, scripts=(ADMIT, RENEW_SCRIPT))
         self.changes = Valkey(settings.store.valkey)
         self.limits = Limits(self.store, self.name, settings.limits.on_store_failure)
@@ -127,6 +132,7 @@ class Gateway:
     def refuse_unread(self, exchange: Exchange, error: ApiError, sent: int) -> None:
         """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
         record = settle.settled(exchange, error.status, "refused", sent, time.monotonic())
+        self.metrics.settled(exchange, record)
         self.journal.record(record, nothing, access=True)
 
     # -- life
@@ -134,6 +140,7 @@ class Gateway:
     async def serve(self, host: str, port: int) -> None:
         """Serve until SIGTERM or SIGINT, then drain: end what runs, ship the spool."""
         self.feed.load()
+        await self.exposition.start()
         tasks = [
             self.loop.create_task(work)
             for work in (
@@ -147,13 +154,14 @@ class Gateway:
         ]
         self.changes.on_message = self._changed
         self.changes.on_connect = lambda: self.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
-        server = await self.loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
+        accept: Callable[[], Any] = lambda: ClientConnection(self)  # noqa: E731
+        server = await self.loop.create_server(accept, host, port, backlog=4096)
         log.info("%s listens on %s:%d", self.name, host, port)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, stop.set)
-        ended = asyncio.gather(*tasks)
-        waiting = self.loop.create_task(stop.wait())
+        ended: asyncio.Future[Any] = asyncio.gather(*tasks)
+        waiting: asyncio.Future[Any] = self.loop.create_task(stop.wait())
         await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
         self.stopping = True
         server.close()
@@ -168,6 +176,7 @@ class Gateway:
             self.journal.close()
             self.upstreams.close()
             await self.shipper.drain()
+            await self.exposition.close()
 
     async def _drain(self) -> None:
         for connection in list(self.connections):
@@ -191,6 +200,10 @@ class Gateway:
             for exchange in list(self.running):
                 exchange.check(now)
             self.upstreams.sweep(now)
+
+    def _tell(self) -> dict[str, str]:
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""
+        return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
 
     def _changed(self, message: Any) -> None:
         self.feed.poke()

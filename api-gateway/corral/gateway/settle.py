@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
+from corral.gateway.records import Admitted, Settled
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -18,48 +18,9 @@ def outcome_of(status: int) -> str:
         return "ok"
     if status < 500:
         return OUTCOMES.get(status, "refused")
+    if status == 501:
+        return "refused"  # a route that this version does not serve
     return "overloaded" if status == 503 else "upstream_error"
-
-
-class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
-    """The record that is written before a node hears of the request. ``ts`` is epoch seconds."""
-
-    id: str
-    request_id: str
-    ts: float
-    gw: str
-    key: str
-    addr: str
-    api: str
-    route: str
-    model: str
-
-
-class Settled(msgspec.Struct, tag_field="t", tag="settle"):
-    """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token."""
-
-    id: str
-    request_id: str
-    ts: float
-    gw: str
-    key: str
-    addr: str
-    api: str
-    route: str
-    method: str
-    model: str
-    status: int
-    outcome: str
-    node: str
-    attempts: int
-    req_bytes: int
-    resp_bytes: int
-    prompt_tokens: int
-    tokens: int
-    estimated: bool
-    queue_ms: float
-    ttft_ms: float | None
-    ms: float
 
 
 def admitted(exchange: Exchange) -> Admitted:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 import httpx
 
-from corral.store.spool import SpoolReader, SpoolWriter
+from corral.store.spool import SpoolReader, SpoolWriter, opened
 
 PAUSE = 0.2
 PAUSE_FAILED = 1.0
@@ -17,12 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class Shipper:
-    """One gateway's spool on its way to control; ``backlog`` tells whether anything waits."""
+    """One gateway's spool on its way to control; ``backlog`` and ``behind`` tell what waits, and for how long."""
 
     def __init__(self, writer: SpoolWriter, folder: Path, control_url: str, token: str, gateway: str) -> None:
         self._writer = writer
         self._folder = folder
         self._reader = SpoolReader(folder)
+        # What an earlier process left waits since it was written.
+        self._caught_up = min((opened(name) for name in self._reader.backlog()), default=time.time())
         self._url = f"{control_url}/internal/spool/{gateway}"
         self._headers = {"Authorization": f"Bearer {token}"}
 
@@ -62,6 +65,15 @@ class Shipper:
             else:
                 self._reader.confirm(segment, confirmed)
         self._reader.drop_shipped(self._writer.segment, self._put_aside)
+        self._caught_up = time.time()
+
+    def backlog(self) -> int:
+        """Bytes in the spool that control has not confirmed."""
+        return sum(self._reader.backlog().values())
+
+    def behind(self) -> float:
+        """How long the oldest of them wait, in seconds; 0 where there are none."""
+        return max(0.0, time.time() - self._caught_up) if self._reader.backlog() else 0.0
 
     async def drain(self) -> None:
         """Ship the rest before the process ends; what control does not take stays for the next start."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,22 @@ class Snapshot:
 
 
 class Feed:
-    """Keeps a snapshot current from control's internal address."""
+    """Keeps a snapshot current from control's internal address; ``tell`` gives more headers for each question."""
 
-    def __init__(self, snapshot: Snapshot, control_url: str, token: str, gateway: str, cache: Path) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        control_url: str,
+        token: str,
+        gateway: str,
+        cache: Path,
+        tell: Callable[[], dict[str, str]] = dict,
+    ) -> None:
         self._snapshot = snapshot
         self._file = cache / "snapshot.json"
         self._url = f"{control_url}/internal/snapshot"
         self._headers = {"Authorization": f"Bearer {token}", "X-Corral-Gateway": gateway}
+        self._tell = tell
         self._wake = asyncio.Event()
         self._touched = 0.0
 
@@ -116,7 +126,8 @@ class Feed:
                 self._wake.clear()
 
     async def _poll(self, client: httpx.AsyncClient) -> None:
-        response = await client.get(self._url, params={"since": self._snapshot.version}, headers=self._headers)
+        headers = self._headers | self._tell()
+        response = await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
         now = time.time()
         if response.status_code == 200:
             self._snapshot.apply(msgspec.json.decode(response.content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 import httptools
 
@@ -34,7 +34,7 @@ class Handler(Protocol):
         """The connection ended before the answer did; `untouched`: a reused one, at once and before any byte."""
 
 
-class UpstreamConnection(asyncio.Protocol):
+class UpstreamConnection:
     """One HTTP/1.1 connection; one request at a time."""
 
     __slots__ = (
@@ -104,10 +104,19 @@ class UpstreamConnection(asyncio.Protocol):
                 self.abort()
             handler.on_end()
 
+    def eof_received(self) -> None:
+        """The peer closed its side: close."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self._pool.forget(self)
         self._drop()
+
+    def pause_writing(self) -> None:
+        """One whole request is sent at a time: nothing can be held back."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
 
     def _drop(self) -> None:
         handler, self._handler = self._handler, None
@@ -185,11 +194,10 @@ class Upstreams:
         task.add_done_callback(self._connecting.discard)
 
     async def _connect(self, address: Address, done: Callable[[UpstreamConnection | OSError], None]) -> None:
+        made: Callable[[], Any] = lambda: UpstreamConnection(self, address, self._loop)  # noqa: E731
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                _, connection = await self._loop.create_connection(
-                    lambda: UpstreamConnection(self, address, self._loop), address[0], address[1]
-                )
+                _, connection = await self._loop.create_connection(made, address[0], address[1])
         except TimeoutError:
             done(ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s"))
         except OSError as error:

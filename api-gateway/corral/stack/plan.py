@@ -17,7 +17,8 @@ import yaml
 from corral import __version__
 from corral.config.haproxy import HaproxyPlan, render
 from corral.config.settings import Settings
-from corral.stack import binaries, nodes, ports
+from corral.config.values import host_port
+from corral.stack import binaries, monitoring, nodes, ports
 from corral.stack.nodes import Fleet
 from corral.stack.programs import Program, supervisord_conf, valkey_conf, write_specs
 from corral.stack.state import StateFolder, read_json, write_private
@@ -35,12 +36,16 @@ class Plan:
     programs: tuple[Program, ...]
     haproxy: HaproxyPlan
     own_valkey: bool
+    monitoring: monitoring.Monitoring | None = None
 
     @property
     def url(self) -> str:
         edge = self.settings.edge
         shown = "127.0.0.1" if edge.host in ("0.0.0.0", "::") else edge.host
         return f"http://{f'[{shown}]' if ':' in shown else shown}:{edge.port}"
+
+    def _page(self, port: str) -> str | None:
+        return f"http://127.0.0.1:{self.ports[port]}/metrics" if port in self.ports else None
 
     @property
     def gateways(self) -> list[str]:
@@ -56,19 +61,36 @@ class Plan:
             "edge": {"host": self.settings.edge.host, "port": self.settings.edge.port},
             "nodes_url": self.settings.gateway.nodes_url,
             "stats_url": f"http://127.0.0.1:{self.ports['stats']}",
-            "control": {"url": self.settings.gateway.control_url},
-            "gateways": [{"name": name, "url": f"http://127.0.0.1:{self.ports[name]}"} for name in self.gateways],
+            "control": {
+                "url": self.settings.gateway.control_url,
+                "metrics": self._page(metrics_of("control")),
+            },
+            "gateways": [
+                {
+                    "name": name,
+                    "url": f"http://127.0.0.1:{self.ports[name]}",
+                    "metrics": self._page(metrics_of(name)),
+                }
+                for name in self.gateways
+            ],
             "valkey": {"url": self.settings.store.valkey, "own": self.own_valkey},
             "nodes": [{"name": node.name, "url": node.url, "own": node.name in own} for node in self.settings.nodes],
             "ports": dict(self.ports),
             "programs": [program.name for program in self.programs],
+            **({"monitoring": self.monitoring.describe()} if self.monitoring is not None else {}),
         }
 
 
-def make(given: Settings, fleet: Fleet, state: StateFolder) -> Plan:
-    """Choose ports and complete the settings. StackError where a program is missing."""
+def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = False) -> Plan:
+    """Choose ports and complete the settings. StackError where a program is missing.
+
+    ``monitored``: with Prometheus and Alertmanager.
+    """
     gateways = [f"gateway-{number}" for number in range(1, given.gateway.processes + 1)]
     names = ["valkey", "control", "nodes", "stats", *gateways, *fleet.names]
+    names += [metrics_of("control")] if given.control.metrics else []
+    names += [metrics_of(name) for name in gateways if given.gateway.metrics]
+    names += [monitoring.PROMETHEUS, monitoring.ALERTMANAGER] if monitored else []
     before = {name: port for name, port in (read_json(state.ports_file) or {}).items() if isinstance(port, int)}
     chosen = ports.choose(names, before, avoid=(given.edge.port,))
     own_valkey, valkey_url, chosen["valkey"] = _valkey(given, chosen["valkey"])
@@ -86,15 +108,20 @@ def make(given: Settings, fleet: Fleet, state: StateFolder) -> Plan:
         nodes=[(node.name, node.url) for node in settings.nodes],
         max_duration=settings.gateway.max_duration,
         ca_file=ssl.get_default_verify_paths().cafile or _CERTIFICATES,
+        tls_port=settings.edge.tls_port,
+        certificate=str(settings.edge.certificate.absolute()) if settings.edge.certificate else None,
+        ollama=host_port(settings.edge.ollama) if settings.edge.ollama else None,
     )
+    watchers = monitoring.plan(settings, chosen, state) if monitored else None
     programs = (
         *([Program("valkey", [binaries.valkey(), str(state.run / "valkey.conf")], priority=10)] if own_valkey else []),
         _control(state),
-        *(_gateway(state, name, chosen[name], settings) for name in gateways),
+        *(_gateway(state, name, chosen, settings) for name in gateways),
         *nodes.programs(fleet, chosen, state),
         _haproxy(state),
+        *(watchers.programs if watchers is not None else ()),
     )
-    return Plan(settings, fleet, chosen, programs, haproxy, own_valkey)
+    return Plan(settings, fleet, chosen, programs, haproxy, own_valkey, watchers)
 
 
 def write(plan: Plan, state: StateFolder) -> None:
@@ -106,6 +133,8 @@ def write(plan: Plan, state: StateFolder) -> None:
     write_private(state.run / "valkey.conf", valkey_conf(plan.ports["valkey"], state.run))
     write_private(state.run / "supervisord.conf", supervisord_conf(state, plan.programs))
     write_specs(state, plan.programs)
+    if plan.monitoring is not None:
+        monitoring.write(plan.monitoring, state)
 
 
 def dump(settings: Settings) -> str:
@@ -127,6 +156,7 @@ def _effective(
             "gateway": given.gateway.model_copy(
                 update={
                     "listen": f"127.0.0.1:{chosen['gateway-1']}",
+                    "metrics": _metrics(chosen, "gateway-1"),
                     "nodes_url": f"http://127.0.0.1:{chosen['nodes']}",
                     "control_url": f"http://127.0.0.1:{chosen['control']}",
                     "spool": state.spool,
@@ -136,6 +166,7 @@ def _effective(
             "control": given.control.model_copy(
                 update={
                     "listen": f"127.0.0.1:{chosen['control']}",
+                    "metrics": _metrics(chosen, "control"),
                     "state": state.root,
                     "haproxy_socket": state.socket("master.sock"),
                 }
@@ -167,11 +198,22 @@ def _control(state: StateFolder) -> Program:
     return Program("control", _serve(state, "control"), priority=20)
 
 
-def _gateway(state: StateFolder, name: str, port: int, settings: Settings) -> Program:
+def metrics_of(name: str) -> str:
+    """The name of the port with a program's metrics."""
+    return f"{name}-metrics"
+
+
+def _metrics(chosen: Mapping[str, int], name: str) -> str:
+    """The address of a program's metrics; "" where its settings want none."""
+    return f"127.0.0.1:{chosen[metrics_of(name)]}" if metrics_of(name) in chosen else ""
+
+
+def _gateway(state: StateFolder, name: str, chosen: Mapping[str, int], settings: Settings) -> Program:
     log = settings.gateway.access_log
     env = {
         "CORRAL_GATEWAY__NAME": name,
-        "CORRAL_GATEWAY__LISTEN": f"127.0.0.1:{port}",
+        "CORRAL_GATEWAY__LISTEN": f"127.0.0.1:{chosen[name]}",
+        "CORRAL_GATEWAY__METRICS": _metrics(chosen, name),
         # Not through the supervisor's pipe: a slow reader there would hold up the token path.
         "CORRAL_GATEWAY__ACCESS_LOG": str(state.logs / f"{name}.access.log") if log == "-" else log,
     }

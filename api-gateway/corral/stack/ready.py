@@ -71,6 +71,8 @@ def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progr
     step("edge to nodes", lambda: _ok(plan.url, "/health/ready"))
     admin = state.admin_key.read_text(encoding="utf-8").strip()
     step("edge to control", lambda: _ok(plan.url, "/admin/status", key=admin))
+    for name, known in (plan.monitoring.describe() if plan.monitoring is not None else {}).items():
+        step(f"{name} at {known['url']}", lambda url=known["url"]: _ok(url, "/-/ready"))  # type: ignore[misc]
 
 
 def first_model(plan: Plan) -> str | None:

@@ -46,6 +46,11 @@ def status(url: str, ask: Callable[[], Any], state: StateFolder | None) -> dict[
             "database": {"state": store.get("database", {}).get("state") or ("up" if reached else "unknown")},
         },
         "stats_url": stack.get("stats_url"),
+        "monitoring": {
+            name: {"state": _state(http_ok(known["url"], "/-/ready")), "pid": pid(name), "url": known["url"]}
+            for name, known in stack.get("monitoring", {}).items()
+        },
+        "alerts": told.get("alerts") or [],
     }
 
 

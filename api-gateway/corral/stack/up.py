@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from corral.config.settings import NodeSettings, Settings, load
+from corral.config.settings import EdgeSettings, NodeSettings, Settings, load
+from corral.config.values import host_port
 from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
@@ -37,6 +38,7 @@ class Options:
     attach: Sequence[str] = ()
     backend: str | None = None
     detach: bool = False
+    monitoring: bool = False
 
 
 def up(
@@ -59,16 +61,13 @@ def up(
     try:
         sweep(state)
         write_private(state.stack_file, json.dumps({"pid": os.getpid(), "state": "starting"}))
-        edge = settings.edge
-        if not ports.is_free(edge.port, edge.host):
-            taken = ports.holder(edge.port)
-            raise StackError(f"port {edge.port} is taken by {taken}: stop it, or use --port")
+        _ports_free(settings.edge)
         attach = [
             *(NodeSettings(name=f"node-{number}", url=url) for number, url in enumerate(options.attach, 1)),
             *(() if options.attach or options.nodes or options.backend else settings.nodes),
         ]
         fleet = nodes.choose(attach, options.nodes, options.backend, env)
-        made = plan.make(settings, fleet, state)
+        made = plan.make(settings, fleet, state, options.monitoring)
         bootstrap(state.root, made.settings)
         plan.write(made, state)
         of_file = bool(attach) and not options.attach
@@ -145,6 +144,18 @@ def configuration(options: Options, env: Mapping[str, str]) -> Settings:
         edge = settings.edge.model_copy(update={"port": options.port})
         settings = settings.model_copy(update={"edge": edge})
     return settings
+
+
+def _ports_free(edge: EdgeSettings) -> None:
+    """StackError where an address that is not ours to choose is taken."""
+    wanted = [(edge.host, edge.port, "--port")]
+    if edge.certificate:
+        wanted.append((edge.host, edge.tls_port, "edge.tls_port"))
+    if edge.ollama:
+        wanted.append((*host_port(edge.ollama), "edge.ollama"))
+    for host, port, setting in wanted:
+        if not ports.is_free(port, host):
+            raise StackError(f"port {port} is taken by {ports.holder(port)}: stop it, or use {setting}")
 
 
 def _file(options: Options, env: Mapping[str, str]) -> str | None:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Boolean, Connection, Double, Integer, func, select, update
 
@@ -31,8 +31,16 @@ class WrongOffset(Exception):
         self.offset = offset
 
 
-def ingest(connection: Connection, gateway: str, segment: str, offset: int, data: bytes) -> int:
-    """Take the whole frames of `data`, which are at byte `offset` of the segment; returns the new watermark.
+class Taken(NamedTuple):
+    """What was taken: the segment's new watermark, and the rows by kind of record, for who counts them."""
+
+    watermark: int
+    admits: list[dict[str, Any]]
+    settles: list[dict[str, Any]]
+
+
+def ingest(connection: Connection, gateway: str, segment: str, offset: int, data: bytes) -> Taken:
+    """Take the whole frames of `data`, which are at byte `offset` of the segment.
 
     What follows the last whole frame, or stands behind a corrupt one, is left to the next call.
 
@@ -55,13 +63,15 @@ def ingest(connection: Connection, gateway: str, segment: str, offset: int, data
     except SpoolCorrupt as error:
         if not length:
             raise SpoolCorrupt(offset + error.offset, str(error).partition(": ")[2]) from None
-    _store(connection, gateway, records)
+    taken = _store(connection, gateway, records)
     if length:
         connection.execute(update(spool_watermarks).where(one).values(position=offset + length, updated=time.time()))
-    return offset + length
+    return Taken(offset + length, *taken)
 
 
-def _store(connection: Connection, gateway: str, records: list[dict[str, Any]]) -> None:
+def _store(
+    connection: Connection, gateway: str, records: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     admits: dict[str, dict[str, Any]] = {}
     settles: dict[str, dict[str, Any]] = {}
     for record in records:
@@ -72,6 +82,7 @@ def _store(connection: Connection, gateway: str, records: list[dict[str, Any]]) 
             admits.setdefault(row["id"], row)
         else:
             settles.setdefault(row["id"], row)
+    read = list(admits.values()), list(settles.values())
     for known in settles:
         admits.pop(known, None)  # its settle record says all that it says
     if admits:
@@ -86,6 +97,7 @@ def _store(connection: Connection, gateway: str, records: list[dict[str, Any]]) 
             list(settles.values()),
         )
     _note_use(connection, [*admits.values(), *settles.values()])
+    return read
 
 
 def _note_use(connection: Connection, rows: list[dict[str, Any]]) -> None:

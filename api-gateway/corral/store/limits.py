@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import hiredis
 
-from corral.store.valkey import Valkey, encode
+from corral.store.valkey import Valkey, ValkeyDown, encode
 
 PREFIX = b"corral:1:"
 LEASE = 10.0
@@ -199,7 +199,7 @@ class Limits:
                             b"%d" % (LEASE * 1e6),
                             *(identity.encode() for identity in budget.in_flight),
                         )
-            except (OSError, hiredis.ReplyError) as error:
+            except (OSError, ValkeyDown, hiredis.ReplyError) as error:
                 log.warning("leases were not renewed: %s", error)
 
     async def _present(self, store: Valkey) -> None:

@@ -91,6 +91,11 @@ def segments(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
 
 
+def opened(segment: str) -> float:
+    """When a segment was opened, in epoch seconds: its name says so."""
+    return int(segment.partition(".")[0]) / 1e3
+
+
 class SpoolWriter:
     """Appends to the newest segment of a folder; not thread-safe, one writer per folder.
 
@@ -131,7 +136,8 @@ class SpoolWriter:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self._fd, view) :]
+                written = os.write(self._fd, view)
+                view = view[written:]
         except OSError:
             # A partial frame in the middle of a segment would hide all that follows.
             os.ftruncate(self._fd, self._size)
@@ -188,6 +194,18 @@ class SpoolReader:
             if length:
                 return path.name, offset, data[:length]
         return None
+
+    def backlog(self) -> dict[str, int]:
+        """Segment name → bytes that are not confirmed yet, where there are any."""
+        waiting = {}
+        for path in segments(self._folder):
+            try:
+                size = path.stat().st_size - self._offsets.get(path.name, 0)
+            except FileNotFoundError:
+                continue
+            if size > 0:
+                waiting[path.name] = size
+        return waiting
 
     def confirm(self, segment: str, offset: int) -> None:
         """Note what control has of a segment."""

@@ -24,7 +24,7 @@ RECONNECT_MIN, RECONNECT_MAX = 0.1, 1.0
 Callback = Callable[[Any], None]
 
 
-class ValkeyDown(ConnectionError):
+class ValkeyDown(Exception):
     """The store cannot be reached or did not answer in time."""
 
 
@@ -49,6 +49,7 @@ class Valkey:
         self._transport: asyncio.Transport | None = None
         self._reader: Any = None
         self._pending: deque[tuple[Callback, float]] = deque()
+        self._answered = 0
         self._out: list[bytes] = []
         self._flush_scheduled = False
         self._watch: asyncio.TimerHandle | None = None
@@ -92,17 +93,11 @@ class Valkey:
             hiredis.ReplyError: the store refused the command.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def done(reply: Any) -> None:
-            if future.done():
-                return
-            if isinstance(reply, Exception):
-                future.set_exception(reply)
-            else:
-                future.set_result(reply)
-
-        self.call(encode(*parts), done)
-        return await future
+        self.call(encode(*parts), _Waiter(future).hand_over)
+        reply = await future
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def reset(self) -> None:
         """Give the connection up and make it anew, scripts included (they are lost when the store restarts)."""
@@ -124,10 +119,10 @@ class Valkey:
             self._watch = self._loop.call_later(wait, self._check)
         else:
             # A loop that was late itself reads its socket first: the reply may be there.
-            self._loop.call_soon(self._loop.call_soon, self._expire, self._pending[0])
+            self._loop.call_soon(self._loop.call_soon, self._expire, self._answered)
 
-    def _expire(self, oldest: tuple[Callback, float]) -> None:
-        if self._pending and self._pending[0] is oldest:
+    def _expire(self, answered: int) -> None:
+        if self._pending and self._answered == answered:
             self._lose()
         elif self._pending and self._watch is None:
             self._watch = self._loop.call_later(self._timeout, self._check)
@@ -144,20 +139,22 @@ class Valkey:
                 # Not wait_for: in Python 3.11 it may swallow a cancellation that meets its end.
                 async with asyncio.timeout(1.0):
                     await self._connect(lost)
-                pause = RECONNECT_MIN
+                pause = 0.0
                 await lost.wait()
-                continue
             except (OSError, TimeoutError, hiredis.HiredisError):
                 pass
             finally:
                 self._lose()
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(RECONNECT_MAX, pause * 2)
+            # At once after a loss, with growing pauses while there is nobody.
+            if pause:
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(RECONNECT_MAX, max(RECONNECT_MIN, pause * 2))
 
     async def _connect(self, lost: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader()
-        transport, _ = await loop.create_connection(lambda: _Connection(self._received, lost), self._host, self._port)
+        made: Callable[[], Any] = lambda: _Connection(self._received, lost)  # noqa: E731
+        transport, _ = await loop.create_connection(made, self._host, self._port)
         self._transport = transport
         commands: list[tuple[bytes, ...]] = []
         if self._password:
@@ -169,10 +166,10 @@ class Valkey:
         commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in self._scripts]
         for parts in commands:
             future: asyncio.Future[Any] = loop.create_future()
-            self._enqueue(encode(*parts), lambda reply, f=future: None if f.done() else f.set_result(reply))
+            self._enqueue(encode(*parts), _Waiter(future).hand_over)
             reply = await future
             if isinstance(reply, Exception):
-                raise reply if isinstance(reply, OSError) else ConnectionError(str(reply))
+                raise ConnectionError(str(reply))
         self.connected = True
         self.on_connect()
 
@@ -181,6 +178,7 @@ class Valkey:
         reader.feed(data)
         while (reply := reader.gets()) is not False:
             if pending:
+                self._answered += 1
                 pending.popleft()[0](reply)
             elif self.on_message is not None:
                 self.on_message(reply)  # a channel's message: this connection subscribes and does nothing else
@@ -203,10 +201,36 @@ class Valkey:
                 callback(ValkeyDown("the store did not answer in time"))
 
 
-class _Connection(asyncio.Protocol):
+class _Waiter:
+    """Hands a reply to who awaits it, if somebody still does."""
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self._future = future
+
+    def hand_over(self, reply: Any) -> None:
+        if not self._future.done():
+            self._future.set_result(reply)
+
+
+class _Connection:
     def __init__(self, received: Callable[[bytes], None], lost: asyncio.Event) -> None:
-        self.data_received = received  # type: ignore[method-assign]
+        self._received = received
         self._lost = lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The caller has the transport."""
+
+    def data_received(self, data: bytes) -> None:
+        self._received(data)
+
+    def eof_received(self) -> None:
+        """Close."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost.set()
+
+    def pause_writing(self) -> None:
+        """A store that takes nothing is given up by the time-out of what waits."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""

@@ -9,13 +9,11 @@ import msgspec
 
 from corral.wire.common import LINE_MAX, count, decode_line, encode
 from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
 DONE = b'"done":true'
 ERROR = b'{"error"'
-RENDERED = "_debug_info"
-
-UNSET = msgspec.UNSET
-Unset = msgspec.UnsetType
+OBJECT_MAX = 256 << 20
 
 
 def error_of(line: bytes) -> ApiError:
@@ -93,39 +91,6 @@ class Pass:
         return b""
 
 
-class Part(msgspec.Struct):
-    """What a line adds to a chat's message."""
-
-    content: str | None = None
-    thinking: str | None = None
-    tool_calls: list[Any] | None = None
-
-
-class Line(msgspec.Struct):
-    """A line of an answer, as far as putting it together needs it."""
-
-    done: bool = False
-    error: Any = UNSET
-    logprobs: list[Any] | None = None
-    prompt_eval_count: Any = 0
-    eval_count: Any = 0
-    rendered: msgspec.Raw | Unset = msgspec.field(name=RENDERED, default=UNSET)
-
-
-class ChatLine(Line):
-    """A line of a chat."""
-
-    message: Part | None = None
-
-
-class GenerateLine(Line):
-    """A line of a completion: what a chat has in its message stands in the line itself."""
-
-    content: str | None = msgspec.field(name="response", default=None)
-    thinking: str | None = None
-    tool_calls: list[Any] | None = None
-
-
 _chat_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
 _generate_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
 _EMPTY = b'"message":{"role":"assistant","content":""}'
@@ -135,9 +100,12 @@ class Whole:
     """`stream: false`: the streamed answer put together as Ollama does it. `what` is message or response."""
 
     content_type = "application/json; charset=utf-8"
-    stream = started = done = False
+    stream = False
+    started = False
+    done = False
     error: ApiError | None = None
-    prompt_tokens = tokens = 0
+    prompt_tokens = 0
+    tokens = 0
     last = b""
     _rest = b""
     _thinking: tuple[str, ...] = ()
@@ -234,8 +202,6 @@ class Object:
         "tokens",
     )
 
-    SIZE_MAX = 256 << 20
-
     def __init__(self) -> None:
         self.content_type = "application/json; charset=utf-8"
         self.stream = False
@@ -249,8 +215,8 @@ class Object:
     def feed(self, data: bytes) -> bytes:
         self.started = True
         self._size += len(data)
-        if self._size > self.SIZE_MAX:
-            raise UpstreamNonsense(f"an answer of more than {self.SIZE_MAX} bytes")
+        if self._size > OBJECT_MAX:
+            raise UpstreamNonsense(f"an answer of more than {OBJECT_MAX} bytes")
         self._parts.append(data)
         return b""
 

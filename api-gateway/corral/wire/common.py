@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from corral.wire.bodies import Body
 from corral.wire.errors import ApiError, UpstreamNonsense, bad_request
 from corral.wire.options import ModelPolicy
 
@@ -28,30 +29,6 @@ encode = msgspec.json.Encoder().encode
 _any = msgspec.json.Decoder().decode
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
-
-Refused = msgspec.UnsetType
-"""The type of a field that no value fits."""
-
-
-class Body(msgspec.Struct, omit_defaults=True):
-    """A request's body. Its own fields are those by which some gateways let a caller name where a request goes.
-
-    Here none does. As fields of a type without values they are found while the body is read, at no cost.
-    """
-
-    api_base: Refused = msgspec.UNSET
-    base_url: Refused = msgspec.UNSET
-    api_key: Refused = msgspec.UNSET
-    api_version: Refused = msgspec.UNSET
-    endpoint: Refused = msgspec.UNSET
-    host: Refused = msgspec.UNSET
-    upstream: Refused = msgspec.UNSET
-    node: Refused = msgspec.UNSET
-    proxy: Refused = msgspec.UNSET
-    url: Refused = msgspec.UNSET
-    webhook: Refused = msgspec.UNSET
-    callback_url: Refused = msgspec.UNSET
-
 
 _UPSTREAM_FIELDS = frozenset(Body.__struct_fields__)
 
@@ -112,8 +89,8 @@ def read(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
         raise bad_request("missing request body")
     try:
         return decoder.decode(raw)
-    except msgspec.ValidationError as error:
-        text = str(error)
+    except msgspec.ValidationError as invalid:
+        text = str(invalid)
         path = text.rpartition(" - at `$")[2].rstrip("`").lstrip(".") if " - at `$" in text else ""
         if path in _UPSTREAM_FIELDS:
             message = f"the field `{path}` is not accepted: the gateway alone chooses where a request goes"

@@ -8,11 +8,11 @@ import msgspec
 
 from corral.wire import options as opts
 from corral.wire.answers import Object, Pass, Whole
+from corral.wire.bodies import UNSET, Chat, Embed, Embeddings, Generate, Show
 from corral.wire.common import (
     IMAGES_MAX,
     MESSAGES_MAX,
     TOOLS_MAX,
-    Body,
     Decoded,
     PolicyOf,
     check_depth,
@@ -26,91 +26,6 @@ KEEP_ALIVE = -1
 CHARS_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 256
 """Guesses, for what a node did not come to count."""
-
-UNSET = msgspec.UNSET
-Unset = msgspec.UnsetType
-
-
-class Message(msgspec.Struct, omit_defaults=True):
-    """A chat message. ``images`` are base64."""
-
-    role: str
-    content: str | Unset | None = UNSET
-    thinking: str | Unset = UNSET
-    images: list[str] | Unset | None = UNSET
-    tool_calls: list[Any] | Unset | None = UNSET
-    tool_name: str | Unset = UNSET
-    tool_call_id: str | Unset = UNSET
-
-
-class Chat(Body, omit_defaults=True):
-    """`POST /api/chat`."""
-
-    model: str = ""
-    messages: list[Message] | None = None
-    stream: bool | None = None
-    format: Any = UNSET
-    keep_alive: Any = UNSET
-    tools: list[Any] | Unset | None = UNSET
-    options: dict[str, Any] | None = None
-    think: bool | str | Unset | None = UNSET
-    truncate: bool | None = None
-    shift: bool | Unset | None = UNSET
-    logprobs: bool | Unset = UNSET
-    top_logprobs: int | Unset = UNSET
-    render_only: bool | Unset = msgspec.field(name="_debug_render_only", default=UNSET)
-
-
-class Generate(Body, omit_defaults=True):
-    """`POST /api/generate`."""
-
-    model: str = ""
-    prompt: str | None = None
-    suffix: str | Unset = UNSET
-    system: str | Unset | None = UNSET
-    template: str | Unset = UNSET
-    context: list[int] | Unset | None = UNSET
-    stream: bool | None = None
-    raw: bool | Unset = UNSET
-    format: Any = UNSET
-    keep_alive: Any = UNSET
-    images: list[str] | Unset | None = UNSET
-    options: dict[str, Any] | None = None
-    think: bool | str | Unset | None = UNSET
-    truncate: bool | None = None
-    shift: bool | Unset | None = UNSET
-    logprobs: bool | Unset = UNSET
-    top_logprobs: int | Unset = UNSET
-    render_only: bool | Unset = msgspec.field(name="_debug_render_only", default=UNSET)
-
-
-class Embed(Body, omit_defaults=True):
-    """`POST /api/embed`."""
-
-    model: str = ""
-    input: str | list[str] | None = None
-    truncate: bool | None = None
-    dimensions: int | Unset = UNSET
-    keep_alive: Any = UNSET
-    options: dict[str, Any] | None = None
-
-
-class Embeddings(Body, omit_defaults=True):
-    """`POST /api/embeddings`, the older form."""
-
-    model: str = ""
-    prompt: str | None = None
-    keep_alive: Any = UNSET
-    options: dict[str, Any] | None = None
-
-
-class Show(Body, omit_defaults=True):
-    """`POST /api/show`; ``name`` is the older word for ``model``."""
-
-    model: str = ""
-    name: str = ""
-    verbose: bool | Unset = UNSET
-
 
 _chat = msgspec.json.Decoder(Chat)
 _generate = msgspec.json.Decoder(Generate)

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from corral.wire import native
+from corral.wire import bodies, native
 from corral.wire import options as opts
-from corral.wire.common import Body, Decoded, PolicyOf, encode, read, require_model
+from corral.wire.bodies import Body
+from corral.wire.common import Decoded, PolicyOf, encode, read, require_model
 from corral.wire.errors import bad_request
 from corral.wire.openai_answers import ChatStream, ChatWhole, CompletionStream, CompletionWhole, EmbeddingList
 
@@ -162,7 +163,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     options = sampling(body)
     if body.max_tokens is None and body.max_completion_tokens is not None:
         options["num_predict"] = body.max_completion_tokens
-    chat = native.Chat(model=model, messages=messages(body.messages), options=options)
+    chat = bodies.Chat(model=model, messages=messages(body.messages), options=options)
     if body.tools:
         chat.tools = body.tools
     form = response_format(body.response_format)
@@ -203,9 +204,9 @@ def response_format(form: ResponseFormat | None) -> Any:
     return None
 
 
-def messages(given: list[Message]) -> list[native.Message]:
+def messages(given: list[Message]) -> list[bodies.Message]:
     """Native messages; a message of several parts becomes one each, as Ollama does it. Raises ApiError."""
-    out: list[native.Message] = []
+    out: list[bodies.Message] = []
     names = {call.id: call.function.name for message in given for call in message.tool_calls or [] if call.id}
     for message in given:
         role = message.role.lower()
@@ -219,7 +220,7 @@ def messages(given: list[Message]) -> list[native.Message]:
         elif message.content is None and message.tool_calls is None:
             raise bad_request("invalid message content type: <nil>", "messages.content")
         else:
-            target = native.Message(role=role, content=message.content or "")
+            target = bodies.Message(role=role, content=message.content or "")
             out.append(target)
         if calls:
             target.tool_calls = calls
@@ -243,15 +244,15 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id} | made if call.id else made
 
 
-def _part(role: str, part: dict[str, Any]) -> native.Message:
+def _part(role: str, part: dict[str, Any]) -> bodies.Message:
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
-        return native.Message(role=role, content=part["text"])
+        return bodies.Message(role=role, content=part["text"])
     if kind == "image_url":
         given = part.get("image_url")
         url = given.get("url") if isinstance(given, dict) else given
         if isinstance(url, str):
-            return native.Message(role=role, content="", images=[inline_image(url)])
+            return bodies.Message(role=role, content="", images=[inline_image(url)])
     raise bad_request("invalid message format", "messages.content")
 
 
@@ -279,7 +280,7 @@ def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
     options = {"frequency_penalty": 0.0, "presence_penalty": 0.0} | sampling(body)
     if body.top_p == 0.0:
         options["top_p"] = 1.0
-    generate = native.Generate(model=model, prompt=body.prompt, options=options)
+    generate = bodies.Generate(model=model, prompt=body.prompt, options=options)
     if body.suffix:
         generate.suffix = body.suffix
     if body.logprobs:
@@ -310,7 +311,7 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
         )
     if body.input is None or body.input == "" or body.input == []:
         raise bad_request("invalid input", "input")
-    embed = native.Embed(model=model, input=body.input, truncate=False, keep_alive=native.KEEP_ALIVE)
+    embed = bodies.Embed(model=model, input=body.input, truncate=False, keep_alive=native.KEEP_ALIVE)
     if body.dimensions:
         embed.dimensions = body.dimensions
     embed.options = opts.check({}, policy_of(model) or opts.NO_POLICY) or None

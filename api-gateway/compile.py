@@ -1,0 +1,80 @@
+"""Compiles a gateway's request path with mypyc: python compile.py FOLDER, where FOLDER holds the package `corral`.
+
+The sources stay what they are: each module listed here gets an extension module beside its file, which Python imports
+instead. A module with msgspec structs is not compiled, since their annotations are read when they are made. Needs the
+packages of requirements/compile.txt, those of requirements/runtime.txt, a C compiler and Python's headers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+MODULES = (
+    "fleet/choose.py",
+    "fleet/node.py",
+    "gateway/access.py",
+    "gateway/admit.py",
+    "gateway/authenticate.py",
+    "gateway/catalogue.py",
+    "gateway/decode.py",
+    "gateway/exchange.py",
+    "gateway/journal.py",
+    "gateway/listen.py",
+    "gateway/metrics.py",
+    "gateway/recover.py",
+    "gateway/relay.py",
+    "gateway/route.py",
+    "gateway/schedule.py",
+    "gateway/server.py",
+    "gateway/settle.py",
+    "gateway/shipper.py",
+    "gateway/snapshot.py",
+    "gateway/upstream.py",
+    "store/keys.py",
+    "store/limits.py",
+    "store/spool.py",
+    "store/valkey.py",
+    "wire/answers.py",
+    "wire/anthropic_answers.py",
+    "wire/common.py",
+    "wire/decode.py",
+    "wire/errors.py",
+    "wire/http1.py",
+    "wire/native.py",
+    "wire/openai_answers.py",
+    "wire/options.py",
+)
+MYPY = ("--config-file=", "--ignore-missing-imports", "--follow-imports=silent")
+
+
+def main() -> int:
+    """Compile in the folder that the command line names; the exit status."""
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "corral").is_dir():
+        print(__doc__, file=sys.stderr)
+        return 2
+    os.chdir(sys.argv[1])
+    # mypyc stands in the tests' environment and in none that serves: imported here, so that --help needs neither.
+    from mypyc.build import mypycify
+    from setuptools import setup
+
+    with tempfile.TemporaryDirectory(prefix="corral-compile-") as work:
+        setup(
+            name="corral-compiled",
+            packages=[],
+            ext_modules=mypycify(
+                [*MYPY, *(f"corral/{module}" for module in MODULES)],
+                opt_level="3",
+                debug_level="0",
+                group_name="corral",
+                target_dir=work,
+            ),
+            script_args=["--quiet", "build_ext", "--inplace", "--build-temp", f"{work}/objects", "--build-lib", work],
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

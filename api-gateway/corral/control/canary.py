@@ -1,0 +1,156 @@
+"""The canary: a generation of one token on a resident model of each node, since a hung runner's API still answers.
+
+It loads nothing, keeps no model longer than it would have stayed, and sends the options that gateways send, so that
+no runner is loaded anew. A node whose slots are all in use is left alone: its streams are watched by the gateways. The
+verdict is only shown (`corral.control.node_metrics`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import httpx
+
+from corral.config.settings import CanarySettings
+from corral.control.measured import Residence
+from corral.control.prober import Fleet, Member
+from corral.fleet.node import canonical_name
+from corral.wire.options import NO_POLICY, ModelPolicy, check
+
+TICK = 1.0
+LOADING = 300.0
+"""So long a model that has just become resident may need before it answers."""
+LOADED = 0.25
+"""A load time of an answer from which on it had to wait for the load."""
+FOREVER = 10 * 365 * 86400.0
+
+log = logging.getLogger(__name__)
+
+
+class Canary:
+    """Asks each node in turn. ``streams`` tells how many requests run on a node, None where nobody knows."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: CanarySettings,
+        policies: Mapping[str, ModelPolicy],
+        streams: Callable[[str], Awaitable[int | None]],
+    ) -> None:
+        self._fleet, self._settings, self._policies, self._streams = fleet, settings, policies, streams
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._embeds: set[str] = set()
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        if not self._settings.interval:
+            return
+        async with httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
+            try:
+                while True:
+                    self._begin(client, time.monotonic())
+                    await asyncio.sleep(TICK)
+            finally:
+                tasks = list(self._running.values())
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, client: httpx.AsyncClient, now: float) -> None:
+        for member in list(self._fleet.members.values()):
+            if member.up and member.name not in self._running:
+                model = due(member.measured.residents, now, self._settings.interval)
+                if model is not None:
+                    task = asyncio.get_running_loop().create_task(self._ask(client, member, model))
+                    self._running[member.name] = task
+                    task.add_done_callback(lambda _, name=member.name: self._running.pop(name, None))
+
+    async def _ask(self, client: httpx.AsyncClient, member: Member, model: str) -> None:
+        residence = member.measured.residents[model]
+        residence.tried = time.monotonic()
+        try:
+            running = await self._streams(member.name)
+            if running is not None and running >= member.slots:
+                return
+            entry = await self._resident(client, member, model)
+            if entry is None:
+                return
+            patience = LOADING if residence.fresh and not residence.proven else self._settings.timeout
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(patience):
+                    answer = await self._generate(client, member, entry)
+            except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                if member.up and member.measured.residents.get(model) is residence:
+                    if not residence.failing:
+                        log.warning("%s: no token from %s: %r", member.name, model, error)
+                    residence.failing = True
+                return
+            self._note(member, model, residence, began, answer)
+        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError):
+            return  # it does not even say what is resident: the prober's to judge
+
+    def _note(self, member: Member, model: str, residence: Residence, began: float, answer: dict[str, Any]) -> None:
+        now, measured = time.monotonic(), member.measured
+        measured.canary_duration, measured.canary_success = now - began, time.time()
+        if residence.fresh and not residence.proven and float(answer.get("load_duration") or 0) / 1e9 >= LOADED:
+            measured.load_seconds[model] = now - residence.since
+        residence.proven, residence.failing = True, False
+
+    async def _resident(self, client: httpx.AsyncClient, member: Member, model: str) -> dict[str, Any] | None:
+        """The model's entry of /api/ps as it is now, None where it has left."""
+        response = await client.get(member.url + "/api/ps", timeout=self._settings.timeout)
+        listed = response.raise_for_status().json().get("models") or []
+        return next((entry for entry in listed if entry["name"] == model), None)
+
+    async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> dict[str, Any]:
+        """The node's answer. ValueError if it is none."""
+        model = entry["name"]
+        options = check({"num_predict": 1, "temperature": 0.0}, self._policies.get(canonical_name(model), NO_POLICY))
+        body = {"model": model, "keep_alive": stays(entry.get("expires_at"), time.time()), "options": options}
+        if model not in self._embeds:
+            whole = body | {"prompt": "a", "raw": True, "stream": False}
+            response = await client.post(member.url + "/api/generate", json=whole, timeout=None)
+            if response.status_code == 400 and "does not support" in response.text:
+                self._embeds.add(model)
+        if model in self._embeds:
+            del options["num_predict"]
+            response = await client.post(member.url + "/api/embed", json=body | {"input": "a"}, timeout=None)
+        if response.status_code != 200:
+            raise ValueError(f"status {response.status_code}: {response.text[:200]}")
+        answer = response.json()
+        if not isinstance(answer, dict) or answer.get("error"):
+            raise ValueError(f"no answer: {response.text[:200]}")
+        return answer
+
+
+def due(residents: Mapping[str, Residence], now: float, interval: float) -> str | None:
+    """The model to ask: one that has just come, else the one that waits longest if `interval` is over; None for none.
+
+    Times are monotonic seconds.
+    """
+    fresh = [name for name, residence in residents.items() if not residence.tried]
+    if fresh:
+        return fresh[0]
+    if not residents or now - max(residence.tried for residence in residents.values()) < interval:
+        return None
+    return min(residents, key=lambda name: residents[name].tried)
+
+
+def stays(expires_at: object, now: float) -> str | int:
+    """`keep_alive` that leaves a model's end where it is: the rest of its time, or -1 where it has none."""
+    try:
+        left = datetime.fromisoformat(str(expires_at)).timestamp() - now
+    except (ValueError, OverflowError):
+        return -1
+    return -1 if left > FOREVER else f"{max(left, 1.0):.3f}s"
+
+
+def policies(catalogue: list[Mapping[str, Any]]) -> dict[str, ModelPolicy]:
+    """Canonical name → policy of a catalogue's entries."""
+    return {canonical_name(entry["name"]): ModelPolicy.from_entry(entry) for entry in catalogue}

@@ -1,0 +1,49 @@
+"""What the records of the gateways add up to since control started: by kind, by key, and each node's decode rate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from corral.control.prober import Fleet
+from corral.control.snapshot import Hub
+from corral.fleet.node import canonical_name
+from corral.store.ingest import Taken
+
+RATE_TOKENS = 8
+"""From so many tokens on an answer tells a node's rate."""
+
+
+class Usage:
+    """Counters by kind of record; by (key, tenant); tokens by (key, tenant, kind)."""
+
+    def __init__(self) -> None:
+        self.records: Counter[str] = Counter(admit=0, settle=0)
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.limited: Counter[tuple[str, str]] = Counter()
+        self.tokens: Counter[tuple[str, str, str]] = Counter()
+
+    def ingested(self, taken: Taken, hub: Hub, fleet: Fleet) -> None:
+        """Count records that are in the database now. A key that is not known (any more) has no counter."""
+        self.records["admit"] += len(taken.admits)
+        self.records["settle"] += len(taken.settles)
+        for row in taken.settles:
+            key = row["key"] or ""
+            tenant = hub.tenant(key)
+            if tenant is not None:
+                who = key, tenant
+                self.requests[who] += 1
+                self.limited[who] += row["outcome"] == "limited"
+                self.tokens[(*who, "prompt")] += row["prompt_tokens"] or 0
+                self.tokens[(*who, "generated")] += row["tokens"] or 0
+            _note_rate(row, fleet)
+
+
+def _note_rate(row: dict[str, Any], fleet: Fleet) -> None:
+    """The node's decode rate by this answer: the tokens after the first one, in the time after it."""
+    member, tokens, first, whole = fleet.members.get(row["node"] or ""), row["tokens"], row["ttft_ms"], row["ms"]
+    if member is None or row["outcome"] != "ok" or not tokens or tokens < RATE_TOKENS:
+        return
+    model = canonical_name(row["model"] or "")
+    if first is not None and whole is not None and whole > first and model in member.measured.loads:
+        member.measured.rates[model] = (tokens - 1) / (whole - first) * 1e3

@@ -1,0 +1,85 @@
+"""Each container but the edge is killed under light load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+from deploy.site import Site
+from support.load import CUT, TOLD, WHOLE, Load
+
+CLIENTS = 3
+
+
+def _killed(
+    site: Site,
+    say: list[str],
+    service: str,
+    serving: Callable[[Load], object] = lambda load: None,
+    tokens: Sequence[int] = (12, 24),
+) -> Load:
+    """Kill a service's container under load, once ``serving`` returns; the load, after it is back and has gone on."""
+    with site.load(f"killed-{service}", CLIENTS, tokens) as load:
+        load.more(6, seconds=60)
+        serving(load)
+        pid, killed = site.kill(service), time.monotonic()
+        site.back(service, pid)
+        seconds = time.monotonic() - killed
+        load.more(9, seconds=60)
+    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(load.fates.items()))
+    say.append(f"killed {service}: healthy again in {seconds:.1f} s; of {len(load.answers)} requests: {fates}")
+    return load
+
+
+@pytest.mark.parametrize("service", ["redis", "postgres", "control"])
+def test_what_is_not_on_the_token_path_loses_nothing(site: Site, say: list[str], service: str) -> None:
+    load = _killed(site, say, service)
+    assert load.unlike(WHOLE) == []
+    # Records waited in the spools where they could not be shipped.
+    site.recorded([answer.request_id for answer in load.answers])
+
+
+def test_a_node_loses_nothing(site: Site, say: list[str]) -> None:
+    def streams(load: Load) -> None:
+        begun = load.streaming
+        load.until(lambda _: any(answer.node == "ollama-1" for answer in list(begun.values())), "ollama-1 streams", 60)
+
+    load = _killed(site, say, "ollama-1", streams, tokens=[48])
+    # What had begun to stream is ended in the form of its API, and never silently; all else is answered elsewhere.
+    assert load.unlike(WHOLE, TOLD) == []
+    told = [answer for answer in load.answers if answer.fate == TOLD]
+    assert [str(answer) for answer in told if not answer.text] == []
+    say.append(f"    told that their stream ended: {len(told)}, each after its first token")
+    site.recorded([answer.request_id for answer in load.answers])
+    site.knows("ollama-1", "ollama-2")
+
+
+@pytest.mark.parametrize("service", ["api-gateway-1", "api-gateway-2"])
+def test_a_gateway_loses_nothing_that_the_edge_may_replay(site: Site, say: list[str], service: str) -> None:
+    def streams(load: Load) -> None:
+        # All of them have had their first token, and some of them are this gateway's.
+        def busy(_: object) -> bool:
+            return len(load.streaming) == CLIENTS and int(site.gateway(service)["scur"]) > 0
+
+        load.until(busy, f"{service} has a stream", 60)
+
+    before = int(site.gateway("BACKEND")["wredis"])
+    load = _killed(site, say, service, streams, tokens=[64])
+    replayed = int(site.gateway("BACKEND")["wredis"]) - before
+    assert load.unlike(WHOLE, CUT) == []
+    cut = [answer for answer in load.answers if answer.fate == CUT]
+    assert cut, "it had no stream"
+    assert [str(answer) for answer in cut if not answer.first] == [], "it had not begun: the edge may replay it"
+    say.append(
+        f"    replayed by the edge: {replayed}; cut after their first token, which nobody may replay: {len(cut)}"
+    )
+    whole = [answer.request_id for answer in load.answers if answer.fate == WHOLE]
+    site.recorded(whole, [answer.request_id for answer in cut])
+
+
+@pytest.mark.parametrize("service", ["prometheus", "alertmanager", "grafana"])
+def test_monitoring_comes_back(site: Site, say: list[str], service: str) -> None:
+    pid, killed = site.kill(service), time.monotonic()
+    site.back(service, pid)
+    say.append(f"killed {service}: healthy again in {time.monotonic() - killed:.1f} s")

@@ -1,0 +1,165 @@
+"""docs/runbooks/disaster-recovery.md as it is read: after each loss its commands are run, and all serves again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.postgres import Postgres, name_of
+from support.process import free_port, until
+from support.servers import REPOSITORY, Server, embedded_node, python_env
+
+from corral.config.values import database_url as address
+
+pytestmark = pytest.mark.slow
+
+PAGE = REPOSITORY / "docs/runbooks/disaster-recovery.md"
+
+
+def blocks(heading: str) -> str:
+    """The shell blocks below a heading, in their order."""
+    parts = re.split(r"^## (.*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    section = dict(zip(parts[1::2], parts[2::2], strict=True))[heading]
+    return "\n".join(re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
+
+
+class Operator:
+    """Someone at a shell with `corral` on PATH, and the variables that the page has set."""
+
+    def __init__(self, folder: Path, database: str | None = None) -> None:
+        self.folder, self.state, self.port = folder, folder / "state", free_port()
+        (folder / "bin").mkdir()
+        shim = folder / "bin/corral"
+        up = '[ "$1" != up ] || set -- "$@" --node-backend simulated --nodes 1\n'
+        shim.write_text(f'#!/bin/sh\n{up}exec {sys.executable} -P -m corral "$@"\n')
+        shim.chmod(0o755)
+        (folder / "passphrase").write_text("a passphrase of a test\n")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("CORRAL_")}
+        self.env = {
+            **kept,
+            **python_env(),
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "CORRAL_STATE": str(self.state),
+            "CORRAL_EDGE__PORT": str(self.port),
+            "CORRAL_BACKUP_PASSPHRASE_FILE": str(folder / "passphrase"),
+            "BACKUP": str(folder / "last.backup"),
+        }
+        if database is not None:
+            self.env["CORRAL_STORE__DATABASE"] = database
+        self.run("corral up --detach")
+        made = self.run("corral keys create client --json")
+        self.key = str(json.loads(made)["key"])
+        assert self.works()
+        self.run('corral backup create --output "$BACKUP"')
+
+    def run(self, script: str, status: int = 0) -> str:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == status, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + (done.stderr if status else "")
+
+    def works(self) -> bool:
+        """Whether the client's key is still good."""
+        headers = {"Authorization": f"Bearer {self.key}"}
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/tags", headers=headers, timeout=10, trust_env=False)
+        return answer.status_code == 200
+
+    def end(self) -> None:
+        if self.state.exists():
+            self.run("corral down")
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> Iterator[Operator]:
+    made = Operator(tmp_path)
+    yield made
+    made.end()
+
+
+def test_lost_control_machine(operator: Operator) -> None:
+    operator.run("corral down")
+    shutil.rmtree(operator.state)
+    operator.run(blocks("Lost control machine"))
+    assert operator.works()
+
+
+def test_lost_database(tmp_path: Path, postgres: Postgres) -> None:
+    url = address(postgres.database())
+    operator = Operator(tmp_path, url)
+    try:
+        postgres.execute(f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+        postgres.execute(f"CREATE DATABASE {name_of(url)}")
+        operator.run(blocks("Lost database"))
+        assert operator.works()
+    finally:
+        operator.end()
+
+
+def test_corrupt_database(operator: Operator) -> None:
+    operator.run("corral down")
+    with (operator.state / "corral.db").open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(20000))
+    said = operator.run("corral up --detach", status=1)
+    assert "malformed" in said or "not a database" in said, said
+    operator.run(blocks("Corrupt database"))
+    assert not (operator.folder / "salvaged.backup").exists()
+    assert operator.works()
+
+
+def test_lost_valkey(operator: Operator) -> None:
+    pid = json.loads(operator.run("corral status --json"))["store"]["valkey"]["pid"]
+    os.kill(pid, 9)
+    assert operator.works()
+
+    def back() -> bool:
+        state = json.loads(operator.run("corral status --json"))["store"]["valkey"]
+        return state["state"] == "ready" and state["pid"] != pid
+
+    until(back, "the supervisor has started it again", 20, every=0.5)
+    operator.run(blocks("Lost Valkey"))
+    assert operator.works()
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "another").mkdir()
+    with embedded_node(tmp_path / "another", backend="simulated") as server:
+        yield server
+
+
+def test_lost_node(operator: Operator, another: Server) -> None:
+    operator.env["NEW_NODE"] = another.url
+    assert another.url in operator.run(blocks("Lost node"))
+    assert operator.works()
+
+
+def test_lost_pepper(operator: Operator) -> None:
+    (operator.state / "pepper").unlink()
+    operator.run(blocks("Lost pepper"))
+    assert operator.works()
+    operator.run("corral down")
+    (operator.state / "pepper").unlink()
+    assert "the pepper is gone" in operator.run("corral up --detach", status=1)
+    operator.run("corral up --detach --new-pepper")
+    assert not operator.works()
+
+
+def test_the_drill_of_the_backup_page(operator: Operator) -> None:
+    text = (REPOSITORY / "docs/backup.md").read_text(encoding="utf-8")
+    (drill,) = re.findall(r"^```sh\n(corral backup restore \"\$BACKUP\" --state /tmp/drill.*?)^```$", text, re.M | re.S)
+    other: Any = operator.folder / "drill"
+    script = drill.replace("/tmp/drill", str(other)).replace("8088", str(free_port()))
+    assert "ready" in operator.run(script)
+    assert operator.works(), "what serves is not disturbed"

@@ -1,0 +1,273 @@
+"""Every alert fires and is over once, through Prometheus and Alertmanager.
+
+What can be broken is broken: processes are killed or stopped in a stack that runs. What takes hours, a full disk or a
+GPU is said by an exporter of the test's. Rules are the repository's in a hurry (support.monitoring.hasten): the same
+expressions over shorter times.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from support import monitoring
+from support.exporter import Exporter, exporter
+from support.process import NotReady, until
+from support.receivers import Receivers, receivers
+from support.stage import RUNBOOKS, Fired, Stage, pause, quick_alertmanager, quick_rules
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a stack, and what undoes it; ``meanwhile`` is done again and again until the alert fires, and
+    ``after`` until it is over."""
+
+    alert: str
+    done: str
+    do: Callable[[Stage], object]
+    undo: Callable[[Stage], object]
+    labels: dict[str, str] = field(default_factory=dict)
+    meanwhile: Callable[[Stage], object] = lambda stage: None
+    after: Callable[[Stage], object] = lambda stage: None
+
+
+def pid(stage: Stage, part: str) -> int:
+    """The process of a part; it is looked up once, since a stopped control cannot be asked."""
+    known = stage.__dict__.setdefault("pids", {})
+    if part not in known:
+        told = stage.status()
+        known |= {"control": told["control"]["pid"], "haproxy": told["edge"]["pid"]}
+        known |= {gateway["name"]: gateway["pid"] for gateway in told["gateways"]}
+    return int(known[part])
+
+
+def stop(*parts: str) -> Callable[[Stage], None]:
+    return lambda stage: [pause(pid(stage, part)) for part in parts] and None
+
+
+def go_on(*parts: str) -> Callable[[Stage], None]:
+    return lambda stage: [pause(pid(stage, part), signal.SIGCONT) for part in parts] and None
+
+
+def each_node(**fault: object) -> Callable[[Stage], None]:
+    return lambda stage: [node.fault(**fault) for node in stage.nodes.values()] and None
+
+
+def well(stage: Stage) -> None:
+    for node in stage.nodes.values():
+        node.well()
+
+
+FAULTS = [
+    Fault("NodeDown", "node-1 killed (SIGKILL)", lambda s: s.nodes["node-1"].kill(),
+          lambda s: s.nodes["node-1"].start(), {"node": "node-1"}, after=lambda s: s.ask(1)),
+    Fault("NodeRunnerHung", "node-2 answers probes and generates nothing",
+          lambda s: s.nodes["node-2"].fault(kind="hang"), well, {"node": "node-2"}),
+    Fault("LimitStoreDown", "Valkey killed (SIGKILL)", lambda s: s.valkey.process.end(signal.SIGKILL),
+          Stage.revive_valkey),
+    Fault("GatewayDown", "gateway-2 stopped (SIGSTOP)", stop("gateway-2"), go_on("gateway-2"),
+          {"gateway": "gateway-2"}),
+    Fault("HaproxyBackendDown", "both gateways stopped (SIGSTOP)", stop("gateway-1", "gateway-2"),
+          go_on("gateway-1", "gateway-2"), {"proxy": "gateways"}),
+    Fault("ControlDown", "control stopped (SIGSTOP)", stop("control"), go_on("control")),
+    Fault("EdgeDown", "HAProxy stopped (SIGSTOP)", stop("haproxy"), go_on("haproxy")),
+    Fault("HighErrorRate", "both nodes answer 500", each_node(kind="fail", status=500), well,
+          {"window": "1h"}, meanwhile=lambda s: s.ask(4), after=lambda s: s.ask(20)),
+    Fault("BackupTooOld", "the last backup is 27 hours old", lambda s: s.backup(27 * 3600.0), lambda s: s.backup(60)),
+    Fault("BackupMissing", "there is no backup", lambda s: s.backup(None), lambda s: s.backup(60)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.alert)
+def test_what_is_broken_fires_and_what_is_mended_is_over(whole_stage: Stage, table: list[Fired], fault: Fault) -> None:
+    stage = whole_stage
+    pid(stage, "control")
+    until(stage.quiet, "nothing else is wrong", 40, every=0.3)
+
+    def heard(status: str, since: float, doing: Callable[[Stage], object]) -> Callable[[], object]:
+        def look() -> object:
+            doing(stage)
+            return stage.heard.told(fault.alert, status, since, **fault.labels)
+
+        return look
+
+    began = time.monotonic()
+    fault.do(stage)
+    try:
+        until(heard("firing", began, fault.meanwhile), f"{fault.alert} fires", 60, every=0.1)
+    finally:
+        fault.undo(stage)
+    mended = time.monotonic()
+    until(heard("resolved", mended, fault.after), f"{fault.alert} is over", 60, every=0.1)
+    fired = stage.heard.told(fault.alert, "firing", began, **fault.labels) - began
+    over = stage.heard.told(fault.alert, "resolved", mended, **fault.labels) - mended
+    table.append(Fired(fault.alert, fault.done, fired, over))
+    told = [alert for message in stage.heard.control for alert in message["alerts"]]
+    links = {alert["annotations"]["runbook_url"] for alert in told if alert["labels"]["alertname"] == fault.alert}
+    assert links == {f"{RUNBOOKS}/{fault.alert}.md"}
+    assert not any("runbooks" in alert["labels"] for alert in told)
+    assert stage.heard.refused == []
+
+
+# -- what the test only says
+
+NODE, GATEWAY = 'node="node-1"', 'gateway="gateway-1"'
+GOOD: dict[str, dict[str, float]] = {
+    "ollama": {
+        f"corral_node_up{{{NODE}}}": 1,
+        f"corral_node_cpu_fallback{{{NODE}}}": 0,
+        f'corral_node_loads_total{{{NODE},model="m"}}': 0,
+        f'corral_node_model_resident{{{NODE},model="m"}}': 1,
+        f'corral_node_model_resident{{{NODE},model="n"}}': 1,
+    },
+    "api-gateway": {
+        'corral_build_info{version="1.0"}': 1,
+        'corral_requests_total{model="m",outcome="ok"}': 0,
+        'corral_requests_total{model="m",outcome="timeout"}': 0,
+        'corral_requests_total{model="n",outcome="ok"}': 0,
+        'corral_requests_total{model="n",outcome="timeout"}': 0,
+        'corral_time_to_first_token_seconds_bucket{model="m",le="10.0"}': 0,
+        'corral_time_to_first_token_seconds_count{model="m"}': 0,
+        "corral_requests_waiting": 0,
+        f"corral_slots{{{NODE}}}": 4,
+        f"corral_spool_failing{{{GATEWAY}}}": 0,
+        f"corral_spool_oldest_seconds{{{GATEWAY}}}": 0,
+        f"corral_snapshot_age_seconds{{{GATEWAY}}}": 1,
+    },
+    "control": {
+        'corral_build_info{version="1.0"}': 1,
+        "corral_control_leader": 1,
+        "corral_database_up": 1,
+        "corral_backup_last_success_timestamp_seconds": 4e9,
+        f"corral_ingest_lag_seconds{{{GATEWAY}}}": 0,
+    },
+    "redis": {"corral_valkey_memory_bytes": 100, "corral_valkey_memory_max_bytes": 256},
+    "postgres": {},
+    "haproxy": {"haproxy_process_uptime_seconds": 1},
+}
+FLOW: dict[str, float] = {
+    'corral_requests_total{model="m",outcome="ok"}': 50,
+    'corral_requests_total{model="n",outcome="ok"}': 50,
+    'corral_time_to_first_token_seconds_bucket{model="m",le="10.0"}': 50,
+    'corral_time_to_first_token_seconds_count{model="m"}': 50,
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the exporter says from now on: values by job and series (None: the series is gone, or the whole page),
+    and what counters grow by at each scrape."""
+
+    alert: str
+    done: str
+    values: dict[str, dict[str, float | None] | None] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+TOLD = [
+    [
+        Told("NodeCpuFallback", "said: a model in main memory", {"ollama": {f"corral_node_cpu_fallback{{{NODE}}}": 1}}),
+        Told("ModelReloadThrash", "said: a load a second", rates={f'corral_node_loads_total{{{NODE},model="m"}}': 3}),
+        Told("ModelUnavailable", "said: errors, nowhere resident",
+             {"ollama": {f'corral_node_model_resident{{{NODE},model="n"}}': None}},
+             {'corral_requests_total{model="n",outcome="timeout"}': 50,
+              'corral_requests_total{model="n",outcome="ok"}': 0}),
+        Told("SlowFirstToken", "said: every first token late",
+             rates={'corral_time_to_first_token_seconds_bucket{model="m",le="10.0"}': 0}),
+        Told("QueueGrowing", "said: 10 wait, 4 slots", {"api-gateway": {"corral_requests_waiting": 10}}),
+        Told("SpoolFailing", "said: a full disk", {"api-gateway": {f"corral_spool_failing{{{GATEWAY}}}": 1}}),
+        Told("SnapshotStale", "said: keys 4 minutes old",
+             {"api-gateway": {f"corral_snapshot_age_seconds{{{GATEWAY}}}": 240}}),
+        Told("LimitStoreFull", "said: 250 of 256 bytes", {"redis": {"corral_valkey_memory_bytes": 250}}),
+        Told("DatabaseDown", "said: no answer", {"control": {"corral_database_up": 0}}),
+        Told("VersionMismatch", "said: a second version", {"control": {'corral_build_info{version="1.1"}': 1}}),
+    ],
+    # Kept quiet by a database that is down, and by a spool that fails.
+    [
+        Told("SpoolBacklog", "said: records 10 minutes old",
+             {"api-gateway": {f"corral_spool_oldest_seconds{{{GATEWAY}}}": 600}}),
+        Told("IngestBehind", "said: control 10 minutes behind",
+             {"control": {f"corral_ingest_lag_seconds{{{GATEWAY}}}": 600}}),
+        Told("ScrapeMissing", "a target that answers 503", {"redis": None}),
+    ],
+]  # fmt: skip
+
+
+def say(made: Exporter, told: list[Told]) -> None:
+    """Have the exporter say that all is well, but for ``told``. Counters go on from where they are."""
+    before = {series: value for page in made.pages.values() if page for series, value in page.items()}
+    counters = [series for page in GOOD.values() for series in page if "_total" in series or "first_token" in series]
+    pages: dict[str, dict[str, float] | None] = {job: dict(page) for job, page in GOOD.items()}
+    for page in pages.values():
+        assert page is not None
+        page.update({series: before[series] for series in counters if series in page and series in before})
+    rates = dict(FLOW)
+    for one in told:
+        rates |= one.rates
+        for job, values in one.values.items():
+            page = pages[job]
+            if values is None:
+                pages[job] = None
+            elif page is not None:
+                page.update({series: value for series, value in values.items() if value is not None})
+                for series in [series for series, value in values.items() if value is None]:
+                    del page[series]
+    made.pages, made.rates = pages, rates
+
+
+def test_what_is_said_fires_and_is_over(tmp_path: Path, table: list[Fired]) -> None:
+    with receivers() as heard, exporter() as made, quick_alertmanager(tmp_path, heard) as manager:
+        say(made, [])
+        config = {
+            "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
+            "rule_files": [str(quick_rules(tmp_path, 120.0, 8.0) / "*.yml")],
+            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [manager.url.removeprefix("http://")]}]}]},
+            "scrape_configs": made.scrape_configs(),
+        }
+        with monitoring.prometheus(tmp_path, config) as prometheus:
+            until(lambda: len(monitoring.query(prometheus.url, "up == 1")) == len(GOOD), "all is scraped", 20)
+            for told in TOLD:
+                table.extend(fire(prometheus.url, heard, made, told))
+    assert heard.refused == []
+
+
+def fire(url: str, heard: Receivers, made: Exporter, told: list[Told]) -> list[Fired]:
+    """Say it, wait until every alert of it fires, take it back, and wait until every one is over."""
+    until(lambda: not monitoring.query(url, "ALERTS"), "nothing fires", 30, every=0.3)
+    began = time.monotonic()
+    say(made, told)
+
+    def missing(status: str, since: float) -> list[str]:
+        return [one.alert for one in told if not heard.told(one.alert, status, since)]
+
+    def wait(status: str, since: float) -> None:
+        try:
+            until(lambda: not missing(status, since), f"each is {status}", 60, every=0.2)
+        except NotReady as error:
+            raise NotReady(f"{error}: {missing(status, since)}") from None
+
+    def windows(alert: str) -> set[str]:
+        firing = monitoring.query(url, f'ALERTS{{alertname="{alert}",alertstate="firing"}}')
+        return {series["metric"]["window"] for series in firing}
+
+    wait("firing", began)
+    if any(one.alert == "SlowFirstToken" for one in told):
+        for alert in ("SlowFirstToken", "HighErrorRate"):
+            until(lambda alert=alert: windows(alert) == {"1h", "6h", "3d"}, f"{alert} in each window", 30)  # type: ignore[misc]
+    mended = time.monotonic()
+    say(made, [])
+    wait("resolved", mended)
+    return [
+        Fired(one.alert, one.done, heard.told(one.alert, "firing", began) - began,
+              heard.told(one.alert, "resolved", mended) - mended)
+        for one in told
+    ]  # fmt: skip
+
+
+def test_no_alert_is_left_out() -> None:
+    tried = {fault.alert for fault in FAULTS} | {one.alert for told in TOLD for one in told}
+    assert tried == {rule["alert"] for rule in monitoring.alerts()}

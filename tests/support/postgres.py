@@ -1,0 +1,136 @@
+"""A real PostgreSQL of a test's own: a cluster in a temporary folder, on a free port, ended by its process id."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from support.process import Process, free_port
+
+PASSWORD = "the password of a test"
+USER = "corral"
+
+
+def programs() -> Path:
+    """The folder of PostgreSQL's programs, the newest version's; the test fails where there is none."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    if found:
+        return found[-1].parent
+    if on_path := shutil.which("initdb"):
+        return Path(on_path).resolve().parent
+    pytest.fail("there is no PostgreSQL: run scripts/install-postgresql first (scripts/test does)", pytrace=False)
+
+
+class Postgres:
+    """A cluster. ``start``, ``kill`` and ``stop`` may be called in turns; it comes back on its port with its data."""
+
+    def __init__(self) -> None:
+        self._bin = programs()
+        # Not below pytest's folder, which is closed to the user that PostgreSQL runs as: it refuses to be root.
+        self.folder = Path(tempfile.mkdtemp(prefix="corral-postgres-"))
+        self.port = free_port()
+        self._process: Process | None = None
+        self._user = "postgres" if os.getuid() == 0 else ""
+        if self._user:
+            shutil.chown(self.folder, self._user, self._user)
+        secret = self.folder / "password"
+        secret.write_text(PASSWORD)
+        if self._user:
+            shutil.chown(secret, self._user)
+        argv = [*self._as_user(), str(self._bin / "initdb"), "--pgdata", str(self.folder / "data"), "--no-sync"]
+        argv += ["--username", USER, "--pwfile", str(secret), "--auth", "scram-sha-256", "--encoding", "UTF8"]
+        subprocess.run([*argv, "--locale", "C.UTF-8"], check=True, capture_output=True, cwd="/")
+
+    def _as_user(self) -> list[str]:
+        if not self._user:
+            return []
+        # What is told to die with its parent forgets it when its user changes: so in the same step.
+        groups = ["--clear-groups", "--pdeathsig", "QUIT"]
+        return ["setpriv", "--reuid", self._user, "--regid", self._user, *groups]
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        argv = [*self._as_user(), self._bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)]
+        argv += ["-k", self.folder, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=50"]
+        self._process = Process(argv, self.folder / "postgres.log")
+        self._process.wait_until(self._answers, 30)
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._end(signal.SIGQUIT)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._end(signal.SIGINT)
+
+    def hold(self, on: bool) -> None:
+        """Stop every one of its processes, or let them go on."""
+        assert self._process is not None
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        for pid in [self._process.pid, *(int(child) for child in children)]:
+            os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    def database(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"test_{secrets.token_hex(6)}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        return self.url(name)
+
+    def url(self, name: str, password: str | None = PASSWORD) -> str:
+        secret = "" if password is None else ":" + password.replace(" ", "%20")
+        return f"postgresql://{USER}{secret}@127.0.0.1:{self.port}/{name}"
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:
+        """Run a statement; its rows."""
+        with self._connect(database) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def _connect(self, database: str) -> psycopg.Connection[tuple[object, ...]]:
+        address = {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": database}
+        return psycopg.connect(**address, password=PASSWORD, autocommit=True, connect_timeout=5)
+
+    def _answers(self) -> bool:
+        try:
+            self._connect("postgres").close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _end(self, number: int) -> None:
+        if self._process is not None:
+            self._process.end(number)
+            self._process = None
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """A cluster that runs, and is gone afterwards."""
+    made = Postgres()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
+
+
+def name_of(url: str) -> str:
+    """The database's name in a URL."""
+    match = re.search(r"/(\w+)$", url)
+    assert match is not None
+    return match[1]
