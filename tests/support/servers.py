@@ -101,12 +101,16 @@ def ollama_program() -> str:
 
 
 @contextmanager
-def ollama(folder: Path, port: int | None = None, cpu: int | None = 0, parallel: int = 4) -> Iterator[Server]:
+def ollama(
+    folder: Path, port: int | None = None, cpu: int | None = 0, parallel: int = 4, store: Path | None = None
+) -> Iterator[Server]:
     """A real Ollama with SmolLM2, on one core: more threads than cores make it crawl.
 
-    Its models lie in the user's cache, where the 94 MB are written once; several may share them.
+    Its models lie in the user's cache, where the 94 MB are written once; several may share them. With a ``store`` of
+    its own it begins with none.
     """
-    store = cache_folder() / "test-models-1"
+    own = store is not None
+    store = store or cache_folder() / "test-models-1"
     store.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     env = {
@@ -121,7 +125,7 @@ def ollama(folder: Path, port: int | None = None, cpu: int | None = 0, parallel:
     process = Process([ollama_program(), "serve"], folder / "ollama.log", env, cpu)
     try:
         process.wait_until(lambda: answers(url + "/api/version"))
-        if MODEL not in models.listed(url):
+        if not own and MODEL not in models.listed(url):
             models.install(url, threads=1)
         yield Server(url, process)
     finally:

@@ -50,6 +50,7 @@ def test_every_command_explains_itself(noun: str) -> None:
     "words",
     [
         ["status"], ["keys", "create", "x"], ["keys", "list"], ["nodes", "list"], ["models", "list"],
+        ["models", "plan"], ["models", "apply", "--yes"], ["models", "watch"],
         ["audit", "list"], ["config", "reload"], ["logs"], ["loadtest", "run", "--no-key", "--closed", "2"],
         ["loadtest", "report", "nowhere.json"],
     ],

@@ -26,8 +26,21 @@ def test_nodes_come_and_go_and_the_rest_waits_for_a_restart() -> None:
     assert names(changes(old, new, True)) == (
         ["c"],
         ["a"],
-        ["gateway.queue.length", "limits.default.rpm", "models"],
+        ["gateway.queue.length", "limits.default.rpm"],
     )
+    assert [model.name for model in changes(old, new, True).models or ()] == ["m"]
+
+
+def test_the_catalogue_comes_before_the_nodes_that_are_given_its_models() -> None:
+    asked: list[str] = []
+
+    def ask(method: str, path: str, body: object) -> Any:
+        asked.append(f"{method} {path}")
+        return {"nodes": []}
+
+    done = list(_apply(changes(settings(), settings("http://c", models=[{"name": "m"}]), True), ask))
+    assert asked == ["PUT /models/catalogue", "GET /nodes", "POST /nodes"]
+    assert (done[0].partition(":")[0], done[1]) == ("models", "nodes: c added")
 
 
 def test_a_node_that_stays_but_differs_waits_for_a_restart() -> None:

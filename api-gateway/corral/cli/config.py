@@ -58,7 +58,7 @@ def schema(as_json: bool, state: str | None) -> None:
 def reload(as_json: bool, state: str | None) -> None:
     """Apply a changed corral.yaml to the stack that runs, as far as that goes; no stream is cut.
 
-    Nodes that were added or removed come and go at once; other changes are named, and wait for a restart.
+    Nodes come and go at once, and the catalogue of models is replaced; other changes are named, and wait for a restart.
     """
     from corral.stack import reload as stack
 

@@ -1,16 +1,26 @@
-"""`corral models`: what the fleet can run."""
+"""`corral models`: what the fleet can run, what it should, and the way from one to the other."""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import click
 
-from corral.cli import common
+from corral.cli import common, progress
 from corral.cli.common import Admin, rows
+from corral.stack.state import StackError
+
+_PATIENCE = 60.0
+
+_nodes = click.option(
+    "--node", "nodes", multiple=True, metavar="NAME", help="On this node (repeatable).  [default: all]"
+)
 
 
 @click.group("models")
 def command() -> None:
-    """Show the models of the fleet."""
+    """Show the models of the fleet, and bring the nodes to the catalogue of corral.yaml."""
 
 
 @command.command("list")
@@ -18,5 +28,145 @@ def command() -> None:
 def list_models(as_json: bool, state: str | None) -> None:
     """List models, the nodes that have them and those that keep them in memory."""
     listed = rows(Admin(common.folder(state))("GET", "/models"), "models")
-    columns = ("name", "size", "nodes", "resident", "digest")
-    common.emit(listed, as_json, lambda: common.table(listed, columns, "no models"))
+    columns = ("name", "size", "nodes", "resident", "catalogue", "pinned", "digest")
+    common.emit(listed, as_json, lambda: common.table([_shown(model) for model in listed], columns, "no models"))
+
+
+def _shown(model: dict[str, Any]) -> dict[str, Any]:
+    size = model.get("size")
+    digest = str(model.get("digest") or "").removeprefix("sha256:")[:12]
+    match = model.get("match")
+    if match == "differs":
+        match = f"differs on {','.join(model.get('differs') or [])}"
+    return {**model, "size": progress.size(size) if size else None, "digest": digest, "catalogue": match}
+
+
+@command.command("plan")
+@common.options
+def plan(as_json: bool, state: str | None) -> None:
+    """Show the steps that would put the catalogue in force; changes nothing."""
+    made = Admin(common.folder(state))("GET", "/models/plan", timeout=_PATIENCE)
+    common.emit(made, as_json, lambda: _plan(made))
+
+
+def _plan(made: dict[str, Any]) -> str:
+    if not made["catalogue"]:
+        return "no catalogue: corral.yaml names no models, so the nodes serve whatever they hold"
+    lines = [f"  {progress.what(step)}: {step['reason']}" for step in made["steps"]]
+    lines += [f"  note: {note}" for note in made["notes"]]
+    lines += [f"  problem: {problem}" for problem in made["problems"]]
+    count = len(made["steps"])
+    head = f"{count} step{'s' if count != 1 else ''}" if count else "nothing to do"
+    return "\n".join([head, *lines])
+
+
+@command.command("apply")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common.options
+def apply(yes: bool, as_json: bool, state: str | None) -> None:
+    """Put the catalogue in force: pull what is missing, verify digests, load copies. Shows its progress."""
+    admin = Admin(common.folder(state))
+    made = admin("GET", "/models/plan", timeout=_PATIENCE)
+    if not made["catalogue"]:
+        raise StackError("the catalogue is empty: name models in corral.yaml (models:), then `corral config reload`")
+    if not yes and made["steps"]:
+        if not sys.stdin.isatty():
+            raise click.UsageError("nobody is there to ask: give --yes (`corral models plan` shows the steps)")
+        click.echo(_plan(made), err=True)
+        click.confirm("Carry this out?", abort=True, err=True)
+    _operate(admin, "apply", {"plan": made["id"]}, as_json)
+
+
+@command.command("pull")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@_nodes
+@click.option("--accept", is_flag=True, help="Record the digest that comes as the right one (none in corral.yaml).")
+@common.options
+def pull(names: tuple[str, ...], nodes: tuple[str, ...], accept: bool, as_json: bool, state: str | None) -> None:
+    """Pull models onto the nodes; those of the catalogue must come with its digest."""
+    body = {"models": names, "nodes": nodes or None, "accept": accept}
+    _operate(Admin(common.folder(state)), "pull", body, as_json)
+
+
+@command.command("load")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@_nodes
+@common.options
+def load(names: tuple[str, ...], nodes: tuple[str, ...], as_json: bool, state: str | None) -> None:
+    """Load models, to stay in memory until they are unloaded."""
+    _operate(Admin(common.folder(state)), "load", {"models": names, "nodes": nodes or None}, as_json)
+
+
+@command.command("unload")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@_nodes
+@click.option("--force", is_flag=True, help="Pinned models too.")
+@common.options
+def unload(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json: bool, state: str | None) -> None:
+    """Take models out of memory, once their requests have ended."""
+    body = {"models": names, "nodes": nodes or None, "force": force}
+    _operate(Admin(common.folder(state)), "unload", body, as_json)
+
+
+@command.command("remove")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@_nodes
+@click.option("--force", is_flag=True, help="Models of the catalogue too.")
+@common.options
+def remove(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json: bool, state: str | None) -> None:
+    """Delete models from the nodes, with the previous versions that are kept there."""
+    body = {"models": names, "nodes": nodes or None, "force": force}
+    _operate(Admin(common.folder(state)), "remove", body, as_json)
+
+
+@command.command("preload")
+@click.argument("names", nargs=-1, metavar="[NAME…]")
+@_nodes
+@common.options
+def preload(names: tuple[str, ...], nodes: tuple[str, ...], as_json: bool, state: str | None) -> None:
+    """Pull models and load them, on every node.  [default: the catalogue]"""
+    _operate(Admin(common.folder(state)), "preload", {"models": names, "nodes": nodes or None}, as_json)
+
+
+@command.command("operations")
+@common.options
+def operations(as_json: bool, state: str | None) -> None:
+    """List what runs, and what ended lately."""
+    listed = rows(Admin(common.folder(state))("GET", "/operations"), "operations")
+    columns = ("id", "kind", "state", "by", "steps", "errors")
+    shown = [{**one, "steps": len(one["steps"]), "errors": len(one["errors"])} for one in listed]
+    common.emit(listed, as_json, lambda: common.table(shown, columns, "no operations"))
+
+
+@command.command("watch")
+@click.argument("id", required=False)
+@common.options
+def watch(id: str | None, as_json: bool, state: str | None) -> None:
+    """Show the progress of an operation until it ends.  [default: of all that run]"""
+    admin = Admin(common.folder(state))
+    running = [one["id"] for one in rows(admin("GET", "/operations"), "operations") if one["state"] == "running"]
+    wanted = [id] if id else running
+    if not wanted and not as_json:
+        click.echo("nothing runs")
+    ended = [progress.follow(admin, one) for one in wanted]
+    if as_json:
+        common.emit(ended[0] if id else ended, True, str)
+    raise SystemExit(progress.conclude(ended, as_json))
+
+
+@command.command("cancel")
+@click.argument("id")
+@common.options
+def cancel(id: str, as_json: bool, state: str | None) -> None:
+    """Stop an operation; what is done stays done."""
+    done = Admin(common.folder(state))("POST", f"/operations/{common.segment(id)}/cancel", timeout=_PATIENCE)
+    common.emit(done, as_json, lambda: f"{id} is {done['state']}")
+
+
+def _operate(admin: Admin, kind: str, body: dict[str, Any], as_json: bool) -> None:
+    """Start an operation, show how it goes, and end with its outcome."""
+    started = admin("POST", f"/models/{kind}", body, timeout=_PATIENCE)
+    ended = progress.follow(admin, started["id"])
+    if as_json:
+        common.emit(ended, True, str)
+    raise SystemExit(progress.conclude([ended], as_json))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import click
 
@@ -21,7 +22,7 @@ def command() -> None:
 def list_nodes(as_json: bool, state: str | None) -> None:
     """List nodes and their states."""
     listed = rows(Admin(common.folder(state))("GET", "/nodes"), "nodes")
-    columns = ("name", "state", "url", "slots", "version")
+    columns = ("name", "state", "url", "slots", "version", "reason")
     common.emit(listed, as_json, lambda: common.table(listed, columns, "no nodes"))
 
 
@@ -29,12 +30,14 @@ def list_nodes(as_json: bool, state: str | None) -> None:
 @click.argument("url")
 @click.option("--name", help="Unique in the fleet.  [default: the next node-N]")
 @click.option("--slots", type=click.IntRange(1), help="Requests at once per model (its OLLAMA_NUM_PARALLEL).")
+@click.option("--max-models", type=click.IntRange(1), help="Resident at once (its OLLAMA_MAX_LOADED_MODELS).")
+@click.option("--preload/--no-preload", default=True, help="Use it once it has its models of the catalogue.")
 @common.options
-def add(url: str, name: str | None, slots: int | None, as_json: bool, state: str | None) -> None:
-    """Add an Ollama server; no request is dropped."""
-    given = {"url": url, "name": name, "slots": slots}
-    made = Admin(common.folder(state))("POST", "/nodes", {key: item for key, item in given.items() if item is not None})
-    common.emit(made, as_json, lambda: f"added {made.get('name', name)}")
+def add(url: str, as_json: bool, state: str | None, **given: Any) -> None:
+    """Add an Ollama server; no request is dropped. With a catalogue it gets its models first."""
+    body = {"url": url, **{key: item for key, item in given.items() if item is not None}}
+    made = Admin(common.folder(state))("POST", "/nodes", body)
+    common.emit(made, as_json, lambda: f"added {made['name']}{_waits(made)}")
 
 
 @command.command("remove")
@@ -70,8 +73,18 @@ def drain(name: str, wait: bool, timeout: int, as_json: bool, state: str | None)
 
 @command.command("resume")
 @click.argument("name")
+@click.option("--preload/--no-preload", default=True, help="Use it once it has its models of the catalogue.")
 @common.options
-def resume(name: str, as_json: bool, state: str | None) -> None:
-    """Use a drained node again."""
-    done = Admin(common.folder(state))("POST", f"/nodes/{segment(name)}/resume")
-    common.emit(done or {"name": name}, as_json, lambda: f"{name} is in use again")
+def resume(name: str, preload: bool, as_json: bool, state: str | None) -> None:
+    """Use a drained node again. With a catalogue it gets what it lacks first."""
+    path = f"/nodes/{segment(name)}/resume{'' if preload else '?preload=false'}"
+    done = Admin(common.folder(state))("POST", path)
+    text = f"{name}{_waits(done)}" if done.get("reason") else f"{name} is in use again"
+    common.emit(done, as_json, lambda: text)
+
+
+def _waits(node: dict[str, Any]) -> str:
+    """What has to happen before a node is used."""
+    if node.get("state") != "draining" or not node.get("reason"):
+        return ""
+    return f": {node['reason']}; it is used after that (`corral models watch` shows how far it is)"

@@ -32,7 +32,7 @@ def _text(known: dict[str, Any]) -> str:
         {"part": "database", **database},
         *({"part": name, **part} for name, part in known["monitoring"].items()),
     ]
-    columns = ("name", "state", "pid", "url", "models")
+    columns = ("name", "state", "pid", "url", "models", "reason")
     tables = [
         common.table(parts, ("part", "state", "pid", "url"), ""),
         common.table(known["nodes"], columns, "no nodes"),

@@ -54,6 +54,23 @@ class ModelSettings(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Per option: a pinned value, or refuse.")
 
 
+class MirrorSettings(Section):
+    """Where the nodes pull models from."""
+
+    registry: Listen | None = Field(
+        None, description="Private registry (host:port) in place of Ollama's library, for names that name no host."
+    )
+    insecure: bool = Field(False, description="It speaks plain HTTP.")
+
+
+class PreloadSettings(Section):
+    """A node that comes (back) into service gets its models of the catalogue first."""
+
+    timeout: Duration = Field(
+        900.0, description="After this it goes into service anyway, with a warning; 0: it never waits."
+    )
+
+
 class QueueSettings(Section):
     """Who waits for a free slot."""
 
@@ -196,6 +213,8 @@ class Settings(Section):
 
     nodes: tuple[NodeSettings, ...] = ()
     models: tuple[ModelSettings, ...] = ()
+    mirror: MirrorSettings = MirrorSettings()
+    preload: PreloadSettings = PreloadSettings()
     gateway: GatewaySettings = GatewaySettings()
     limits: LimitsSettings = LimitsSettings()
     store: StoreSettings = StoreSettings()

@@ -14,14 +14,18 @@ from starlette.types import Receive, Scope, Send
 
 from corral import __version__
 from corral.config.settings import Settings
-from corral.control import audit, errors, internal, keys, nodes, openapi, status
+from corral.control import audit, errors, internal, keys, models, nodes, openapi, status
 from corral.control.alerts import Alerts
 from corral.control.auth import Gate
-from corral.control.canary import Canary, policies
+from corral.control.canary import Canary
+from corral.control.catalogue import Catalogue
 from corral.control.context import Control
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
+from corral.control.modelops import Worker
 from corral.control.monitor import Monitor
+from corral.control.operations import Operations
+from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
 from corral.control.usage import Usage
@@ -65,7 +69,9 @@ class Application:
         ]
         try:
             members = await control.database.write(nodes.load, self._settings.nodes)
+            await control.catalogue.load()
             await control.fleet.start(members)
+            control.preloader.start()
             await control.hub.reload()
             # The first try before anyone hears that control is ready: HAProxy may be started with its file then.
             if not await _told(control):
@@ -79,6 +85,8 @@ class Application:
             if monitor is not None:
                 await monitor.close()
             await _end(tasks)
+            await control.preloader.close()
+            await control.operations.close()
             await control.fleet.close()
             await refusals.flush()
             control.database.close()
@@ -89,6 +97,8 @@ def _assemble(settings: Settings) -> Control:
     database = configured(settings.store, state)
     fleet = Fleet()
     valkey = Valkey(settings.store.valkey, timeout=VALKEY_TIMEOUT)
+    catalogue = Catalogue(database, fleet, settings.models)
+    operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
     return Control(
         settings=settings,
         state=state,
@@ -99,6 +109,9 @@ def _assemble(settings: Settings) -> Control:
         hub=Hub(database, fleet, valkey, settings.models),
         haproxy=_reloader(settings, state),
         valkey=valkey,
+        catalogue=catalogue,
+        operations=operations,
+        preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
         alerts=Alerts(),
     )
@@ -111,8 +124,7 @@ def _canary(control: Control) -> Canary:
         except HaproxyError:
             return None
 
-    known = policies([model.model_dump() for model in control.settings.models])
-    return Canary(control.fleet, control.settings.control.canary, known, streams)
+    return Canary(control.fleet, control.settings.control.canary, control.catalogue.policies, streams)
 
 
 def _reloader(settings: Settings, state: Path) -> HaproxyReloader:
@@ -170,7 +182,7 @@ def _api(life: object) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    for module in (keys, nodes, status, audit, internal):
+    for module in (keys, nodes, models, status, audit, internal):
         app.include_router(module.router)
     openapi.install(app)
 

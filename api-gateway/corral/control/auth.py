@@ -21,7 +21,8 @@ from corral.store import keys as keytext
 from corral.store.tables import key_verifiers, keys
 
 OPEN = frozenset({"/health", "/docs", "/openapi.json"})
-OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models|status)")
+# What may be served is the administrator's to say; bringing nodes to it is the operator's.
+OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status)")
 OPERATOR_READS = re.compile(r"/admin/audit")
 BODY_MAX = 1 << 20
 ROUTE_MAX = 200

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from fastapi import Depends, Request
 
 from corral.config.settings import Settings
 from corral.control.alerts import Alerts
+from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
 from corral.control.usage import Usage
 from corral.store.database import Database
 from corral.store.valkey import Valkey
+
+if TYPE_CHECKING:
+    # These need who calls, and that needs this.
+    from corral.control.operations import Operations
+    from corral.control.preload import Preloader
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Control:
     hub: Hub
     haproxy: HaproxyReloader
     valkey: Valkey
+    catalogue: Catalogue
+    operations: Operations
+    preloader: Preloader
     usage: Usage
     alerts: Alerts
 

@@ -45,6 +45,7 @@ class NewNode(BaseModel):
     memory: Size | None = Field(None, description="Memory for models.")
     max_models: Whole | None = Field(None, ge=1, le=1024, description="Resident at once.")
     accelerator: Literal["gpu", "cpu"] | None = None
+    preload: bool = Field(True, description="Into service once it has its models of the catalogue.")
 
 
 @router.get("/admin/nodes")
@@ -67,10 +68,10 @@ async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, 
             if member.url == wanted.url:
                 raise Problem(409, "conflict", f"url: {member.name} is at {wanted.url} already")
         await _serve(control, [*_pairs(control), (name, wanted.url)])
-        row = {**wanted.model_dump(), "name": name, "source": "api"}
+        row = {**wanted.model_dump(exclude={"preload"}), "name": name, "source": "api"}
         await control.database.write(_enter, caller, row)
         member = Member(**row)
-        await control.fleet.add(member)
+        await control.fleet.add(member, control.preloader.begin if wanted.preload else lambda _: None)
     return member.describe()
 
 
@@ -88,6 +89,7 @@ async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRA
             await _serve(control, [pair for pair in _pairs(control) if pair[0] != name])
             await control.database.write(_leave, caller, member.describe())
             await control.fleet.remove(name)
+            control.preloader.forget(member)
     except Problem:
         if control.fleet.members.get(name) is member and not was_draining:
             await _set_draining(control, caller, name, False, None)
@@ -108,12 +110,23 @@ async def drain_node(control: Here, caller: Caller, name: str, wait: Wait = 0.0)
 
 
 @router.post("/admin/nodes/{name}/resume")
-async def resume_node(control: Here, caller: Caller, name: str) -> dict[str, Any]:
-    """Give a drained node work again."""
-    return (await _set_draining(control, caller, name, False, "resume")).describe()
+async def resume_node(
+    control: Here,
+    caller: Caller,
+    name: str,
+    preload: Annotated[bool, Query(description="Once it has its models of the catalogue.")] = True,
+) -> dict[str, Any]:
+    """Give a drained node work again, or one that is kept out of service by preloading."""
+    member = await _set_draining(control, caller, name, False, "resume", preload)
+    if not preload and member.preloading is not None:
+        control.preloader.forget(member)
+        control.hub.refresh()
+    return member.describe()
 
 
-async def _set_draining(control: Control, who: Principal, name: str, draining: bool, action: str | None) -> Member:
+async def _set_draining(
+    control: Control, who: Principal, name: str, draining: bool, action: str | None, preload: bool = False
+) -> Member:
     async with control.fleet.changing:
         member = control.fleet.members.get(name)
         if member is None:
@@ -121,6 +134,10 @@ async def _set_draining(control: Control, who: Principal, name: str, draining: b
         if member.draining != draining:
             await control.database.write(_mark, who, member.describe(), draining, action)
             member.draining = draining
+            if draining:
+                control.preloader.forget(member)
+            elif preload:
+                control.preloader.begin(member)
             control.hub.refresh()
             try:
                 await control.haproxy.apply(_pairs(control), keep=True, resting=_resting(control))

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from corral.control.measured import Measured
+from corral.fleet.catalogue import is_own
 
 INTERVAL = 1.0
 TIMEOUT = 2.0
@@ -21,7 +22,11 @@ MISSES = 2
 
 @dataclass(eq=False)
 class Member:
-    """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them."""
+    """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them.
+
+    ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
+    wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used.
+    """
 
     name: str
     url: str
@@ -38,17 +43,34 @@ class Member:
     tags: list[dict[str, Any]] = field(default_factory=list)
     ps: list[dict[str, Any]] = field(default_factory=list)
     tags_at: float = 0.0
+    preloading: str | None = None
+    warning: str | None = None
+    answered: bool = False
+    withheld: set[str] = field(default_factory=set)
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
     measured: Measured = field(default_factory=Measured)
 
     @property
     def state(self) -> str:
-        """draining if told so, else ready or down."""
-        return "draining" if self.draining else "ready" if self.up else "down"
+        """draining if told so or not in service yet, else ready or down."""
+        if self.draining or (self.up and self.preloading is not None):
+            return "draining"
+        return "ready" if self.up else "down"
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is in this state, where there is more to say."""
+        return (self.preloading if self.up else None) or self.warning
+
+    @property
+    def usable(self) -> list[dict[str, Any]]:
+        """Its tags without what no caller may use: versions kept aside, and pulls that are not verified yet."""
+        return [entry for entry in self.tags if entry["name"] not in self.withheld and not is_own(entry["name"])]
 
     @property
     def resident(self) -> list[str]:
         """Names of the models in its memory, sorted."""
-        return sorted(entry["name"] for entry in self.ps)
+        return sorted({entry["name"] for entry in self.ps if not is_own(entry["name"])})
 
     def entry(self) -> dict[str, Any]:
         """The node in the gateways' snapshot."""
@@ -58,8 +80,8 @@ class Member:
             "slots": self.slots,
             "state": self.state,
             "version": self.version,
-            "tags": self.tags,
-            "ps": self.ps if self.up else [],
+            "tags": self.usable,
+            "ps": [entry for entry in self.ps if not is_own(entry["name"])] if self.up else [],
         }
 
     def describe(self) -> dict[str, Any]:
@@ -74,14 +96,16 @@ class Member:
             "state": self.state,
             "version": self.version,
             "source": self.source,
-            "models": sorted(entry["name"] for entry in self.tags),
+            "models": sorted(entry["name"] for entry in self.usable),
             "resident": self.resident if self.up else [],
             "error": self.error,
+            "reason": self.reason,
         }
 
 
 class Fleet:
-    """The nodes and the tasks that ask them. ``on_change`` is called after every probe.
+    """The nodes and the tasks that ask them. ``on_change`` is called after every probe, ``on_up`` before it with a node
+    that was down and answers again.
 
     ``changing`` is held by who adds, removes or drains a node.
     """
@@ -89,6 +113,7 @@ class Fleet:
     def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
         self.members: dict[str, Member] = {}
         self.on_change = on_change
+        self.on_up: Callable[[Member], None] = lambda member: None
         self.changing = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._client: httpx.AsyncClient | None = None
@@ -101,10 +126,11 @@ class Fleet:
         for member in members:
             self._watch(member)
 
-    async def add(self, member: Member) -> None:
-        """Take a node in, asked once already."""
+    async def add(self, member: Member, first: Callable[[Member], None] = lambda member: None) -> None:
+        """Take a node in, asked once already; ``first`` is called before anybody hears of it."""
         await self.probe(member)
         self.members[member.name] = member
+        first(member)
         self._watch(member)
         self.on_change()
 
@@ -140,14 +166,22 @@ class Fleet:
             await self.probe(member)
             self.on_change()
 
-    async def probe(self, member: Member) -> None:
-        """Ask a node once and note what it says: two misses make it down, one answer ready."""
+    async def probe(self, member: Member, fresh: bool = False) -> None:
+        """Ask a node once and note what it says: two misses make it down, one answer ready.
+
+        ``fresh``: its tags too, whatever is known of them.
+        """
+        # One at a time: what was asked first must not be noted last.
+        async with member.probing:
+            await self._probe(member, fresh)
+
+    async def _probe(self, member: Member, fresh: bool) -> None:
         try:
             async with asyncio.timeout(TIMEOUT):
                 ps = await self._models(member, "/api/ps")
                 names = {entry["name"] for entry in ps}
                 now = time.monotonic()
-                stale = not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
+                stale = fresh or not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
                 if stale or names != {entry["name"] for entry in member.ps}:
                     tags = await self._models(member, "/api/tags")
                     # A node that was away may come back as another version.
@@ -160,10 +194,21 @@ class Fleet:
             if member.misses >= MISSES:
                 member.up = False
             return
+        returned = not member.up and self.members.get(member.name) is member and member.name in self._tasks
         member.ps = ps
-        member.measured.held(entry["name"] for entry in member.tags)
+        member.measured.held(entry["name"] for entry in member.usable)
         member.measured.resident(names, now)
         member.up, member.misses, member.error = True, 0, None
+        if returned:
+            self.on_up(member)
+        member.answered = True
+
+    @property
+    def client(self) -> httpx.AsyncClient:
+        """The client that asks nodes. Its time-out is a probe's: other requests state their own."""
+        if self._client is None:
+            raise RuntimeError("the fleet was not started")
+        return self._client
 
     async def _models(self, member: Member, path: str) -> list[dict[str, Any]]:
         listed = (await self._get(member, path)).get("models") or []
@@ -176,9 +221,7 @@ class Fleet:
         return str((await self._get(member, "/api/version"))["version"])
 
     async def _get(self, member: Member, path: str) -> dict[str, Any]:
-        if self._client is None:
-            raise RuntimeError("the fleet was not started")
-        response = await self._client.get(member.url + path)
+        response = await self.client.get(member.url + path)
         if response.status_code != 200:
             raise ValueError(f"{path} answers {response.status_code}")
         value = response.json()

@@ -56,7 +56,7 @@ class Hub:
         self.version = ""
         self.gateways: dict[str, Gateway] = {}
         self._database, self._fleet, self._valkey = database, fleet, valkey
-        self._catalogue = [model.model_dump(mode="json") for model in catalogue]
+        self.replace(catalogue)
         self._keys: list[dict[str, Any]] = []
         self._keys_digest = b""
         self._rows: list[tuple[dict[str, Any], list[tuple[str, float | None]]]] = []
@@ -69,6 +69,10 @@ class Hub:
         self._tasks: set[asyncio.Task[Any]] = set()
         fleet.on_change = self.refresh
         valkey.on_connect = self._publish
+
+    def replace(self, catalogue: Iterable[ModelSettings]) -> None:
+        """Put another catalogue into the snapshot; `refresh` tells of it."""
+        self._catalogue = [model.model_dump(mode="json") for model in catalogue]
 
     async def reload(self) -> int:
         """Read the keys again after they changed; the number of the snapshot that has them."""
@@ -84,7 +88,7 @@ class Hub:
         if time.time() >= self._verifier_ends:
             self._build_keys()
         matters = [
-            [node.name, node.url, node.slots, node.state, node.version, node.tags, node.resident if node.up else []]
+            [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
             for node in self._fleet.members.values()
         ]
         content = self._keys_digest + msgspec.json.encode([matters, self._catalogue])

@@ -19,30 +19,6 @@ from corral.store.valkey import ValkeyDown
 router = APIRouter(tags=["fleet"])
 
 
-@router.get("/admin/models")
-async def list_models(control: Here) -> dict[str, Any]:
-    """Every model that a node holds or the catalogue names, and where it is."""
-    catalogue = {model.name for model in control.settings.models}
-    found: dict[str, dict[str, Any]] = {name: _model(name, {}) for name in catalogue}
-    for node in control.fleet.members.values():
-        resident = set(node.resident) if node.up else set()
-        for entry in node.tags:
-            model = found.setdefault(entry["name"], _model(entry["name"], entry))
-            if model["digest"] is None:
-                model.update(_model(entry["name"], entry) | {"nodes": model["nodes"], "resident": model["resident"]})
-            model["nodes"].append(node.name)
-            if entry["name"] in resident:
-                model["resident"].append(node.name)
-    for name, model in found.items():
-        model["catalogue"] = name in catalogue
-    return {"models": [found[name] for name in sorted(found)]}
-
-
-def _model(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    known = {field: entry.get(field) for field in ("digest", "size", "details")}
-    return {"name": name, **known, "nodes": [], "resident": []}
-
-
 @router.get("/admin/status")
 async def status(control: Here) -> dict[str, Any]:
     """Control, gateways, nodes and stores. A part that is away makes this no error."""
@@ -71,7 +47,8 @@ async def status(control: Here) -> dict[str, Any]:
                 "url": node.url,
                 "state": node.state,
                 "pid": pid,
-                "models": sorted(entry["name"] for entry in node.tags),
+                "reason": node.reason,
+                "models": sorted(entry["name"] for entry in node.usable),
             }
             for node, pid in zip(nodes, pids, strict=True)
         ],

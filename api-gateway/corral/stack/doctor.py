@@ -42,7 +42,8 @@ def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Findin
     found = [*_versions(), *_folder(state), *_disk(state)]
     if ask is None or not running(state):
         return [*found, *_not_running(state)]
-    return [*found, *_processes(state), *_ports(state), *_nodes(state, ask), *_backlog(state), *_clock(state)]
+    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state))
+    return [*found, *_processes(state), *_ports(state), *rest]
 
 
 def _versions() -> Iterator[Finding]:
@@ -132,13 +133,16 @@ def _nodes(state: StateFolder, ask: Callable[[str], Any]) -> Iterator[Finding]:
     for node in told:
         name, said = str(node["name"]), str(node.get("state"))
         proxied = seen_by_haproxy.get(name)
-        reason = f": {node['error']}" if node.get("error") else ""
+        why = node.get("error") or node.get("reason")
+        reason = f": {why}" if why else ""
         if proxied is None:
             if seen_by_haproxy:
                 yield Finding(name, "problem", "HAProxy does not know it", "`corral config reload`")
         elif (proxied == "UP") != (said in ("ready", "draining", "suspect")):
             advice = f"if it lasts more than 5 s: curl {node.get('url')}/api/version, then `corral config reload`"
             yield Finding(name, "warning", f"control says {said}, HAProxy says {proxied}{reason}", advice)
+        elif said == "ready" and reason:
+            yield Finding(name, "warning", f"ready{reason}", "`corral models plan` shows what is missing")
         elif said == "ready":
             yield Finding(name, "ok", "ready for control and HAProxy")
         else:
@@ -154,9 +158,34 @@ def _nodes(state: StateFolder, ask: Callable[[str], Any]) -> Iterator[Finding]:
 
 
 def _node_advice(said: str, node: Any) -> str:
+    if said == "draining" and node.get("reason"):
+        return f"`corral models watch` shows it; `corral nodes resume {node['name']} --no-preload` uses it now"
     if said == "draining":
         return f"`corral nodes resume {node['name']}` uses it again"
     return f"curl {node.get('url')}/api/version; is Ollama running there, and does its firewall let this host in?"
+
+
+def _catalogue(ask: Callable[[str], Any]) -> Iterator[Finding]:
+    """Whether the nodes hold and keep what the catalogue says."""
+    try:
+        plan = ask("/models/plan")
+    except (StackError, http.Unreachable) as error:
+        yield Finding("catalogue", "problem", str(error), "see `corral logs --program control`")
+        return
+    if not plan["catalogue"]:
+        return
+    drifted = [step for step in plan["steps"] if "digest differs" in step["reason"]]
+    for step in drifted:
+        seen = f"{step['model']} on {step['node']}: {step['reason']}"
+        yield Finding("catalogue", "problem", seen, "`corral models apply` brings the right version back")
+    others = len(plan["steps"]) - len(drifted)
+    for problem in plan["problems"]:
+        yield Finding("catalogue", "warning", problem, "`corral models plan` says more")
+    if others:
+        seen = f"{others} step{'s' if others > 1 else ''} to what corral.yaml asks for"
+        yield Finding("catalogue", "warning", seen, "`corral models plan` shows them, `corral models apply` does them")
+    elif not drifted and not plan["problems"]:
+        yield Finding("catalogue", "ok", f"in force: {plan['catalogue']} models")
 
 
 def _backlog(state: StateFolder) -> Iterator[Finding]:

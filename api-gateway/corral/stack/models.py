@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 from corral.fleet import smollm2
 from corral.stack import http, nodes
@@ -39,10 +40,14 @@ def install(url: str, threads: int | None = None) -> None:
         raise StackError(f"creation of {smollm2.NAME} failed: {lines[-1].decode(errors='replace')}")
 
 
-def warm(url: str, model: str, timeout: float = 120.0) -> float:
-    """Load a model; seconds it took. A model that cannot generate (an embedding model) is left alone."""
+def warm(url: str, model: str, options: dict[str, Any], timeout: float = 120.0) -> float:
+    """Load a model as requests with these options need it; seconds it took.
+
+    A model that cannot generate (an embedding model) is left alone.
+    """
     started = time.monotonic()
-    http.request(url, "POST", "/api/generate", body={"model": model, "stream": False}, timeout=timeout)
+    body = {"model": model, "stream": False, "options": options}
+    http.request(url, "POST", "/api/generate", body=body, timeout=timeout)
     return time.monotonic() - started
 
 

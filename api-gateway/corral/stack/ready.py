@@ -8,9 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from corral.fleet.node import canonical_name
 from corral.stack import http, models, nodes, supervisor
 from corral.stack.plan import Plan, log_file
 from corral.stack.state import StackError, StateFolder
+from corral.wire.options import ModelPolicy, check
 
 PATIENCE = 90.0
 TRIES = 4
@@ -94,8 +96,10 @@ def _models(plan: Plan, progress: Progress) -> None:
     name = first_model(plan)
     if plan.fleet.kind == "simulated" or name is None:
         return
+    entries = [model for model in plan.settings.models if canonical_name(model.name) == canonical_name(name)]
+    options = check({}, ModelPolicy.from_entry(entries[0].model_dump(mode="json"))) if entries else {}
     with ThreadPoolExecutor(max_workers=len(urls)) as pool:
-        slowest = max(pool.map(lambda url: models.warm(url, name), urls))
+        slowest = max(pool.map(lambda url: models.warm(url, name, options), urls))
     progress(f"model  {name} loaded on {len(urls)} node{'s' if len(urls) > 1 else ''} in {slowest:.1f} s")
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from corral.config.settings import NodeSettings, Settings, load
+from corral.config.settings import ModelSettings, NodeSettings, Settings, load
 from corral.stack import haproxy, plan
 from corral.stack.state import StackError, StateFolder, read_json, running, write_private
 
@@ -21,11 +21,12 @@ Ask = Callable[[str, str, object], Any]
 
 @dataclass
 class Changes:
-    """Nodes to add and to remove now, and fields (dotted) that need a restart."""
+    """Nodes to add and to remove now, the catalogue if it is another, and fields (dotted) that need a restart."""
 
     add: list[NodeSettings] = field(default_factory=list)
     remove: list[NodeSettings] = field(default_factory=list)
     restart: list[str] = field(default_factory=list)
+    models: tuple[ModelSettings, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def changes(old: Settings, new: Settings, nodes: bool) -> Changes:
             found.restart += [f"nodes.{name}.{one}" for one in fields]
     elif old.nodes != new.nodes:
         found.restart.append("nodes")
-    others = {"nodes"}
+    if old.models != new.models:
+        found.models = new.models
+    others = {"nodes", "models"}
     found.restart += _differ(old.model_dump(mode="json", exclude=others), new.model_dump(mode="json", exclude=others))
     found.restart.sort()
     return found
@@ -89,13 +92,17 @@ def reload(state: StateFolder, ask: Ask) -> Reloaded:
         old = Settings.model_validate(kept["settings"])
         found = changes(old, new, kept["nodes"])
         done = Reloaded(kept["file"], list(_apply(found, ask)), found.restart)
-        if found.add or found.remove:
+        if found.add or found.remove or found.models is not None:
             _keep(state, kept, old, found)
     haproxy.reload(state)
     return done
 
 
 def _apply(found: Changes, ask: Ask) -> Iterator[str]:
+    if found.models is not None:
+        # Before nodes come, which are given its models.
+        ask("PUT", "/models/catalogue", [model.model_dump(mode="json") for model in found.models])
+        yield "models: the catalogue is replaced; `corral models plan` shows what follows from that"
     if not found.add and not found.remove:
         return
     present = {str(node["name"]): str(node["url"]) for node in ask("GET", "/nodes", None)["nodes"]}
@@ -113,14 +120,17 @@ def _apply(found: Changes, ask: Ask) -> Iterator[str]:
 
 
 def _keep(state: StateFolder, kept: dict[str, Any], old: Settings, found: Changes) -> None:
-    """Write down which nodes there are now, for a restart of control and for the next reload."""
+    """Write down which nodes and models there are now, for a restart of control and for the next reload."""
     gone = {node.name for node in found.remove}
     nodes = (*(node for node in old.nodes if node.name not in gone), *found.add)
-    effective = load(state.settings, {}).model_copy(update={"nodes": nodes})
+    changed: dict[str, Any] = {} if found.models is None else {"models": found.models}
+    if found.add or found.remove:
+        changed["nodes"] = nodes
+    effective = load(state.settings, {}).model_copy(update=changed)
     write_private(state.settings, plan.dump(effective))
-    given = old.model_copy(update={"nodes": nodes}).model_dump(mode="json")
+    given = old.model_copy(update=changed).model_dump(mode="json")
     write_private(state.given, json.dumps({**kept, "settings": given}))
-    if stack := state.stack():
+    if "nodes" in changed and (stack := state.stack()):
         stack["nodes"] = [{"name": node.name, "url": node.url, "own": False} for node in nodes]
         write_private(state.stack_file, json.dumps(stack, indent=1))
 

@@ -115,6 +115,7 @@ def _nodes(told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str
             "url": item.get("url"),
             "state": item.get("state") or ("ready" if http_ok(str(item.get("url")), "/api/version") else "down"),
             "pid": (pid(str(item.get("name"))) if item.get("name") in own else None) or _told_pid(item),
+            "reason": item.get("reason"),
             "models": item.get("models") or [],
         }
         for item in nodes

@@ -79,6 +79,16 @@ nodes = Table(
     Column("created", Double, nullable=False),
 )
 
+# The digest of a catalogue model that corral.yaml gives none: what the first node had when the catalogue was applied.
+models = Table(
+    "models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("digest", String(71), nullable=False),
+    Column("recorded", Double, nullable=False),
+    Column("node", String(63), nullable=False),
+)
+
 # One row for each request of the data plane (admit inserts, settle completes) and for each admin action.
 audit = Table(
     "audit",
