@@ -256,7 +256,10 @@ def subjects(folder: Path, framework: bool, python: str) -> Iterator[tuple[list[
             port = free_port()
             argv = [sys.executable, str(ROOT / "benchmarks" / "framework.py"), str(port), str(node)]
             found.append(Subject("FastAPI and httpx", port, start(argv, "framework", MEASURED)))
-        packages = {"gateway, not compiled": ROOT / "api-gateway", "gateway": ROOT / ".venv" / "compiled" / "api-gateway"}
+        packages = {
+            "gateway, not compiled": ROOT / "api-gateway",
+            "gateway": ROOT / ".venv" / "compiled" / "api-gateway",
+        }
         started, key = gateways(folder, node, f"redis://127.0.0.1:{store}/0", server.server_port, python, packages)
         for name, (port, process) in started.items():
             stack.callback(process.end)
