@@ -6,11 +6,12 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from deploy import images
-from deploy.engine import Docker, engine, run
+from deploy.engine import Docker, engine, other, run
 from deploy.site import VERSION, Site
 
 _said: list[str] = []
@@ -29,7 +30,12 @@ def docker(say: list[str]) -> Iterator[Docker]:
         pytest.fail("these tests start a Docker engine, which needs root", pytrace=False)
     compose = run("scripts/install-compose", timeout=900).strip()
     # Sockets need a short path.
-    with images.alone(), tempfile.TemporaryDirectory(prefix="corral-") as folder, engine(Path(folder), compose) as made:
+    with images.alone(), tempfile.TemporaryDirectory(prefix="corral-") as folder, ExitStack() as exits:
+        if pid := other():
+            pytest.fail(
+                f"a Docker engine runs already (pid {pid}): these tests start their own, stop it", pytrace=False
+            )
+        made = exits.enter_context(engine(Path(folder), compose))
         began = time.monotonic()
         kind = images.provide(made, f"corral:{VERSION}")
         say.append(f"images: {kind}, ready in {time.monotonic() - began:.0f} s")

@@ -205,8 +205,8 @@ _ADD: dict[str, Callable[[Path], None]] = {
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One test run at a time uses the cache."""
+    """One test run at a time on a machine: the Compose files have a network with fixed addresses."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "deploy.lock").open("w") as file:
+    with Path(tempfile.gettempdir(), "corral-deploy.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

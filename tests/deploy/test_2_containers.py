@@ -89,14 +89,15 @@ def test_networks_keep_apart_what_has_no_business_with_each_other(
     assert (done.returncode == 0) == reached, done.stderr
 
 
-def test_only_nodes_have_a_way_out(site: Site) -> None:
+def test_what_needs_no_way_out_has_none(site: Site) -> None:
     def internal(service: str) -> dict[str, bool]:
         networks = site.container(service)["NetworkSettings"]["Networks"]
         found = {name: site.docker("network", "inspect", "-f", "{{.Internal}}", name).strip() for name in networks}
         return {name.removeprefix(f"{PROJECT}_"): value == "true" for name, value in found.items()}
 
     assert internal("ollama-1") == {"nodes": True, "egress": False}
-    for service in ("api-gateway-1", "api-gateway-2", "control", "redis", "postgres"):
+    assert internal("control") == {"backend": True, "nodes": True, "data": True, "database": True, "edge": False}
+    for service in ("api-gateway-1", "api-gateway-2", "redis", "postgres"):
         assert all(internal(service).values()), service
 
 

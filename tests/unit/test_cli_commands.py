@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from corral.cli.common import Admin
 from corral.cli.main import cli
+from corral.stack.state import StateFolder
 
 
 @pytest.fixture
@@ -61,6 +63,17 @@ def test_without_a_stack_a_command_fails_with_a_sentence(run: Runner, words: lis
     assert result.stderr.startswith("corral: ")
     assert "Traceback" not in result.output
     assert not run.state.exists(), "asking makes no state"
+
+
+def test_the_admin_key_may_come_from_a_file(run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CORRAL_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("CORRAL_ADMIN_KEY_FILE", str(tmp_path / "admin.key"))
+    missing = run("keys", "list")
+    assert missing.exit_code == 1 and f"{tmp_path / 'admin.key'} cannot be read" in missing.stderr
+    (tmp_path / "admin.key").write_text("crl_x\n")
+    # It has a key now, and asks.
+    assert "127.0.0.1:1" in run("keys", "list").stderr
+    assert Admin(StateFolder(run.state)).key == "crl_x"
 
 
 def test_with_json_the_error_is_json(run: Runner) -> None:

@@ -1,0 +1,51 @@
+"""docker-compose.yml, .env.example and docs/compose.md say the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docker-compose.yml").read_text()
+PAGE = (ROOT / "docs/compose.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load(TEXT)
+    return read
+
+
+def test_env_example_has_each_setting_with_its_default() -> None:
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", TEXT))
+    listed = dict(re.findall(r"^#?([A-Z]\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert listed.pop("CORRAL_SECRETS") == "./secrets"
+    assert listed.pop("COMPOSE_FILE") == "docker-compose.yml:compose.cpu.yml"
+    assert listed == used
+
+
+def test_images_are_pinned(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        tag = service["image"].partition(":")[2]
+        assert "build" in service or re.fullmatch(r"v?\d+\.\d+[\w.-]*", tag), f"{name}: {service['image']}"
+
+
+def test_the_page_names_every_port_secret_and_volume(compose: dict[str, Any]) -> None:
+    for setting, default in re.findall(r"\$\{(\w+_PORT):-(\d+)\}", TEXT):
+        assert f"| `{setting}` | {default} |" in PAGE
+    for name in compose["secrets"]:
+        assert f"| `{name}` |" in PAGE
+    for name in compose["volumes"]:
+        general = re.sub(r"^(ollama|api-gateway)-[0-9]", r"\1-N", name)
+        assert f"| `{general}` |" in PAGE
+
+
+def test_without_a_gpu_no_node_reserves_one(compose: dict[str, Any]) -> None:
+    reserving = {name for name, service in compose["services"].items() if "deploy" in service}
+    freed = re.findall(r"^  (\S+): \{deploy: \{resources: \{reservations: \{devices: !reset \[\]\}\}\}\}$",
+                       (ROOT / "compose.cpu.yml").read_text(), re.MULTILINE)  # fmt: skip
+    assert reserving == set(freed) == {"ollama-1", "ollama-2", "ollama-3"}
