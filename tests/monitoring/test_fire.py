@@ -224,7 +224,7 @@ def test_what_is_said_fires_and_is_over(tmp_path: Path, table: list[Fired]) -> N
         say(made, [])
         config = {
             "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
-            "rule_files": [str(quick_rules(tmp_path, 120.0, 8.0) / "*.yml")],
+            "rule_files": [str(quick_rules(tmp_path, 120.0, 5.0) / "*.yml")],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [manager.url.removeprefix("http://")]}]}]},
             "scrape_configs": made.scrape_configs(),
         }
