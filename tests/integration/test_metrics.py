@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from support.fleet import MODEL, QUICK, SimulatedNode
+from support.fleet import MODEL, QUICK, SINGLE, SimulatedNode
 from support.metrics import Page, documented, page
 from support.process import until
 from support.stack import Stack, stack
@@ -150,6 +150,20 @@ def test_control_counts_by_key_what_it_was_shipped(watched: Watched) -> None:
     assert any(20 < value < 60 for rows in rates for _, value in rows)
 
 
+def test_the_time_of_a_load_that_a_request_waited_for(watched: Watched) -> None:
+    watched.ask(SINGLE)
+
+    def told() -> bool:
+        return any(watched.node(node.name).has("corral_node_load_seconds") for node in watched.nodes)
+
+    until(told, "the load is timed")
+    loads = [
+        row for node in watched.nodes for row in watched.node(node.name).samples.get("corral_node_load_seconds", [])
+    ]
+    ((labels, seconds),) = loads
+    assert labels == {"model": SINGLE} and 0.1 <= seconds < 5, "the simulated model loads for 0.1 s"
+
+
 def test_callers_make_no_series(watched: Watched) -> None:
     before = watched.sum("corral_requests_total", model="", route="/api/generate", code="404")
     for number in range(5):
@@ -159,8 +173,7 @@ def test_callers_make_no_series(watched: Watched) -> None:
     assert watched.sum("corral_requests_total", model="", route="/api/generate", code="404") == before + 5
     for url in watched.gateways:
         one = page(url)
-        held = {f"{name}" for name in (MODEL, QUICK, "single:latest", "")}
-        assert one.values("model") <= held
+        assert one.values("model") <= {MODEL, QUICK, SINGLE, ""}
         assert not any("invented" in value for label in ("route", "reason", "api") for value in one.values(label))
 
 
@@ -168,6 +181,9 @@ def test_refusals_have_their_reasons(watched: Watched) -> None:
     before = watched.sum("corral_refusals_total", reason="unauthorized")
     httpx.get(watched.stack.url + "/api/tags")
     assert watched.sum("corral_refusals_total", reason="unauthorized") == before + 1
+    unread = watched.sum("corral_refusals_total", reason="other")
+    assert httpx.post(watched.stack.url + "/api/chat", headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert watched.sum("corral_refusals_total", reason="other") == unread + 1
     made = watched.stack.corral("keys", "create", "narrow", "--rpm", "1")
     narrow = {"Authorization": f"Bearer {made['key']}"}
     statuses = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy.exc import OperationalError
 
 from corral.config.prometheus import DEFAULT, JOBS, PrometheusPlan, render
-from corral.control import discovery, pages
+from corral.control import discovery, measure, pages
 from corral.control.alerts import FORGET, KEPT_MAX, Alerts, BadNotification
 from corral.control.canary import due, policies, stays
 from corral.control.measured import Measured, Residence
@@ -164,6 +166,24 @@ def test_loads_are_what_was_seen_to_come() -> None:
     assert measured.residents["a"].fresh
 
 
+def test_the_load_that_a_request_waited_for() -> None:
+    measured = Measured()
+    measured.resident(set(), 1.0)
+    measured.resident({"a"}, 2.0)
+    measured.residents["a"].appeared = 1000.0
+    measured.waited("a", 999.0, 1100.0)
+    measured.waited("a", 992.0, 999.5)
+    measured.waited("a", 995.0, 1000.5)
+    assert measured.load_seconds == {"a": 7.5}, "the one that waited longest saw it from its begin"
+    measured.waited("a", 980.0, 990.0)
+    measured.waited("a", 1001.0, 1002.0)
+    measured.waited("b", 992.0, 999.5)
+    assert measured.load_seconds == {"a": 7.5}, "these waited for no load of this one"
+    measured.residents["a"].fresh = False
+    measured.waited("a", 900.0, 1000.0)
+    assert measured.load_seconds == {"a": 7.5}, "it was there before control was"
+
+
 def test_one_hung_runner_is_enough() -> None:
     measured = Measured()
     measured.resident({"a", "b"}, 1.0)
@@ -178,8 +198,10 @@ def test_one_hung_runner_is_enough() -> None:
 
 def test_whose_turn_it_is() -> None:
     assert due({}, 100.0, 15.0) is None
-    assert due({"a": Residence(1.0, False, 90.0), "b": Residence(1.0, False)}, 100.0, 15.0) == "b", "the new one first"
-    known = {"a": Residence(1.0, False, 90.0), "b": Residence(1.0, False, 60.0)}
+    assert due({"a": Residence(1.0, False, tried=90.0), "b": Residence(1.0, False)}, 100.0, 15.0) == "b", (
+        "the new one first"
+    )
+    known = {"a": Residence(1.0, False, tried=90.0), "b": Residence(1.0, False, tried=60.0)}
     assert due(known, 100.0, 15.0) is None
     assert due(known, 105.0, 15.0) == "b", "in turn"
 
@@ -211,6 +233,47 @@ def test_a_node_that_computes_on_its_cpu() -> None:
     seen = samples(pages.node_page(member))
     assert seen["corral_node_state{state=down}"] == 1 and seen["corral_node_state{state=ready}"] == 0
     assert not any(name.startswith("corral_node_model_resident{") for name in seen)
+
+
+# -- the database
+
+
+class Hanging:
+    """A database that does not answer until it is told to."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.go = asyncio.Event()
+
+    async def read(self, question: object) -> dict[str, int]:
+        self.asked += 1
+        await self.go.wait()
+        return {"active": 1}
+
+
+def test_a_database_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "TIMEOUT", 0.05)
+
+    async def run() -> None:
+        database: Any = Hanging()
+        assert [await measure.keys_by_state(database) for _ in range(3)] == [None, None, None]
+        assert database.asked == 1
+        database.go.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert await measure.keys_by_state(database) == {"active": 1}
+
+    asyncio.run(run())
+
+
+def test_a_database_that_fails_is_none() -> None:
+    class Failing:
+        async def read(self, question: object) -> None:
+            raise OperationalError("x", None, Exception("away"))
+
+    database: Any = Failing()
+    assert asyncio.run(measure.database(database)) is None
+    assert samples(pages.render(pages._database(None))) == {"corral_database_up": 0}
 
 
 # -- what is in the state folder
@@ -252,7 +315,7 @@ class Members:
 
 def row(**fields: Any) -> dict[str, Any]:
     known = {"key": "known", "outcome": "ok", "node": "a", "model": "m", "prompt_tokens": 7, "tokens": 21}
-    return {**known, "ttft_ms": 100.0, "ms": 1100.0, **fields}
+    return {**known, "ttft_ms": 100.0, "ms": 1100.0, "ts": 1.0, "queue_ms": 1.0, "attempts": 1, **fields}
 
 
 def test_usage_of_known_keys_alone() -> None:

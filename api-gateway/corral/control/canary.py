@@ -23,10 +23,8 @@ from corral.fleet.node import canonical_name
 from corral.wire.options import NO_POLICY, ModelPolicy, check
 
 TICK = 1.0
-LOADING = 300.0
+LOADING = 60.0
 """So long a model that has just become resident may need before it answers."""
-LOADED = 0.25
-"""A load time of an answer from which on it had to wait for the load."""
 FOREVER = 10 * 365 * 86400.0
 
 log = logging.getLogger(__name__)
@@ -84,23 +82,18 @@ class Canary:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(patience):
-                    answer = await self._generate(client, member, entry)
+                    await self._generate(client, member, entry)
             except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
                 if member.up and member.measured.residents.get(model) is residence:
                     if not residence.failing:
                         log.warning("%s: no token from %s: %r", member.name, model, error)
                     residence.failing = True
                 return
-            self._note(member, model, residence, began, answer)
+            member.measured.canary_duration = time.monotonic() - began
+            member.measured.canary_success = time.time()
+            residence.proven, residence.failing = True, False
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError):
             return  # it does not even say what is resident: the prober's to judge
-
-    def _note(self, member: Member, model: str, residence: Residence, began: float, answer: dict[str, Any]) -> None:
-        now, measured = time.monotonic(), member.measured
-        measured.canary_duration, measured.canary_success = now - began, time.time()
-        if residence.fresh and not residence.proven and float(answer.get("load_duration") or 0) / 1e9 >= LOADED:
-            measured.load_seconds[model] = now - residence.since
-        residence.proven, residence.failing = True, False
 
     async def _resident(self, client: httpx.AsyncClient, member: Member, model: str) -> dict[str, Any] | None:
         """The model's entry of /api/ps as it is now, None where it has left."""
@@ -108,8 +101,8 @@ class Canary:
         listed = response.raise_for_status().json().get("models") or []
         return next((entry for entry in listed if entry["name"] == model), None)
 
-    async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> dict[str, Any]:
-        """The node's answer. ValueError if it is none."""
+    async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> None:
+        """Have it generate. ValueError where the answer is none."""
         model = entry["name"]
         options = check({"num_predict": 1, "temperature": 0.0}, self._policies.get(canonical_name(model), NO_POLICY))
         body = {"model": model, "keep_alive": stays(entry.get("expires_at"), time.time()), "options": options}
@@ -126,7 +119,6 @@ class Canary:
         answer = response.json()
         if not isinstance(answer, dict) or answer.get("error"):
             raise ValueError(f"no answer: {response.text[:200]}")
-        return answer
 
 
 def due(residents: Mapping[str, Residence], now: float, interval: float) -> str | None:

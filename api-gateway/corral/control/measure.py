@@ -6,17 +6,20 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, case, func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from corral.store.database import Database
+from corral.store.database import Database, DatabaseError
 from corral.store.tables import audit, keys
 
 TIMEOUT = 5.0
 
 T = TypeVar("T")
+
+_open: dict[tuple[int, str], asyncio.Future[Any]] = {}
+"""Questions that have no answer yet, by database and kind."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,27 @@ async def database(database: Database) -> Statistics | None:
 
 
 async def _ask(database: Database, question: Callable[[Connection], T]) -> T | None:
-    try:
-        async with asyncio.timeout(TIMEOUT):
-            return await database.read(question)
-    except (SQLAlchemyError, OSError, TimeoutError):
+    # A database that hangs holds a thread for each question: there is one of a kind at most, whoever asks.
+    key = (id(database), question.__name__)
+    task = _open.get(key)
+    if task is None:
+        task = _open[key] = asyncio.ensure_future(database.read(question))
+        task.add_done_callback(lambda done: _close(key, done))
+    await asyncio.wait({task}, timeout=TIMEOUT)
+    if not task.done() or task.cancelled():
         return None
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, DatabaseError | SQLAlchemyError | OSError):
+        return None
+    raise error
+
+
+def _close(key: tuple[int, str], done: asyncio.Future[Any]) -> None:
+    _open.pop(key, None)
+    if not done.cancelled():
+        done.exception()  # heard, even if nobody waits for it any more
 
 
 def _keys(connection: Connection) -> dict[str, int]:

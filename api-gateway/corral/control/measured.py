@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+GLANCE = 2.0
+"""So much later than it happened may be seen what becomes resident."""
 
 
 @dataclass(slots=True)
 class Residence:
     """A model in a node's memory. Times are monotonic seconds, ``tried`` of its last canary, 0 for none.
 
-    ``fresh``: it was seen to come, and may still be loading until it is ``proven`` by an answer. ``failing``: its
-    last canary did not end well.
+    ``fresh``: it was seen to come (at ``appeared``, epoch seconds), and may still be loading until it is ``proven`` by
+    an answer. ``failing``: its last canary did not end well. ``load``: seconds, the longest that a request waited.
     """
 
     since: float
     fresh: bool
+    appeared: float = 0.0
+    load: float = 0.0
     tried: float = 0.0
     proven: bool = False
     failing: bool = False
@@ -48,10 +54,22 @@ class Measured:
             del self.residents[name]
             self.unloads[name] += 1
         for name in names - self.residents.keys():
-            self.residents[name] = Residence(now, self.asked)
+            self.residents[name] = Residence(now, self.asked, time.time())
             if self.asked:
                 self.loads[name] += 1
         self.asked = True
+
+    def waited(self, model: str, begun: float, first: float) -> None:
+        """A request that was sent at `begun` had its first token at `first`: did it wait for the model's load?
+
+        Ollama lists a model once it is loaded, and control looks each second: that is how exact the load's time is.
+        Epoch seconds.
+        """
+        residence = self.residents.get(model)
+        if residence is None or not residence.fresh or not begun < residence.appeared < first + GLANCE:
+            return
+        residence.load = max(residence.load, min(residence.appeared, first) - begun)
+        self.load_seconds[model] = residence.load
 
     @property
     def canary_ok(self) -> bool | None:

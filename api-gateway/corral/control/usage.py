@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from corral.control.measured import Measured
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
 from corral.fleet.node import canonical_name
@@ -36,14 +37,18 @@ class Usage:
                 self.limited[who] += row["outcome"] == "limited"
                 self.tokens[(*who, "prompt")] += row["prompt_tokens"] or 0
                 self.tokens[(*who, "generated")] += row["tokens"] or 0
-            _note_rate(row, fleet)
+            member = fleet.members.get(row["node"] or "")
+            if member is not None:
+                _note_speed(row, member.measured)
 
 
-def _note_rate(row: dict[str, Any], fleet: Fleet) -> None:
-    """The node's decode rate by this answer: the tokens after the first one, in the time after it."""
-    member, tokens, first, whole = fleet.members.get(row["node"] or ""), row["tokens"], row["ttft_ms"], row["ms"]
-    if member is None or row["outcome"] != "ok" or not tokens or tokens < RATE_TOKENS:
-        return
+def _note_speed(row: dict[str, Any], measured: Measured) -> None:
+    """The node's decode rate by this answer (the tokens after the first one, in the time after it), and its load."""
+    tokens, first, whole = row["tokens"], row["ttft_ms"], row["ms"]
     model = canonical_name(row["model"] or "")
-    if first is not None and whole is not None and whole > first and model in member.measured.loads:
-        member.measured.rates[model] = (tokens - 1) / (whole - first) * 1e3
+    if first is None or whole is None or model not in measured.loads:
+        return
+    if row["attempts"] == 1:
+        measured.waited(model, row["ts"] + (row["queue_ms"] or 0.0) / 1e3, row["ts"] + first / 1e3)
+    if row["outcome"] == "ok" and tokens and tokens >= RATE_TOKENS and whole > first:
+        measured.rates[model] = (tokens - 1) / (whole - first) * 1e3

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -172,7 +172,7 @@ def labelled(
     name: str,
     text: str,
     labels: tuple[str, ...],
-    values: dict[tuple[str, ...], int],
+    values: Mapping[Any, int],
 ) -> Metric:
     """A counter or gauge of several series, by the values of their labels."""
     family = kind(name, text, labels=labels)
@@ -181,7 +181,7 @@ def labelled(
     return family
 
 
-def histogram(name: str, text: str, labels: tuple[str, ...], values: dict[tuple[str, ...], Histogram]) -> Metric:
+def histogram(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, Histogram]) -> Metric:
     """A histogram of several series."""
     family = HistogramMetricFamily(name, text, labels=labels)
     for of, known in values.items():
