@@ -133,7 +133,9 @@ def test_every_query_has_data(loaded: Stage) -> None:
     try:
         until(asked, "every query has data", 15, every=0.5)
     except NotReady as error:
-        raise NotReady(f"{error}\n" + "\n".join(f"{where}: {expression}" for where, expression in empty.items())) from None
+        raise NotReady(
+            f"{error}\n" + "\n".join(f"{where}: {expression}" for where, expression in empty.items())
+        ) from None
 
 
 def test_the_variables_have_values(loaded: Stage) -> None:
