@@ -48,9 +48,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         journal=SimpleNamespace(failing=True),
         store=SimpleNamespace(connected=False),
     )
-    from prometheus_client import generate_latest
-
-    text = generate_latest(Exposition(gateway, "").registry).decode()  # type: ignore[arg-type]
+    text = Exposition(gateway, "").render().decode()  # type: ignore[arg-type]
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -191,7 +189,7 @@ def test_the_port_serves_its_page_alone(sent: bytes, status: int) -> None:
         port = free_port()
         gateway = SimpleNamespace()
         exposition = Exposition(gateway, f"127.0.0.1:{port}")  # type: ignore[arg-type]
-        exposition.registry = SimpleNamespace(collect=lambda: [])  # type: ignore[assignment]
+        exposition._page.render = lambda: b""  # type: ignore[method-assign]
         await exposition.start()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(sent)
@@ -216,3 +214,12 @@ def test_a_taken_port_ends_the_start_with_a_sentence() -> None:
 
     with pytest.raises(SystemExit, match=r"gateway\.metrics: 127\.0\.0\.1:\d+ cannot be used"):
         asyncio.run(both())
+
+
+def test_a_name_that_needs_escapes_is_read_as_it_is() -> None:
+    odd = 'a"b\\c:1'
+    metrics = Metrics(snapshot(frozenset({odd})))
+    metrics.settled(exchange(), record(model=odd))
+    seen = page(metrics)
+    assert one(seen, "corral_tokens_total", model=odd, kind="prompt") == 7
+    assert one(seen, "corral_queue_duration_seconds_bucket", model=odd, le="+Inf") == 1
