@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 from support.monitoring import MONITORING
-from support.process import until
+from support.process import NotReady, until
 from support.stage import MODEL, Stage
 
 GRAFANA = MONITORING / "grafana"
@@ -115,13 +115,27 @@ def evaluated(expression: str) -> str:
     return re.sub(r"\$\w+", ".*", expression.replace("$__rate_interval", "30s"))
 
 
+def has_data(stage: Stage, expression: str) -> bool:
+    values = [float(series["value"][1]) for series in stage.query(evaluated(expression))]
+    return any(value == value for value in values)
+
+
 def test_every_query_has_data(loaded: Stage) -> None:
-    empty = []
-    for where, expression in queries():
-        values = [float(series["value"][1]) for series in loaded.query(evaluated(expression))]
-        if not values or all(value != value for value in values):
-            empty.append(f"{where}: {expression}")
-    assert not empty, "\n".join(empty)
+    empty = dict(queries())
+
+    def asked() -> bool:
+        # The rules' windows are as short as their times here: they show what goes on now.
+        loaded.ask(4)
+        for where in [where for where, expression in empty.items() if has_data(loaded, expression)]:
+            del empty[where]
+        return not empty
+
+    try:
+        until(asked, "every query has data", 15, every=0.5)
+    except NotReady as error:
+        raise NotReady(
+            f"{error}\n" + "\n".join(f"{where}: {expression}" for where, expression in empty.items())
+        ) from None
 
 
 def test_the_variables_have_values(loaded: Stage) -> None:

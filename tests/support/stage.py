@@ -32,7 +32,7 @@ from support.stack import Stack, stack
 MODEL = "sim:latest"
 SIMULATION = {"models": [{"name": MODEL, "load": 2.5, "prefill": 5000.0, "decode": 200.0, "slots": 8}]}
 RUNBOOKS = "https://runbooks.example/corral"
-HASTE, LONGEST = 20.0, 8.0
+HASTE, LONGEST = 20.0, 5.0
 """A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds."""
 
 

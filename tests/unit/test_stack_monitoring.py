@@ -91,3 +91,13 @@ def test_without_the_programs(state: StateFolder, tmp_path: Path, monkeypatch: p
 def test_without_metrics(state: StateFolder) -> None:
     with pytest.raises(StackError, match=r"control\.metrics"):
         monitoring.plan(Settings.model_validate({"control": {"metrics": ""}}), PORTS, state)
+
+
+def test_alerts_link_to_the_runbooks_that_are_named(state: StateFolder) -> None:
+    prometheus, _ = written(monitoring.plan(settings(runbooks="https://wiki.example/runbooks"), PORTS, state), state)
+    assert prometheus["global"]["external_labels"] == {"runbooks": "https://wiki.example/runbooks"}
+    assert prometheus["alerting"]["alert_relabel_configs"] == [{"action": "labeldrop", "regex": "runbooks"}]
+    prometheus, _ = written(monitoring.plan(settings(), PORTS, state), state)
+    assert "external_labels" not in prometheus["global"]
+    with pytest.raises(ValueError, match="runbooks"):
+        settings(runbooks="wiki")
