@@ -65,19 +65,31 @@ def next_number(made: Any) -> int:
         database.close()
 
 
+def nulls(made: Any) -> int:
+    """How many audit rows have no `before`."""
+    database = configured(made.settings.store, made.root)
+    try:
+        statement = text("SELECT count(*) FROM audit WHERE before IS NULL")
+        return int(database.read_now(lambda connection: connection.execute(statement).scalar_one()))
+    finally:
+        database.close()
+
+
 @pytest.mark.parametrize("into", KINDS)
 @pytest.mark.parametrize("of", KINDS)
 def test_there_and_back(tmp_path: Path, new_url: NewUrl, of: str, into: str) -> None:
     source = place(tmp_path / "old", new_url(of))
     key = fill(source)
+    secrets = PASSPHRASE if of != into else FOR_ME
     before = rows_at(source)
-    told = create(source, tmp_path / "one.backup", PASSPHRASE)
+    told = create(source, tmp_path / "one.backup", secrets)
     assert told["tables"]["audit"] == 41 == len(before["audit"])
     target = place(tmp_path / "new", new_url(into))
     wishes = Wishes(database=target.settings.store.database)
-    done = restore(tmp_path / "one.backup", PASSPHRASE, place(tmp_path / "new"), wishes)
+    done = restore(tmp_path / "one.backup", secrets, place(tmp_path / "new"), wishes)
     assert done["aside"] is None
     assert rows_at(target) == before
+    assert nulls(target) == nulls(source) > 20, "NULL is not JSON's null"
     assert (target.root / "pepper").read_bytes() == (source.root / "pepper").read_bytes()
     assert next_number(target) == next_number(source) > 42, "numbers that were given are not given again"
     assert sorted(path.name for path in target.root.iterdir() if path.name.startswith(".")) == [".control.lock"]

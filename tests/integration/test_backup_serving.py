@@ -6,9 +6,9 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
-from sqlalchemy import select
 from support.backup import FOR_ME, IDENTITY, cli, fill, place, rows_in
 from support.control import Running, make_key
 from support.postgres import Postgres
@@ -17,10 +17,7 @@ from support.servers import answers, python_env
 
 from corral.backup.create import backups, create
 from corral.backup.restore import Wishes, restore
-from corral.store.database import configured
-from corral.store.ingest import WrongOffset, ingest
 from corral.store.spool import SpoolReader, encode_frame
-from corral.store.tables import audit
 
 # -- while it serves
 
@@ -74,27 +71,37 @@ def test_records_that_were_not_shipped_are_in_it_once(tmp_path: Path) -> None:
     fill(source)
     folder = source.root / "spool/gateway-1"
     folder.mkdir(parents=True)
-    frames = [encode_frame({"t": "admit", "id": f"spooled-{number}", "ts": 1.0}) for number in range(4)]
+    now = time.time()
+    frames = [encode_frame({"t": "admit", "id": f"spooled-{number}", "ts": now}) for number in range(4)]
     (folder / "0000000000000007.seg").write_bytes(b"".join(frames) + frames[0][:9])
     (folder / "0000000000000003.torn").write_bytes(b"evidence")
-    database = configured(source.settings.store, source.root)
-    database.write_now(ingest, "gateway-1", "0000000000000007.seg", 0, frames[0] + frames[1])
-    database.close()
+    control = Running(source.root)
+    try:
+        ship(control, folder, 0, frames[0] + frames[1])
+    finally:
+        control.close()
     assert create(source, tmp_path / "one.backup", FOR_ME)["spool_segments"] == 2
     target = place(tmp_path / "new", "sqlite:///corral.db")
     restore(tmp_path / "one.backup", FOR_ME, target, Wishes())
     restored = target.root / "spool/gateway-1"
     assert (restored / "0000000000000007.seg").read_bytes() == b"".join(frames), "what was half written is left out"
-    database, reader = configured(target.settings.store, target.root), SpoolReader(restored)
-    while (piece := reader.next_chunk()) is not None:
-        segment, offset, data = piece
-        try:
-            reader.confirm(segment, database.write_now(ingest, "gateway-1", segment, offset, data))
-        except WrongOffset as error:
-            reader.confirm(segment, error.offset)
-    ids = database.read_now(lambda c: [row.id for row in c.execute(select(audit.c.id)) if "spooled" in row.id])
-    database.close()
+    control, reader = Running(target.root), SpoolReader(restored)
+    try:
+        while (piece := reader.next_chunk()) is not None:
+            reader.confirm(piece[0], ship(control, folder, piece[1], piece[2]))
+        rows = control.admin.get("/admin/audit", params={"limit": 1000}).json()["audit"]
+    finally:
+        control.close()
+    ids = [row["id"] for row in rows if "spooled" in row["id"]]
     assert sorted(ids) == [f"spooled-{number}" for number in range(4)]
+
+
+def ship(control: Running, folder: Path, offset: int, data: bytes) -> int:
+    """Give control frames of the one segment, as a gateway does; the offset that it confirms."""
+    path = f"/internal/spool/{folder.name}/0000000000000007.seg"
+    answer = control.internal.post(path, params={"offset": offset}, content=data)
+    assert answer.status_code in (200, 409)
+    return int(answer.json()["offset"])
 
 
 # -- the command
