@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import click
 
@@ -26,6 +27,12 @@ _COMMANDS = {
 }
 
 
+def _compiled() -> str:
+    """Whether this is what scripts/compile or the image's build made of the request path."""
+    found = importlib.util.find_spec("corral.wire.http1")
+    return "" if found is None or str(found.origin).endswith(".py") else ", request path compiled"
+
+
 class Commands(click.Group):
     """The commands, in the order in which one meets them."""
 
@@ -41,7 +48,7 @@ class Commands(click.Group):
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="corral")
+@click.version_option(__version__, prog_name="corral", message=f"%(prog)s %(version)s{_compiled()}")
 def cli() -> None:
     """Corral: the production platform for self-hosted LLMs on Ollama."""
 
