@@ -99,8 +99,8 @@ def test_what_is_broken_fires_and_what_is_mended_is_over(whole_stage: Stage, tab
     try:
         until(heard("firing", began, fault.meanwhile), f"{fault.alert} fires", 60, every=0.1)
     finally:
+        mended = time.monotonic()
         fault.undo(stage)
-    mended = time.monotonic()
     until(heard("resolved", mended, fault.after), f"{fault.alert} is over", 60, every=0.1)
     fired = stage.heard.told(fault.alert, "firing", began, **fault.labels) - began
     over = stage.heard.told(fault.alert, "resolved", mended, **fault.labels) - mended

@@ -124,6 +124,8 @@ class Writer:
         info.size, info.mode = size, 0o600
         try:
             self._tar.addfile(info, hashing)  # type: ignore[arg-type]
+        except EOFError:
+            raise BackupError(f"{name} became shorter while it was read: try again") from None
         except OSError as error:
             raise self._explain(error) from None
         digest = hashing.digest.hexdigest()

@@ -165,6 +165,7 @@ class Database:
     async def _in_thread(self, run: Callable[..., T], *args: Any) -> T:
         # Threads of its own: a database that hangs must not hold up what else control does.
         done = asyncio.get_running_loop().run_in_executor(self._threads, partial(run, *args))
+        done.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may be left to hear it
         try:
             return await asyncio.wait_for(asyncio.shield(done), PATIENCE)
         except TimeoutError:
