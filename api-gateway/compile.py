@@ -1,7 +1,8 @@
 """Compiles a gateway's request path with mypyc: python compile.py FOLDER, where FOLDER holds the package `corral`.
 
 The sources stay what they are: each module listed here gets an extension module beside its file, which Python imports
-instead. A module with msgspec structs is not compiled, since their annotations are read when they are made. Needs the
+instead. A module with msgspec structs is not compiled, since their annotations are read when they are made; nor is one
+with coroutines: what waits gains nothing, and a cancellation that meets nested contexts is an error there. Needs the
 packages of requirements/compile.txt, those of requirements/runtime.txt, a C compiler and Python's headers.
 """
 
@@ -30,13 +31,11 @@ MODULES = (
     "gateway/schedule.py",
     "gateway/server.py",
     "gateway/settle.py",
-    "gateway/shipper.py",
     "gateway/snapshot.py",
     "gateway/upstream.py",
     "store/keys.py",
     "store/limits.py",
     "store/spool.py",
-    "store/valkey.py",
     "wire/answers.py",
     "wire/anthropic_answers.py",
     "wire/common.py",

@@ -174,7 +174,7 @@ def _whole(path: Path) -> bytes:
         if not size or path.suffix != ".seg":
             return file.read(size)
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
-            return data[: spool.whole_frames(data)]  # type: ignore[arg-type]
+            return data[: spool.whole_frames(data)]
 
 
 def _database(connection: Connection, writer: Writer) -> tuple[dict[str, Any], dict[str, str]]:

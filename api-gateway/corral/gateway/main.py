@@ -10,6 +10,7 @@ import resource
 import uvloop
 
 from corral.config.settings import Settings
+from corral.gateway.life import serve
 from corral.gateway.server import Gateway
 
 
@@ -28,4 +29,4 @@ def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, host: str, port: int) -> None:
-    await Gateway(settings, asyncio.get_running_loop()).serve(host, port)
+    await serve(Gateway(settings, asyncio.get_running_loop()), host, port)

@@ -1,17 +1,13 @@
-"""The gateway process: what all exchanges share, and its life from start to drain."""
+"""The gateway: what all exchanges share."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import itertools
-import logging
 import re
 import secrets
-import signal
 import time
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,23 +15,19 @@ from corral.config.settings import Settings
 from corral.gateway import settle
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
+from corral.gateway.feed import Feed
 from corral.gateway.journal import Journal, nothing
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
-from corral.gateway.snapshot import Feed, Snapshot
+from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
-from corral.store import keys
-from corral.store.limits import ADMIT, RENEW_SCRIPT, Limits
-from corral.store.valkey import Valkey, encode
+from corral.store import keys, leases
+from corral.store.limits import ADMIT, Limits
+from corral.store.valkey import Valkey
 from corral.wire.errors import ApiError
 
-SWEEP = 0.5
-DRAIN = 25.0
-CHANNEL = b"corral:snapshot"
-
-log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
 
@@ -61,7 +53,7 @@ class Gateway:
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
-        self.store = Valkey(settings.store.valkey, scripts=(ADMIT, RENEW_SCRIPT))
+        self.store = Valkey(settings.store.valkey, scripts=(ADMIT, leases.SCRIPT))
         self.changes = Valkey(settings.store.valkey)
         self.limits = Limits(self.store, self.name, settings.limits.on_store_failure)
         self.journal = Journal(spool, gateway.access_log, loop)
@@ -71,7 +63,7 @@ class Gateway:
         self.connections: set[ClientConnection] = set()
         self.running: set[Exchange] = set()
         self.stopping = False
-        self._idle = asyncio.Event()
+        self.idle = asyncio.Event()
         self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
         self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
         self._numbers = itertools.count(1)
@@ -88,7 +80,7 @@ class Gateway:
         """A caller's connection ended."""
         self.connections.discard(connection)
         if not self.connections:
-            self._idle.set()
+            self.idle.set()
 
     def trusts(self, peer: str) -> bool:
         """Whether a peer is a proxy of ours, whose word on the caller counts."""
@@ -135,75 +127,20 @@ class Gateway:
         self.metrics.settled(exchange, record)
         self.journal.record(record, nothing, access=True)
 
-    # -- life
+    # -- for its life (corral.gateway.life)
 
-    async def serve(self, host: str, port: int) -> None:
-        """Serve until SIGTERM or SIGINT, then drain: end what runs, ship the spool."""
-        self.feed.load()
-        await self.exposition.start()
-        tasks = [
-            self.loop.create_task(work)
-            for work in (
-                self.store.run(),
-                self.changes.run(),
-                self.feed.run(),
-                self.limits.keep(),
-                self.shipper.run(),
-                self._sweep(),
-            )
-        ]
-        self.changes.on_message = self._changed
-        self.changes.on_connect = lambda: self.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
-        accept: Callable[[], Any] = lambda: ClientConnection(self)  # noqa: E731
-        server = await self.loop.create_server(accept, host, port, backlog=4096)
-        log.info("%s listens on %s:%d", self.name, host, port)
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, stop.set)
-        ended: asyncio.Future[Any] = asyncio.gather(*tasks)
-        waiting: asyncio.Future[Any] = self.loop.create_task(stop.wait())
-        await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        self.stopping = True
-        server.close()
-        waiting.cancel()
-        try:
-            await self._drain()
-        finally:
-            for task in tasks:
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ended
-            self.journal.close()
-            self.upstreams.close()
-            await self.shipper.drain()
-            await self.exposition.close()
-
-    async def _drain(self) -> None:
+    def sweep(self, now: float) -> None:
+        """Look for what is past its deadline or was idle too long. `now` is monotonic seconds."""
         for connection in list(self.connections):
-            if connection.exchange is None and connection.transport is not None:
-                connection.transport.close()
-        self._idle.clear()
-        if self.connections:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), DRAIN)
-        for connection in list(self.connections):
-            if connection.transport is not None:
-                connection.transport.abort()
-        await asyncio.sleep(0)
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP)
-            now = time.monotonic()
-            for connection in list(self.connections):
-                connection.check(now)
-            for exchange in list(self.running):
-                exchange.check(now)
-            self.upstreams.sweep(now)
+            connection.check(now)
+        for exchange in list(self.running):
+            exchange.check(now)
+        self.upstreams.sweep(now)
 
     def _tell(self) -> dict[str, str]:
         """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""
         return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
 
-    def _changed(self, message: Any) -> None:
+    def changed(self, message: Any) -> None:
+        """Control says that keys or nodes changed."""
         self.feed.poke()

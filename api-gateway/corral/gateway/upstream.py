@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import httptools
 
-CONNECT_TIMEOUT = 2.0
+from corral.gateway.dial import dial
+
 IDLE_MAX = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
 IDLE_COUNT = 256
 STALE_WITHIN = 0.02
@@ -189,21 +190,10 @@ class Upstreams:
 
     def connect(self, address: Address, done: Callable[[UpstreamConnection | OSError], None]) -> None:
         """Make a connection; `done` gets it, or why there is none."""
-        task = self._loop.create_task(self._connect(address, done))
+        made: Callable[[], Any] = lambda: UpstreamConnection(self, address, self._loop)  # noqa: E731
+        task = self._loop.create_task(dial(self._loop, made, address, done))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
-
-    async def _connect(self, address: Address, done: Callable[[UpstreamConnection | OSError], None]) -> None:
-        made: Callable[[], Any] = lambda: UpstreamConnection(self, address, self._loop)  # noqa: E731
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                _, connection = await self._loop.create_connection(made, address[0], address[1])
-        except TimeoutError:
-            done(ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s"))
-        except OSError as error:
-            done(error)
-        else:
-            done(connection)
 
     def put(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer is whole."""

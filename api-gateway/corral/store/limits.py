@@ -8,8 +8,6 @@ so does what the key has used: a gateway keeps what the store last said, and tel
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import logging
 import math
@@ -20,17 +18,14 @@ from typing import Any, NamedTuple
 
 import hiredis
 
-from corral.store.valkey import Valkey, ValkeyDown, encode
+from corral.store.valkey import Valkey, encode
 
 PREFIX = b"corral:1:"
 LEASE = 10.0
-RENEW = 2.0
 MINUTE = 60.0
 
 _SCRIPTS = files("corral.store") / "scripts"
 ADMIT = (_SCRIPTS / "admit.lua").read_text()
-RENEW_SCRIPT = (_SCRIPTS / "renew.lua").read_text()
-_RENEW_SHA = hashlib.sha1(RENEW_SCRIPT.encode(), usedforsecurity=False).hexdigest().encode()
 
 log = logging.getLogger(__name__)
 
@@ -94,17 +89,17 @@ class Limits:
     """
 
     def __init__(self, store: Valkey | None, gateway: str, on_failure: str = "local") -> None:
-        self._store = store
-        self._gateway = gateway.encode()
+        self.store = store
+        self.gateway = gateway.encode()
         self._deny = on_failure == "deny"
-        self._busy: dict[str, Budget] = {}
+        self.busy: dict[str, Budget] = {}
         self.gateways = 1
         self.local = 0
         """Requests that were admitted on the local share."""
 
     def admit(self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None]) -> None:
         """Decide; `done` gets the verdict, at once where the store is away. `now` is monotonic seconds."""
-        store = self._store
+        store = self.store
         if store is None or not store.connected:
             done(self._locally(budget, request_id, now))
             return
@@ -137,8 +132,8 @@ class Limits:
             return
         del in_flight[request_id]
         if not in_flight:
-            self._busy.pop(budget.key_id, None)
-        store = self._store
+            self.busy.pop(budget.key_id, None)
+        store = self.store
         if budget.concurrency and store is not None and store.connected:
             if not budget.leaving:
                 store.soon(self._leave, store, budget)
@@ -151,7 +146,7 @@ class Limits:
 
     def _enter(self, budget: Budget, request_id: str) -> None:
         budget.in_flight[request_id] = None
-        self._busy[budget.key_id] = budget
+        self.busy[budget.key_id] = budget
 
     def _locally(self, budget: Budget, request_id: str, now: float) -> Verdict:
         if self._deny:
@@ -170,45 +165,6 @@ class Limits:
         self.local += 1
         self._enter(budget, request_id)
         return Verdict("", remaining, reset, 0.0)
-
-    async def keep(self) -> None:
-        """Renew leases and this gateway's presence each two seconds, until cancelled.
-
-        A store that came back hears at once of what runs: it may have forgotten.
-        """
-        store = self._store
-        back = asyncio.Event()
-        if store is not None:
-            store.on_connect = back.set
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RENEW):
-                    await back.wait()
-            back.clear()
-            if store is None or not store.connected:
-                continue
-            try:
-                await self._present(store)
-                for budget in list(self._busy.values()):
-                    if budget.concurrency and budget.in_flight:
-                        await store.request(
-                            b"EVALSHA",
-                            _RENEW_SHA,
-                            b"1",
-                            budget.leases,
-                            b"%d" % (LEASE * 1e6),
-                            *(identity.encode() for identity in budget.in_flight),
-                        )
-            except (OSError, ValkeyDown, hiredis.ReplyError) as error:
-                log.warning("leases were not renewed: %s", error)
-
-    async def _present(self, store: Valkey) -> None:
-        seconds, micros = await store.request(b"TIME")
-        now = int(seconds) + int(micros) / 1e6
-        gateways = PREFIX + b"gateways"
-        await store.request(b"ZADD", gateways, b"%f" % now, self._gateway)
-        await store.request(b"ZREMRANGEBYSCORE", gateways, b"-inf", b"%f" % (now - LEASE))
-        self.gateways = max(1, int(await store.request(b"ZCARD", gateways)))
 
 
 def _ignore(reply: Any) -> None:

@@ -11,6 +11,7 @@ crash cut, ``.corrupt`` has a frame that is not what was written.
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import struct
@@ -75,7 +76,7 @@ def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         position = end
 
 
-def whole_frames(data: bytes) -> int:
+def whole_frames(data: bytes | mmap.mmap) -> int:
     """Length of the longest prefix of `data` that ends on a frame's end."""
     position = 0
     while position + HEADER.size <= len(data):

@@ -1,0 +1,88 @@
+"""A gateway's life from start to drain.
+
+Here and in the modules beside it that have coroutines nothing is compiled: what waits gains nothing from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from corral.gateway.listen import ClientConnection
+from corral.gateway.server import Gateway
+from corral.store import leases
+from corral.store.valkey import encode
+
+SWEEP = 0.5
+DRAIN = 25.0
+CHANNEL = b"corral:snapshot"
+
+log = logging.getLogger(__name__)
+
+
+async def serve(gateway: Gateway, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT, then drain: end what runs, ship the spool."""
+    loop = gateway.loop
+    gateway.feed.load()
+    await gateway.exposition.start()
+    tasks = [
+        loop.create_task(work)
+        for work in (
+            gateway.store.run(),
+            gateway.changes.run(),
+            gateway.feed.run(),
+            leases.keep(gateway.limits),
+            gateway.shipper.run(),
+            _sweep(gateway),
+        )
+    ]
+    gateway.changes.on_message = gateway.changed
+    gateway.changes.on_connect = lambda: gateway.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
+    accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
+    server = await loop.create_server(accept, host, port, backlog=4096)
+    log.info("%s listens on %s:%d", gateway.name, host, port)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    ended: asyncio.Future[Any] = asyncio.gather(*tasks)
+    waiting: asyncio.Future[Any] = loop.create_task(stop.wait())
+    await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    gateway.stopping = True
+    server.close()
+    waiting.cancel()
+    try:
+        await _drain(gateway)
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended
+        gateway.journal.close()
+        gateway.upstreams.close()
+        await gateway.shipper.drain()
+        await gateway.exposition.close()
+
+
+async def _drain(gateway: Gateway) -> None:
+    for connection in list(gateway.connections):
+        if connection.exchange is None and connection.transport is not None:
+            connection.transport.close()
+    gateway.idle.clear()
+    if gateway.connections:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gateway.idle.wait(), DRAIN)
+    for connection in list(gateway.connections):
+        if connection.transport is not None:
+            connection.transport.abort()
+    await asyncio.sleep(0)
+
+
+async def _sweep(gateway: Gateway) -> None:
+    while True:
+        await asyncio.sleep(SWEEP)
+        gateway.sweep(time.monotonic())
