@@ -23,8 +23,8 @@ Made of the settings model (`api-gateway/corral/config/settings.py`): `python -m
 
 Everything has a default; `corral.yaml` says what shall be otherwise. The file is that of `--config FILE` or
 `CORRAL_CONFIG`; `corral up` and `corral config` look for `corral.yaml` in the working directory too, `corral serve`
-does not. A field that does not exist, or a value that does not fit, stops the start with the file's line, what was expected
-and the nearest name.
+does not. A field that does not exist, or a value that does not fit, stops the start with the file's line, what was
+expected and the nearest name.
 
 - `corral config check` says every problem; `corral config show` the settings in force, passwords hidden; `corral config
   schema` prints a JSON Schema for editors.
