@@ -134,7 +134,7 @@ class Site:
         networks = self.container(service)["NetworkSettings"]["Networks"]
         url = f"http://{networks[f'{PROJECT}_nodes']['IPAddress']}:11434"
         models.install(url, threads=1)
-        models.warm(url, MODEL)
+        models.warm(url, MODEL, {})
 
     def knows(self, *nodes: str) -> None:
         """Wait until control has these nodes ready, with the model."""
