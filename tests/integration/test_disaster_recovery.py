@@ -6,78 +6,25 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from support.operator import Operator
 from support.postgres import Postgres, name_of
 from support.process import free_port, until
-from support.servers import REPOSITORY, Server, embedded_node, python_env
+from support.runbook import sections
+from support.servers import REPOSITORY, Server, embedded_node
 
 from corral.config.values import database_url as address
 
 pytestmark = pytest.mark.slow
 
-PAGE = REPOSITORY / "docs/runbooks/disaster-recovery.md"
-
 
 def blocks(heading: str) -> str:
     """The shell blocks below a heading, in their order."""
-    parts = re.split(r"^## (.*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    section = dict(zip(parts[1::2], parts[2::2], strict=True))[heading]
-    return "\n".join(re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
-
-
-class Operator:
-    """Someone at a shell with `corral` on PATH, and the variables that the page has set."""
-
-    def __init__(self, folder: Path, database: str | None = None) -> None:
-        self.folder, self.state, self.port = folder, folder / "state", free_port()
-        (folder / "bin").mkdir()
-        shim = folder / "bin/corral"
-        up = '[ "$1" != up ] || set -- "$@" --node-backend simulated --nodes 1\n'
-        shim.write_text(f'#!/bin/sh\n{up}exec {sys.executable} -P -m corral "$@"\n')
-        shim.chmod(0o755)
-        (folder / "passphrase").write_text("a passphrase of a test\n")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("CORRAL_")}
-        self.env = {
-            **kept,
-            **python_env(),
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "CORRAL_STATE": str(self.state),
-            "CORRAL_EDGE__PORT": str(self.port),
-            "CORRAL_BACKUP_PASSPHRASE_FILE": str(folder / "passphrase"),
-            "BACKUP": str(folder / "last.backup"),
-        }
-        if database is not None:
-            self.env["CORRAL_STORE__DATABASE"] = database
-        self.run("corral up --detach")
-        made = self.run("corral keys create client --json")
-        self.key = str(json.loads(made)["key"])
-        assert self.works()
-        self.run('corral backup create --output "$BACKUP"')
-
-    def run(self, script: str, status: int = 0) -> str:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == status, f"{script}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + (done.stderr if status else "")
-
-    def works(self) -> bool:
-        """Whether the client's key is still good."""
-        headers = {"Authorization": f"Bearer {self.key}"}
-        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/tags", headers=headers, timeout=10, trust_env=False)
-        return answer.status_code == 200
-
-    def end(self) -> None:
-        if self.state.exists():
-            self.run("corral down")
+    return "\n".join(sections("disaster-recovery")[heading])
 
 
 @pytest.fixture

@@ -11,14 +11,25 @@ from pathlib import Path
 
 from support.servers import REPOSITORY, python_env
 
-_BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROCEDURES = ("model-deployment", "scaling", "incident-response", "maintenance", "disaster-recovery")
+"""The runbooks that are no alert's."""
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def fences(name: str) -> list[tuple[str, str, str]]:
+    """(heading, info string, text) of every block of docs/runbooks/NAME.md; the heading is "" before the first."""
+    text = (REPOSITORY / "docs/runbooks" / f"{name}.md").read_text(encoding="utf-8")
+    first, *parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    bodies = [("", first), *zip(parts[::2], parts[1::2], strict=True)]
+    return [(heading, info, block) for heading, body in bodies for info, block in _FENCE.findall(body)]
 
 
 def sections(name: str) -> dict[str, list[str]]:
-    """The blocks of docs/runbooks/NAME.md by the headings they stand under."""
-    text = (REPOSITORY / "docs/runbooks" / f"{name}.md").read_text(encoding="utf-8")
-    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    return {heading: _BLOCK.findall(body) for heading, body in zip(parts[1::2], parts[2::2], strict=True)}
+    """The shell blocks that can be run anywhere, by the headings they stand under."""
+    found: dict[str, list[str]] = {}
+    for heading, info, block in fences(name):
+        found.setdefault(heading, []).extend([block] if info == "sh" else [])
+    return found
 
 
 class Shell:
