@@ -14,10 +14,10 @@ import httpx
 import pytest
 import yaml
 from support.process import until
-from support.registry import registry
 from support.runbook import Shell, sections
-from support.servers import MODEL, REPOSITORY, Server
+from support.servers import MODEL, REPOSITORY
 from support.site import OllamaNode, Source, digests, resident
+from support.site import source as sources
 from support.stack import Stack, stack
 
 
@@ -43,10 +43,10 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, ollama: Server) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("procedures")
     with ExitStack() as exits:
-        source = Source(folder, ollama.url, exits.enter_context(registry(folder)))
+        source = exits.enter_context(sources(folder))
         nodes = [OllamaNode(folder / f"ollama-{number}") for number in (1, 2, 3)]
         for node in nodes:
             exits.callback(lambda node=node: node.process.end())

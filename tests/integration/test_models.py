@@ -13,9 +13,9 @@ import httpx
 import pytest
 from support.control import make_key
 from support.process import until
-from support.registry import registry
 from support.servers import MODEL, Server, embedded_node
 from support.site import Site, Source, digests, resident, site
+from support.site import source as sources
 
 from corral.wire.decode import DECODERS
 from corral.wire.options import ModelPolicy
@@ -25,10 +25,9 @@ OPTIONS = {"num_thread": 1}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, ollama: Server) -> Iterator[Source]:
-    folder = tmp_path_factory.mktemp("registry")
-    with registry(folder) as served:
-        yield Source(folder, ollama.url, served)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    with sources(tmp_path_factory.mktemp("registry")) as made:
+        yield made
 
 
 @pytest.fixture

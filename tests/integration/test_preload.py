@@ -10,16 +10,15 @@ import httpx
 import pytest
 from support.control import FakeNode, Running
 from support.process import until
-from support.registry import registry
-from support.servers import MODEL, Server
+from support.servers import MODEL
 from support.site import Site, Source, digests, resident, site
+from support.site import source as sources
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, ollama: Server) -> Iterator[Source]:
-    folder = tmp_path_factory.mktemp("registry")
-    with registry(folder) as served:
-        yield Source(folder, ollama.url, served)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    with sources(tmp_path_factory.mktemp("registry")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_a_node_is_held_back_no_longer_than_others_serve(here: Site, source: Sou
     first, second = here.node(seeded=True), here.node()
     control = here.control(entry(source), slow=True, nodes=[{"url": first.url}])
     control.admin.post("/admin/nodes", json={"url": second.url})
-    assert states(control)["node-2"] == "draining"
+    until(lambda: states(control)["node-2"] == "draining", "node-2 is held back")
     first.kill()
     ready(control, "node-2")
     assert "no other node is in service" in control.node("node-2")["reason"]
@@ -96,7 +95,6 @@ def test_preloading_has_a_bound(here: Site, source: Source) -> None:
     first, second = here.node(seeded=True), here.node()
     control = here.control(entry(source), slow=True, nodes=[{"url": first.url}], preload={"timeout": 1})
     control.admin.post("/admin/nodes", json={"url": second.url})
-    assert states(control)["node-2"] == "draining"
     ready(control, "node-2")
     assert "preload.timeout (1 s) is over" in control.node("node-2")["reason"]
     until(lambda: digests(second.url) == {MODEL: source.first}, "the pull goes on", 30)

@@ -110,7 +110,7 @@ def ollama(
     its own it begins with none.
     """
     own = store is not None
-    store = store or cache_folder() / "test-models-1"
+    store = store or cache_folder() / "test-models-2"
     store.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     env = {

@@ -15,9 +15,10 @@ from typing import Any
 
 import httpx
 
+from corral.stack import models
 from support.control import Running
 from support.process import Process, free_port, until
-from support.registry import Registry
+from support.registry import Registry, registry
 from support.servers import MODEL, REPOSITORY, answers, ollama, ollama_program, python_env
 
 SECONDS = 60.0
@@ -96,6 +97,15 @@ class Source:
     def publish(self, version: str) -> None:
         """Have the registry's smollm2:135m be this version."""
         self.registry.push(self._maker, f"smollm2:{version}", MODEL)
+
+
+@contextlib.contextmanager
+def source(folder: Path) -> Iterator[Source]:
+    """A registry, and what is in it. Its versions are made on an Ollama of its own: others list what they have."""
+    (folder / "maker").mkdir()
+    with registry(folder) as served, ollama(folder / "maker", store=folder / "maker/models") as maker:
+        models.install(maker.url, threads=1)
+        yield Source(folder, maker.url, served)
 
 
 class Site:
