@@ -270,6 +270,8 @@ def test_admin_actions_are_in_the_audit_trail(control: Running) -> None:
     assert [row["seq"] for row in control.admin.get("/admin/audit", params=params).json()["audit"]] == [revoked["seq"]]
     assert control.admin.get("/admin/audit", params={"since": "1h", "limit": 1}).json()["audit"] == [revoked]
     assert control.admin.get("/admin/audit", params={"before": str(revoked["seq"])}).json()["audit"] == [made]
+    assert control.admin.get("/admin/audit", params={"request": "mine"}).json()["audit"] == [made]
+    assert control.admin.get("/admin/audit", params={"request": "nobody's"}).json()["audit"] == []
     answer = control.admin.get("/admin/audit", params={"since": "yesterday"})
     assert (answer.status_code, "since" in answer.text) == (400, True)
     answer = control.admin.get("/admin/audit", params={"limit": 0})

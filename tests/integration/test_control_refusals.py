@@ -280,3 +280,16 @@ def test_a_node_that_cannot_be_removed_works_on(tmp_path: Path, node: FakeNode) 
 def states(control: Running) -> dict[str, str]:
     """The nodes' states."""
     return {one["name"]: one["state"] for one in control.admin.get("/admin/nodes").json()["nodes"]}
+
+
+# -- the audit trail
+
+
+def test_a_request_is_found_by_what_its_caller_has(control: Running) -> None:
+    env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": (control.state / "admin.key").read_text().strip()}
+    for request in ("mine", "other"):
+        control.admin.post("/admin/keys", json={"name": request}, headers={"X-Request-ID": request})
+    done = CliRunner().invoke(cli, ["audit", "list", "--request", "mine"], env=env)
+    assert done.exit_code == 0, done.output
+    head, row = done.stdout.splitlines()
+    assert "REQUEST ID" in head and row[head.index("REQUEST ID") :].startswith("mine ")

@@ -74,6 +74,14 @@ audit:   {{durability: written, retention: 400d, content: hash}}
         ),
         ("audit: {}\naudit: {}\n", "corral.yaml:2: 'audit' is given twice"),
         ("- a", "corral.yaml:1: expected fields such as 'gateway: …' at the top"),
+        ("\na: &a [*a]\n", "corral.yaml:2: 'a' is nested too deeply, or refers to itself"),
+        ("a: &a\n  b: *a\n", "corral.yaml:1: 'a' is nested too deeply, or refers to itself"),
+        ("a: " + "[" * 40 + "]" * 40, "corral.yaml:1: 'a' is nested too deeply, or refers to itself"),
+        ("a: " + "[" * 5000 + "]" * 5000, "corral.yaml: is nested too deeply"),
+        (
+            "a: &a [" + "x, " * 100 + "]\nb: &b [" + "*a, " * 100 + "]\nc: [" + "*b, " * 100 + "]\n",
+            "corral.yaml:1: the file has more than 100000 values, with aliases (*name) resolved",
+        ),
         ("a: [", "corral.yaml:1: not YAML: expected the node content, but found '<stream end>'"),
         (
             "edge:\n  host: 0.0.0.0\n",
@@ -148,6 +156,10 @@ def test_empty_variables_are_not_set() -> None:
             {"CORRAL_GATEWAY__FIRST_TOKEN": "soon"},
             "environment: CORRAL_GATEWAY__FIRST_TOKEN: gateway.first_token: "
             "expected a duration such as 500ms, 30s, 30m, 12h or 400d, got 'soon'",
+        ),
+        (
+            {"CORRAL_NODES": "[" * 5000 + "]" * 5000},
+            "environment: CORRAL_NODES: is nested too deeply",
         ),
         (
             {"OLLAMA_URL": "ftp://x"},

@@ -12,7 +12,10 @@ from corral.cli import common
 from corral.cli.common import Admin, rows
 from corral.cli.keys import Span
 
-_COLUMNS = ("time", "id", "key", "addr", "route", "model", "node", "status", "outcome", "prompt_tokens", "tokens", "ms")
+_COLUMNS = (
+    *("time", "request_id", "id", "key", "addr", "route", "model", "node", "status", "outcome"),
+    *("prompt_tokens", "tokens", "ms"),
+)
 
 
 @click.group("audit")
@@ -25,6 +28,7 @@ def command() -> None:
 @click.option("--after", type=click.IntRange(0), help="Records behind this number (seq).")
 @click.option("--key", help="Of this key's id alone.")
 @click.option("--model", help="For this model alone.")
+@click.option("--request", help="Of this request alone: the X-Request-ID that its caller got.")
 @click.option("--since", type=Span(), help="Of the last 10m, 24h, …")
 @common.options
 def list_records(as_json: bool, state: str | None, since: float | None, **given: Any) -> None:

@@ -16,6 +16,9 @@ from corral.config.settings import Settings
 Place = tuple[str | int, ...]
 """A field's way from the top: ("nodes", 0, "url")."""
 
+DEPTH = 32
+VALUES_MAX = 100_000
+
 _OWN_VARIABLES = frozenset(
     ("CORRAL_URL", "CORRAL_ADMIN_KEY", "CORRAL_ADMIN_KEY_FILE", "CORRAL_OLLAMA", "CORRAL_STATE", "CORRAL_CONFIG")
 )
@@ -42,6 +45,7 @@ class Source:
         self.data: dict[str, Any] = {}
         self.where: dict[Place, str] = {(): "corral.yaml"}
         self.problems: list[str] = []
+        self._read = 0
 
     # -- the file
 
@@ -58,6 +62,8 @@ class Source:
             raise ConfigError([f"{path}{line}: not YAML: {error.problem or error.context}"]) from None
         except yaml.YAMLError as error:
             raise ConfigError([f"{path}: not YAML: {error}"]) from None
+        except RecursionError:
+            raise ConfigError([f"{path}: is nested too deeply"]) from None
         if node is None:
             return
         if not isinstance(node, yaml.MappingNode):
@@ -67,6 +73,11 @@ class Source:
 
     def _value(self, node: yaml.Node, place: Place, file: str) -> Any:
         line = f"{file}:{node.start_mark.line + 1}"
+        if len(place) > DEPTH:
+            raise ConfigError([f"{line}: {dotted(place[:1])!r} is nested too deeply, or refers to itself"])
+        self._read += 1
+        if self._read > VALUES_MAX:
+            raise ConfigError([f"{line}: the file has more than {VALUES_MAX} values, with aliases (*name) resolved"])
         if place:
             self.where.setdefault(place, line)
         if isinstance(node, yaml.MappingNode):
@@ -126,6 +137,9 @@ class Source:
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
                 self.problems.append(f"environment: {variable}: not YAML")
+                return
+            except RecursionError:
+                self.problems.append(f"environment: {variable}: is nested too deeply")
                 return
         elif place == ("gateway", "trusted_proxies"):
             value = [part.strip() for part in text.split(",")]

@@ -130,6 +130,7 @@ async def list_audit(
     before: Annotated[str | None, Query(description="Rows before this `seq`, or before a time.")] = None,
     key: Annotated[str | None, Query(description="Of this key's id.")] = None,
     model: Annotated[str | None, Query(description="Of this model.")] = None,
+    request: Annotated[str | None, Query(description="Of this request: the `X-Request-ID` of its answer.")] = None,
     since: Annotated[str | None, Query(description="Not older: epoch seconds, 1h, or ISO 8601.")] = None,
 ) -> dict[str, Any]:
     """Rows of the audit trail, oldest first: the newest `limit`, or those behind `after`."""
@@ -148,6 +149,8 @@ async def list_audit(
         wanted.append(column.key == key)
     if model is not None:
         wanted.append(column.model == model)
+    if request is not None:
+        wanted.append(column.request_id == request)
     if since is not None:
         wanted.append(column.ts >= moment(since, "since"))
     order = column.seq.asc() if after is not None else column.seq.desc()

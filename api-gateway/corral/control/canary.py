@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from corral.config.settings import CanarySettings
+from corral.control import answers
 from corral.control.measured import Residence
 from corral.control.prober import Fleet, Member
 from corral.fleet.node import canonical_name
@@ -83,7 +84,7 @@ class Canary:
             try:
                 async with asyncio.timeout(patience):
                     await self._generate(client, member, entry)
-            except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:
                 if member.up and member.measured.residents.get(model) is residence:
                     if not residence.failing:
                         log.warning("%s: no token from %s: %r", member.name, model, error)
@@ -92,14 +93,15 @@ class Canary:
             member.measured.canary_duration = time.monotonic() - began
             member.measured.canary_success = time.time()
             residence.proven, residence.failing = True, False
-        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError):
+        except (httpx.HTTPError, TimeoutError, ValueError):
             return  # it does not even say what is resident: the prober's to judge
 
     async def _resident(self, client: httpx.AsyncClient, member: Member, model: str) -> dict[str, Any] | None:
         """The model's entry of /api/ps as it is now, None where it has left."""
-        response = await client.get(member.url + "/api/ps", timeout=self._settings.timeout)
-        listed = response.raise_for_status().json().get("models") or []
-        return next((entry for entry in listed if entry["name"] == model), None)
+        status, content = await answers.fetch(client, "GET", member.url + "/api/ps", timeout=self._settings.timeout)
+        if status != 200:
+            raise ValueError(f"status {status}")
+        return next((entry for entry in answers.models(content) if entry["name"] == model), None)
 
     async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> None:
         """Have it generate. ValueError where the answer is none."""
@@ -108,17 +110,16 @@ class Canary:
         body = {"model": model, "keep_alive": stays(entry.get("expires_at"), time.time()), "options": options}
         if model not in self._embeds:
             whole = body | {"prompt": "a", "raw": True, "stream": False}
-            response = await client.post(member.url + "/api/generate", json=whole, timeout=None)
-            if response.status_code == 400 and "does not support" in response.text:
+            status, content = await answers.fetch(client, "POST", member.url + "/api/generate", whole)
+            if status == 400 and b"does not support" in content:
                 self._embeds.add(model)
         if model in self._embeds:
             del options["num_predict"]
-            response = await client.post(member.url + "/api/embed", json=body | {"input": "a"}, timeout=None)
-        if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}: {response.text[:200]}")
-        answer = response.json()
-        if not isinstance(answer, dict) or answer.get("error"):
-            raise ValueError(f"no answer: {response.text[:200]}")
+            status, content = await answers.fetch(client, "POST", member.url + "/api/embed", body | {"input": "a"})
+        if status != 200:
+            raise ValueError(f"status {status}: {answers.shown(content)}")
+        if answers.value(content).get("error"):
+            raise ValueError(f"no answer: {answers.shown(content)}")
 
 
 def due(residents: Mapping[str, Residence], now: float, interval: float) -> str | None:

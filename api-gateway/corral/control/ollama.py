@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 import httpx
 
+from corral.control import answers
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
 from corral.wire.native import KEEP_ALIVE
@@ -17,6 +17,9 @@ TIMEOUT = 10.0
 LOAD = 900.0
 SILENCE = 60.0
 """Longest silence of a node in a pull: it sends progress many times a second, also while nothing comes."""
+LINE = 1 << 16
+
+T = TypeVar("T")
 
 
 class NodeFailed(Exception):
@@ -35,8 +38,7 @@ class Ollama:
 
     async def held(self) -> dict[str, str]:
         """Digests of the models it has, by name."""
-        listed = await self._ask("GET", "/api/tags")
-        return {entry["name"]: digest_of(str(entry.get("digest"))) for entry in listed.get("models") or []}
+        return {entry["name"]: digest_of(str(entry.get("digest"))) for entry in await self._list("/api/tags")}
 
     async def digest(self, model: str) -> str | None:
         """A model's digest, None where it is not held."""
@@ -44,15 +46,16 @@ class Ollama:
 
     async def resident(self, model: str) -> list[dict[str, Any]]:
         """Entries of `/api/ps` of this name: an older version may still be there beside the new one."""
-        listed = await self._ask("GET", "/api/ps")
         wanted = canonical_name(model)
-        return [entry for entry in listed.get("models") or [] if entry.get("name") == wanted]
+        return [entry for entry in await self._list("/api/ps") if entry["name"] == wanted]
 
     async def trained_context(self, model: str) -> int | None:
         """The longest context that a model has, None where the node does not say."""
         shown = await self._ask("POST", "/api/show", {"model": model})
-        values = [value for name, value in (shown.get("model_info") or {}).items() if name.endswith(".context_length")]
-        return values[0] if values and isinstance(values[0], int) else None
+        info = shown.get("model_info")
+        items = info.items() if isinstance(info, dict) else ()
+        values = [value for name, value in items if name.endswith(".context_length")]
+        return values[0] if values and type(values[0]) is int and values[0] > 0 else None
 
     async def pull(self, model: str, insecure: bool) -> AsyncIterator[dict[str, Any]]:
         """Progress of a pull as Ollama sends it: ``status``, and ``digest``, ``total``, ``completed`` of a layer."""
@@ -64,9 +67,9 @@ class Ollama:
                 if answer.status_code == 501:
                     raise NodeFailed("this node cannot pull models: it is no Ollama but the embedded node")
                 if answer.status_code != 200:
-                    raise NodeFailed(_error(await answer.aread(), answer.status_code))
-                async for line in answer.aiter_lines():
-                    event = _object(line)
+                    raise NodeFailed(_error(await _beginning(answer), answer.status_code))
+                async for line in _lines(answer):
+                    event = _read(answers.event, line)
                     if error := event.get("error"):
                         raise NodeFailed(f"the pull of {model} failed: {error}")
                     finished = finished or event.get("status") == "success"
@@ -106,35 +109,64 @@ class Ollama:
                     raise
                 await self._ask("POST", "/api/embed", {**body, "input": []})
 
+    async def _list(self, path: str) -> list[dict[str, Any]]:
+        return _read(answers.models, await self._content("GET", path))
+
     async def _ask(self, method: str, path: str, body: object = None, timeout: float = TIMEOUT) -> dict[str, Any]:  # noqa: ASYNC109
+        content = await self._content(method, path, body, timeout)
+        return _read(answers.value, content) if content.strip() else {}
+
+    async def _content(self, method: str, path: str, body: object = None, timeout: float = TIMEOUT) -> bytes:  # noqa: ASYNC109
         try:
-            answer = await self._client.request(method, self._url + path, json=body, timeout=timeout)
+            status, content = await answers.fetch(self._client, method, self._url + path, body, timeout)
         except httpx.HTTPError as error:
             raise _unanswered(error) from None
-        if answer.status_code == 404:
-            raise _NotThere(_error(answer.content, 404))
-        if answer.status_code != 200:
-            raise NodeFailed(f"{path}: {_error(answer.content, answer.status_code)}")
-        return _object(answer.text) if answer.content.strip() else {}
+        except ValueError as error:
+            raise NodeFailed(f"{path}: {error}") from None
+        if status == 404:
+            raise _NotThere(_error(content, 404))
+        if status != 200:
+            raise NodeFailed(f"{path}: {_error(content, status)}")
+        return content
 
 
 class _NotThere(NodeFailed):
     """The node has no such model."""
 
 
-def _object(text: str) -> dict[str, Any]:
+def _read(read: Callable[[bytes], T], content: bytes) -> T:
     try:
-        value = json.loads(text)
-    except ValueError:
-        raise NodeFailed(f"the node answers no JSON: {text[:100]!r}") from None
-    if not isinstance(value, dict):
-        raise NodeFailed(f"the node answers no object: {text[:100]!r}")
-    return value
+        return read(content)
+    except ValueError as error:
+        raise NodeFailed(f"the node answers {answers.shown(content, 100)!r}: {error}") from None
+
+
+async def _beginning(answer: httpx.Response) -> bytes:
+    content = b""
+    async for chunk in answer.aiter_bytes(LINE):
+        content += chunk
+        if len(content) >= LINE:
+            break
+    return content
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines that are not empty, each shorter than LINE bytes."""
+    rest = b""
+    async for chunk in answer.aiter_bytes(LINE):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line
+        if len(rest) > LINE:
+            raise NodeFailed(f"the node sends a line of more than {LINE >> 10} KiB")
+    if rest.strip():
+        yield rest
 
 
 def _error(content: bytes, status: int) -> str:
     with contextlib.suppress(NodeFailed):
-        error = _object(content.decode("utf-8", "replace")).get("error")
+        error = _read(answers.value, content).get("error")
         if error:
             return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
     return f"status {status}"

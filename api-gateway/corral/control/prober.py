@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
+from corral.control import answers
 from corral.control.measured import Measured
 from corral.fleet.catalogue import is_own
 
@@ -18,6 +19,10 @@ INTERVAL = 1.0
 TIMEOUT = 2.0
 TAGS_INTERVAL = 5.0
 MISSES = 2
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -117,6 +122,7 @@ class Fleet:
         self.changing = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._client: httpx.AsyncClient | None = None
+        self._told: set[tuple[str, str]] = set()
 
     async def start(self, members: list[Member]) -> None:
         """Ask all nodes once, so that the first snapshot does not call a working fleet down, and go on asking."""
@@ -154,8 +160,9 @@ class Fleet:
     async def _end(task: asyncio.Task[None] | None) -> None:
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait({task})
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a probe ended: %r", error)
 
     async def _run(self, member: Member) -> None:
         loop = asyncio.get_running_loop()
@@ -163,8 +170,18 @@ class Fleet:
         while True:
             due = max(due + INTERVAL, loop.time())
             await asyncio.sleep(due - loop.time())
-            await self.probe(member)
-            self.on_change()
+            # One node must never stop being asked: what it said last would be believed for ever.
+            try:
+                await self.probe(member)
+                self.on_change()
+            except Exception as error:
+                self._tell(member, error)
+
+    def _tell(self, member: Member, error: Exception) -> None:
+        """Say what should not happen, once of each node and kind."""
+        if (kind := (member.name, type(error).__name__)) not in self._told:
+            self._told.add(kind)
+            log.error("%s: its probe failed in control", member.name, exc_info=error)
 
     async def probe(self, member: Member, fresh: bool = False) -> None:
         """Ask a node once and note what it says: two misses make it down, one answer ready.
@@ -187,7 +204,9 @@ class Fleet:
                     # A node that was away may come back as another version.
                     version = member.version if member.up and member.version else await self._version(member)
                     member.tags, member.version, member.tags_at = tags, version, now
-        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:
+            if not isinstance(error, httpx.HTTPError | TimeoutError | ValueError):
+                self._tell(member, error)
             member.misses += 1
             member.measured.probe_failures += 1
             member.error = reason(error)
@@ -211,23 +230,19 @@ class Fleet:
         return self._client
 
     async def _models(self, member: Member, path: str) -> list[dict[str, Any]]:
-        listed = (await self._get(member, path)).get("models") or []
-        for entry in listed:
-            if not isinstance(entry["name"], str):
-                raise TypeError(f"{path} lists a model without a name")
-        return list(listed)
+        return await self._get(member, path, answers.models)
 
     async def _version(self, member: Member) -> str:
-        return str((await self._get(member, "/api/version"))["version"])
+        return await self._get(member, "/api/version", answers.version)
 
-    async def _get(self, member: Member, path: str) -> dict[str, Any]:
-        response = await self.client.get(member.url + path)
-        if response.status_code != 200:
-            raise ValueError(f"{path} answers {response.status_code}")
-        value = response.json()
-        if not isinstance(value, dict):
-            raise TypeError(f"{path} answers no JSON object")
-        return value
+    async def _get(self, member: Member, path: str, read: Callable[[bytes], T]) -> T:
+        try:
+            status, body = await answers.fetch(self.client, "GET", member.url + path, timeout=TIMEOUT)
+            if status != 200:
+                raise ValueError(f"status {status}")
+            return read(body)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def reason(error: Exception) -> str:
@@ -236,4 +251,6 @@ def reason(error: Exception) -> str:
         return f"no answer within {TIMEOUT:g} s"
     if isinstance(error, httpx.ConnectError):
         return "no connection"
+    if type(error) is ValueError:
+        return str(error)[:200]
     return f"{type(error).__name__}: {error}"[:200]
