@@ -540,6 +540,26 @@ def test_a_snapshot_that_is_too_old_admits_nobody(tmp_path: Path) -> None:
         assert httpx.get(gw.url + "/health/ready").status_code == 503
 
 
+def test_a_cold_start_never_goes_back_behind_a_revocation(tmp_path: Path) -> None:
+    with gateway(tmp_path, auth={"stale": "1h"}) as gw:
+        headers = {"Authorization": f"Bearer {gw.new_key()}"}
+        assert gw.post(headers=headers).status_code == 200
+        kept = tmp_path / "cache/gateway-1/snapshot.json"
+        before = kept.stat().st_mtime_ns
+        kept.with_suffix(".new").mkdir()  # stands for any reason why the file cannot be written
+        gw.revoke_last_key()
+        assert gw.post(headers=headers).status_code == 401
+        assert kept.stat().st_mtime_ns == before
+        assert gw.process.log.read_text().count("is not kept") == 1
+        kept.with_suffix(".new").rmdir()
+        until(lambda: kept.stat().st_mtime_ns != before, "the snapshot is kept after all")
+        os.kill(gw.process.pid, signal.SIGKILL)
+        gw.process.end()
+        gw.control.stop()
+        gw.start()
+        assert gw.post(headers=headers).status_code == 401
+
+
 def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
     with gateway(tmp_path) as gw:
         held = threading.Event()
