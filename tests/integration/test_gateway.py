@@ -486,6 +486,22 @@ def test_a_stopped_store_degrades_to_the_local_share_and_comes_back(gw: Gateway)
     until(exact, "the store counts again")
 
 
+def test_a_stalled_store_keeps_no_lease_of_what_has_ended(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        headers = {"Authorization": f"Bearer {gw.new_key(rpm=100_000, concurrency=5)}"}
+        os.kill(gw.valkey.process.pid, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(10) as pool:
+                codes = [f.result().status_code for f in [pool.submit(gw.post, headers=headers) for _ in range(10)]]
+            assert codes.count(200) >= 5
+        finally:
+            os.kill(gw.valkey.process.pid, signal.SIGCONT)
+        until(lambda: "corral:1:rate:" in _store_keys(gw), "the store runs what it was sent before it stalled")
+        # A lease that nobody gives back would stand for ten seconds.
+        until(lambda: "corral:1:leases:" not in _store_keys(gw), "no lease is left", seconds=5)
+        assert [gw.post(headers=headers).status_code for _ in range(10)] == [200] * 10
+
+
 def _store_keys(gw: Gateway) -> str:
     with socket.create_connection(("127.0.0.1", int(gw.valkey.url.split(":")[2].split("/")[0])), timeout=5) as store:
         store.sendall(b"KEYS *\r\n")
