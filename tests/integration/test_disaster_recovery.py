@@ -34,6 +34,18 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
     made.end()
 
 
+def test_an_operator_that_fails_to_begin_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Operator, "works", lambda operator: False)
+        with pytest.raises(AssertionError):
+            Operator(tmp_path)
+    assert list((tmp_path / "state").iterdir())
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in running if str(tmp_path).encode() in command]
+
+
 def test_lost_control_machine(operator: Operator) -> None:
     operator.run("corral down")
     shutil.rmtree(operator.state)

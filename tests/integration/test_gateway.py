@@ -486,6 +486,22 @@ def test_a_stopped_store_degrades_to_the_local_share_and_comes_back(gw: Gateway)
     until(exact, "the store counts again")
 
 
+def test_a_stalled_store_keeps_no_lease_of_what_has_ended(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        headers = {"Authorization": f"Bearer {gw.new_key(rpm=100_000, concurrency=5)}"}
+        os.kill(gw.valkey.process.pid, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(10) as pool:
+                codes = [f.result().status_code for f in [pool.submit(gw.post, headers=headers) for _ in range(10)]]
+            assert codes.count(200) >= 5
+        finally:
+            os.kill(gw.valkey.process.pid, signal.SIGCONT)
+        until(lambda: "corral:1:rate:" in _store_keys(gw), "the store runs what it was sent before it stalled")
+        # A lease that nobody gives back would stand for ten seconds.
+        until(lambda: "corral:1:leases:" not in _store_keys(gw), "no lease is left", seconds=5)
+        assert [gw.post(headers=headers).status_code for _ in range(10)] == [200] * 10
+
+
 def _store_keys(gw: Gateway) -> str:
     with socket.create_connection(("127.0.0.1", int(gw.valkey.url.split(":")[2].split("/")[0])), timeout=5) as store:
         store.sendall(b"KEYS *\r\n")
@@ -538,6 +554,26 @@ def test_a_snapshot_that_is_too_old_admits_nobody(tmp_path: Path) -> None:
         gw.control.stop()
         until(lambda: gw.post().status_code == 503, "the snapshot is too old")
         assert httpx.get(gw.url + "/health/ready").status_code == 503
+
+
+def test_a_cold_start_never_goes_back_behind_a_revocation(tmp_path: Path) -> None:
+    with gateway(tmp_path, auth={"stale": "1h"}) as gw:
+        headers = {"Authorization": f"Bearer {gw.new_key()}"}
+        assert gw.post(headers=headers).status_code == 200
+        kept = tmp_path / "cache/gateway-1/snapshot.json"
+        before = kept.stat().st_mtime_ns
+        kept.with_suffix(".new").mkdir()  # stands for any reason why the file cannot be written
+        gw.revoke_last_key()
+        assert gw.post(headers=headers).status_code == 401
+        assert kept.stat().st_mtime_ns == before
+        assert gw.process.log.read_text().count("is not kept") == 1
+        kept.with_suffix(".new").rmdir()
+        until(lambda: kept.stat().st_mtime_ns != before, "the snapshot is kept after all")
+        os.kill(gw.process.pid, signal.SIGKILL)
+        gw.process.end()
+        gw.control.stop()
+        gw.start()
+        assert gw.post(headers=headers).status_code == 401
 
 
 def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:

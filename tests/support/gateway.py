@@ -308,6 +308,11 @@ class Gateway:
         self.publish()
         return text
 
+    def revoke_last_key(self) -> None:
+        """What `new_key` made last is no key any more."""
+        self._keys.pop()
+        self.publish()
+
     def publish(self) -> None:
         """Tell the gateway of keys and nodes, and wait until it has asked."""
         tags = [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]

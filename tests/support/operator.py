@@ -37,11 +37,15 @@ class Operator:
         }
         if database is not None:
             self.env["CORRAL_STORE__DATABASE"] = database
-        self.run("corral up --detach")
-        made = self.run("corral keys create client --json")
-        self.key = str(json.loads(made)["key"])
-        assert self.works()
-        self.run('corral backup create --output "$BACKUP"')
+        try:
+            self.run("corral up --detach")
+            made = self.run("corral keys create client --json")
+            self.key = str(json.loads(made)["key"])
+            assert self.works()
+            self.run('corral backup create --output "$BACKUP"')
+        except BaseException:
+            self.attempt("corral down")  # nobody has an operator to end yet
+            raise
 
     def run(self, script: str, status: int = 0) -> str:
         done = subprocess.run(

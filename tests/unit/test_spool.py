@@ -102,6 +102,32 @@ def test_a_full_disk_leaves_no_half_frame_and_loses_nothing(tmp_path: Path, monk
     writer.close()
 
 
+def test_a_segment_without_a_successor_is_written_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "spool"
+    writer = SpoolWriter(folder, segment_bytes=64)
+    aside = folder.rename(tmp_path / "elsewhere")  # stands for any reason why no segment can be opened
+    written = aside / writer.segment.name
+    with (tmp_path / "theirs").open("wb") as theirs:
+        for number in range(3):
+            writer.append(encode({"n": number, "text": "x" * 60}))
+            writer.flush()
+        assert [record["n"] for _, record in decode_frames(written.read_bytes())] == [0, 1, 2]
+        with pytest.raises(OSError, match="No such file"):
+            writer.roll()
+        assert os.fstat(theirs.fileno()).st_size == 0
+        assert len([line for line in caplog.messages if "no new spool segment" in line]) == 1
+        aside.rename(folder)
+        writer.append(encode({"n": 3, "text": "x" * 60}))
+        writer.flush()
+        assert writer.segment.name != written.name
+        writer.append(encode({"n": 4}))
+        writer.close()
+        writer.close()
+        assert os.fstat(theirs.fileno()).st_size == 0
+    got = [record["n"] for path in segments(folder) for _, record in decode_frames(path.read_bytes())]
+    assert got == [0, 1, 2, 3, 4]
+
+
 def test_the_reader_hands_out_each_record_once_and_deletes_what_is_shipped(tmp_path: Path) -> None:
     writer = SpoolWriter(tmp_path, segment_bytes=200)
     reader = SpoolReader(tmp_path)

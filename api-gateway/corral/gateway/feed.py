@@ -40,6 +40,9 @@ class Feed:
         self._tell = tell
         self._wake = asyncio.Event()
         self._touched = 0.0
+        self._unkept: bytes | None = None
+        """What is in force but not in the file yet: an older file must not be vouched for."""
+        self._unkept_logged = False
 
     def load(self) -> None:
         """Start from the file of an earlier run, where there is one."""
@@ -80,15 +83,28 @@ class Feed:
         now = time.time()
         if response.status_code == 200:
             self._snapshot.apply(msgspec.json.decode(response.content))
-            self._keep(response.content)
-            self._touched = now
+            self._unkept = response.content
         elif response.status_code != 304:
             raise ValueError(f"status {response.status_code}")
-        elif now - self._touched > TOUCH:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(self._file)
-            self._touched = now
         self._snapshot.confirmed = now
+        if self._unkept is not None or now - self._touched > TOUCH:
+            self._remember(now)
+
+    def _remember(self, now: float) -> None:
+        # A disk that takes no file says nothing of control: the snapshot in force stays good.
+        try:
+            if self._unkept is not None:
+                self._keep(self._unkept)
+                self._unkept = None
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(self._file)
+            self._touched = now
+            self._unkept_logged = False
+        except OSError as error:
+            if not self._unkept_logged:
+                log.error("the snapshot for a cold start is not kept, %s grows old: %s", self._file, error)
+            self._unkept_logged = True
 
     def _keep(self, content: bytes) -> None:
         self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -24,19 +24,28 @@ log = logging.getLogger(__name__)
 async def keep(limits: Limits) -> None:
     """Renew leases and presence each two seconds, until cancelled.
 
-    A store that came back hears at once of what runs: it may have forgotten.
+    A store that came back hears at once of what ended meanwhile, before it admits anything, and of what runs: it may
+    have forgotten.
     """
     store = limits.store
     back = asyncio.Event()
+
+    def came_back() -> None:
+        limits.give_back()
+        back.set()
+
     if store is not None:
-        store.on_connect = back.set
+        store.on_connect = came_back
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RENEW):
                 await back.wait()
+        told = back.is_set()
         back.clear()
         if store is None or not store.connected:
             continue
+        if not told:
+            limits.give_back()
         try:
             await _present(limits, store)
             for budget in list(limits.busy.values()):

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import hiredis
 
-from corral.store.valkey import Valkey, encode
+from corral.store.valkey import Valkey, ValkeyDown, encode
 
 PREFIX = b"corral:1:"
 LEASE = 10.0
 MINUTE = 60.0
+OWED_MAX = 10_000
+OWED_TIMES = 2
 
 _SCRIPTS = files("corral.store") / "scripts"
 ADMIT = (_SCRIPTS / "admit.lua").read_text()
@@ -96,6 +98,8 @@ class Limits:
         self.gateways = 1
         self.local = 0
         """Requests that were admitted on the local share."""
+        self.owed: dict[bytes, dict[bytes, int]] = {}
+        """Leases' key → requests that do not run and may hold a lease, with how often the store is still to be told."""
 
     def admit(self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None]) -> None:
         """Decide; `done` gets the verdict, at once where the store is away. `now` is monotonic seconds."""
@@ -118,7 +122,12 @@ class Limits:
             if isinstance(reply, hiredis.ReplyError):
                 log.error("the store refused the admission script: %s", reply)
                 store.reset()
-            done(self._locally(budget, request_id, now))
+            verdict = self._locally(budget, request_id, now)
+            # A stalled store may run the call yet, and nobody would give the lease back. It counts for the rate too;
+            # that is no more than what was sent within one time-out, and is left.
+            if verdict.refused:
+                self._owe(budget, [identity])
+            done(verdict)
 
         identity = request_id.encode()
         used = b"%d" % max(0.0, (budget.arrival - now) * 1e6)
@@ -134,15 +143,59 @@ class Limits:
         if not in_flight:
             self.busy.pop(budget.key_id, None)
         store = self.store
-        if budget.concurrency and store is not None and store.connected:
-            if not budget.leaving:
-                store.soon(self._leave, store, budget)
-            budget.leaving.append(request_id.encode())
+        if not budget.concurrency or store is None:
+            return
+        if not store.connected:
+            self._owe(budget, [request_id.encode()])
+            return
+        if not budget.leaving:
+            store.soon(self._leave, store, budget)
+        budget.leaving.append(request_id.encode())
+
+    def give_back(self) -> None:
+        """End the leases of what ended while nobody knew what the store had heard.
+
+        It is told twice, at once when it is back and later: what a connection that was given up still held may be
+        run after the first time.
+        """
+        store = self.store
+        if store is None:
+            return
+        for leases, owed in list(self.owed.items()):
+            self._tell(store, leases, list(owed))
+
+    def _tell(self, store: Valkey, leases: bytes, ended: list[bytes]) -> None:
+        def heard(reply: Any) -> None:
+            owed = self.owed.get(leases)
+            if owed is None or isinstance(reply, ValkeyDown):
+                return
+            for identity in ended:
+                times = owed.pop(identity, 1) - 1
+                if times > 0:
+                    owed[identity] = times
+            if not owed:
+                del self.owed[leases]
+
+        store.call(encode(b"ZREM", leases, *ended), heard)
+
+    def _owe(self, budget: Budget, ended: list[bytes]) -> None:
+        if not budget.concurrency:
+            return
+        owed = self.owed.setdefault(budget.leases, {})
+        for identity in ended:
+            # The first of a long outage are those that the store can have heard of.
+            if len(owed) < OWED_MAX:
+                owed[identity] = OWED_TIMES
 
     def _leave(self, store: Valkey, budget: Budget) -> None:
         # One command for all that ended in a turn. It is under way before a caller can ask again.
         leaving, budget.leaving = budget.leaving, []
-        store.call(encode(b"ZREM", budget.leases, *leaving), _ignore)
+
+        def heard(reply: Any) -> None:
+            if isinstance(reply, ValkeyDown):
+                self._owe(budget, leaving)
+
+        store.call(encode(b"ZREM", budget.leases, *leaving), heard)
 
     def _enter(self, budget: Budget, request_id: str) -> None:
         budget.in_flight[request_id] = None
@@ -165,7 +218,3 @@ class Limits:
         self.local += 1
         self._enter(budget, request_id)
         return Verdict("", remaining, reset, 0.0)
-
-
-def _ignore(reply: Any) -> None:
-    """A release that is lost with the store ends with its lease."""

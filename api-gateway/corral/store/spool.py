@@ -11,6 +11,8 @@ crash cut, ``.corrupt`` has a frame that is not what was written.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import os
 import re
@@ -32,6 +34,8 @@ _SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder().encode
 _pack = HEADER.pack
+
+log = logging.getLogger(__name__)
 
 
 class SpoolCorrupt(ValueError):
@@ -114,6 +118,7 @@ class SpoolWriter:
         self._number = int(existing[-1].stem) if existing else 0
         self._fd = -1
         self._size = 0
+        self._stuck = False
         self._open_next()
 
     @property
@@ -127,6 +132,8 @@ class SpoolWriter:
 
     def flush(self) -> None:
         """Write the group.
+
+        A segment that is full but has no successor yet is written on: what is written is never reported as lost.
 
         Raises:
             OSError: the disk is full or gone; the group is kept, and what was written of it is taken back.
@@ -146,7 +153,7 @@ class SpoolWriter:
         self._buffer.clear()
         self._size += len(data)
         if self._size >= self._limit:
-            self._open_next()
+            self._rotate()
 
     def roll(self) -> None:
         """Go on in a new segment.
@@ -161,17 +168,33 @@ class SpoolWriter:
 
     def close(self) -> None:
         """Flush and close; an empty last segment is removed."""
+        if self._fd < 0:
+            return
         self.flush()
-        os.close(self._fd)
+        descriptor, self._fd = self._fd, -1
+        os.close(descriptor)
         if self._size == 0:
             self.segment.unlink(missing_ok=True)
 
+    def _rotate(self) -> None:
+        try:
+            self._open_next()
+            self._stuck = False
+        except OSError as error:
+            if not self._stuck:
+                log.error("no new spool segment, %s is written on: %s", self.segment, error)
+            self._stuck = True
+
     def _open_next(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._number = max(self._number + 1, int(time.time() * 1000))
-        self._fd = os.open(self.segment, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        self._size = 0
+        # The old segment is closed after the new one is there: its number would soon be another file's or socket's.
+        number = max(self._number + 1, int(time.time() * 1000))
+        path = self._folder / f"{number:016d}.seg"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        previous, self._fd = self._fd, descriptor
+        self._number, self._size = number, 0
+        if previous >= 0:
+            with contextlib.suppress(OSError):  # what it held was written by then
+                os.close(previous)
 
 
 class SpoolReader:
