@@ -346,6 +346,34 @@ def test_after_the_first_token_a_cut_is_never_silent(gw: Gateway, path: str, las
     assert len(requests(gw)) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "stream", "last"),
+    [
+        ("/v1/chat/completions", False, {"message": {"role": 5, "content": ""}}),
+        ("/v1/messages", False, {"message": {"content": "", "tool_calls": [{"id": 5, "function": {"name": 6}}]}}),
+        ("/v1/messages", True, {"message": {"content": "", "tool_calls": [{"id": 5, "function": {"name": 6}}]}}),
+        ("/v1/chat/completions", False, {"created_at": 5, "done_reason": {}, "eval_count": 10**30, "model": []}),
+    ],
+)
+def test_an_answer_of_the_wrong_types_ends_and_gives_its_lease_back(
+    gw: Gateway, path: str, stream: bool, last: dict[str, Any]
+) -> None:
+    line = json.loads(LAST % 1) | last
+    everywhere(gw, lambda c: c.sendall(HEAD + chunk(LINE % b"one") + chunk(json.dumps(line).encode() + b"\n") + END), 3)
+    headers = {"Authorization": f"Bearer {gw.new_key(concurrency=1)}"}
+    response = gw.post(path, body=gw.chat(stream=stream, max_tokens=9), headers=headers)
+    assert response.status_code in (200, 502)
+    for node in gw.nodes:
+        node.script.clear()
+    assert gw.post(headers=headers).status_code == 200
+
+
+def test_an_error_that_is_nested_too_deep_ends_too(gw: Gateway) -> None:
+    body = b"[" * 60_000
+    everywhere(gw, lambda c: c.sendall(b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)))
+    assert gw.post().status_code == 400
+
+
 def test_a_silent_node_is_given_up(gw: Gateway) -> None:
     first(gw, lambda connection: threading.Event().wait(4))
     response = gw.post()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corral.wire.answers import Pass, Whole
 from corral.wire.decode import DECODERS, Decoded
-from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 from corral.wire.options import ModelPolicy
 
 ROUTES = ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages"]
@@ -173,3 +173,69 @@ def test_an_image_counts_as_an_image_and_not_as_text() -> None:
     assert decode("/api/chat", {"model": "m", "messages": [message]}).estimate < 1000
     assert decode("/api/generate", {"model": "m", "prompt": "what is it?", "images": [picture]}).estimate < 1000
     assert 200 < decode("/api/generate", {"model": "m", "prompt": "abcd" * 200}).estimate < 300
+
+
+def everything(make: Any, data: bytes) -> bytes:
+    """What a node's whole answer becomes."""
+    responder = make.responder
+    out: bytes = responder.feed(data)
+    return out + responder.finish()
+
+
+TOOL_CALL = {"function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "", "tool_calls": [TOOL_CALL | {"id": 5}]},
+        {"content": "", "tool_calls": [{"function": {"name": 6, "arguments": {}}}]},
+        {"content": "", "tool_calls": ["f"]},
+        {"content": 5},
+        {"content": "", "thinking": 5},
+    ],
+)
+def test_a_message_of_the_wrong_types_is_nonsense(route: str, stream: bool, message: dict[str, Any]) -> None:
+    data = encoded(chat_lines(["a"], message={"role": "assistant"} | message))
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=stream)), data)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("route", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+def test_a_null_in_a_message_is_an_empty_text(route: str, stream: bool) -> None:
+    call = {"id": None, "function": {"name": None, "arguments": None}}
+    message = {"role": None, "content": None, "thinking": None, "tool_calls": [call]}
+    out = everything(decode(route, body_for(route, stream=stream)), encoded(chat_lines(["a"], message=message)))
+    assert b'"a"' in out
+    if not stream and route != "/v1/messages":
+        value = json.loads(out)
+        assert (value.get("message") or value["choices"][0]["message"])["role"] == "assistant"
+
+
+@pytest.mark.parametrize("route", ["/api/chat", "/v1/chat/completions"])
+def test_a_role_that_is_no_text_is_nonsense(route: str) -> None:
+    message = {"role": 5, "content": "", "tool_calls": [TOOL_CALL]}
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=False)), encoded(chat_lines(["a"], message=message)))
+
+
+@pytest.mark.parametrize("vector", ["[1e39]", "[" + "9" * 400 + "]", '["a"]', "5", '{"a":1}', "null"])
+def test_an_embedding_of_no_floats_is_nonsense(vector: str) -> None:
+    asked = decode("/v1/embeddings", {"model": "m", "input": "x", "encoding_format": "base64"})
+    with pytest.raises(UpstreamNonsense):
+        everything(asked, b'{"embeddings":[%b]}' % vector.encode())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("tokens", [10**30, 2**63, -1, True, "3", None, 1.5])
+def test_a_count_that_no_node_can_have_counts_as_none(route: str, tokens: Any) -> None:
+    made = decode(route, body_for(route, stream=False))
+    everything(made, encoded(chat_lines(["a"], response="", eval_count=tokens, prompt_eval_count=tokens)))
+    assert (made.responder.tokens, made.responder.prompt_tokens) == (0, 0)
+
+
+def test_the_text_of_an_error_that_is_nested_too_deep() -> None:
+    assert upstream_message(b"[" * 60_000).startswith("[[")

@@ -7,6 +7,7 @@ leave.
 
 from __future__ import annotations
 
+import logging
 from time import monotonic, time
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ from corral.wire.errors import ApiError, UpstreamNonsense
 
 if TYPE_CHECKING:
     from corral.gateway.server import Gateway
+
+log = logging.getLogger(__name__)
 
 JSON = b"Content-Type: application/json\r\n"
 
@@ -195,13 +198,16 @@ class Exchange:
     def answered(self) -> None:
         """The node's answer is whole."""
         attempt, self._attempt = self._attempt, None
-        assert self.decoded is not None
+        assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
         try:
             rest = self._tail + responder.finish()
         except UpstreamNonsense as error:
-            assert attempt is not None
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
+            return
+        except Exception:
+            log.exception("%s: an answer of %s was not understood", self.request_id, attempt.node.name)
+            self.attempt_failed(attempt.node, Failure.NONSENSE, None)
             return
         keep_alive = self.keep_alive
         if self._open:
@@ -314,13 +320,12 @@ class Exchange:
     def check(self, now: float) -> None:
         """End what is past its deadline."""
         attempt = self._attempt
-        if attempt is None:
-            return
         if now - self.arrived >= self.gateway.max_duration:
-            attempt.abandon()
-            self._attempt = None
+            if attempt is not None:
+                attempt.abandon()
+                self._attempt = None
             self._expire()
-        elif now >= self.deadline:
+        elif attempt is not None and now >= self.deadline:
             attempt.timed_out()
 
     def _expire(self) -> None:

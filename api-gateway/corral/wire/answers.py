@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from corral.wire.common import LINE_MAX, count, decode_line, encode
+from corral.wire.common import LINE_MAX, count, decode_line, encode, text
 from corral.wire.errors import ApiError, UpstreamNonsense
 from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
@@ -158,17 +158,17 @@ class Whole:
         whole = decode_line(self.last)
         if RENDERED in whole:
             return whole
-        text, thinking = "".join(self._text), "".join(self._thinking)
+        content, thinking = "".join(self._text), "".join(self._thinking)
         if self._chat:
-            role = (whole.get("message") or {}).get("role", "assistant")
-            message: dict[str, Any] = {"role": role, "content": text}
+            role = text((whole.get("message") or {}).get("role")) or "assistant"
+            message: dict[str, Any] = {"role": role, "content": content}
             if thinking:
                 message["thinking"] = thinking
             if self._tool_calls:
                 message["tool_calls"] = list(self._tool_calls)
             whole["message"] = message
         else:
-            whole["response"] = text
+            whole["response"] = content
             if thinking:
                 whole["thinking"] = thinking
             if self._tool_calls:
