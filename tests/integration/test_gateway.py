@@ -38,6 +38,12 @@ def gw(shared: Gateway) -> Gateway:
     return shared
 
 
+TOOL_ARGUMENTS = (
+    b'{"model":"m","messages":[{"role":"assistant","tool_calls":'
+    b'[{"function":{"name":"f","arguments":"{\\"a\\":%b%b}"}}]}]}'
+)
+
+
 def requests(gw: Gateway) -> list[dict[str, Any]]:
     return [request for node in gw.nodes for request in node.requests]
 
@@ -166,6 +172,34 @@ def test_a_key_sees_and_uses_its_models_alone(gw: Gateway) -> None:
     assert gw.post(headers={"Authorization": f"Bearer {allowed}"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/api/version", "/v1/models", "/v1/models/m"])
+def test_what_the_fleet_answers_has_the_headers_of_any_answer(gw: Gateway, path: str) -> None:
+    response = httpx.get(gw.url + path, headers=gw.auth | {"X-Request-ID": "list-1"})
+    assert response.status_code == 200
+    assert response.headers["X-Request-ID"] == "list-1"
+    assert response.headers["x-ratelimit-limit-requests"] == "100000"
+
+
+@pytest.mark.parametrize("version", ["0.\u00b2", "9" * 5000, "\u0663.1", ""])
+def test_a_node_of_a_strange_version_hides_no_other(gw: Gateway, version: str) -> None:
+    gw.publish(versions={"node-2": version})
+    try:
+        response = httpx.get(gw.url + "/api/version", headers=gw.auth)
+        assert (response.status_code, "version" in response.json()) == (200, True)
+    finally:
+        gw.publish()
+
+
+def test_a_fault_of_the_gateways_own_is_told_and_recorded(gw: Gateway) -> None:
+    gw.publish(tags=[{"name": 5}])
+    try:
+        response = httpx.get(gw.url + "/v1/models", headers=gw.auth | {"X-Request-ID": "fault"})
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        assert gw.control.settled("fault")["status"] == 500
+    finally:
+        gw.publish()
+
+
 # -- bad input
 
 
@@ -187,6 +221,7 @@ def test_a_key_sees_and_uses_its_models_alone(gw: Gateway) -> None:
         ("/api/chat", b"x" * 100_001, 413, "100000"),
         ("/v1/chat/completions", b'{"model": "m", "n": 2, "messages": [{"role":"user","content":""}]}', 400, "n must"),
         ("/v1/messages", b'{"model": "m", "messages": [{"role":"user","content":""}]}', 400, "max_tokens"),
+        ("/v1/chat/completions", TOOL_ARGUMENTS % (b"[" * 1500, b"]" * 1500), 400, "nested"),
         ("/api/pull", b'{"model": "m"}', 404, "/api/pull"),
         ("//api/chat", b"{}", 404, "//api/chat"),
         ("/api/ch%61t", b"{}", 404, "/api/ch%61t"),

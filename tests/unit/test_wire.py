@@ -156,6 +156,14 @@ def test_what_is_nested_too_deep_is_refused(route: str, more: dict[str, Any]) ->
         decode(route, body_for(route) | more)
 
 
+@pytest.mark.parametrize("depth", [65, 1500, 100_000])
+def test_arguments_as_text_are_held_to_the_same_depth(depth: int) -> None:
+    call = {"function": {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(ApiError, match=r"nested|arrays and objects"):
+        decode("/v1/chat/completions", body_for("/v1/chat/completions", messages=messages))
+
+
 def test_brackets_in_text_are_no_nesting() -> None:
     text = '[{"\\' * 5000
     decode("/api/chat", body_for("/api/chat", format="json", messages=[{"role": "user", "content": text}]))

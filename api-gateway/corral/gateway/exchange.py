@@ -107,6 +107,15 @@ class Exchange:
             if not self.path:
                 self.api = api_of(self.target)
             self.refuse(error)
+        except Exception:
+            if self._settled:
+                raise
+            self._broken()
+
+    def _broken(self) -> None:
+        # A fault of the gateway's own: the caller is told, and the request is recorded like any other.
+        log.exception("%s: %s could not be answered", self.request_id, self.path)
+        self.refuse(ApiError(500, "internal_error", "the gateway failed at this request"))
 
     def _health(self) -> None:
         if self.path == "/health":
@@ -155,7 +164,11 @@ class Exchange:
         except ApiError as error:
             self.refuse(error)
             return
-        self._finish_whole(200, JSON, body)
+        except Exception:
+            self._broken()
+            return
+        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
+        self._finish_whole(200, headers, body)
 
     # -- schedule, relay
 
