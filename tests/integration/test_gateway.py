@@ -317,6 +317,10 @@ def first(gw: Gateway, behaviour: Any) -> None:
         lambda connection: connection.sendall(HEAD + END),
         says(500, {"error": "boom"}),
         says(503, {"error": "server busy"}),
+        *(says(status, {"error": "no"}) for status in (201, 401, 403, 407, 429)),
+        lambda connection: connection.sendall(
+            b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+        ),
         lambda connection: connection.sendall(HEAD + chunk(b'{"error":"runner died"}\n') + END),
     ],
 )
@@ -414,6 +418,47 @@ def test_a_silent_node_is_given_up(gw: Gateway) -> None:
     response = gw.post()
     assert response.status_code == 200
     assert response.headers["X-Corral-Attempts"] == "2"
+
+
+def test_blank_lines_are_no_tokens(gw: Gateway) -> None:
+    cut = threading.Event()
+
+    def blanks(connection: socket.socket) -> None:
+        connection.sendall(HEAD)
+        try:
+            for _ in range(80):
+                connection.sendall(chunk(b"\n"))
+                threading.Event().wait(0.1)
+        except OSError:
+            cut.set()
+            raise
+
+    first(gw, blanks)
+    response = gw.post()
+    assert response.status_code == 200
+    assert response.headers["X-Corral-Attempts"] == "2"
+    assert cut.wait(1), "the node came to its end: it was not given up"
+
+
+def test_a_node_is_not_late_while_its_caller_takes_nothing(gw: Gateway) -> None:
+    words, sent = 4000, threading.Event()
+
+    def floods(connection: socket.socket) -> None:
+        connection.sendall(HEAD)
+        for _ in range(words):
+            connection.sendall(chunk(LINE % (b"w" * 4000)))
+        connection.sendall(chunk(LAST % words) + END)
+        sent.set()
+
+    everywhere(gw, floods)
+    body = json.dumps(gw.chat()).encode()
+    head = f"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {gw.key}\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", gw.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+        # Longer than a node may be silent: the time itself is what is tested.
+        assert not sent.wait(4), "the answer fits into buffers: this shows nothing"
+        data = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    assert data.endswith(LAST % words + b"\r\n" + END)
 
 
 def test_a_dead_fleet_is_a_503_with_retry_after(gw: Gateway) -> None:

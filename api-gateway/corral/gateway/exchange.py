@@ -17,7 +17,7 @@ from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.decode import decode
 from corral.gateway.journal import Then, nothing
 from corral.gateway.listen import ClientConnection
-from corral.gateway.metrics import Pace
+from corral.gateway.metrics import WHOLE, Pace
 from corral.gateway.recover import SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -62,6 +62,8 @@ class Exchange:
     refusal = ""
     pace: Pace | None = None
     _attempt: Attempt | None = None
+    _seen = 0
+    _paused = False
     _node_header = b""
     _rate_headers = b""
     _tail = b""
@@ -189,15 +191,21 @@ class Exchange:
 
     def progress(self, out: bytes) -> None:
         """The node sent something; `out` is what of it goes to the caller now."""
-        now = monotonic()
-        self.deadline = now + self.gateway.between_tokens
         assert self.decoded is not None
         responder = self.decoded.responder
-        if self.pace is not None:
-            self.pace.piece(now)
-        elif not self.first_token and responder.started:
-            self.first_token = now
-            self.pace = self.gateway.metrics.first_token(self, now)
+        tokens = responder.tokens
+        first = not self.first_token and responder.started
+        # Bytes alone are no progress: a node that sends blank lines is as silent as one that sends nothing.
+        if first or tokens != self._seen or self.path in WHOLE:
+            self._seen = tokens
+            now = monotonic()
+            if not self._paused:
+                self.deadline = now + self.gateway.between_tokens
+            if first:
+                self.first_token = now
+                self.pace = self.gateway.metrics.first_token(self, now)
+            elif self.pace is not None:
+                self.pace.piece(now)
         if responder.done:
             self._tail += out  # the last bytes leave when the settle record is written
         elif not out:
@@ -269,7 +277,7 @@ class Exchange:
         # A responder lives for one answer, and nothing of this one was sent.
         key = self.key
         assert key is not None
-        self.first_token, self.pace, self._tail = 0.0, None, b""
+        self.first_token, self.pace, self._tail, self._seen = 0.0, None, b"", 0
         try:
             self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
         except ApiError as error:
@@ -338,7 +346,7 @@ class Exchange:
                 attempt.abandon()
                 self._attempt = None
             self._expire()
-        elif attempt is not None and now >= self.deadline:
+        elif attempt is not None and not self._paused and now >= self.deadline:
             attempt.timed_out()
 
     def _expire(self) -> None:
@@ -351,10 +359,16 @@ class Exchange:
 
     def pause(self) -> None:
         """The caller's connection is full."""
+        # From here the node waits for the caller, whose own deadline is WRITE_DEADLINE.
         if self._attempt is not None:
+            self._paused = True
             self._attempt.pause()
 
     def resume(self) -> None:
         """The caller's connection takes bytes again."""
         if self._attempt is not None:
+            if self._paused:
+                self._paused = False
+                gateway = self.gateway
+                self.deadline = monotonic() + (gateway.between_tokens if self.first_token else gateway.first_token)
             self._attempt.resume()
