@@ -413,6 +413,20 @@ def test_an_error_that_is_nested_too_deep_ends_too(gw: Gateway) -> None:
     assert gw.post().status_code == 400
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "last", [LAST[:-1], LAST.replace(b":true", b" : true"), LAST[:-1].replace(b":true", b": true")]
+)
+def test_a_last_line_may_have_spaces_and_no_end(gw: Gateway, path: str, stream: bool, last: bytes) -> None:
+    everywhere(gw, lambda connection: connection.sendall(HEAD + chunk(LINE % b"one") + chunk(last % 1) + END))
+    response = gw.post(path, body=gw.chat(stream=stream, max_tokens=9))
+    assert response.status_code == 200
+    assert "one" in response.text
+    assert '"error"' not in response.text
+    assert len(requests(gw)) == 1
+
+
 def test_a_silent_node_is_given_up(gw: Gateway) -> None:
     first(gw, lambda connection: threading.Event().wait(4))
     response = gw.post()

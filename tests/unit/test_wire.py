@@ -247,3 +247,46 @@ def test_a_count_that_no_node_can_have_counts_as_none(route: str, tokens: Any) -
 
 def test_the_text_of_an_error_that_is_nested_too_deep() -> None:
     assert upstream_message(b"[" * 60_000).startswith("[[")
+
+
+@pytest.mark.parametrize("done", ['"done": true', '"done" : true', '"done":\ttrue'])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_last_line_of_a_stream_may_have_spaces(done: str, apart: bool) -> None:
+    data = encoded(chat_lines(["a", "b"])).replace(b'"done":true', done.encode())
+    responder = Pass()
+    pieces = data.splitlines(keepends=True) if apart else [data]
+    assert b"".join(map(responder.feed, pieces)) == data
+    assert (responder.done, responder.tokens, responder.prompt_tokens) == (True, 2, 3)
+
+
+def test_lines_with_spaces_throughout_are_counted_alike() -> None:
+    data = b"".join(json.dumps(line).encode() + b"\n" for line in chat_lines(["a", "b"]))
+    responder = Pass()
+    assert fed(responder, data, [10, 50, 150]) == data
+    assert (responder.done, responder.tokens) == (True, 2)
+
+
+def test_an_error_in_band_is_one_wherever_it_stands_in_its_line() -> None:
+    responder = Pass()
+    assert responder.feed(b'{"model":"m","error":"died","done":false}\n') == b""
+    assert responder.error is not None and responder.error.message == "died"
+
+
+def test_blank_lines_after_the_last_one_are_nothing() -> None:
+    responder = Pass()
+    responder.feed(encoded(chat_lines(["a"])))
+    assert responder.feed(b"\n") == b""
+    with pytest.raises(UpstreamNonsense):
+        responder.feed(encoded(chat_lines(["b"])))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [True, False])
+def test_two_objects_in_a_line_are_nonsense(route: str, stream: bool) -> None:
+    lines = [line | {"response": "x"} for line in chat_lines(["a"])]
+    data = encoded(lines)
+    together = data.replace(b"\n", b"", 1)
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=stream)), together)
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=stream)), data.replace(b',"done":true', b',\n"done":true'))
