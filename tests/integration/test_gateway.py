@@ -455,7 +455,7 @@ def test_blank_lines_are_no_tokens(gw: Gateway) -> None:
 
 
 def test_a_node_is_not_late_while_its_caller_takes_nothing(gw: Gateway) -> None:
-    words, sent = 4000, threading.Event()
+    words, sent = 15_000, threading.Event()
 
     def floods(connection: socket.socket) -> None:
         connection.sendall(HEAD)
