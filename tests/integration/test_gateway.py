@@ -38,6 +38,12 @@ def gw(shared: Gateway) -> Gateway:
     return shared
 
 
+TOOL_ARGUMENTS = (
+    b'{"model":"m","messages":[{"role":"assistant","tool_calls":'
+    b'[{"function":{"name":"f","arguments":"{\\"a\\":%b%b}"}}]}]}'
+)
+
+
 def requests(gw: Gateway) -> list[dict[str, Any]]:
     return [request for node in gw.nodes for request in node.requests]
 
@@ -166,6 +172,34 @@ def test_a_key_sees_and_uses_its_models_alone(gw: Gateway) -> None:
     assert gw.post(headers={"Authorization": f"Bearer {allowed}"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/api/version", "/v1/models", "/v1/models/m"])
+def test_what_the_fleet_answers_has_the_headers_of_any_answer(gw: Gateway, path: str) -> None:
+    response = httpx.get(gw.url + path, headers=gw.auth | {"X-Request-ID": "list-1"})
+    assert response.status_code == 200
+    assert response.headers["X-Request-ID"] == "list-1"
+    assert response.headers["x-ratelimit-limit-requests"] == "100000"
+
+
+@pytest.mark.parametrize("version", ["0.\u00b2", "9" * 5000, "\u0663.1", ""])
+def test_a_node_of_a_strange_version_hides_no_other(gw: Gateway, version: str) -> None:
+    gw.publish(versions={"node-2": version})
+    try:
+        response = httpx.get(gw.url + "/api/version", headers=gw.auth)
+        assert (response.status_code, "version" in response.json()) == (200, True)
+    finally:
+        gw.publish()
+
+
+def test_a_fault_of_the_gateways_own_is_told_and_recorded(gw: Gateway) -> None:
+    gw.publish(tags=[{"name": 5}])
+    try:
+        response = httpx.get(gw.url + "/v1/models", headers=gw.auth | {"X-Request-ID": "fault"})
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        assert gw.control.settled("fault")["status"] == 500
+    finally:
+        gw.publish()
+
+
 # -- bad input
 
 
@@ -187,6 +221,7 @@ def test_a_key_sees_and_uses_its_models_alone(gw: Gateway) -> None:
         ("/api/chat", b"x" * 100_001, 413, "100000"),
         ("/v1/chat/completions", b'{"model": "m", "n": 2, "messages": [{"role":"user","content":""}]}', 400, "n must"),
         ("/v1/messages", b'{"model": "m", "messages": [{"role":"user","content":""}]}', 400, "max_tokens"),
+        ("/v1/chat/completions", TOOL_ARGUMENTS % (b"[" * 1500, b"]" * 1500), 400, "nested"),
         ("/api/pull", b'{"model": "m"}', 404, "/api/pull"),
         ("//api/chat", b"{}", 404, "//api/chat"),
         ("/api/ch%61t", b"{}", 404, "/api/ch%61t"),
@@ -282,6 +317,10 @@ def first(gw: Gateway, behaviour: Any) -> None:
         lambda connection: connection.sendall(HEAD + END),
         says(500, {"error": "boom"}),
         says(503, {"error": "server busy"}),
+        *(says(status, {"error": "no"}) for status in (201, 401, 403, 407, 429)),
+        lambda connection: connection.sendall(
+            b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+        ),
         lambda connection: connection.sendall(HEAD + chunk(b'{"error":"runner died"}\n') + END),
     ],
 )
@@ -346,11 +385,94 @@ def test_after_the_first_token_a_cut_is_never_silent(gw: Gateway, path: str, las
     assert len(requests(gw)) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "stream", "last"),
+    [
+        ("/v1/chat/completions", False, {"message": {"role": 5, "content": ""}}),
+        ("/v1/messages", False, {"message": {"content": "", "tool_calls": [{"id": 5, "function": {"name": 6}}]}}),
+        ("/v1/messages", True, {"message": {"content": "", "tool_calls": [{"id": 5, "function": {"name": 6}}]}}),
+        ("/v1/chat/completions", False, {"created_at": 5, "done_reason": {}, "eval_count": 10**30, "model": []}),
+    ],
+)
+def test_an_answer_of_the_wrong_types_ends_and_gives_its_lease_back(
+    gw: Gateway, path: str, stream: bool, last: dict[str, Any]
+) -> None:
+    line = json.loads(LAST % 1) | last
+    everywhere(gw, lambda c: c.sendall(HEAD + chunk(LINE % b"one") + chunk(json.dumps(line).encode() + b"\n") + END), 3)
+    headers = {"Authorization": f"Bearer {gw.new_key(concurrency=1)}"}
+    response = gw.post(path, body=gw.chat(stream=stream, max_tokens=9), headers=headers)
+    assert response.status_code in (200, 502)
+    for node in gw.nodes:
+        node.script.clear()
+    assert gw.post(headers=headers).status_code == 200
+
+
+def test_an_error_that_is_nested_too_deep_ends_too(gw: Gateway) -> None:
+    body = b"[" * 60_000
+    everywhere(gw, lambda c: c.sendall(b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)))
+    assert gw.post().status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "last", [LAST[:-1], LAST.replace(b":true", b" : true"), LAST[:-1].replace(b":true", b": true")]
+)
+def test_a_last_line_may_have_spaces_and_no_end(gw: Gateway, path: str, stream: bool, last: bytes) -> None:
+    everywhere(gw, lambda connection: connection.sendall(HEAD + chunk(LINE % b"one") + chunk(last % 1) + END))
+    response = gw.post(path, body=gw.chat(stream=stream, max_tokens=9))
+    assert response.status_code == 200
+    assert "one" in response.text
+    assert '"error"' not in response.text
+    assert len(requests(gw)) == 1
+
+
 def test_a_silent_node_is_given_up(gw: Gateway) -> None:
     first(gw, lambda connection: threading.Event().wait(4))
     response = gw.post()
     assert response.status_code == 200
     assert response.headers["X-Corral-Attempts"] == "2"
+
+
+def test_blank_lines_are_no_tokens(gw: Gateway) -> None:
+    cut = threading.Event()
+
+    def blanks(connection: socket.socket) -> None:
+        connection.sendall(HEAD)
+        try:
+            for _ in range(80):
+                connection.sendall(chunk(b"\n"))
+                threading.Event().wait(0.1)
+        except OSError:
+            cut.set()
+            raise
+
+    first(gw, blanks)
+    response = gw.post()
+    assert response.status_code == 200
+    assert response.headers["X-Corral-Attempts"] == "2"
+    assert cut.wait(1), "the node came to its end: it was not given up"
+
+
+def test_a_node_is_not_late_while_its_caller_takes_nothing(gw: Gateway) -> None:
+    words, sent = 15_000, threading.Event()
+
+    def floods(connection: socket.socket) -> None:
+        connection.sendall(HEAD)
+        for _ in range(words):
+            connection.sendall(chunk(LINE % (b"w" * 4000)))
+        connection.sendall(chunk(LAST % words) + END)
+        sent.set()
+
+    everywhere(gw, floods)
+    body = json.dumps(gw.chat()).encode()
+    head = f"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {gw.key}\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", gw.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+        # Longer than a node may be silent: the time itself is what is tested.
+        assert not sent.wait(4), "the answer fits into buffers: this shows nothing"
+        data = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    assert data.endswith(LAST % words + b"\r\n" + END)
 
 
 def test_a_dead_fleet_is_a_503_with_retry_after(gw: Gateway) -> None:

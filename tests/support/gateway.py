@@ -313,16 +313,16 @@ class Gateway:
         self._keys.pop()
         self.publish()
 
-    def publish(self) -> None:
+    def publish(self, versions: dict[str, str] | None = None, tags: list[dict[str, Any]] | None = None) -> None:
         """Tell the gateway of keys and nodes, and wait until it has asked."""
-        tags = [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]
+        tags = tags or [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]
         nodes = [
             {
                 "name": node.name,
                 "url": node.url,
                 "slots": 4,
                 "state": self.states[node.name],
-                "version": "0.17.4",
+                "version": (versions or {}).get(node.name, "0.17.4"),
                 "tags": tags,
                 "ps": [],
             }

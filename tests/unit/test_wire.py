@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corral.wire.answers import Pass, Whole
 from corral.wire.decode import DECODERS, Decoded
-from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 from corral.wire.options import ModelPolicy
 
 ROUTES = ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages"]
@@ -156,6 +156,14 @@ def test_what_is_nested_too_deep_is_refused(route: str, more: dict[str, Any]) ->
         decode(route, body_for(route) | more)
 
 
+@pytest.mark.parametrize("depth", [65, 1500, 100_000])
+def test_arguments_as_text_are_held_to_the_same_depth(depth: int) -> None:
+    call = {"function": {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(ApiError, match=r"nested|arrays and objects"):
+        decode("/v1/chat/completions", body_for("/v1/chat/completions", messages=messages))
+
+
 def test_brackets_in_text_are_no_nesting() -> None:
     text = '[{"\\' * 5000
     decode("/api/chat", body_for("/api/chat", format="json", messages=[{"role": "user", "content": text}]))
@@ -173,3 +181,112 @@ def test_an_image_counts_as_an_image_and_not_as_text() -> None:
     assert decode("/api/chat", {"model": "m", "messages": [message]}).estimate < 1000
     assert decode("/api/generate", {"model": "m", "prompt": "what is it?", "images": [picture]}).estimate < 1000
     assert 200 < decode("/api/generate", {"model": "m", "prompt": "abcd" * 200}).estimate < 300
+
+
+def everything(make: Any, data: bytes) -> bytes:
+    """What a node's whole answer becomes."""
+    responder = make.responder
+    out: bytes = responder.feed(data)
+    return out + responder.finish()
+
+
+TOOL_CALL = {"function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "", "tool_calls": [TOOL_CALL | {"id": 5}]},
+        {"content": "", "tool_calls": [{"function": {"name": 6, "arguments": {}}}]},
+        {"content": "", "tool_calls": ["f"]},
+        {"content": 5},
+        {"content": "", "thinking": 5},
+    ],
+)
+def test_a_message_of_the_wrong_types_is_nonsense(route: str, stream: bool, message: dict[str, Any]) -> None:
+    data = encoded(chat_lines(["a"], message={"role": "assistant"} | message))
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=stream)), data)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("route", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+def test_a_null_in_a_message_is_an_empty_text(route: str, stream: bool) -> None:
+    call = {"id": None, "function": {"name": None, "arguments": None}}
+    message = {"role": None, "content": None, "thinking": None, "tool_calls": [call]}
+    out = everything(decode(route, body_for(route, stream=stream)), encoded(chat_lines(["a"], message=message)))
+    assert b'"a"' in out
+    if not stream and route != "/v1/messages":
+        value = json.loads(out)
+        assert (value.get("message") or value["choices"][0]["message"])["role"] == "assistant"
+
+
+@pytest.mark.parametrize("route", ["/api/chat", "/v1/chat/completions"])
+def test_a_role_that_is_no_text_is_nonsense(route: str) -> None:
+    message = {"role": 5, "content": "", "tool_calls": [TOOL_CALL]}
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=False)), encoded(chat_lines(["a"], message=message)))
+
+
+@pytest.mark.parametrize("vector", ["[1e39]", "[" + "9" * 400 + "]", '["a"]', "5", '{"a":1}', "null"])
+def test_an_embedding_of_no_floats_is_nonsense(vector: str) -> None:
+    asked = decode("/v1/embeddings", {"model": "m", "input": "x", "encoding_format": "base64"})
+    with pytest.raises(UpstreamNonsense):
+        everything(asked, b'{"embeddings":[%b]}' % vector.encode())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("tokens", [10**30, 2**63, -1, True, "3", None, 1.5])
+def test_a_count_that_no_node_can_have_counts_as_none(route: str, tokens: Any) -> None:
+    made = decode(route, body_for(route, stream=False))
+    everything(made, encoded(chat_lines(["a"], response="", eval_count=tokens, prompt_eval_count=tokens)))
+    assert (made.responder.tokens, made.responder.prompt_tokens) == (0, 0)
+
+
+def test_the_text_of_an_error_that_is_nested_too_deep() -> None:
+    assert upstream_message(b"[" * 60_000).startswith("[[")
+
+
+@pytest.mark.parametrize("done", ['"done": true', '"done" : true', '"done":\ttrue'])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_last_line_of_a_stream_may_have_spaces(done: str, apart: bool) -> None:
+    data = encoded(chat_lines(["a", "b"])).replace(b'"done":true', done.encode())
+    responder = Pass()
+    pieces = data.splitlines(keepends=True) if apart else [data]
+    assert b"".join(map(responder.feed, pieces)) == data
+    assert (responder.done, responder.tokens, responder.prompt_tokens) == (True, 2, 3)
+
+
+def test_lines_with_spaces_throughout_are_counted_alike() -> None:
+    data = b"".join(json.dumps(line).encode() + b"\n" for line in chat_lines(["a", "b"]))
+    responder = Pass()
+    assert fed(responder, data, [10, 50, 150]) == data
+    assert (responder.done, responder.tokens) == (True, 2)
+
+
+def test_an_error_in_band_is_one_wherever_it_stands_in_its_line() -> None:
+    responder = Pass()
+    assert responder.feed(b'{"model":"m","error":"died","done":false}\n') == b""
+    assert responder.error is not None and responder.error.message == "died"
+
+
+def test_blank_lines_after_the_last_one_are_nothing() -> None:
+    responder = Pass()
+    responder.feed(encoded(chat_lines(["a"])))
+    assert responder.feed(b"\n") == b""
+    with pytest.raises(UpstreamNonsense):
+        responder.feed(encoded(chat_lines(["b"])))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [True, False])
+def test_two_objects_in_a_line_are_nonsense(route: str, stream: bool) -> None:
+    lines = [line | {"response": "x"} for line in chat_lines(["a"])]
+    data = encoded(lines)
+    together = data.replace(b"\n", b"", 1)
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=stream)), together)
+    with pytest.raises(UpstreamNonsense):
+        everything(decode(route, body_for(route, stream=stream)), data.replace(b',"done":true', b',\n"done":true'))

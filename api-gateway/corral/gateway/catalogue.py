@@ -80,4 +80,6 @@ def _epoch(text: Any) -> int:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in text.split("-")[0].split("."))
+    # A node's word: "²" is a digit to Python and no number, and one of thousands of digits is refused by int().
+    parts = text[:64].split("-")[0].split(".")
+    return tuple(int(part) if part.isascii() and part.isdecimal() else 0 for part in parts)

@@ -7,6 +7,7 @@ leave.
 
 from __future__ import annotations
 
+import logging
 from time import monotonic, time
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.decode import decode
 from corral.gateway.journal import Then, nothing
 from corral.gateway.listen import ClientConnection
-from corral.gateway.metrics import Pace
+from corral.gateway.metrics import WHOLE, Pace
 from corral.gateway.recover import SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -27,6 +28,8 @@ from corral.wire.errors import ApiError, UpstreamNonsense
 
 if TYPE_CHECKING:
     from corral.gateway.server import Gateway
+
+log = logging.getLogger(__name__)
 
 JSON = b"Content-Type: application/json\r\n"
 
@@ -59,6 +62,8 @@ class Exchange:
     refusal = ""
     pace: Pace | None = None
     _attempt: Attempt | None = None
+    _seen = 0
+    _paused = False
     _node_header = b""
     _rate_headers = b""
     _tail = b""
@@ -104,6 +109,15 @@ class Exchange:
             if not self.path:
                 self.api = api_of(self.target)
             self.refuse(error)
+        except Exception:
+            if self._settled:
+                raise
+            self._broken()
+
+    def _broken(self) -> None:
+        # A fault of the gateway's own: the caller is told, and the request is recorded like any other.
+        log.exception("%s: %s could not be answered", self.request_id, self.path)
+        self.refuse(ApiError(500, "internal_error", "the gateway failed at this request"))
 
     def _health(self) -> None:
         if self.path == "/health":
@@ -152,7 +166,11 @@ class Exchange:
         except ApiError as error:
             self.refuse(error)
             return
-        self._finish_whole(200, JSON, body)
+        except Exception:
+            self._broken()
+            return
+        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
+        self._finish_whole(200, headers, body)
 
     # -- schedule, relay
 
@@ -173,15 +191,21 @@ class Exchange:
 
     def progress(self, out: bytes) -> None:
         """The node sent something; `out` is what of it goes to the caller now."""
-        now = monotonic()
-        self.deadline = now + self.gateway.between_tokens
         assert self.decoded is not None
         responder = self.decoded.responder
-        if self.pace is not None:
-            self.pace.piece(now)
-        elif not self.first_token and responder.started:
-            self.first_token = now
-            self.pace = self.gateway.metrics.first_token(self, now)
+        tokens = responder.tokens
+        first = not self.first_token and responder.started
+        # Bytes alone are no progress: a node that sends blank lines is as silent as one that sends nothing.
+        if first or tokens != self._seen or self.path in WHOLE:
+            self._seen = tokens
+            now = monotonic()
+            if not self._paused:
+                self.deadline = now + self.gateway.between_tokens
+            if first:
+                self.first_token = now
+                self.pace = self.gateway.metrics.first_token(self, now)
+            elif self.pace is not None:
+                self.pace.piece(now)
         if responder.done:
             self._tail += out  # the last bytes leave when the settle record is written
         elif not out:
@@ -195,13 +219,16 @@ class Exchange:
     def answered(self) -> None:
         """The node's answer is whole."""
         attempt, self._attempt = self._attempt, None
-        assert self.decoded is not None
+        assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
         try:
             rest = self._tail + responder.finish()
         except UpstreamNonsense as error:
-            assert attempt is not None
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
+            return
+        except Exception:
+            log.exception("%s: an answer of %s was not understood", self.request_id, attempt.node.name)
+            self.attempt_failed(attempt.node, Failure.NONSENSE, None)
             return
         keep_alive = self.keep_alive
         if self._open:
@@ -250,7 +277,7 @@ class Exchange:
         # A responder lives for one answer, and nothing of this one was sent.
         key = self.key
         assert key is not None
-        self.first_token, self.pace, self._tail = 0.0, None, b""
+        self.first_token, self.pace, self._tail, self._seen = 0.0, None, b"", 0
         try:
             self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
         except ApiError as error:
@@ -314,13 +341,12 @@ class Exchange:
     def check(self, now: float) -> None:
         """End what is past its deadline."""
         attempt = self._attempt
-        if attempt is None:
-            return
         if now - self.arrived >= self.gateway.max_duration:
-            attempt.abandon()
-            self._attempt = None
+            if attempt is not None:
+                attempt.abandon()
+                self._attempt = None
             self._expire()
-        elif now >= self.deadline:
+        elif attempt is not None and not self._paused and now >= self.deadline:
             attempt.timed_out()
 
     def _expire(self) -> None:
@@ -333,10 +359,16 @@ class Exchange:
 
     def pause(self) -> None:
         """The caller's connection is full."""
+        # From here the node waits for the caller, whose own deadline is WRITE_DEADLINE.
         if self._attempt is not None:
+            self._paused = True
             self._attempt.pause()
 
     def resume(self) -> None:
         """The caller's connection takes bytes again."""
         if self._attempt is not None:
+            if self._paused:
+                self._paused = False
+                gateway = self.gateway
+                self.deadline = monotonic() + (gateway.between_tokens if self.first_token else gateway.first_token)
             self._attempt.resume()

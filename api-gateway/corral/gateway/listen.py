@@ -228,7 +228,8 @@ class ClientConnection:
         exchange.keep_alive = parser.should_keep_alive()
         if parser.get_http_version() != "1.1":
             exchange.modern = False
-        if self.exchange is None and not self._closing:
+        # With none running, one of the queue may be about to: what is read now comes after it.
+        if self.exchange is None and not self._queue and not self._closing:
             self._serve(exchange)
         elif len(self._queue) < PIPELINE_MAX:
             self._queue.append(exchange)
@@ -246,15 +247,15 @@ class ClientConnection:
     def reject(self, error: ApiError) -> None:
         """Answer a request that could not be read, and close: what follows cannot be trusted."""
         self._broken = True
-        if self.exchange is None:
+        if self.exchange is None and not self._queue:
             body = errors.render(api_of(self._target), error)
             # The method is known only once the head is whole; who sent half of one named none.
             method = self._parser.get_method() if self._headers_done else b""
             exchange = self.gateway.exchange(self, method, self._target, self._head or self._headers)
             self.gateway.refuse_unread(exchange, error, len(body))
             self.respond(error.status, b"Content-Type: application/json\r\n", body, keep_alive=False)
-        elif self.transport is not None:
-            self._closing = True  # the request that runs is answered first
+        elif self.exchange is not None:
+            self._closing = True  # the request that runs is answered first; or the queue's next, which is about to run
 
     def respond(self, status: int, headers: bytes, body: bytes, keep_alive: bool) -> None:
         """A whole answer; ends the exchange."""

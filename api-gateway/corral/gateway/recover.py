@@ -89,7 +89,8 @@ def classify(status: int, proxied: bool, message: str) -> Failure:
     if proxied:
         # 502 and 504 mean that the request had reached the node.
         return Failure.RESET if status == 502 else Failure.TIMEOUT if status == 504 else Failure.CONNECT
-    # Ollama answers a wrong option with 500: the caller's error under a 5xx.
-    if status < 500 or message.startswith(("option ", "invalid option")):
+    # Ollama answers a wrong option with 500: the caller's error under a 5xx. No other status than these is its word on
+    # a request: a redirect, a 401 or a 429 comes from a node that is set up wrongly, or is none.
+    if status in (400, 404) or (status >= 500 and message.startswith(("option ", "invalid option"))):
         return Failure.CALLER
     return Failure.NODE

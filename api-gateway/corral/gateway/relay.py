@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
@@ -12,6 +13,8 @@ from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
+
+log = logging.getLogger(__name__)
 
 ERROR_BODY_MAX = 64 << 10
 NO_SUCH_NODE = b"no-such-node"
@@ -95,6 +98,11 @@ class Attempt:
             out = responder.feed(data)
         except UpstreamNonsense as error:
             self._fail(Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
+            return
+        except Exception:
+            # Whatever a node sends, the request ends: nothing else would give back its place and its lease.
+            log.exception("%s: an answer of %s was not understood", self._exchange.request_id, self.node.name)
+            self._fail(Failure.NONSENSE)
             return
         if responder.error is not None:
             # In band, under status 200: the model's runner died, or refused in mid-answer.

@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 
-from corral.wire.common import LINE_MAX, count, decode_line, encode
+from corral.wire.common import LINE_MAX, count, decode_line, encode, text
 from corral.wire.errors import ApiError, UpstreamNonsense
 from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
 DONE = b'"done":true'
-ERROR = b'{"error"'
+GOES_ON = b'"done":false'
+ERROR = b'"error"'
 OBJECT_MAX = 256 << 20
 
 
@@ -29,8 +30,9 @@ def in_band_error(text: Any) -> ApiError:
 class Pass:
     """A streamed native answer: whole lines go through as they are.
 
-    A quote within a JSON string is escaped, so the bytes of `DONE` stand in a line's own fields alone; the line that
-    has them, and only that one, is parsed.
+    A quote within a JSON string is escaped, so the bytes of `GOES_ON`, `DONE` and `ERROR` stand for fields alone. Lines
+    that each have the first and neither of the others, as Ollama writes them, need no closer look; all others are
+    parsed.
     """
 
     __slots__ = ("_rest", "content_type", "done", "error", "prompt_tokens", "started", "stream", "tokens")
@@ -54,12 +56,17 @@ class Pass:
             if not data:
                 return b""
             data += b"\n"
-        if self.done:
-            raise UpstreamNonsense("lines after the last one")
-        if DONE in data or ERROR in data or not data.startswith(b'{"model"'):
+        lines = data.count(b"\n")
+        if (
+            self.done
+            or data.count(GOES_ON) != lines
+            or DONE in data
+            or ERROR in data
+            or not data.startswith(b'{"model"')
+        ):
             return self._closely(data)
         self.started = True
-        self.tokens += data.count(b"\n")
+        self.tokens += lines
         return data
 
     def _closely(self, data: bytes) -> bytes:
@@ -92,6 +99,8 @@ class Pass:
 
 
 _chat_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
+_chat_line: Callable[[bytes], Any] = msgspec.json.Decoder(ChatLine).decode
+_generate_line: Callable[[bytes], Any] = msgspec.json.Decoder(GenerateLine).decode
 _generate_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
 _EMPTY = b'"message":{"role":"assistant","content":""}'
 
@@ -149,7 +158,12 @@ class Whole:
             self.tokens += 1
             if line.done or line.rendered is not UNSET:
                 self.done = True
-                self.last = data.rstrip().rpartition(b"\n")[2]
+                self.last = last = data.rstrip().rpartition(b"\n")[2]
+                try:
+                    # By itself: several objects in one line, or one over several, would go to the caller as they are.
+                    _ = _chat_line(last) if self._chat else _generate_line(last)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    raise UpstreamNonsense(f"a last line that is no object: {last[:80]!r}") from None
                 self.prompt_tokens, self.tokens = count(line.prompt_eval_count), count(line.eval_count)
         return b""
 
@@ -158,17 +172,17 @@ class Whole:
         whole = decode_line(self.last)
         if RENDERED in whole:
             return whole
-        text, thinking = "".join(self._text), "".join(self._thinking)
+        content, thinking = "".join(self._text), "".join(self._thinking)
         if self._chat:
-            role = (whole.get("message") or {}).get("role", "assistant")
-            message: dict[str, Any] = {"role": role, "content": text}
+            role = text((whole.get("message") or {}).get("role")) or "assistant"
+            message: dict[str, Any] = {"role": role, "content": content}
             if thinking:
                 message["thinking"] = thinking
             if self._tool_calls:
                 message["tool_calls"] = list(self._tool_calls)
             whole["message"] = message
         else:
-            whole["response"] = text
+            whole["response"] = content
             if thinking:
                 whole["thinking"] = thinking
             if self._tool_calls:

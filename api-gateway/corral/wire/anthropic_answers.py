@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from corral.wire import answers
-from corral.wire.common import Lines, count, decode_line, encode
+from corral.wire.common import Lines, count, decode_line, encode, text
 from corral.wire.errors import ApiError, UpstreamNonsense
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -18,11 +18,12 @@ def stop_reason(line: dict[str, Any], called: bool) -> str:
 
 def _calls(part: dict[str, Any]) -> list[tuple[str, str, Any]]:
     made: list[tuple[str, str, Any]] = []
-    for call in part.get("tool_calls") or []:
+    calls = part.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise UpstreamNonsense("a tool call without a function")
-        made.append((call.get("id", ""), function.get("name", ""), function.get("arguments") or {}))
+        made.append((text(call.get("id")), text(function.get("name")), function.get("arguments") or {}))
     return made
 
 
@@ -130,10 +131,10 @@ class EventStream:
     def _part(self, part: dict[str, Any], out: list[bytes]) -> None:
         if part.get("thinking"):
             self._open("thinking", {"type": "thinking", "thinking": ""}, out)
-            self._delta({"type": "thinking_delta", "thinking": part["thinking"]}, out)
+            self._delta({"type": "thinking_delta", "thinking": text(part["thinking"])}, out)
         if part.get("content"):
             self._open("text", {"type": "text", "text": ""}, out)
-            self._delta({"type": "text_delta", "text": part["content"]}, out)
+            self._delta({"type": "text_delta", "text": text(part["content"])}, out)
         for identity, name, given in _calls(part):
             self._close(out)
             self._called = True

@@ -19,6 +19,7 @@ MESSAGES_MAX = 2048
 IMAGES_MAX = 16
 TOOLS_MAX = 128
 LINE_MAX = 1 << 20
+COUNT_MAX = (1 << 31) - 1
 
 BRACKETS_MAX = 100_000
 
@@ -158,8 +159,21 @@ def decode_line(line: bytes) -> dict[str, Any]:
 
 
 def count(value: Any) -> int:
-    """A token count of a node; anything but a whole number from 0 counts as none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+    """A token count of a node; anything but a whole number from 0 to `COUNT_MAX` counts as none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= COUNT_MAX else 0
+
+
+def text(value: Any) -> str:
+    """A string of a node's line; null counts as none.
+
+    Raises:
+        UpstreamNonsense: it is something else.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UpstreamNonsense(f"no text where one belongs: {type(value).__name__}")
+    return value
 
 
 class Lines:

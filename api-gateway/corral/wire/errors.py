@@ -96,7 +96,7 @@ def upstream_message(body: bytes) -> str:
     """The text of an error that a node answered with."""
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return body[:200].decode("utf-8", "replace").strip() or "no reason given"
     error = value.get("error") if isinstance(value, dict) else None
     if isinstance(error, dict):

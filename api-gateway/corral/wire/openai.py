@@ -15,7 +15,7 @@ import msgspec
 from corral.wire import bodies, native
 from corral.wire import options as opts
 from corral.wire.bodies import Body
-from corral.wire.common import Decoded, PolicyOf, encode, read, require_model
+from corral.wire.common import Decoded, PolicyOf, check_depth, encode, read, require_model
 from corral.wire.errors import bad_request
 from corral.wire.openai_answers import ChatStream, ChatWhole, CompletionStream, CompletionWhole, EmbeddingList
 
@@ -234,6 +234,7 @@ def messages(given: list[Message]) -> list[bodies.Message]:
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
+    check_depth(call.function.arguments.encode())
     try:
         arguments = msgspec.json.decode(call.function.arguments)
     except msgspec.DecodeError:

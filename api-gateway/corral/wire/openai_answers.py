@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import struct
 import time
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
 from corral.wire import answers
-from corral.wire.common import Lines, count, decode_line, encode
+from corral.wire.common import Lines, count, decode_line, encode, text
 from corral.wire.errors import ApiError, UpstreamNonsense
 
 FINGERPRINT = "fp_ollama"
@@ -27,10 +28,10 @@ def tool_calls(calls: Any) -> list[dict[str, Any]]:
         arguments = msgspec.json.encode(function.get("arguments") or {}).decode()
         made.append(
             {
-                "id": call.get("id", ""),
+                "id": text(call.get("id")),
                 "index": function.get("index", 0),
                 "type": "function",
-                "function": {"name": function.get("name", ""), "arguments": arguments},
+                "function": {"name": text(function.get("name")), "arguments": arguments},
             }
         )
     return made
@@ -44,9 +45,9 @@ def usage_of(line: dict[str, Any]) -> dict[str, int]:
 
 def message_of(part: dict[str, Any], role: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
     """A message or delta; what is empty is left out, as Ollama does, but for the content."""
-    message: dict[str, Any] = {"role": role, "content": part.get("content", "")}
+    message: dict[str, Any] = {"role": role, "content": text(part.get("content"))}
     if part.get("thinking"):
-        message["reasoning"] = part["thinking"]
+        message["reasoning"] = text(part["thinking"])
     if calls:
         message["tool_calls"] = calls
     return message
@@ -148,14 +149,14 @@ class CompletionStream(Stream):
     __slots__ = ()
 
     def chunk(self, value: dict[str, Any]) -> dict[str, Any]:
-        text = value.get("response")
-        if not isinstance(text, str):
+        response = value.get("response")
+        if not isinstance(response, str):
             raise UpstreamNonsense("a line without a response")
         event: dict[str, Any] = {
             "id": self.identity,
             "object": "text_completion",
             "created": int(time.time()),
-            "choices": [{"text": text, "index": 0, "finish_reason": value.get("done_reason") or None}],
+            "choices": [{"text": response, "index": 0, "finish_reason": value.get("done_reason") or None}],
             "model": value.get("model", ""),
             "system_fingerprint": FINGERPRINT,
         }
@@ -188,7 +189,7 @@ class ChatWhole(answers.Whole):
         calls = tool_calls(part.get("tool_calls"))
         choice: dict[str, Any] = {
             "index": 0,
-            "message": message_of(part, part.get("role", "assistant"), calls),
+            "message": message_of(part, text(part.get("role")) or "assistant", calls),
             "finish_reason": "tool_calls" if calls else value.get("done_reason") or None,
         }
         if value.get("logprobs"):
@@ -262,9 +263,10 @@ class EmbeddingList(answers.Object):
         return encode({"object": "list", "data": data, "model": self._model, "usage": usage})
 
     def _form(self, vector: Any) -> Any:
-        if not self._base64:
-            return vector
-        try:
-            return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-        except (struct.error, TypeError):
-            raise UpstreamNonsense("an embedding that is no list of numbers") from None
+        if isinstance(vector, list):
+            if not self._base64:
+                return vector
+            # A number that is too large for a float32 is an OverflowError.
+            with suppress(struct.error, TypeError, OverflowError):
+                return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        raise UpstreamNonsense("an embedding that is no list of numbers")
