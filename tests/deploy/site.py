@@ -86,7 +86,8 @@ class Site:
 
     def init(self) -> str:
         """scripts/compose-init, with ports that are free here."""
-        first = self.do("scripts/compose-init")
+        free = " ".join(f"{name}={port}" for name, port in self.ports.items())
+        first = self.do(f"{free} scripts/compose-init")
         env = self.folder / ".env"
         text = env.read_text()
         if "_PORT=" not in re.sub(r"^#.*$", "", text, flags=re.MULTILINE):
