@@ -245,10 +245,13 @@ def _welcome(made: Plan, state: StateFolder) -> dict[str, Any]:
     model = ready.first_model(made)
     ready.until("the gateway knows key and model", lambda: _knows(made.url, key or admin, model), 20.0)
     shown = key or "$CORRAL_KEY"
-    curl = (
-        f"curl {made.url}/api/chat -H 'Authorization: Bearer {shown}' "
-        f"""-d '{{"model": "{model or "MODEL"}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
-    )
+    # A small model may never come to an end by itself.
+    body = {
+        "model": model or "MODEL",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "options": {"num_predict": 64},
+    }
+    curl = f"curl {made.url}/api/chat -H 'Authorization: Bearer {shown}' -d '{json.dumps(body)}'"
     if key is None:
         curl = curl.replace("'Authorization: Bearer $CORRAL_KEY'", '"Authorization: Bearer $CORRAL_KEY"')
     return {"key": key, "model": model, "curl": curl}
