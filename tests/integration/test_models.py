@@ -54,7 +54,8 @@ def test_apply_pulls_verifies_and_loads_as_requests_need_it(here: Site, source: 
 
     applied = here.corral("models", "apply", "--yes")
     assert (applied.returncode, applied.stdout) == (0, "done\n"), applied.stderr
-    assert "100%" in applied.stderr and "98.4 MB of 98.4 MB" in applied.stderr
+    # How far a pull is stands in the tests with a slow registry: this one may be over before anybody asks.
+    assert applied.stderr.count(f"done ({source.first})") == 2, applied.stderr
     for node in (first, second):
         assert digests(node.url) == {MODEL: source.first}
         (loaded,) = resident(node.url)
