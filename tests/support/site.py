@@ -138,7 +138,9 @@ class Site:
     def start(self, *arguments: str) -> Command:
         """The same, not waited for."""
         key = (self._folder / "state/admin.key").read_text().strip()
-        return Command(arguments, {"CORRAL_URL": self.running.url, "CORRAL_ADMIN_KEY": key})
+        command = Command(arguments, {"CORRAL_URL": self.running.url, "CORRAL_ADMIN_KEY": key})
+        self._exits.callback(command.kill)
+        return command
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         """Ask the admin API to do something."""

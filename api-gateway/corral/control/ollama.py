@@ -151,9 +151,9 @@ async def _beginning(answer: httpx.Response) -> bytes:
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines that are not empty, each shorter than LINE bytes."""
+    """Lines that are not empty, each shorter than LINE bytes, as they come."""
     rest = b""
-    async for chunk in answer.aiter_bytes(LINE):
+    async for chunk in answer.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if line.strip():

@@ -88,8 +88,8 @@ class Scheduler:
             self._expire(entry)
 
     def listing(self) -> list[dict[str, Any]]:
-        """The entries of /api/ps, the longest-lived first."""
-        order = sorted(self._loaded.values(), key=lambda entry: -entry.session)
+        """The entries of /api/ps, the longest-lived first. As with Ollama, a model that loads is not among them yet."""
+        order = sorted((entry for entry in self._loaded.values() if entry.ready), key=lambda entry: -entry.session)
         return [_process(entry) for entry in order]
 
     async def close(self) -> None:

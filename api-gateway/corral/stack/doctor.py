@@ -97,6 +97,9 @@ def _processes(state: StateFolder) -> Iterator[Finding]:
         if process["statename"] == "RUNNING":
             seconds = int(process["now"] - process["start"])
             yield Finding(name, "ok", f"pid {process['pid']}, for {seconds} s")
+        elif process["statename"] == "STARTING":
+            # So the supervisor calls what has run for less than a second: an upgrade's or a crash's first one.
+            yield Finding(name, "warning", f"pid {process['pid']} has begun just now", "run `corral doctor` again")
         else:
             seen = f"{process['statename'].lower()} {process['spawnerr']}".strip()
             yield Finding(name, "problem", seen, f"see `corral logs --program {name}`")
