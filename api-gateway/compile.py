@@ -36,6 +36,7 @@ MODULES = (
     "store/keys.py",
     "store/limits.py",
     "store/spool.py",
+    "store/valkey.py",
     "wire/answers.py",
     "wire/anthropic_answers.py",
     "wire/common.py",

@@ -225,8 +225,9 @@ class ClientConnection:
         if self._pieces:
             exchange.body = b"".join(self._pieces)
             self._pieces, self._body_bytes = [], 0
-        exchange.keep_alive = parser.should_keep_alive()
-        if parser.get_http_version() != "1.1":
+        exchange.keep_alive = keep_alive = parser.should_keep_alive()
+        # Only what closes or says how to go on can be HTTP/1.0; asking the parser costs as much as finding the route.
+        if (not keep_alive or b"connection" in self._head) and parser.get_http_version() != "1.1":
             exchange.modern = False
         # With none running, one of the queue may be about to: what is read now comes after it.
         if self.exchange is None and not self._queue and not self._closing:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
 from corral.gateway.recover import Failure, classify
-from corral.gateway.upstream import UpstreamConnection
+from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.wire.common import Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 
@@ -20,7 +20,7 @@ ERROR_BODY_MAX = 64 << 10
 NO_SUCH_NODE = b"no-such-node"
 
 
-class Attempt:
+class Attempt(Handler):
     """A request on a node; tells the exchange how it goes until it is over."""
 
     __slots__ = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import itertools
 import re
 import secrets
 import time
@@ -16,7 +15,7 @@ from corral.gateway import settle
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
-from corral.gateway.journal import Journal, nothing
+from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
 from corral.gateway.recover import RetryBudget
@@ -66,7 +65,7 @@ class Gateway:
         self.idle = asyncio.Event()
         self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
         self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
-        self._numbers = itertools.count(1)
+        self._number = 0
 
     # -- for connections and exchanges
 
@@ -103,9 +102,14 @@ class Gateway:
                 record_id = edge_id.decode()
             forwarded = headers.get(b"x-forwarded-for")
             if forwarded is not None:
-                address = forwarded.rpartition(b",")[2].strip().decode("latin-1")[:64]
+                if b"," in forwarded:
+                    forwarded = forwarded.rpartition(b",")[2].strip()
+                address = forwarded.decode("latin-1")
+                if len(address) > 64:
+                    address = address[:64]
         if not record_id:
-            record_id = f"{self._prefix}{next(self._numbers):x}"
+            self._number += 1
+            record_id = self._prefix + str(self._number)
         shown = headers.get(b"x-request-id")
         request_id = shown.decode() if shown is not None and _REQUEST_ID(shown) else record_id
         return record_id, request_id, address
@@ -125,7 +129,7 @@ class Gateway:
         """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
         record = settle.settled(exchange, error.status, "refused", sent, time.monotonic())
         self.metrics.settled(exchange, record)
-        self.journal.record(record, nothing, access=True)
+        self.journal.record(record, NOBODY, access=True)
 
     # -- for its life (corral.gateway.life)
 

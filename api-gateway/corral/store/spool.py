@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import re
 import struct
@@ -80,12 +79,14 @@ def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         position = end
 
 
-def whole_frames(data: bytes | mmap.mmap) -> int:
+def whole_frames(data: bytes) -> int:
     """Length of the longest prefix of `data` that ends on a frame's end."""
-    position = 0
-    while position + HEADER.size <= len(data):
-        end = position + HEADER.size + HEADER.unpack_from(data, position)[0]
-        if end > len(data):
+    position, size = 0, len(data)
+    while position + 8 <= size:
+        # By hand: compiled, this is a tenth of an unpack, and each record passes here once more on its way to control.
+        end = position + 8 + data[position] + (data[position + 1] << 8) + (data[position + 2] << 16)
+        end += data[position + 3] << 24
+        if end > size:
             break
         position = end
     return position

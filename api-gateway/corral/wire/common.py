@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,26 +34,28 @@ _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _UPSTREAM_FIELDS = frozenset(Body.__struct_fields__)
 
 
-class Responder(Protocol):
-    """Translates one answer of a node for the caller.
+class Responder:
+    """Translates one answer of a node for the caller. A base, since compiled code knows where its attributes are.
 
     ``started``: a first token, or the end, was seen. ``done``: the last line was seen. ``error``: the node sent an
     error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``.
     """
 
-    content_type: str
-    stream: bool
-    started: bool
-    done: bool
-    error: ApiError | None
-    prompt_tokens: int
-    tokens: int
+    content_type = "application/json"
+    stream = False
+    started = False
+    done = False
+    error: ApiError | None = None
+    prompt_tokens = 0
+    tokens = 0
 
     def feed(self, data: bytes) -> bytes:
         """Bytes of the node's body in, in any cut; bytes for the caller out. Raises UpstreamNonsense."""
+        raise NotImplementedError
 
     def finish(self) -> bytes:
         """After the node's orderly end: the tail of a stream, or the whole JSON body."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True)
