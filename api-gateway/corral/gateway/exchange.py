@@ -284,14 +284,21 @@ class Exchange(Waiter):
         self._dispatch(monotonic())
 
     def _head(self, content_type: str) -> bytes:
-        return b"Content-Type: %b\r\nX-Request-ID: %b\r\n%bX-Corral-Attempts: %d\r\nX-Corral-Queue-Ms: %d\r\n%b" % (
+        parts = (
+            b"Content-Type: ",
             content_type.encode(),
+            b"\r\nX-Request-ID: ",
             self.request_id.encode(),
+            b"\r\n",
             self._node_header,
-            self.attempts,
-            self.queue_ms,
+            b"X-Corral-Attempts: ",
+            str(self.attempts).encode(),
+            b"\r\nX-Corral-Queue-Ms: ",
+            str(int(self.queue_ms)).encode(),
+            b"\r\n",
             self._rate_headers,
         )
+        return b"".join(parts)
 
     # -- the end
 

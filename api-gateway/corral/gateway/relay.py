@@ -69,18 +69,20 @@ class Attempt(Handler):
         self._connection = connection
         exchange = self._exchange
         decoded = self._decoded
-        connection.send(
-            b"POST %b HTTP/1.1\r\nHost: nodes\r\n%bX-Request-ID: %b\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-            % (
-                decoded.upstream_path,
-                self.node.header,
-                exchange.request_id.encode(),
-                len(decoded.body),
-                decoded.body,
-            ),
-            self,
+        body = decoded.body
+        parts = (
+            b"POST ",
+            decoded.upstream_path,
+            b" HTTP/1.1\r\nHost: nodes\r\n",
+            self.node.header,
+            b"X-Request-ID: ",
+            exchange.request_id.encode(),
+            b"\r\nContent-Type: application/json\r\nContent-Length: ",
+            str(len(body)).encode(),
+            b"\r\n\r\n",
+            body,
         )
+        connection.send(b"".join(parts), self)
 
     # -- the answer
 

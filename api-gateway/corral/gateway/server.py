@@ -38,6 +38,7 @@ class Gateway:
         self.loop = loop
         self.name = gateway.name
         self.max_body = gateway.max_body
+        self.max_body_digits = len(str(gateway.max_body))
         self.max_duration = gateway.max_duration
         self.first_token = gateway.first_token
         self.between_tokens = gateway.between_tokens
