@@ -178,8 +178,7 @@ class Exchange(Waiter):
         except Exception:
             self._broken()
             return
-        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
-        self._finish_whole(200, headers, body)
+        self._finish_whole(200, self._own_head(), body)
 
     # -- schedule, relay
 
@@ -236,7 +235,7 @@ class Exchange(Waiter):
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
             return
         except Exception:
-            log.exception("%s: an answer of %s was not understood", self.request_id, attempt.node.name)
+            self.not_understood(attempt.node)
             self.attempt_failed(attempt.node, Failure.NONSENSE, None)
             return
         if self._open:
@@ -244,6 +243,10 @@ class Exchange(Waiter):
         else:
             ending = STREAM if responder.stream else RESPOND
             self._settle(200, "ok", ending, self._head(responder.content_type), rest)
+
+    def not_understood(self, node: Node) -> None:
+        """Log the fault, the gateway's own or the node's, that is being handled."""
+        log.exception("%s: an answer of %s was not understood", self.request_id, node.name)
 
     def attempt_failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
         """Step 8. The attempt is over and gave back its place on the node."""
@@ -300,11 +303,14 @@ class Exchange(Waiter):
         )
         return b"".join(parts)
 
+    def _own_head(self) -> bytes:
+        return b"".join((JSON, b"X-Request-ID: ", self.request_id.encode(), b"\r\n", self._rate_headers))
+
     # -- the end
 
     def refuse(self, error: ApiError) -> None:
         """Answer with an error; nothing was sent before."""
-        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
+        headers = self._own_head()
         if error.retry_after is not None:
             headers += b"Retry-After: %d\r\n" % error.retry_after
         if error.status == 401:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
@@ -13,8 +12,6 @@ from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
-
-log = logging.getLogger(__name__)
 
 ERROR_BODY_MAX = 64 << 10
 NO_SUCH_NODE = b"no-such-node"
@@ -103,7 +100,7 @@ class Attempt(Handler):
             return
         except Exception:
             # Whatever a node sends, the request ends: nothing else would give back its place and its lease.
-            log.exception("%s: an answer of %s was not understood", self._exchange.request_id, self.node.name)
+            self._exchange.not_understood(self.node)
             self._fail(Failure.NONSENSE)
             return
         if responder.error is not None:
