@@ -19,14 +19,17 @@ from sqlalchemy import Connection, select
 from corral.config.settings import ModelSettings
 from corral.control.prober import Fleet
 from corral.store.database import Database
-from corral.store.tables import key_verifiers, keys
+from corral.store.tables import disabled_models, key_verifiers, keys, tenants
 from corral.store.valkey import Valkey, ValkeyDown
 
 CHANNEL = b"corral:snapshot"
 PRESENT = 3.0
 FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
-FIELDS = ("id", "name", "tenant", "role", "models", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
+FIELDS = (
+    *("id", "name", "tenant", "role", "models", "networks"),
+    *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "expires"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,9 @@ class Hub:
         self._keys_digest = b""
         self._rows: list[tuple[dict[str, Any], list[tuple[str, float | None]]]] = []
         self._verifier_ends = math.inf
-        self._tenants: dict[str, str] = {}
+        self._tenants: list[dict[str, Any]] = []
+        self._disabled: list[str] = []
+        self._owners: dict[str, str] = {}
         self.number = 0
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._arrived = asyncio.Condition()
@@ -75,10 +80,10 @@ class Hub:
         self._catalogue = [model.model_dump(mode="json") for model in catalogue]
 
     async def reload(self) -> int:
-        """Read the keys again after they changed; the number of the snapshot that has them."""
+        """Read keys, tenants and disabled models again after they changed; the number of the snapshot with them."""
         async with self._loading:
-            self._rows = await self._database.read(_read_keys)
-            self._tenants = {row["id"]: row["tenant"] for row, _ in self._rows}
+            self._rows, self._tenants, self._disabled = await self._database.read(_read)
+            self._owners = {row["id"]: row["tenant"] for row, _ in self._rows}
             self._build_keys()
             self.refresh()
         return self.number
@@ -91,7 +96,7 @@ class Hub:
             [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
             for node in self._fleet.members.values()
         ]
-        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue])
+        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue, self._tenants, self._disabled])
         version = hashlib.sha256(content).hexdigest()[:16]
         if version != self.version:
             self.number += 1
@@ -106,7 +111,14 @@ class Hub:
         """The snapshot as JSON."""
         nodes = [node.entry() for node in self._fleet.members.values()]
         return msgspec.json.encode(
-            {"version": self.version, "keys": self._keys, "nodes": nodes, "models": self._catalogue}
+            {
+                "version": self.version,
+                "keys": self._keys,
+                "tenants": self._tenants,
+                "nodes": nodes,
+                "models": self._catalogue,
+                "disabled": self._disabled,
+            }
         )
 
     def look_up(self, key_id: str) -> tuple[dict[str, Any], list[tuple[str, float | None]]] | None:
@@ -132,7 +144,7 @@ class Hub:
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""
-        return self._tenants.get(key_id)
+        return self._owners.get(key_id)
 
     async def acknowledged(self, number: int, within: float) -> tuple[list[str], list[str]]:
         """Wait until every gateway has snapshot `number` or a later one: names of those that have, and have not."""
@@ -185,6 +197,13 @@ class Hub:
             log.warning("the change was not published: %s", error)
 
 
+def _read(connection: Connection) -> tuple[list[Any], list[dict[str, Any]], list[str]]:
+    """Keys with their verifiers, tenants, and the names of disabled models."""
+    owners = [dict(row) for row in connection.execute(select(tenants).order_by(tenants.c.name)).mappings()]
+    off = connection.execute(select(disabled_models.c.name).order_by(disabled_models.c.name)).scalars()
+    return _read_keys(connection), owners, list(off)
+
+
 def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[str, float | None]]]]:
     proofs: dict[str, list[tuple[str, float | None]]] = {}
     proof = key_verifiers.c
@@ -192,6 +211,6 @@ def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[
         proofs.setdefault(row.key_id, []).append((row.verifier, row.expires))
     found = []
     for row in connection.execute(select(keys).order_by(keys.c.id)).mappings():
-        entry = {name: row[name] for name in (*FIELDS, "class", "expires")}
+        entry = {name: row[name] for name in FIELDS}
         found.append(({**entry, "revoked": row["revoked"] is not None}, proofs.get(row["id"], [])))
     return found
