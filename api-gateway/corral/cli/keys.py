@@ -11,7 +11,10 @@ from corral.cli import common
 from corral.cli.common import Admin, rows, segment
 from corral.config.values import duration
 
-_COLUMNS = ("id", "name", "role", "tenant", "models", "networks", "rpm", "concurrency", "class", "expires", "last_used", "revoked")
+_COLUMNS = (
+    *("id", "name", "role", "tenant", "models", "networks", "rpm", "concurrency", "class"),
+    *("expires", "last_used", "revoked"),
+)
 
 
 class Span(click.ParamType):
@@ -92,9 +95,7 @@ def rotate(id: str, overlap: float, as_json: bool, state: str | None) -> None:
 def revoke(id: str, as_json: bool, state: str | None) -> None:
     """End a key; every gateway knows within a second."""
     done = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/revoke")
-    late = done.get("gateways", {}).get("pending", [])
-    text = f"revoked {id}" + (f"; not yet acknowledged by {', '.join(late)}" if late else "")
-    common.emit(done, as_json, lambda: text)
+    common.emit(done, as_json, lambda: f"revoked {id}{common.late(done)}")
 
 
 def _shown(key: dict[str, Any]) -> dict[str, Any]:

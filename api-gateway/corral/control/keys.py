@@ -19,11 +19,11 @@ from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.scope import ROLES, Scope, excess
+from corral.control.snapshot import ACKNOWLEDGE
 from corral.store import keys as keytext
 from corral.store import tenants
 from corral.store.tables import key_verifiers, keys
 
-ACKNOWLEDGE = 1.0
 OVERLAP = 86400.0
 LATEST = datetime(3000, 1, 1, tzinfo=UTC).timestamp()
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from ipaddress import ip_network
 from typing import Any
+
+from corral.store.keys import Network, allows
 
 ROLES = ("inference", "operator", "admin")
 """From the least to the most: each may what those before it may."""
 LIMITS = ("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Scope:
             role=row["role"],
             tenant=row["tenant"],
             models=tuple(row["models"]),
-            networks=tuple(ipaddress.ip_network(one) for one in row["networks"] or ()),
+            networks=tuple(ip_network(one) for one in row["networks"] or ()),
             expires=math.inf if row["expires"] is None else row["expires"],
             batch=row["class"] == "batch",
             limits={name: row[name] for name in LIMITS},
@@ -45,16 +45,6 @@ class Scope:
     def from_here(self, address: str) -> bool:
         """Whether it may be used from an address; from one that is none only if it may be used from anywhere."""
         return not self.networks or allows(self.networks, address)
-
-
-def allows(networks: Sequence[Network], address: str) -> bool:
-    """Whether an address is in one of the networks; an IPv4 address in IPv6's clothes counts as what it is."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return any(parsed in network for network in networks)
 
 
 def excess(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> str | None:

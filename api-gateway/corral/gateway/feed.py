@@ -77,6 +77,13 @@ class Feed:
                         await self._wake.wait()
                 self._wake.clear()
 
+    async def leave(self) -> None:
+        """Tell control that this gateway ends: nobody need wait for it, or wonder whether it heard."""
+        headers = self._headers | self._tell() | {"X-Corral-Leaving": "1"}
+        with contextlib.suppress(httpx.HTTPError, OSError):
+            async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
+                await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
+
     async def _poll(self, client: httpx.AsyncClient) -> None:
         headers = self._headers | self._tell()
         response = await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
