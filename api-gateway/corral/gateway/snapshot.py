@@ -12,6 +12,7 @@ from corral.wire.options import ModelPolicy
 class Snapshot:
     """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
 
+    ``disabled`` are models that nobody may use for now, by canonical name.
     ``known``: some node ever told its models; before that, nothing can be said to be missing.
     """
 
@@ -24,6 +25,7 @@ class Snapshot:
         self.nodes: dict[str, Node] = {}
         self.policies: dict[str, ModelPolicy] = {}
         self.held: frozenset[str] = frozenset()
+        self.disabled: frozenset[str] = frozenset()
         self.known = False
 
     def apply(self, data: dict[str, Any]) -> None:
@@ -49,6 +51,7 @@ class Snapshot:
             canonical_name(model["name"]): ModelPolicy.from_entry(model) for model in data.get("models") or []
         }
         self.held = frozenset(name for node in nodes.values() for name in node.held)
+        self.disabled = frozenset(data.get("disabled") or ())
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
 
