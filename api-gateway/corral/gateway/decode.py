@@ -15,7 +15,7 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
     Raises:
         ApiError: 400 naming the field; 404 for a model that no node holds or the key may not use.
     """
-    decoded = DECODERS[route](body, request_id, snapshot.policy)
+    decoded = DECODERS[route](body, request_id, snapshot.policy, snapshot.caps)
     authorize(key, decoded.model)
     if snapshot.known and canonical_name(decoded.model) not in snapshot.held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")

@@ -26,6 +26,7 @@ from corral.gateway.upstream import Upstreams
 from corral.store import keys, leases
 from corral.store.limits import ADMIT, Limits
 from corral.store.valkey import Valkey
+from corral.wire.common import Caps
 from corral.wire.errors import ApiError
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
@@ -49,7 +50,7 @@ class Gateway:
         token = settings.auth.internal_token_file.read_text().strip()
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
         default = settings.limits.default
-        self.snapshot = Snapshot(default.rpm, default.concurrency)
+        self.snapshot = Snapshot(default.rpm, default.concurrency, Caps(**gateway.request.model_dump()))
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
