@@ -17,13 +17,16 @@ from corral.config.values import (
     BaseUrl,
     DatabaseUrl,
     Duration,
+    HostPattern,
     Listen,
     ListenOrNone,
     Name,
     Network,
+    Origin,
     RedisUrl,
     Size,
     Whole,
+    loopback,
 )
 
 
@@ -173,13 +176,21 @@ class EdgeSettings(Section):
     plaintext: bool = Field(False, description="Allow plain HTTP beyond loopback.")
     tls_port: Whole = Field(8443, ge=1, le=65535, description="Port of TLS, where there is a certificate.")
     certificate: Path | None = Field(None, description="PEM file of certificate chain and key.")
+    hosts: tuple[HostPattern, ...] = Field(
+        (),
+        description="Names it is called by (*.example.com: all under it; *: any), beside addresses and local names. "
+        "None given: only those on loopback, any beyond.",
+    )
+    origins: tuple[Origin, ...] = Field(
+        (), description="Web pages, by origin, that may read its answers (CORS); with any given, others get a 403."
+    )
     ollama: Listen | None = Field(
         None, description="A front end of the nodes that asks no key: for loopback or an internal network."
     )
 
     @model_validator(mode="after")
     def _keys_stay_private(self) -> EdgeSettings:
-        if not self.plaintext and not (self.host in ("localhost", "::1") or self.host.startswith("127.")):
+        if not self.plaintext and not loopback(self.host):
             raise ValueError("keys would cross the network in clear text: edge.plaintext: true allows that")
         return self
 

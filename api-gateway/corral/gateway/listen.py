@@ -28,7 +28,7 @@ WRITE_BUFFER = 64 << 10
 
 
 _ONCE = frozenset((b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id"))
-_SPECIAL = frozenset((b"upgrade", b"content-encoding", b"expect"))
+_SPECIAL = frozenset((b"upgrade", b"content-encoding", b"expect", b"transfer-encoding"))
 
 
 class ClientConnection:
@@ -192,6 +192,9 @@ class ClientConnection:
             raise ApiError(400, "bad_request", "protocol upgrades are not served here")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "unsupported_encoding", "a compressed body is not accepted: send it plain")
+        # The parser takes any list that ends in chunked; what else is in it would have to be undone here.
+        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            raise ApiError(400, "bad_request", "of transfer codings, chunked alone is served here")
         if headers.get(b"expect", b"").lower() == b"100-continue" and self.transport is not None:
             self.transport.write(http1.CONTINUE)
 
@@ -227,7 +230,10 @@ class ClientConnection:
             self._pieces, self._body_bytes = [], 0
         exchange.keep_alive = parser.should_keep_alive()
         if parser.get_http_version() != "1.1":
+            self._old(parser.get_http_version())
             exchange.modern = False
+        elif b"host" not in self._head:
+            raise ApiError(400, "bad_request", "a request of HTTP/1.1 names its host")
         # With none running, one of the queue may be about to: what is read now comes after it.
         if self.exchange is None and not self._queue and not self._closing:
             self._serve(exchange)
@@ -235,6 +241,12 @@ class ClientConnection:
             self._queue.append(exchange)
         else:
             raise ApiError(400, "bad_request", f"more than {PIPELINE_MAX} pipelined requests")
+
+    def _old(self, version: str) -> None:
+        if version != "1.0":
+            raise ApiError(400, "bad_request", "HTTP/1.1 and 1.0 are served here")
+        if b"transfer-encoding" in self._head:
+            raise ApiError(400, "bad_request", "HTTP/1.0 has no transfer codings")
 
     def _serve(self, exchange: Exchange) -> None:
         self.deadline = 0.0
