@@ -278,8 +278,8 @@ class Gateway:
             **settings,
         }
         self._file.write_text(yaml.safe_dump(base))
-        haproxy = Process([binaries.haproxy(), "-db", "-f", folder / "haproxy.cfg"], folder / "haproxy.log")
-        stack.callback(haproxy.end)
+        self.haproxy = Process([binaries.haproxy(), "-db", "-f", folder / "haproxy.cfg"], folder / "haproxy.log")
+        stack.callback(self.haproxy.end)
         self.start()
         until(lambda: httpx.get(self.edge + "/health").status_code == 200, "the edge sees the gateway")
 

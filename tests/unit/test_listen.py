@@ -6,6 +6,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from corral.gateway import listen
 from corral.gateway.listen import ClientConnection
 from corral.wire.errors import ApiError
 
@@ -18,26 +21,40 @@ class Stage:
         self.soon: list[Callable[[], None]] = []
         self.written = b""
         self.closed = False
+        self.checked = 0
         gateway: Any = SimpleNamespace(
             loop=SimpleNamespace(call_soon=self.soon.append),
             connections=set(),
             stopping=False,
-            max_body=1000,
+            max_body=2_000_000,
+            unfinished=0,
+            closed=lambda connection: None,
+            check_key=self._check_key,
             trusts=lambda peer: False,
             exchange=self._exchange,
             refuse_unread=lambda exchange, error, sent: None,
         )
+        self.gateway = gateway
         self.connection = ClientConnection(gateway)
         transport: Any = SimpleNamespace(
             set_write_buffer_limits=lambda high: None,
             get_extra_info=lambda name: ("127.0.0.1", 1),
             write=self._write,
             close=self._close,
+            abort=self._abort,
         )
         self.connection.connection_made(transport)
 
     def _exchange(self, connection: Any, method: bytes, target: bytes, headers: Any) -> Any:
         return SimpleNamespace(start=lambda: self.started.append(target))
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        self.checked += 1
+        if b"authorization" not in headers:
+            raise ApiError(401, "unauthorized", "no API key")
+
+    def _abort(self) -> None:
+        self.closed = True
 
     def _write(self, data: bytes) -> None:
         self.written += data
@@ -83,3 +100,65 @@ def test_a_refusal_does_not_overtake_the_queue_either() -> None:
     assert stage.started == [b"/1", b"/2"]
     stage.answer()
     assert stage.closed
+
+
+HEAD = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
+
+
+def test_a_body_of_a_byte_now_and_then_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    stage.connection.data_received(HEAD + b"\r\n")
+    for _ in range(200):
+        stage.connection.check(now)
+        if stage.closed:
+            break
+        stage.connection.data_received(b"x")
+        now += 1.0
+    assert 1055 < now < 1065
+
+
+def test_a_large_body_that_keeps_coming_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    stage.connection.data_received(HEAD + b"Authorization: Bearer k\r\n\r\n")
+    for _ in range(100):
+        now += 1.1
+        stage.connection.check(now)
+        stage.connection.data_received(bytes(10_000))
+    assert (stage.started, stage.closed) == ([b"/a"], False)
+
+
+def test_of_a_caller_without_a_key_no_large_body_is_taken() -> None:
+    stage = Stage()
+    stage.connection.data_received(HEAD + b"\r\n")
+    for _ in range(6):
+        stage.connection.data_received(bytes(10_000))
+    assert stage.checked == 0 and stage.gateway.unfinished == 60_000
+    for _ in range(3):
+        stage.connection.data_received(bytes(10_000))
+    assert stage.checked == 1 and b" 401 " in stage.written and stage.closed
+    stage.connection.connection_lost(None)
+    assert stage.gateway.unfinished == 0
+
+
+def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.gateway.max_body = 500_000
+    monkeypatch.setattr(listen, "BODIES_MAX", 500_000)
+    stage.connection.data_received(HEAD.replace(b"1000000", b"400000") + b"Authorization: Bearer k\r\n\r\n")
+    stage.connection.data_received(bytes(200_000))
+    stage.connection.data_received(bytes(100_000))
+    stage.gateway.unfinished += 300_000  # of others
+    stage.connection.data_received(bytes(50_000))
+    assert b" 503 " in stage.written and stage.checked == 1
+    stage.connection.connection_lost(None)
+    assert stage.gateway.unfinished == 300_000
+
+
+def test_a_body_that_is_whole_counts_no_more() -> None:
+    stage = Stage()
+    stage.connection.data_received(HEAD + b"Authorization: Bearer k\r\n\r\n")
+    for _ in range(10):
+        stage.connection.data_received(bytes(100_000))
+    assert (stage.started, stage.gateway.unfinished, stage.checked) == ([b"/a"], 0, 1)

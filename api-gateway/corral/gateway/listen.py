@@ -22,6 +22,9 @@ HEADER_COUNT = 100
 PIPELINE_MAX = 8
 HEADER_DEADLINE = 10.0
 BODY_DEADLINE = 60.0
+BODY_RATE = 16 << 10  # bytes a second; a body may take as much longer as it has of these
+BODY_KNOWN = 64 << 10  # more of a body is taken from callers with a key alone
+BODIES_MAX = 256 << 20  # of all bodies that are not whole yet
 IDLE_DEADLINE = 75.0
 WRITE_DEADLINE = 60.0
 WRITE_BUFFER = 64 << 10
@@ -37,6 +40,7 @@ class ClientConnection:
     __slots__ = (
         "_body",
         "_body_bytes",
+        "_body_since",
         "_broken",
         "_closing",
         "_fed",
@@ -67,6 +71,7 @@ class ClientConnection:
         self._feed = self._parser.feed_data
         self._reading = self._headers_done = False
         self._fed = self._head_bytes = self._body_bytes = 0
+        self._body_since = 0.0
         self._target = self._body = b""
         self._pieces: list[bytes] = []
         self._headers: dict[bytes, bytes] = {}
@@ -114,7 +119,11 @@ class ClientConnection:
     def _wait_for_more(self, size: int) -> None:
         # Only a message that came in pieces needs a deadline and a count of what may still be the head.
         if self._headers_done:
-            self.deadline = time.monotonic() + BODY_DEADLINE
+            if not self._body_since:
+                self._body_since = time.monotonic()
+            # Not from the last piece: a byte now and then would keep it for ever.
+            received = self._body_bytes or len(self._body)
+            self.deadline = self._body_since + BODY_DEADLINE + received / BODY_RATE
             return
         if not self._head_bytes:
             self.deadline = time.monotonic() + HEADER_DEADLINE
@@ -127,6 +136,8 @@ class ClientConnection:
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gateway.closed(self)
+        self.gateway.unfinished -= self._body_bytes
+        self._pieces, self._body_bytes = [], 0
         self.transport = None
         self._queue.clear()
         exchange, self.exchange = self.exchange, None
@@ -151,6 +162,7 @@ class ClientConnection:
         self._headers = {}
         self._body = self._target = b""
         self._head_bytes = 0
+        self._body_since = 0.0
 
     def on_url(self, url: bytes) -> None:
         self._target += url
@@ -208,14 +220,24 @@ class ClientConnection:
         if not self._body:
             self._body = data
         else:
-            # What comes in many pieces is put together once.
-            if not self._pieces:
-                self._pieces = [self._body]
-                self._body_bytes = len(self._body)
-            self._pieces.append(data)
-            self._body_bytes += len(data)
+            self._more(data)
         if len(data) + self._body_bytes > self.gateway.max_body:
             raise self._too_large()
+
+    def _more(self, data: bytes) -> None:
+        # What comes in many pieces is put together once.
+        gateway, known = self.gateway, self._body_bytes > BODY_KNOWN
+        if not self._pieces:
+            self._pieces = [self._body]
+            self._body_bytes = len(self._body)
+            gateway.unfinished += self._body_bytes
+        self._pieces.append(data)
+        self._body_bytes += len(data)
+        gateway.unfinished += len(data)
+        if self._body_bytes > BODY_KNOWN and not known:
+            gateway.check_key(self._head)
+        if gateway.unfinished > BODIES_MAX and gateway.unfinished > gateway.max_body:
+            raise ApiError(503, "overloaded", "too many large bodies are on their way", retry_after=2)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body may have {self.gateway.max_body} bytes")
@@ -227,6 +249,7 @@ class ClientConnection:
         exchange.body = self._body
         if self._pieces:
             exchange.body = b"".join(self._pieces)
+            self.gateway.unfinished -= self._body_bytes
             self._pieces, self._body_bytes = [], 0
         exchange.keep_alive = parser.should_keep_alive()
         if parser.get_http_version() != "1.1":

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
 from corral.gateway import settle
+from corral.gateway.authenticate import authenticate
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
@@ -62,6 +63,7 @@ class Gateway:
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()
         self.connections: set[ClientConnection] = set()
+        self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
         self.running: set[Exchange] = set()
         self.stopping = False
         self.idle = asyncio.Event()
@@ -121,6 +123,12 @@ class Gateway:
         if wall - snapshot.confirmed > self.stale_after:
             raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
         return snapshot
+
+    def check_key(self, headers: dict[bytes, bytes]) -> None:
+        """Whether a request has a key, before the rest of a large body is taken from it. Raises ApiError."""
+        wall = time.time()
+        snapshot = self.snapshot_now(wall)
+        authenticate(headers, snapshot.keys, self.pepper, wall, snapshot.verified)
 
     def refuse_unread(self, exchange: Exchange, error: ApiError, sent: int) -> None:
         """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
