@@ -2,78 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from support.listening import Stage
 
 from corral.gateway import listen
-from corral.gateway.listen import ClientConnection
 from corral.wire.errors import ApiError
-
-
-class Stage:
-    """A connection whose loop, transport and gateway do what is needed here and no more."""
-
-    def __init__(self) -> None:
-        self.started: list[bytes] = []
-        self.soon: list[Callable[[], None]] = []
-        self.written = b""
-        self.closed = False
-        self.checked = 0
-        gateway: Any = SimpleNamespace(
-            loop=SimpleNamespace(call_soon=self.soon.append),
-            connections=set(),
-            stopping=False,
-            max_body=2_000_000,
-            unfinished=0,
-            closed=lambda connection: None,
-            check_key=self._check_key,
-            trusts=lambda peer: False,
-            exchange=self._exchange,
-            refuse_unread=lambda exchange, error, sent: None,
-        )
-        self.gateway = gateway
-        self.connection = ClientConnection(gateway)
-        transport: Any = SimpleNamespace(
-            set_write_buffer_limits=lambda high: None,
-            get_extra_info=lambda name: ("127.0.0.1", 1),
-            write=self._write,
-            close=self._close,
-            abort=self._abort,
-        )
-        self.connection.connection_made(transport)
-
-    def _exchange(self, connection: Any, method: bytes, target: bytes, headers: Any) -> Any:
-        return SimpleNamespace(start=lambda: self.started.append(target))
-
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        self.checked += 1
-        if b"authorization" not in headers:
-            raise ApiError(401, "unauthorized", "no API key")
-
-    def _abort(self) -> None:
-        self.closed = True
-
-    def _write(self, data: bytes) -> None:
-        self.written += data
-
-    def _close(self) -> None:
-        self.closed = True
-
-    def asks(self, *targets: str) -> None:
-        self.connection.data_received(b"".join(f"GET {one} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for one in targets))
-
-    def answer(self) -> None:
-        self.connection.respond(200, b"", b"", keep_alive=True)
-
-    def turn(self) -> None:
-        """The loop's next turn."""
-        soon = self.soon[:]
-        self.soon.clear()
-        for call in soon:
-            call()
 
 
 def test_what_is_read_before_the_queue_goes_on_does_not_overtake_it() -> None:
@@ -100,6 +35,18 @@ def test_a_refusal_does_not_overtake_the_queue_either() -> None:
     assert stage.started == [b"/1", b"/2"]
     stage.answer()
     assert stage.closed
+
+
+def test_what_comes_behind_the_last_request_has_no_answer() -> None:
+    class Server(Stage):
+        def on_start(self, keep_alive: bool) -> None:
+            self.connection.respond(200, b"", b"", keep_alive)
+
+    server = Server()
+    one = b"GET /1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    server.connection.data_received(one + one)
+    assert server.closed and server.started == [b"/1"]
+    assert server.written.count(b"HTTP/1.1 ") == 1
 
 
 HEAD = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"

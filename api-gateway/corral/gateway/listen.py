@@ -282,6 +282,8 @@ class ClientConnection:
     def reject(self, error: ApiError) -> None:
         """Answer a request that could not be read, and close: what follows cannot be trusted."""
         self._broken = True
+        if self._closing:
+            return  # what comes behind the last request of a connection has no answer
         if self.exchange is None and not self._queue:
             body = errors.render(api_of(self._target), error)
             # The method is known only once the head is whole; who sent half of one named none.
