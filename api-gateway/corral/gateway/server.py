@@ -110,7 +110,9 @@ class Gateway:
         if not record_id:
             record_id = f"{self._prefix}{next(self._numbers):x}"
         shown = headers.get(b"x-request-id")
-        request_id = shown.decode() if shown is not None and _REQUEST_ID(shown) else record_id
+        # Some clients take their key for an id: it would be shown and recorded.
+        fit = shown is not None and b"crl_" not in shown and _REQUEST_ID(shown)
+        request_id = shown.decode() if shown is not None and fit else record_id
         return record_id, request_id, address
 
     def snapshot_now(self, wall: float) -> Snapshot:

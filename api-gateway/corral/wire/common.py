@@ -167,6 +167,8 @@ def require_model(model: str) -> str:
     """
     if not model:
         raise bad_request("model is required", "model")
+    if "crl_" in model:
+        raise bad_request("the model's name looks like an API key", "model")  # and would be in every record
     if len(model) > 256 or not _MODEL.fullmatch(model):
         raise bad_request(f"model name {model[:80]!r} is malformed", "model")
     return model
