@@ -10,6 +10,7 @@ from typing import Any
 import httptools
 
 from corral.gateway.dial import dial
+from corral.wire.errors import UpstreamNonsense
 
 IDLE_MAX = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
 IDLE_COUNT = 256
@@ -143,6 +144,8 @@ class UpstreamConnection:
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status >= 200:
+            if self._headers_done:
+                raise UpstreamNonsense("a second answer behind the first")
             self._headers_done = True
             if self._handler is not None:
                 self._handler.on_head(status, self._proxied)
