@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from corral.fleet.node import Node, canonical_name
 from corral.gateway.authenticate import Key, build_key
+from corral.store.budget import Budget
 from corral.wire.options import ModelPolicy
 
 
@@ -15,8 +17,8 @@ class Snapshot:
     ``known``: some node ever told its models; before that, nothing can be said to be missing.
     """
 
-    def __init__(self, rpm: int | None, concurrency: int | None) -> None:
-        self._defaults = rpm, concurrency
+    def __init__(self, defaults: Mapping[str, int | None]) -> None:
+        self._defaults = defaults
         self.version = ""
         self.confirmed = 0.0
         self.keys: dict[str, Key] = {}
@@ -30,13 +32,13 @@ class Snapshot:
         """Take over a snapshot; what runs on a node or counts on a key goes on."""
         keys: dict[str, Key] = {}
         for entry in data["keys"]:
-            key = build_key(entry, *self._defaults)
+            key = build_key(entry, self._defaults)
             old = self.keys.get(key.id)
             if old is not None:
-                if (old.budget.rpm, old.budget.concurrency) == (key.budget.rpm, key.budget.concurrency):
+                if old.budget.same(key.budget):
                     key.budget = old.budget
                 else:
-                    key.budget.in_flight, key.budget.arrival = old.budget.in_flight, old.budget.arrival
+                    key.budget.inherit(old.budget)
             keys[key.id] = key
         nodes: dict[str, Node] = {}
         for entry in data["nodes"]:
@@ -51,6 +53,15 @@ class Snapshot:
         self.held = frozenset(name for node in nodes.values() for name in node.held)
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
+
+    def budgets(self) -> Iterable[Budget]:
+        """Those of all keys."""
+        return [key.budget for key in self.keys.values()]
+
+    def budget(self, name: str) -> Budget | None:
+        """That of a key, by its id."""
+        key = self.keys.get(name)
+        return None if key is None else key.budget
 
     def policy(self, model: str) -> ModelPolicy | None:
         """The policy of a model by any of its names."""
