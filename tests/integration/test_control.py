@@ -72,7 +72,8 @@ def test_roles(control: Running) -> None:
     with control.client(operator) as client:
         for path in ("/admin/nodes", "/admin/models", "/admin/audit", "/admin/status"):
             assert client.get(path).status_code == 200, path
-        assert client.get("/admin/keys").status_code == 403
+        assert client.put("/admin/models/catalogue", json=[]).status_code == 403
+        assert client.post("/admin/tenants", json={"name": "mine"}).status_code == 403
         assert client.post("/admin/keys", json={"name": "mine", "role": "admin"}).status_code == 403
         assert client.get("/internal/snapshot").status_code == 401
     with control.client(inference) as client:

@@ -38,7 +38,10 @@ class Runner:
         return CliRunner().invoke(cli, [*arguments, "--state", str(self.state)])
 
 
-NOUNS = ["up", "down", "status", "doctor", "keys", "nodes", "models", "audit", "config", "logs", "loadtest", "serve"]
+NOUNS = [
+    *("up", "down", "status", "doctor", "keys", "tenants", "nodes", "models"),
+    *("audit", "config", "logs", "loadtest", "serve"),
+]
 
 
 @pytest.mark.parametrize("noun", NOUNS)

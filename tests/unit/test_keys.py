@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,10 @@ def test_a_pepper_file_is_32_bytes(tmp_path: Path) -> None:
     path = tmp_path / "pepper"
     path.write_text("0f" * 32 + "\n")
     assert keys.read_pepper(path) == b"\x0f" * 32
+
+
+def test_an_address_in_other_clothes_counts_as_what_it_is() -> None:
+    assert keys.allows([ip_network("10.0.0.0/8")], "::ffff:10.2.3.4")
+    assert not keys.allows([ip_network("::/0")], "::ffff:10.2.3.4")
+    assert not keys.allows([ip_network("0.0.0.0/0"), ip_network("::/0")], "10.1.1.1, 10.1.1.2")
+    assert not keys.allows([ip_network("0.0.0.0/0"), ip_network("::/0")], "")

@@ -264,6 +264,58 @@ def test_twenty_gateways_at_once_admit_exactly_the_limit(store: Server, limits: 
     run(store, 20, work)
 
 
+def test_the_keys_of_a_tenant_share_its_limits(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = "t:" + unused()
+        one, other = made
+        shared = [Budget(name, rpm=10, tpm=1000, concurrency=3, daily_tokens=1500) for _ in made]
+        mine = one.budget(unused(), shared[0], rpm=100, tpm=900)
+        theirs = other.budget(unused(), shared[1])
+        assert (await one.ask(mine, "a", 600)).refused == ""
+        verdict = await other.ask(theirs, "b", 600)
+        assert verdict.refused == "tenant_tpm"
+        assert (verdict.tokens_limit, verdict.tokens_remaining) == (1000, 400)
+        assert "1000 tokens per minute of the tenant" in refusal(verdict, theirs).message
+        verdict = await one.ask(mine, "c", 350)
+        assert (verdict.refused, verdict.tokens_limit) == ("tpm", 900), "its own has the least left"
+        assert (await other.ask(theirs, "d", 100)).refused == ""
+        assert (await other.ask(theirs, "e", 0)).refused == ""
+        verdict = await other.ask(theirs, "f", 0)
+        assert (verdict.refused, verdict.limit, verdict.remaining) == ("tenant_concurrency", 10, 7)
+        await one.settle(mine, "a", 100)
+        assert (await other.ask(theirs, "g", 0)).refused == ""
+        assert (shared[1].day_used, theirs.day_used, mine.day_used) == (200, 100, 600)
+
+    run(store, 2, work)
+
+
+@PROPERTY
+@given(
+    calls=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(1, 300)), max_size=40),
+    tpm=st.integers(100, 2000),
+    rpm=st.integers(1, 30),
+)
+def test_no_interleaving_of_a_tenants_keys_admits_more(
+    store: Server, calls: list[tuple[int, int, int]], tpm: int, rpm: int
+) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = "t:" + unused()
+        keys = [unused(), unused(), unused()]
+        shared = [Budget(name, rpm=rpm, tpm=tpm) for _ in made]
+        budgets = [[gateway.budget(key, tenant) for key in keys] for gateway, tenant in zip(made, shared, strict=True)]
+        began = time.monotonic()
+        asked = [made[at].ask(budgets[at][key], f"r{number}", tokens) for number, (at, key, tokens) in enumerate(calls)]
+        verdicts = await asyncio.gather(*asked)
+        passed = [
+            min(tokens, tpm) for (_, _, tokens), verdict in zip(calls, verdicts, strict=True) if not verdict.refused
+        ]
+        assert sum(passed) <= tpm
+        assert len(passed) <= rpm + (time.monotonic() - began) * rpm / 60
+        assert passed or not calls
+
+    run(store, 2, work)
+
+
 # -- what callers are told
 
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LINES_MAX = 400
 LONGER: dict[str, str] = {
+    "docs/cli.md": "made of the commands",
     "tests/integration/test_gateway.py": "one gateway, started once, serves the whole module",
 }
 """Source files over LINES_MAX lines, each with its reason."""

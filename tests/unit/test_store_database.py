@@ -21,6 +21,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select, text
 
+from corral.store import tenants
 from corral.store.database import MIGRATIONS, Database, DatabaseError, DatabaseTooNew, resolve, revisions
 from corral.store.ingest import WrongOffset, ingest
 from corral.store.spool import SpoolCorrupt, encode_frame
@@ -102,11 +103,20 @@ def test_rows_of_an_older_schema_live_on(tmp_path: Path, database_url: str) -> N
     def begin(connection: Connection) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, "0001")
+        for name, tenant in (("k", "team-a"), ("l", "team-a"), ("m", "team-b")):
+            what = "id, name, tenant, role, models, class, created"
+            values = f"'{name}', 'n', '{tenant}', 'inference', '[]', 'batch', 2.5"
+            connection.execute(text(f"INSERT INTO keys ({what}) VALUES ({values})"))
         connection.execute(text("INSERT INTO audit (id, ts, tokens) VALUES ('old', 1.5, 6)"))
+        connection.execute(text("INSERT INTO audit (id, ts, key) VALUES ('own', 1.5, 'm'), ('lost', 1.5, 'x')"))
 
     older.write_now(begin)
     older.migrate()
-    assert [(row["id"], row["tokens"], row["estimated"]) for row in rows(older)] == [("old", 6, None)]
+    found = [(row["id"], row["tokens"], row["estimated"], row["tenant"]) for row in rows(older)]
+    assert found == [("old", 6, None, None), ("own", None, None, "team-b"), ("lost", None, None, None)]
+    owners = older.read_now(tenants.listed)
+    assert [(owner["name"], owner["keys"]) for owner in owners] == [("default", 0), ("team-a", 2), ("team-b", 1)]
+    assert [owner["created"] for owner in owners[1:]] == [2.5, 2.5]
     older.close()
 
 

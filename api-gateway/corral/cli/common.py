@@ -128,6 +128,12 @@ def rows(value: Any, name: str) -> list[dict[str, Any]]:
     return [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
 
 
+def late(done: Mapping[str, Any]) -> str:
+    """What is said of gateways that have not taken note of a change; "" where all have."""
+    names = done.get("gateways", {}).get("pending", [])
+    return f"; not yet acknowledged by {', '.join(names)}" if names else ""
+
+
 def segment(text: str) -> str:
     """A name as one segment of a path."""
     return quote(text, safe="")

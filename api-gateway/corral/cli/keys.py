@@ -11,7 +11,10 @@ from corral.cli import common
 from corral.cli.common import Admin, rows, segment
 from corral.config.values import duration
 
-_COLUMNS = ("id", "name", "role", "tenant", "models", "rpm", "concurrency", "class", "expires", "revoked")
+_COLUMNS = (
+    *("id", "name", "role", "tenant", "models", "networks", "rpm", "concurrency", "class"),
+    *("expires", "last_used", "revoked"),
+)
 
 
 class Span(click.ParamType):
@@ -35,24 +38,26 @@ def command() -> None:
 @click.argument("name")
 @click.option("--role", type=click.Choice(["inference", "operator", "admin"]), default="inference", show_default=True)
 @click.option("--models", metavar="GLOB,…", help="Models it may use.  [default: all]")
+@click.option("--networks", metavar="CIDR,…", help="Where it may be used from.  [default: anywhere]")
 @click.option("--rpm", type=click.IntRange(1), help="Requests a minute.")
 @click.option("--tpm", type=click.IntRange(1), help="Tokens a minute.")
 @click.option("--concurrency", type=click.IntRange(1), help="Requests at once.")
-@click.option("--daily-tokens", type=click.IntRange(1))
-@click.option("--monthly-tokens", type=click.IntRange(1))
+@click.option("--daily-tokens", type=click.IntRange(1), help="Tokens a day (UTC).")
+@click.option("--monthly-tokens", type=click.IntRange(1), help="Tokens a month (UTC).")
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(), help="After how long it ends, such as 30d.")
-@click.option("--tenant", help="Whom it belongs to.")
+@click.option("--tenant", help="Whom it belongs to; made where it is new.")
 @common.options
 def create(as_json: bool, state: str | None, **given: Any) -> None:
-    """Create a key; it is shown once."""
+    """Create a key, which may do no more than the one that creates it; it is shown once."""
     body = {name: value for name, value in given.items() if value is not None and name not in ("class_", "expires")}
     if given["class_"]:
         body["class"] = given["class_"]
     if given["expires"] is not None:
         body["expires"] = time.time() + given["expires"]
-    if given["models"]:
-        body["models"] = [part.strip() for part in given["models"].split(",") if part.strip()]
+    for name in ("models", "networks"):
+        if given[name]:
+            body[name] = [part.strip() for part in given[name].split(",") if part.strip()]
     made = Admin(common.folder(state))("POST", "/keys", body)
     common.emit(made, as_json, lambda: f"{made['key']}\n(id {made['id']}; it is not shown again)")
 
@@ -90,13 +95,12 @@ def rotate(id: str, overlap: float, as_json: bool, state: str | None) -> None:
 def revoke(id: str, as_json: bool, state: str | None) -> None:
     """End a key; every gateway knows within a second."""
     done = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/revoke")
-    late = done.get("gateways", {}).get("pending", [])
-    text = f"revoked {id}" + (f"; not yet acknowledged by {', '.join(late)}" if late else "")
-    common.emit(done, as_json, lambda: text)
+    common.emit(done, as_json, lambda: f"revoked {id}{common.late(done)}")
 
 
 def _shown(key: dict[str, Any]) -> dict[str, Any]:
-    expires = key.get("expires")
-    if isinstance(expires, int | float):
-        key = {**key, "expires": time.strftime("%Y-%m-%d %H:%M", time.localtime(expires))}
-    return key
+    shown = dict(key)
+    for name in ("created", "expires", "last_used", "revoked_at", "rotating_until"):
+        if isinstance(moment := key.get(name), int | float):
+            shown[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    return shown

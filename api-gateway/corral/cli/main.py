@@ -16,6 +16,7 @@ _COMMANDS = {
     "status": "status",
     "doctor": "doctor",
     "keys": "keys",
+    "tenants": "tenants",
     "nodes": "nodes",
     "models": "models",
     "audit": "audit",

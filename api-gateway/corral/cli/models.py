@@ -28,7 +28,7 @@ def command() -> None:
 def list_models(as_json: bool, state: str | None) -> None:
     """List models, the nodes that have them and those that keep them in memory."""
     listed = rows(Admin(common.folder(state))("GET", "/models"), "models")
-    columns = ("name", "size", "nodes", "resident", "catalogue", "pinned", "digest")
+    columns = ("name", "size", "nodes", "resident", "catalogue", "pinned", "disabled", "digest")
     common.emit(listed, as_json, lambda: common.table([_shown(model) for model in listed], columns, "no models"))
 
 
@@ -126,6 +126,27 @@ def remove(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json:
 def preload(names: tuple[str, ...], nodes: tuple[str, ...], as_json: bool, state: str | None) -> None:
     """Pull models and load them, on every node.  [default: the catalogue]"""
     _operate(Admin(common.folder(state)), "preload", {"models": names, "nodes": nodes or None}, as_json)
+
+
+@command.command("disable")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@click.option("--reason", help="Why, for other operators.")
+@common.options
+def disable(names: tuple[str, ...], reason: str | None, as_json: bool, state: str | None) -> None:
+    """Refuse all new requests for models, on every gateway within a second; answers that have begun go on."""
+    done = Admin(common.folder(state))("POST", "/models/disable", {"models": names, "reason": reason})
+    text = [f"disabled {', '.join(names)}{common.late(done)}"]
+    text += [f"note: no node holds {name}, and the catalogue does not name it" for name in done["unknown"]]
+    common.emit(done, as_json, lambda: "\n".join(text))
+
+
+@command.command("enable")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@common.options
+def enable(names: tuple[str, ...], as_json: bool, state: str | None) -> None:
+    """Take requests for disabled models again."""
+    done = Admin(common.folder(state))("POST", "/models/enable", {"models": names})
+    common.emit(done, as_json, lambda: f"enabled {', '.join(names)}{common.late(done)}")
 
 
 @command.command("operations")

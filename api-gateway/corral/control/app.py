@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from corral import __version__
 from corral.config.settings import Settings
-from corral.control import audit, errors, internal, keys, models, nodes, openapi, status
+from corral.control import audit, errors, internal, keys, models, nodes, openapi, status, switches, tenants
 from corral.control.alerts import Alerts
 from corral.control.auth import Gate
 from corral.control.canary import Canary
@@ -106,7 +106,7 @@ def _assemble(settings: Settings) -> Control:
         pepper=read_pepper(state / settings.auth.pepper_file),
         token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
         fleet=fleet,
-        hub=Hub(database, fleet, valkey, settings.models),
+        hub=Hub(database, fleet, valkey, settings.models, settings.auth.stale),
         haproxy=_reloader(settings, state),
         valkey=valkey,
         catalogue=catalogue,
@@ -182,7 +182,7 @@ def _api(life: object) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    for module in (keys, nodes, models, status, audit, internal):
+    for module in (keys, tenants, nodes, models, switches, status, audit, internal):
         app.include_router(module.router)
     openapi.install(app)
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.values import duration
-from corral.control.auth import Principal
+from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
 from corral.store.database import Database
@@ -43,10 +43,12 @@ def record(
     before: dict[str, Any] | None,
     after: dict[str, Any] | None,
     status: int = 200,
+    tenant: str | None = None,
 ) -> None:
     """Enter an admin action, in the transaction that does it. `before` and `after` hold no secrets.
 
-    `status` 400 and above: it was refused, from 500 on it failed.
+    `status` 400 and above: it was refused, from 500 on it failed. `tenant` is that of what was acted on, where it has
+    one; the caller's otherwise.
     """
     global entered
     entered += 1
@@ -58,6 +60,7 @@ def record(
             ts=time.time(),
             gw="control",
             key=who.key_id or None,
+            tenant=tenant or who.tenant or None,
             addr=who.address,
             api="admin",
             route=route,
@@ -79,7 +82,7 @@ class Refusals:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._minute = 0
-        self._counts: dict[str, int] = {}
+        self._counts: dict[tuple[str, str], int] = {}
         self._silent = False
 
     async def note(self, who: Principal, method: str, route: str, status: int) -> None:
@@ -88,18 +91,19 @@ class Refusals:
         if minute != self._minute:
             self._minute = minute
             await self.flush()
-        count = self._counts[who.key_id] = self._counts.get(who.key_id, 0) + 1
+        caller = who.key_id, who.tenant
+        count = self._counts[caller] = self._counts.get(caller, 0) + 1
         if count <= REFUSALS_MAX:
             await self._write(lambda connection: record(connection, who, method, route, None, None, status))
 
     async def flush(self) -> None:
         """Enter how many were left out of those that were noted, one row a caller, and count anew."""
         counts, self._counts = self._counts, {}
-        more = {key: count - REFUSALS_MAX for key, count in counts.items() if count > REFUSALS_MAX}
+        more = {caller: count - REFUSALS_MAX for caller, count in counts.items() if count > REFUSALS_MAX}
 
         def enter(connection: Connection) -> None:
-            for key, count in more.items():
-                who = Principal(key, "", "", "")
+            for (key, tenant), count in more.items():
+                who = Principal(key, "", "", "", tenant)
                 record(connection, who, "", "/admin", None, {"more_refused": count}, status=429)
 
         if more:
@@ -125,6 +129,7 @@ class Refusals:
 @router.get("/admin/audit")
 async def list_audit(
     control: Here,
+    caller: Caller,
     limit: Annotated[int, Query(ge=1, le=1000, description="Rows at most.")] = 100,
     after: Annotated[int | None, Query(description="Rows behind this `seq`.")] = None,
     before: Annotated[str | None, Query(description="Rows before this `seq`, or before a time.")] = None,
@@ -133,9 +138,14 @@ async def list_audit(
     request: Annotated[str | None, Query(description="Of this request: the `X-Request-ID` of its answer.")] = None,
     since: Annotated[str | None, Query(description="Not older: epoch seconds, 1h, or ISO 8601.")] = None,
 ) -> dict[str, Any]:
-    """Rows of the audit trail, oldest first: the newest `limit`, or those behind `after`."""
+    """Rows of the audit trail, oldest first: the newest `limit`, or those behind `after`.
+
+    An operator is shown those of its tenant.
+    """
     column = audit.c
     wanted = []
+    if caller.bound is not None:
+        wanted.append(column.tenant == caller.bound)
     if after is not None:
         wanted.append(column.seq > after)
     if before is not None:

@@ -7,7 +7,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -17,13 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corral.control.context import Control
 from corral.control.errors import Problem, answer
+from corral.control.scope import Scope as KeyScope
 from corral.store import keys as keytext
 from corral.store.tables import key_verifiers, keys
 
 OPEN = frozenset({"/health", "/docs", "/openapi.json"})
-# What may be served is the administrator's to say; bringing nodes to it is the operator's.
-OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status)")
-OPERATOR_READS = re.compile(r"/admin/audit")
+# What may be served is the administrator's to say; bringing nodes to it is the operator's. Keys, tenants and records
+# are an operator's as far as they are of its own tenant, which the routes see to (`Principal.bound`).
+OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status|keys(/.*)?)")
+OPERATOR_READS = re.compile(r"/admin/(audit|tenants(/.*)?)")
 BODY_MAX = 1 << 20
 ROUTE_MAX = 200
 
@@ -32,12 +34,19 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True)
 class Principal:
-    """Who calls: a key's id and role, from where, and the id of the request."""
+    """Who calls: a key's id and role, from where, the id of the request, and the key's tenant and scope."""
 
     key_id: str
     role: str
     address: str
     request_id: str
+    tenant: str = ""
+    scope: KeyScope | None = None
+
+    @property
+    def bound(self) -> str | None:
+        """The one tenant whose keys and records it may see and change; None: every tenant's, for administrators."""
+        return None if self.role == "admin" else self.tenant
 
 
 Note = Callable[[Principal, str, str, int], Awaitable[None]]
@@ -95,15 +104,17 @@ class Gate:
             return receive
         if not _is_admin(path):
             raise Problem(404, "not_found", f"no route {method} {path}")
-        key_id, role = await self._authenticate(headers.credential())
-        scope.setdefault("state", {})["principal"] = self._principal(scope, headers, key_id, role)
-        if not allowed(role, method, path):
-            raise Problem(403, "forbidden", f"a key of role {role} may not {method} {path}")
+        who = self._principal(scope, headers)
+        key_id, may = await self._authenticate(headers.credential(), who.address)
+        who = replace(who, key_id=key_id, role=may.role, tenant=may.tenant, scope=may)
+        scope.setdefault("state", {})["principal"] = who
+        if not allowed(may.role, method, path):
+            raise Problem(403, "forbidden", f"a key of role {may.role} may not {method} {path}")
         if int(headers.one("content-length") or 0) > BODY_MAX:
             raise _too_large()
         return await _whole(receive)
 
-    async def _authenticate(self, text: str) -> tuple[str, str]:
+    async def _authenticate(self, text: str, address: str) -> tuple[str, KeyScope]:
         key_id = keytext.parse(text)
         if key_id is None:
             raise Problem(401, "unauthorized", "the API key is malformed: check that it was copied whole")
@@ -125,16 +136,19 @@ class Gate:
             raise Problem(401, "unauthorized", "the API key was revoked")
         if row["expires"] is not None and now >= row["expires"]:
             raise Problem(401, "unauthorized", "the API key has expired")
-        return key_id, str(row["role"])
+        may = KeyScope.of(row)
+        if not may.from_here(address):
+            raise Problem(403, "forbidden", f"the API key may not be used from {address or 'an unknown address'}")
+        return key_id, may
 
-    def _principal(self, scope: Scope, headers: Headers, key_id: str = "", role: str = "") -> Principal:
+    def _principal(self, scope: Scope, headers: Headers) -> Principal:
         address = scope["client"][0] if scope.get("client") else ""
         request_id = ""
         if self._trusts(address):
             forwarded = headers.one("x-forwarded-for").rpartition(",")[2].strip()
             address = forwarded[:64] or address
             request_id = headers.one("x-request-id")
-        return Principal(key_id, role, address, request_id if _REQUEST_ID.fullmatch(request_id) else "")
+        return Principal("", "", address, request_id if _REQUEST_ID.fullmatch(request_id) else "")
 
     def _trusts(self, peer: str) -> bool:
         try:
@@ -208,11 +222,7 @@ async def _whole(receive: Receive) -> Receive:
 
 
 def _look_up(connection: Connection, key_id: str) -> tuple[Any, list[tuple[str, float | None]]] | None:
-    row = (
-        connection.execute(select(keys.c.role, keys.c.revoked, keys.c.expires).where(keys.c.id == key_id))
-        .mappings()
-        .first()
-    )
+    row = connection.execute(select(keys).where(keys.c.id == key_id)).mappings().first()
     if row is None:
         return None
     proof = key_verifiers.c

@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from corral.config.settings import Settings
 from corral.store import keys as keytext
+from corral.store import tenants
 from corral.store.database import configured, insert
 from corral.store.tables import key_verifiers, keys
 
@@ -102,7 +103,8 @@ def _enter(connection: Connection, key_id: str, verifier: str) -> None:
     if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
         return
     now = time.time()
-    row = {"id": key_id, "name": "admin", "tenant": "default", "role": "admin", "models": ["*"]}
+    tenants.enter(connection, tenants.DEFAULT)
+    row = {"id": key_id, "name": "admin", "tenant": tenants.DEFAULT, "role": "admin", "models": ["*"]}
     connection.execute(
         insert(connection, keys).values({**row, "class": "interactive", "created": now}).on_conflict_do_nothing()
     )

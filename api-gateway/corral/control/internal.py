@@ -29,7 +29,7 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
     if _NAME.fullmatch(name):
-        await hub.heard(name, since, *_told(request))
+        await hub.heard(name, since, *_told(request), left="x-corral-leaving" in request.headers)
     if since == hub.version:
         return Response(status_code=304)
     return Response(hub.content(), media_type="application/json")

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, true, update
 
 from corral.config.values import Whole, duration
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
-from corral.control.context import Here
+from corral.control.context import Control, Here
 from corral.control.errors import Problem
+from corral.control.scope import ROLES, Scope, excess
+from corral.control.snapshot import ACKNOWLEDGE
 from corral.store import keys as keytext
+from corral.store import tenants
 from corral.store.tables import key_verifiers, keys
 
-ACKNOWLEDGE = 1.0
 OVERLAP = 86400.0
 LATEST = datetime(3000, 1, 1, tzinfo=UTC).timestamp()
 
@@ -46,8 +50,16 @@ def _moment(value: object) -> float:
     return at
 
 
+def _network(value: str) -> str:
+    try:
+        return str(ipaddress.ip_network(value, strict=False))
+    except ValueError:
+        raise ValueError("expected an address or a network such as 10.1.0.0/16 or 2001:db8::/32") from None
+
+
 Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Glob = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x20\x7f]+$")]
+Cidr = Annotated[str, Field(max_length=64), AfterValidator(_network)]
 Limit = Annotated[Whole, Field(ge=1, le=2**53)] | None
 
 
@@ -61,6 +73,9 @@ class NewKey(BaseModel):
     models: Annotated[list[Glob], Field(min_length=1, max_length=100)] = Field(
         default_factory=lambda: ["*"], description="Globs of the models it may use."
     )
+    networks: Annotated[list[Cidr], Field(max_length=100)] = Field(
+        default_factory=list, description="Addresses and networks that it may be used from; none: from anywhere."
+    )
     rpm: Limit = Field(None, description="Requests a minute.")
     tpm: Limit = Field(None, description="Tokens a minute.")
     concurrency: Limit = Field(None, description="Requests at once.")
@@ -70,7 +85,7 @@ class NewKey(BaseModel):
     expires: Annotated[float, BeforeValidator(_moment, json_schema_input_type=str | float)] | None = Field(
         None, description="Seconds from now, a duration such as 30d, or an ISO 8601 time; null: never."
     )
-    tenant: Text = "default"
+    tenant: Text | None = Field(None, description="That of the key that makes it, by default; made where it is new.")
 
 
 class Rotation(BaseModel):
@@ -84,26 +99,26 @@ class Rotation(BaseModel):
 
 
 @router.get("/admin/keys")
-async def list_keys(control: Here) -> dict[str, Any]:
-    """All keys, revoked and expired ones too."""
-    return {"keys": await control.database.read(_list)}
+async def list_keys(control: Here, caller: Caller) -> dict[str, Any]:
+    """All keys, revoked and expired ones too; for an operator those of its tenant."""
+    return {"keys": await control.database.read(_list, caller)}
 
 
 @router.post("/admin/keys", status_code=201)
 async def create_key(control: Here, caller: Caller, wanted: NewKey, response: Response) -> dict[str, Any]:
-    """Make a key; its text is in this answer alone."""
+    """Make a key, which may do no more than the one that makes it; its text is in this answer alone."""
     key_id, text = keytext.generate()
     proof = keytext.verifier(control.pepper, text)
-    made = await control.database.write(_create, caller, wanted, key_id, proof)
-    await control.hub.reload()
+    made = await control.database.write(_create, caller, wanted, _defaults(control), key_id, proof)
+    await _known(control)
     response.headers["Cache-Control"] = "no-store"
     return {**made, "key": text}
 
 
 @router.get("/admin/keys/{key}")
-async def show_key(control: Here, key: str) -> dict[str, Any]:
+async def show_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
     """One key, by its id or by a name that only one has."""
-    return await control.database.read(lambda connection: _describe(connection, _find(connection, key)))
+    return await control.database.read(lambda connection: _describe(connection, _find(connection, caller, key)))
 
 
 @router.post("/admin/keys/{key}/rotate")
@@ -112,11 +127,11 @@ async def rotate_key(
 ) -> dict[str, Any]:
     """Give a key a new text; the old one works on for `overlap`."""
     overlap = how.overlap if how is not None else OVERLAP
-    row = await control.database.read(_find, key)
+    row = await control.database.read(_find, caller, key)
     text = keytext.secret_for(row.id)
     proof = keytext.verifier(control.pepper, text)
-    made = await control.database.write(_rotate, caller, row.id, proof, overlap)
-    await control.hub.reload()
+    made = await control.database.write(_rotate, caller, row.id, _defaults(control), proof, overlap)
+    await _known(control)
     response.headers["Cache-Control"] = "no-store"
     return {**made, "key": text}
 
@@ -133,23 +148,33 @@ async def delete_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
     return await _revoke_everywhere(control, caller, key, "DELETE")
 
 
-async def _revoke_everywhere(control: Here, caller: Principal, key: str, method: str) -> dict[str, Any]:
+async def _revoke_everywhere(control: Control, caller: Principal, key: str, method: str) -> dict[str, Any]:
     made = await control.database.write(_revoke, caller, key, method)
     number = await control.hub.reload()
     has, has_not = await control.hub.acknowledged(number, ACKNOWLEDGE)
     return {**made, "gateways": {"acknowledged": has, "pending": has_not}}
 
 
+async def _known(control: Control) -> None:
+    """A text works everywhere by the time that its owner reads it, unless a gateway is cut off."""
+    await control.hub.acknowledged(await control.hub.reload(), ACKNOWLEDGE)
+
+
+def _defaults(control: Control) -> dict[str, Any]:
+    """The limits of a key that has none."""
+    return control.settings.limits.default.model_dump()
+
+
 # -- in the database
 
 
-def _list(connection: Connection) -> list[dict[str, Any]]:
+def _list(connection: Connection, who: Principal) -> list[dict[str, Any]]:
     ends = dict(
         connection.execute(
             select(key_verifiers.c.key_id, func.max(key_verifiers.c.expires)).group_by(key_verifiers.c.key_id)
         ).all()
     )
-    rows = connection.execute(select(keys).order_by(keys.c.created, keys.c.id)).all()
+    rows = connection.execute(select(keys).where(_seen(who)).order_by(keys.c.created, keys.c.id)).all()
     return [_view(row, ends.get(row.id)) for row in rows]
 
 
@@ -163,14 +188,20 @@ def _view(row: Row[Any], ends: float | None) -> dict[str, Any]:
     shown = dict(row._mapping)
     revoked = shown.pop("revoked")
     rotating = ends if ends is not None and ends > time.time() else None
+    shown["networks"] = shown["networks"] or []
     return {**shown, "revoked": revoked is not None, "revoked_at": revoked, "rotating_until": rotating}
 
 
-def _find(connection: Connection, key: str) -> Row[Any]:
-    row = connection.execute(select(keys).where(keys.c.id == key)).first()
+def _seen(who: Principal) -> ColumnElement[bool]:
+    """Keys that a caller may know of."""
+    return true() if who.bound is None else keys.c.tenant == who.bound
+
+
+def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
+    row = connection.execute(select(keys).where((keys.c.id == key) & _seen(who))).first()
     if row is not None:
         return row
-    named = connection.execute(select(keys).where(keys.c.name == key).limit(2)).all()
+    named = connection.execute(select(keys).where((keys.c.name == key) & _seen(who)).limit(2)).all()
     if len(named) > 1:
         raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id")
     if not named:
@@ -178,20 +209,38 @@ def _find(connection: Connection, key: str) -> Row[Any]:
     return named[0]
 
 
-def _create(connection: Connection, who: Principal, wanted: NewKey, key_id: str, proof: str) -> dict[str, Any]:
+def _no_more(who: Principal, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a text for a key that may do more than the caller's."""
+    assert who.scope is not None
+    if reason := excess(Scope.of(row), who.scope, defaults):
+        raise Problem(403, "forbidden", reason)
+
+
+def _create(
+    connection: Connection, who: Principal, wanted: NewKey, defaults: Mapping[str, Any], key_id: str, proof: str
+) -> dict[str, Any]:
     now = time.time()
     row = {**wanted.model_dump(by_alias=True), "id": key_id, "created": now}
+    row["tenant"] = tenant = wanted.tenant or who.tenant
+    row["networks"] = wanted.networks or None
+    _no_more(who, row, defaults)
+    if tenants.enter(connection, tenant):
+        record(connection, who, "POST", "/admin/tenants", None, tenants.find(connection, tenant), 201, tenant)
     connection.execute(insert(keys).values(row))
     connection.execute(insert(key_verifiers).values(verifier=proof, key_id=key_id, created=now))
-    made = _describe(connection, _find(connection, key_id))
-    record(connection, who, "POST", "/admin/keys", None, made, status=201)
+    made = _describe(connection, _find(connection, who, key_id))
+    record(connection, who, "POST", "/admin/keys", None, made, status=201, tenant=tenant)
     return made
 
 
-def _rotate(connection: Connection, who: Principal, key_id: str, proof: str, overlap: float) -> dict[str, Any]:
-    row = _find(connection, key_id)
+def _rotate(
+    connection: Connection, who: Principal, key_id: str, defaults: Mapping[str, Any], proof: str, overlap: float
+) -> dict[str, Any]:
+    row = _find(connection, who, key_id)
     if row.revoked is not None:
         raise Problem(409, "revoked", "the key was revoked: make a new one")
+    if row.id != who.key_id:
+        _no_more(who, row._mapping, defaults)
     before, now, column = _describe(connection, row), time.time(), key_verifiers.c
     mine = column.key_id == key_id
     # An older text that ends anyway does not live longer by this.
@@ -200,13 +249,15 @@ def _rotate(connection: Connection, who: Principal, key_id: str, proof: str, ove
     connection.execute(delete(key_verifiers).where(mine & (column.expires <= now)))
     connection.execute(insert(key_verifiers).values(verifier=proof, key_id=key_id, created=now))
     made = _describe(connection, row)
-    record(connection, who, "POST", f"/admin/keys/{key_id}/rotate", before, made)
+    record(connection, who, "POST", f"/admin/keys/{key_id}/rotate", before, made, tenant=row.tenant)
     return made
 
 
 def _revoke(connection: Connection, who: Principal, key: str, method: str) -> dict[str, Any]:
-    row = _find(connection, key)
+    row = _find(connection, who, key)
     before = _describe(connection, row)
+    if ROLES.index(row.role) > ROLES.index(who.role):
+        raise Problem(403, "forbidden", f"a key of role {who.role} revokes none of role {row.role}")
     if row.revoked is not None:
         return before
     if row.role == "admin":
@@ -216,7 +267,7 @@ def _revoke(connection: Connection, who: Principal, key: str, method: str) -> di
         if not connection.execute(others).scalar():
             raise Problem(409, "last_admin", "this is the last admin key: make another one first")
     connection.execute(update(keys).where(keys.c.id == row.id).values(revoked=time.time()))
-    made = _describe(connection, _find(connection, row.id))
+    made = _describe(connection, _find(connection, who, row.id))
     route = f"/admin/keys/{row.id}" + ("/revoke" if method == "POST" else "")
-    record(connection, who, method, route, before, made)
+    record(connection, who, method, route, before, made, tenant=row.tenant)
     return made

@@ -50,9 +50,10 @@ class Choice(BaseModel):
 
 @router.get("/admin/models")
 async def list_models(control: Here) -> dict[str, Any]:
-    """Every model that a node holds or the catalogue names, where it is, and whether it is the right version."""
+    """Every model that a node holds, the catalogue names or somebody disabled: where it is, in the right version?"""
     catalogue = control.catalogue
-    found: dict[str, dict[str, Any]] = {name: _model(control, name) for name in catalogue.entries}
+    named = (*catalogue.entries, *control.hub.disabled)
+    found: dict[str, dict[str, Any]] = {name: _model(control, name) for name in named}
     for node in control.fleet.members.values():
         resident = set(node.resident) if node.up else set()
         for entry in node.tags:
@@ -80,6 +81,7 @@ def _model(control: Control, name: str) -> dict[str, Any]:
         **{"name": name, "digest": None, "size": None, "details": None, "nodes": [], "resident": []},
         **{"catalogue": known, "pinned": wanted.pin, "copies": wanted.copies if known else None},
         **{"expected": wanted.digest, "stated": wanted.stated, "differs": []},
+        "disabled": name in control.hub.disabled,
     }
 
 

@@ -19,21 +19,26 @@ from sqlalchemy import Connection, select
 from corral.config.settings import ModelSettings
 from corral.control.prober import Fleet
 from corral.store.database import Database
-from corral.store.tables import key_verifiers, keys
+from corral.store.tables import disabled_models, key_verifiers, keys, tenants
 from corral.store.valkey import Valkey, ValkeyDown
 
 CHANNEL = b"corral:snapshot"
+ACKNOWLEDGE = 1.0
 PRESENT = 3.0
 FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
-FIELDS = ("id", "name", "tenant", "role", "models", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
+FIELDS = (
+    *("id", "name", "tenant", "role", "models", "networks"),
+    *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "expires"),
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Gateway:
-    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has.
+    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has, ``left`` whether
+    it said that it ends.
 
     ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds).
     """
@@ -43,25 +48,32 @@ class Gateway:
     version: str
     metrics: str = ""
     behind: float = 0.0
+    left: bool = False
 
 
 class Hub:
     """Holds what the snapshot is made of and tells when it changes.
 
+    ``stale``: for so many seconds a gateway serves by what it last heard.
+
     The version is a hash of what matters: keys, nodes, their states and tags, and which models are resident,
     but not how long they stay so.
     """
 
-    def __init__(self, database: Database, fleet: Fleet, valkey: Valkey, catalogue: Iterable[ModelSettings]) -> None:
+    def __init__(
+        self, database: Database, fleet: Fleet, valkey: Valkey, catalogue: Iterable[ModelSettings], stale: float
+    ) -> None:
         self.version = ""
         self.gateways: dict[str, Gateway] = {}
-        self._database, self._fleet, self._valkey = database, fleet, valkey
+        self._database, self._fleet, self._valkey, self._stale = database, fleet, valkey, stale
         self.replace(catalogue)
         self._keys: list[dict[str, Any]] = []
         self._keys_digest = b""
         self._rows: list[tuple[dict[str, Any], list[tuple[str, float | None]]]] = []
         self._verifier_ends = math.inf
-        self._tenants: dict[str, str] = {}
+        self._tenants: list[dict[str, Any]] = []
+        self.disabled: list[str] = []
+        self._owners: dict[str, str] = {}
         self.number = 0
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._arrived = asyncio.Condition()
@@ -75,10 +87,10 @@ class Hub:
         self._catalogue = [model.model_dump(mode="json") for model in catalogue]
 
     async def reload(self) -> int:
-        """Read the keys again after they changed; the number of the snapshot that has them."""
+        """Read keys, tenants and disabled models again after they changed; the number of the snapshot with them."""
         async with self._loading:
-            self._rows = await self._database.read(_read_keys)
-            self._tenants = {row["id"]: row["tenant"] for row, _ in self._rows}
+            self._rows, self._tenants, self.disabled = await self._database.read(_read)
+            self._owners = {row["id"]: row["tenant"] for row, _ in self._rows}
             self._build_keys()
             self.refresh()
         return self.number
@@ -91,7 +103,7 @@ class Hub:
             [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
             for node in self._fleet.members.values()
         ]
-        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue])
+        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue, self._tenants, self.disabled])
         version = hashlib.sha256(content).hexdigest()[:16]
         if version != self.version:
             self.number += 1
@@ -106,7 +118,14 @@ class Hub:
         """The snapshot as JSON."""
         nodes = [node.entry() for node in self._fleet.members.values()]
         return msgspec.json.encode(
-            {"version": self.version, "keys": self._keys, "nodes": nodes, "models": self._catalogue}
+            {
+                "version": self.version,
+                "keys": self._keys,
+                "tenants": self._tenants,
+                "nodes": nodes,
+                "models": self._catalogue,
+                "disabled": self.disabled,
+            }
         )
 
     def look_up(self, key_id: str) -> tuple[dict[str, Any], list[tuple[str, float | None]]] | None:
@@ -118,9 +137,9 @@ class Hub:
 
     # -- who has it
 
-    async def heard(self, name: str, version: str, metrics: str = "", behind: float = 0.0) -> None:
+    async def heard(self, name: str, version: str, metrics: str = "", behind: float = 0.0, left: bool = False) -> None:
         """Note that a gateway asked, what it has, and what it says of itself."""
-        self.gateways[name] = Gateway(name, time.time(), version, metrics, behind)
+        self.gateways[name] = Gateway(name, time.time(), version, metrics, behind, left)
         async with self._arrived:
             self._arrived.notify_all()
 
@@ -132,30 +151,36 @@ class Hub:
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""
-        return self._tenants.get(key_id)
+        return self._owners.get(key_id)
 
     async def acknowledged(self, number: int, within: float) -> tuple[list[str], list[str]]:
-        """Wait until every gateway has snapshot `number` or a later one: names of those that have, and have not."""
+        """Wait until every gateway has snapshot `number` or a later one: names of those that have, and have not.
+
+        One that was not heard lately is not waited for, but named as long as it may serve by what it last heard:
+        nobody can tell a network that is cut from a machine that is off.
+        """
 
         def waiting() -> bool:
-            return not self._behind(number)
+            return not self._behind(number, PRESENT)
 
         try:
             async with asyncio.timeout(within), self._arrived:
                 await self._arrived.wait_for(waiting)
         except TimeoutError:
-            log.warning("gateways without snapshot %d after %g s: %s", number, within, self._behind(number))
-        behind = self._behind(number)
-        return sorted(set(self._present()) - set(behind)), behind
+            pass
+        behind = self._behind(number, self._stale)
+        if behind:
+            log.warning("gateways without snapshot %d after %g s: %s", number, within, ", ".join(behind))
+        return sorted(set(self._serving(self._stale)) - set(behind)), behind
 
-    def _behind(self, number: int) -> list[str]:
+    def _behind(self, number: int, within: float) -> list[str]:
         known = self._numbers
-        return [name for name in self._present() if known.get(self.gateways[name].version, 0) < number]
+        return [name for name in self._serving(within) if known.get(self.gateways[name].version, 0) < number]
 
-    def _present(self) -> list[str]:
-        """Gateways that were heard lately: those that are gone need not acknowledge."""
-        since = time.time() - PRESENT
-        return sorted(name for name, gateway in self.gateways.items() if gateway.seen >= since)
+    def _serving(self, within: float) -> list[str]:
+        """Gateways that were heard within so many seconds and did not say that they end."""
+        since = time.time() - within
+        return sorted(name for name, one in self.gateways.items() if one.seen >= since and not one.left)
 
     # -- making it
 
@@ -185,6 +210,13 @@ class Hub:
             log.warning("the change was not published: %s", error)
 
 
+def _read(connection: Connection) -> tuple[list[Any], list[dict[str, Any]], list[str]]:
+    """Keys with their verifiers, tenants, and the names of disabled models."""
+    owners = [dict(row) for row in connection.execute(select(tenants).order_by(tenants.c.name)).mappings()]
+    off = connection.execute(select(disabled_models.c.name).order_by(disabled_models.c.name)).scalars()
+    return _read_keys(connection), owners, list(off)
+
+
 def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[str, float | None]]]]:
     proofs: dict[str, list[tuple[str, float | None]]] = {}
     proof = key_verifiers.c
@@ -192,6 +224,6 @@ def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[
         proofs.setdefault(row.key_id, []).append((row.verifier, row.expires))
     found = []
     for row in connection.execute(select(keys).order_by(keys.c.id)).mappings():
-        entry = {name: row[name] for name in (*FIELDS, "class", "expires")}
+        entry = {name: row[name] for name in FIELDS}
         found.append(({**entry, "revoked": row["revoked"] is not None}, proofs.get(row["id"], [])))
     return found

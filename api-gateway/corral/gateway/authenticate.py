@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import translate
+from ipaddress import ip_network
 from re import Pattern
 from re import compile as compile_pattern
 from typing import Any
@@ -13,21 +14,30 @@ from typing import Any
 from corral.fleet.node import canonical_name
 from corral.store import keys
 from corral.store.budget import LIMITS, Budget
+from corral.store.keys import Network
 from corral.wire.errors import ApiError
 
 VERIFIED_MAX = 10_000
+PLACES_MAX = 1000
 
 
 @dataclass(slots=True, eq=False)
 class Key:
-    """A key as the gateway uses it. ``expires`` is epoch seconds."""
+    """A key as the gateway uses it. ``expires`` is epoch seconds.
+
+    ``networks`` is None for a key that may be used from anywhere; ``places`` are addresses that were found in them.
+    """
 
     id: str
+    tenant: str
     verifiers: list[bytes]
     patterns: list[Pattern[str]] | None
+    networks: list[Network] | None
     expires: float | None
     revoked: bool
+    batch: bool
     budget: Budget
+    places: set[str] = field(default_factory=set)
 
     def may_use(self, model: str) -> bool:
         """Whether one of the key's globs matches the model's canonical name, or its name without `:latest`."""
@@ -42,12 +52,16 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
     globs = entry.get("models") or ["*"]
     limits: list[int | None] = [entry[name] if entry.get(name) is not None else defaults.get(name) for name in LIMITS]
     rpm, concurrency, tpm, daily, monthly = limits
+    networks = entry.get("networks")
     return Key(
         id=entry["id"],
+        tenant=entry.get("tenant") or "default",
         verifiers=[bytes.fromhex(text) for text in entry["verifiers"]],
         patterns=None if "*" in globs else [compile_pattern(translate(glob)) for glob in globs],
+        networks=[ip_network(one) for one in networks] if networks else None,
         expires=entry.get("expires"),
         revoked=bool(entry.get("revoked")),
+        batch=entry.get("class") == "batch",
         budget=Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant),
     )
 
@@ -116,7 +130,27 @@ def _verify(text: str, known: Mapping[str, Key], pepper: bytes) -> Key:
     return key
 
 
+def locate(key: Key, address: str) -> None:
+    """Refuse a caller outside the networks of a key that has some. `address` is the edge's word, or the peer's own.
+
+    Raises:
+        ApiError: 403 naming the address.
+    """
+    if key.networks is None or address in key.places:
+        return
+    if not keys.allows(key.networks, address):
+        raise ApiError(403, "forbidden", f"the API key may not be used from {address or 'an unknown address'}")
+    if len(key.places) >= PLACES_MAX:
+        key.places.clear()
+    key.places.add(address)
+
+
 def authorize(key: Key, model: str) -> None:
     """Refuse a model that the key may not use, with the same words as for one that nobody has."""
     if key.patterns is not None and not key.may_use(canonical_name(model)):
         raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")
+
+
+def disabled(model: str) -> ApiError:
+    """What is said of a model that was switched off, to those who may use it."""
+    return ApiError(403, "model_disabled", f"model '{model}' is disabled by its operator", param="model")

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from corral.fleet.node import Node, NodeState, canonical_name
-from corral.gateway.authenticate import Key
+from corral.gateway.authenticate import Key, disabled
 from corral.gateway.snapshot import Snapshot
 from corral.wire.errors import ApiError
 
@@ -20,7 +20,8 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     """The body of a route that the fleet answers; `name` is the model of `/v1/models/{id}`.
 
     Raises:
-        ApiError: 404 for a model that nobody holds or the key may not use; 503 with no node known.
+        ApiError: 403 for a model that is disabled; 404 for one that nobody holds or the key may not use; 503 with no
+            node known.
     """
     if path == "/api/version":
         versions = {node.version for node in snapshot.nodes.values() if node.version}
@@ -38,6 +39,8 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     for tag in tags:
         if tag["name"] == wanted:
             return _encode(_openai(tag) | {"id": name})
+    if wanted in snapshot.disabled and key.may_use(wanted):
+        raise disabled(name)
     raise ApiError(404, "model_not_found", f"model '{name}' not found", param="model")
 
 
@@ -61,7 +64,7 @@ def _merge(snapshot: Snapshot, key: Key, entries: Callable[[Node], list[dict[str
         if node.state is NodeState.DOWN:
             continue
         for entry in entries(node):
-            if key.may_use(entry["name"]):
+            if key.may_use(entry["name"]) and entry["name"] not in snapshot.disabled:
                 merged.setdefault(entry["name"], entry)
     return sorted(merged.values(), key=lambda entry: str(entry.get("modified_at", "")), reverse=True)
 

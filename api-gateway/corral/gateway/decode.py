@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corral.fleet.node import canonical_name
-from corral.gateway.authenticate import Key, authorize
+from corral.gateway.authenticate import Key, authorize, disabled
 from corral.gateway.snapshot import Snapshot
 from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError
@@ -13,10 +13,13 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
     """The typed request with its upstream body and its responder.
 
     Raises:
-        ApiError: 400 naming the field; 404 for a model that no node holds or the key may not use.
+        ApiError: 400 naming the field; 403 for a model that is disabled; 404 for one that no node holds or the key may
+            not use.
     """
     decoded = DECODERS[route](body, request_id, snapshot.policy)
     authorize(key, decoded.model)
+    if snapshot.disabled and canonical_name(decoded.model) in snapshot.disabled:
+        raise disabled(decoded.model)
     if snapshot.known and canonical_name(decoded.model) not in snapshot.held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
     return decoded

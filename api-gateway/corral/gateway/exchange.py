@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
 from corral.gateway import admit, catalogue, schedule, settle
-from corral.gateway.authenticate import Key, authenticate
+from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.decode import decode
 from corral.gateway.journal import Then, nothing
 from corral.gateway.listen import ClientConnection
@@ -101,6 +101,8 @@ class Exchange:
             snapshot = gateway.snapshot_now(self.wall)
             self.key = key = authenticate(self.headers, snapshot.keys, gateway.pepper, self.wall, snapshot.verified)
             self.key_id = key.id
+            if key.networks is not None:
+                locate(key, self.address)
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model

@@ -62,12 +62,16 @@ class Feed:
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        silent = False
+        silent = told = False
         async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
             while True:
                 try:
-                    await self._poll(client)
+                    changed = await self._poll(client)
                     silent = False
+                    # Who made a change waits to hear that it is in force here: the next question says so, at once.
+                    told = changed and not told
+                    if told:
+                        continue
                 except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError) as error:
                     if not silent:
                         log.warning("control gives no snapshot, the last one holds: %r", error)
@@ -77,7 +81,14 @@ class Feed:
                         await self._wake.wait()
                 self._wake.clear()
 
-    async def _poll(self, client: httpx.AsyncClient) -> None:
+    async def leave(self) -> None:
+        """Tell control that this gateway ends: nobody need wait for it, or wonder whether it heard."""
+        headers = self._headers | self._tell() | {"X-Corral-Leaving": "1"}
+        with contextlib.suppress(httpx.HTTPError, OSError):
+            async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
+                await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
+
+    async def _poll(self, client: httpx.AsyncClient) -> bool:
         headers = self._headers | self._tell()
         response = await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
         now = time.time()
@@ -89,6 +100,7 @@ class Feed:
         self._snapshot.confirmed = now
         if self._unkept is not None or now - self._touched > TOUCH:
             self._remember(now)
+        return response.status_code == 200
 
     def _remember(self, now: float) -> None:
         # A disk that takes no file says nothing of control: the snapshot in force stays good.

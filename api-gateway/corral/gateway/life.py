@@ -65,6 +65,7 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
         gateway.journal.close()
         gateway.upstreams.close()
         await gateway.shipper.drain()
+        await gateway.feed.leave()
         await gateway.exposition.close()
 
 

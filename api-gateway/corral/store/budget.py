@@ -24,6 +24,8 @@ HELD_MS = 86_400_000
 """How long a reservation is known that nobody settles."""
 SETTLED_MS = 60_000
 """How long a settled request is known: it may be settled again, or admitted by a call that was late."""
+TENANT = "t:"
+"""Before a tenant's name, where the store tells it from a key."""
 LIMITS = ("rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens")
 REASONS = ("", *LIMITS, *(f"tenant_{limit}" for limit in LIMITS))
 """What a script's number of a limit means."""
@@ -61,12 +63,12 @@ def month_end(month: int) -> float:
 
 @dataclass(slots=True, eq=False)
 class Budget:
-    """The limits of a key, or of a tenant (then ``key_id`` is ``t:NAME``), and what this gateway knows of their use.
+    """The limits of a key or a tenant, and what this gateway knows of their use.
 
-    None is no limit. ``in_flight``: request → tokens the store reserved for it, or -1 less what was reserved here
-    without it. ``arrival`` and ``tokens_arrival`` are when the rates are whole again (monotonic seconds) as seen from
-    here, ``said_arrival`` and ``window`` (tokens of the minute), ``day_used`` and ``month_used`` what the store last
-    said of them, ``…_spent`` what was admitted here since, without the store.
+    A tenant's ``key_id`` is `TENANT` and its name. None is no limit. ``in_flight``: request → tokens the store reserved
+    for it, or -1 less what was reserved here without it. ``arrival`` and ``tokens_arrival`` are when the rates are
+    whole again (monotonic seconds) as seen from here; ``said_arrival``, ``window`` (tokens of the minute), ``day_used``
+    and ``month_used`` are what the store last said; ``…_spent`` is what was admitted here since, without the store.
     """
 
     key_id: str

@@ -83,6 +83,7 @@ def _store(
         else:
             settles.setdefault(row["id"], row)
     read = list(admits.values()), list(settles.values())
+    _own(connection, [*admits.values(), *settles.values()])
     for known in settles:
         admits.pop(known, None)  # its settle record says all that it says
     if admits:
@@ -98,6 +99,15 @@ def _store(
         )
     _note_use(connection, [*admits.values(), *settles.values()])
     return read
+
+
+def _own(connection: Connection, rows: list[dict[str, Any]]) -> None:
+    """Give each row the tenant of its key. A key never changes hands, so what is true now was true then."""
+    named = {row["key"] for row in rows if row["key"]}
+    found = select(keys.c.id, keys.c.tenant).where(keys.c.id.in_(named))
+    tenants = {row.id: row.tenant for row in connection.execute(found)} if named else {}
+    for row in rows:
+        row["tenant"] = tenants.get(row["key"])
 
 
 def _note_use(connection: Connection, rows: list[dict[str, Any]]) -> None:
@@ -160,4 +170,4 @@ def _cleaner(kind: object) -> Callable[[object], Any]:
 
 
 _CLEAN = {name: _cleaner(audit.c[name].type) for name in (*ADMITTED, *SETTLED)}
-_COMPLETED = (*ADMITTED[1:], *SETTLED)
+_COMPLETED = (*ADMITTED[1:], "tenant", *SETTLED)

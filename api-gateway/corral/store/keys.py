@@ -7,10 +7,12 @@ all that is stored. Pure functions: no database, no network.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import re
 import secrets
 import string
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
@@ -20,6 +22,9 @@ SECRET_LENGTH = 32
 PEPPER_BYTES = 32
 
 _SHAPE = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}})_[A-Za-z0-9]{{{SECRET_LENGTH}}}([0-9a-f]{{8}})", re.ASCII)
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class PepperError(ValueError):
@@ -50,6 +55,17 @@ def parse(text: str) -> str | None:
 def verifier(pepper: bytes, text: str) -> str:
     """HMAC-SHA256 of the whole key under the pepper (RFC 2104), as 64 hexadecimal digits."""
     return hmac.digest(pepper, text.encode(), "sha256").hex()
+
+
+def allows(networks: Iterable[Network], address: str) -> bool:
+    """Whether an address is in one of the networks; an IPv4 address in IPv6's clothes counts as what it is."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return any(parsed in network for network in networks)
 
 
 def read_pepper(path: Path | str) -> bytes:

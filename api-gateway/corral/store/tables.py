@@ -32,6 +32,20 @@ metadata = MetaData(
 # SQLite counts up by itself only in a column that is called INTEGER; its integers have 64 bits anyway.
 Serial = BigInteger().with_variant(Integer(), "sqlite")
 
+# Whom keys and records belong to, and the limits that its keys share (null: none).
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("created", Double, nullable=False),
+    Column("rpm", BigInteger),
+    Column("tpm", BigInteger),
+    Column("concurrency", BigInteger),
+    Column("daily_tokens", BigInteger),
+    Column("monthly_tokens", BigInteger),
+)
+
+# `networks`: CIDRs that it may be used from, null for anywhere.
 keys = Table(
     "keys",
     metadata,
@@ -40,6 +54,7 @@ keys = Table(
     Column("tenant", Text, nullable=False),
     Column("role", String(16), nullable=False),
     Column("models", JSON, nullable=False),
+    Column("networks", JSON(none_as_null=True)),
     Column("rpm", BigInteger),
     Column("tpm", BigInteger),
     Column("concurrency", BigInteger),
@@ -89,6 +104,15 @@ models = Table(
     Column("node", String(63), nullable=False),
 )
 
+# Models that nobody may use for now, whatever nodes hold: by canonical name.
+disabled_models = Table(
+    "disabled_models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("reason", Text),
+    Column("disabled", Double, nullable=False),
+)
+
 # One row for each request of the data plane (admit inserts, settle completes) and for each admin action.
 audit = Table(
     "audit",
@@ -99,6 +123,7 @@ audit = Table(
     Column("ts", Double, nullable=False),
     Column("gw", Text),
     Column("key", Text),
+    Column("tenant", Text),
     Column("addr", Text),
     Column("api", Text),
     Column("route", Text),
@@ -120,6 +145,7 @@ audit = Table(
     Column("after", JSON(none_as_null=True)),
     Index(None, "ts"),
     Index(None, "key", "seq"),
+    Index(None, "tenant", "seq"),
     Index(None, "model", "seq"),
     sqlite_autoincrement=True,
 )

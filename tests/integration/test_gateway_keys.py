@@ -1,0 +1,121 @@
+"""What a key's own limits in place, time and models come to at a gateway, and the kill switch of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from support.gateway import Gateway, gateway
+from support.process import until
+
+from corral.store import keys
+
+ROUTES = ["/api/chat", "/v1/chat/completions", "/v1/messages"]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with gateway(tmp_path_factory.mktemp("gateway")) as made:
+        yield made
+
+
+@pytest.fixture
+def gw(running: Gateway) -> Iterator[Gateway]:
+    for node in running.nodes:
+        node.requests.clear()
+    yield running
+
+
+def asked(gw: Gateway) -> int:
+    return sum(len(node.requests) for node in gw.nodes)
+
+
+def from_address(address: str, url: str, gw: Gateway, key: str, **headers: str) -> httpx.Response:
+    """Chat from one of this machine's own addresses."""
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=20) as client:
+        sent = {"Authorization": f"Bearer {key}", **headers}
+        return client.post(url + "/api/chat", json=gw.chat(stream=False), headers=sent)
+
+
+def test_a_key_works_from_its_networks_alone(gw: Gateway) -> None:
+    key = gw.new_key(networks=["127.0.0.2/32", "10.0.0.0/8", "2001:db8::/32"])
+    assert from_address("127.0.0.2", gw.edge, gw, key).status_code == 200
+    refused = from_address("127.0.0.3", gw.edge, gw, key)
+    assert refused.status_code == 403
+    assert refused.json() == {"error": "the API key may not be used from 127.0.0.3"}
+    assert asked(gw) == 1
+    # No word of the caller's own counts, at the edge or at a gateway that it reaches past it.
+    forged = {"X-Forwarded-For": "127.0.0.2", "X_Forwarded_For": "127.0.0.2", "X-Real-IP": "127.0.0.2"}
+    assert from_address("127.0.0.3", gw.edge, gw, key, **forged).status_code == 403
+    assert from_address("127.0.0.3", gw.url, gw, key, **forged).status_code == 403
+    assert from_address("127.0.0.2", gw.url, gw, key, **{"X-Forwarded-For": "192.0.2.1"}).status_code == 200
+    # The edge's word does.
+    for address, status in [
+        *(("10.1.2.3", 200), ("::ffff:10.1.2.3", 200), ("2001:db8::7", 200), ("10.9.9.9, 11.0.0.1", 403)),
+        *(("11.0.0.1, 10.9.9.9", 200), ("11.0.0.1", 403), ("nowhere", 403), ("", 403)),
+    ]:
+        assert from_address("127.0.0.1", gw.url, gw, key, **{"X-Forwarded-For": address}).status_code == status, address
+    for path, kind in (("/v1/chat/completions", "permission_error"), ("/v1/messages", "permission_error")):
+        body = gw.post(path, headers={"Authorization": f"Bearer {key}"}).json()
+        assert body["error"]["type"] == kind
+    assert httpx.get(gw.url + "/api/tags", headers={"Authorization": f"Bearer {key}"}).status_code == 403
+
+
+def test_networks_change_with_the_snapshot(gw: Gateway) -> None:
+    key = gw.new_key(networks=["127.0.0.2"])
+    assert from_address("127.0.0.2", gw.edge, gw, key).status_code == 200
+    gw._keys[-1]["networks"] = ["127.0.0.3"]
+    gw.publish()
+    assert from_address("127.0.0.2", gw.edge, gw, key).status_code == 403
+    assert from_address("127.0.0.3", gw.edge, gw, key).status_code == 200
+
+
+def test_both_texts_of_a_rotating_key_work_until_one_ends(gw: Gateway) -> None:
+    first = gw.new_key()
+    key_id = keys.parse(first)
+    assert key_id is not None
+    second = keys.secret_for(key_id)
+    entry: dict[str, Any] = gw._keys[-1]
+    entry["verifiers"] = [keys.verifier(gw.pepper, text) for text in (first, second)]
+    gw.publish()
+
+    def statuses() -> list[int]:
+        return [gw.post(headers={"Authorization": f"Bearer {text}"}).status_code for text in (first, second)]
+
+    assert statuses() == [200, 200]
+    entry["verifiers"] = entry["verifiers"][1:]
+    gw.publish()
+    assert statuses() == [401, 200]
+
+
+def disable(gw: Gateway, *names: str) -> None:
+    seen = gw.control.polls
+    gw.control.publish(disabled=list(names))
+    until(lambda: gw.control.polls >= seen + 2, "the gateway asks control")
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_disabled_model_is_refused_by_name_and_no_node_hears_of_it(gw: Gateway, path: str) -> None:
+    disable(gw, "m:latest", "other:latest")
+    try:
+        for model in ("m", "m:latest"):
+            answer = gw.post(path, gw.chat(model=model, stream=False, max_tokens=5))
+            assert answer.status_code == 403
+            error = answer.json()["error"]
+            text = error if isinstance(error, str) else error["message"]
+            assert text == f"model '{model}' is disabled by its operator"
+            if path.startswith("/v1/chat"):
+                assert (error["code"], error["type"], error["param"]) == ("model_disabled", "permission_error", "model")
+        assert httpx.get(gw.url + "/api/tags", headers=gw.auth).json() == {"models": []}
+        assert httpx.get(gw.url + "/v1/models/m", headers=gw.auth).status_code == 403
+        # Who may not use it is not told that it is there.
+        other = {"Authorization": f"Bearer {gw.new_key(models=['x*'])}"}
+        assert gw.post(path, gw.chat(stream=False, max_tokens=5), headers=other).status_code == 404
+        assert httpx.get(gw.url + "/v1/models/m", headers=other).status_code == 404
+        assert asked(gw) == 0
+    finally:
+        disable(gw)
+    assert gw.post(path, gw.chat(stream=False, max_tokens=5)).status_code == 200
+    assert httpx.get(gw.url + "/v1/models/m", headers=gw.auth).status_code == 200
