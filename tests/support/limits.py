@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
 from corral.store import leases
-from corral.store.budget import EPOCH, Budget
+from corral.store.budget import GRANTS, Budget
 from corral.store.limits import Limits, Verdict
 from corral.store.valkey import Valkey, ValkeyDown
 from support.servers import Server
@@ -54,14 +53,21 @@ class Gateway:
             await self.store.request(b"PING")
 
 
+async def flush(port: int) -> None:
+    """Have a store forget everything."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"FLUSHALL\r\n")
+    assert await reader.readline() == b"+OK\r\n"
+    writer.close()
+
+
 @asynccontextmanager
-async def gateways(url: str, count: int, denied: tuple[str, ...] = ()) -> AsyncIterator[list[Gateway]]:
+async def gateways(
+    url: str, count: int, denied: tuple[str, ...] = (), patience: float = 0.5
+) -> AsyncIterator[list[Gateway]]:
     """So many gateways, connected to a store that is empty but grants."""
-    port = int(url.rpartition(":")[2].partition("/")[0])
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain:
-        plain.sendall(b"FLUSHALL\r\n")
-        assert plain.recv(16) == b"+OK\r\n"
-    made = [Gateway(url, f"gateway-{number}", denied) for number in range(1, count + 1)]
+    await flush(int(url.rpartition(":")[2].partition("/")[0]))
+    made = [Gateway(url, f"gateway-{number}", denied, patience) for number in range(1, count + 1)]
     tasks = [asyncio.create_task(work) for one in made for work in (one.store.run(), leases.keep(one.limits))]
     try:
         await granting(made)
@@ -87,7 +93,7 @@ async def granting(made: list[Gateway], seconds: float = 10.0) -> None:
         while True:
             present = all(one.store.connected and one.limits.gateways >= len(made) for one in made)
             with suppress(ValkeyDown):
-                if present and await made[0].store.request(b"EXISTS", EPOCH):
+                if present and await made[0].store.request(b"EXISTS", GRANTS):
                     return
             await asyncio.sleep(0.02)
 

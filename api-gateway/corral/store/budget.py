@@ -15,7 +15,8 @@ from importlib.resources import files
 from corral.store.valkey import encode
 
 PREFIX = b"corral:1:"
-EPOCH = PREFIX + b"epoch"
+EPOCH, GRANTS = PREFIX + b"epoch", PREFIX + b"grants"
+"""There is an epoch when gateways have told a store what it last said, and it grants when they have told the rest."""
 ACTIVE = PREFIX + b"active"
 LEASE = 10.0
 MINUTE = 60.0
@@ -113,13 +114,13 @@ class Budget:
             return
         numbers = (self.rpm or 0, self.concurrency or 0, LEASE * 1e6)
         arguments = [b"%d" % number for number in numbers]
-        command = encode(b"EVALSHA", _ADMIT, b"3", self.rate, self.leases, EPOCH, *arguments)
+        command = encode(b"EVALSHA", _ADMIT, b"3", self.rate, self.leases, GRANTS, *arguments)
         self.prefix = command.replace(b"*9\r\n", b"*10\r\n", 1)
         self.ending = [b"ZREM", self.leases]
 
     def _metered(self) -> None:
         scopes = self.scopes
-        keys, limits, meters = [EPOCH, ACTIVE], [], []
+        keys, limits, meters = [GRANTS, EPOCH, ACTIVE], [], []
         shared = [EPOCH, ACTIVE]
         for scope in scopes:
             keys += [scope.rate, scope.leases, scope.tokens]

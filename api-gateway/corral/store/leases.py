@@ -15,6 +15,7 @@ from corral.store.budget import (
     CHARGE,
     DECLARE,
     EPOCH,
+    GRANTS,
     LEASE,
     PREFIX,
     RESERVE,
@@ -28,9 +29,9 @@ from corral.store.limits import Limits
 from corral.store.valkey import Valkey, ValkeyDown
 
 RENEW = 2.0
-ASK = 0.05
-PATIENCE = 2.0
-"""How long a rebuild waits for gateways that tell nothing (seconds)."""
+ASK = 0.02
+PATIENCE, PATIENCE_AGAIN = 2.5, 0.5
+"""How long a rebuild waits for gateways that tell nothing (seconds); an idle one sees what happened after `RENEW`."""
 AT_ONCE = 200
 ACTIVE_MAX = 2000
 
@@ -88,19 +89,27 @@ async def keep(limits: Limits) -> None:
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
     """See that the store knows what it last said, whatever became of it."""
     epoch = await store.request(b"GET", EPOCH)
-    if epoch is not None and (epoch == known.epoch or known.epoch is None):
+    if epoch is None or known.epoch not in (None, epoch):
+        # Presence first: when the last one has told, all are counted.
+        await store.request(b"ZADD", PREFIX + b"gateways", b"%f" % await _clock(store), limits.gateway)
+        await _declare(limits, store)
+        await _step(limits, store, EPOCH, PATIENCE)
+    elif await store.request(b"EXISTS", GRANTS):
         known.epoch = epoch
         return
-    # Presence first: when the last one has told, all are counted.
-    await store.request(b"ZADD", PREFIX + b"gateways", b"%f" % await _clock(store), limits.gateway)
-    await _declare(limits, store)
-    keys = (EPOCH, PREFIX + b"declared", PREFIX + b"declaring")
-    numbers = (b"%d" % limits.gateways, b"%d" % (PATIENCE * 1e6))
+    limits.give_back()
+    await store.request(b"PING")  # answered after all that was told
+    await _step(limits, store, GRANTS, PATIENCE_AGAIN)
+    limits.give_back()  # what was admitted meanwhile
+    known.epoch = await store.request(b"GET", EPOCH)
+    log.info("the store had forgotten what it knew, and was told")
+
+
+async def _step(limits: Limits, store: Valkey, key: bytes, patience: float) -> None:
+    keys = (key, key + b"-told", key + b"-of")
+    numbers = (b"%d" % limits.gateways, b"%d" % (patience * 1e6))
     while not await store.request(b"EVALSHA", _REBUILD, b"3", *keys, limits.gateway, *numbers):  # noqa: ASYNC110
         await asyncio.sleep(ASK)  # others have yet to tell
-    known.epoch = await store.request(b"GET", EPOCH)
-    limits.give_back()
-    log.info("the store had forgotten what it knew, and was told")
 
 
 async def _declare(limits: Limits, store: Valkey) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import hiredis
 
 from corral.store import share
-from corral.store.budget import CHARGE, LIMITS, MINUTE, REASONS, Budget, sha
+from corral.store.budget import CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, sha
 from corral.store.valkey import Valkey, ValkeyDown, encode
 
 OWED_MAX = 10_000
@@ -68,6 +68,8 @@ class Limits:
         self._sums = 0
         self._unsaid: dict[Budget, int] = {}
         """Requests of keys that are not metered which the store is still to count."""
+        self._unadopted: dict[Budget, None] = {}
+        """Metered keys with requests that run and were admitted without the store."""
         self.on_lost: Callable[[], None] = _nothing
         """Called when the store says that it has lost what it knew."""
         self.budgets: Callable[[], Iterable[Budget]] = self.busy.values
@@ -88,6 +90,8 @@ class Limits:
         if store is None or not store.connected:
             done(self._uncounted(budget, request_id, now))
             return
+        if self._unsaid and budget in self._unsaid:
+            self._charge(store, budget, self._unsaid[budget])
 
         def replied(reply: Any) -> None:
             if type(reply) is list:
@@ -140,9 +144,8 @@ class Limits:
             return
         for budget, count in list(self._unsaid.items()):
             self._charge(store, budget, count)
-        for budget in list(self.busy.values()):
-            if budget.metered:
-                self._adopt(store, budget)
+        for budget in list(self._unadopted):
+            self._adopt(store, budget)
         for budget, (tokens, requests) in list(self._beyond.items()):
             del self._beyond[budget]
             self._sums += 1
@@ -162,6 +165,8 @@ class Limits:
         if store is None or not store.connected:
             done(self._locally(budget, request_id, now, tokens))
             return
+        if self._unadopted and budget in self._unadopted:
+            self._adopt(store, budget)
 
         def replied(reply: Any) -> None:
             if type(reply) is list:
@@ -223,20 +228,26 @@ class Limits:
                 self._unsaid[budget] = self._unsaid.get(budget, 0) + count
 
         del self._unsaid[budget]
-        store.call(encode(b"EVALSHA", _CHARGE, b"1", budget.rate, b"%d" % (budget.rpm or 0), b"%d" % count), heard)
+        numbers = b"%d" % (budget.rpm or 0), b"%d" % count
+        store.call(encode(b"EVALSHA", _CHARGE, b"2", budget.rate, EPOCH, *numbers), heard)
 
     def _adopt(self, store: Valkey, budget: Budget) -> None:
         # What runs and was admitted without the store is counted as if it had been asked.
         def call(request_id: str, reserved: int) -> None:
             def heard(reply: Any) -> None:
-                if type(reply) is list and request_id in budget.in_flight:
+                if request_id not in budget.in_flight:
+                    return
+                if type(reply) is list:
                     budget.in_flight[request_id] = reserved
+                else:
+                    self._unadopted[budget] = None
 
             identity, cost = request_id.encode(), b"-%d" % reserved
             store.call(
                 b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost), heard
             )
 
+        del self._unadopted[budget]
         for request_id, reserved in list(budget.in_flight.items()):
             if reserved < 0:
                 call(request_id, -1 - reserved)
@@ -296,6 +307,8 @@ class Limits:
 
     def _enter(self, budget: Budget, request_id: str, reserved: int) -> None:
         budget.in_flight[request_id] = reserved
+        if reserved < 0:
+            self._unadopted[budget] = None
         self.busy[budget.key_id] = budget
         tenant = budget.tenant
         if tenant is not None:

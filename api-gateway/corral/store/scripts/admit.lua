@@ -1,10 +1,10 @@
 -- Admit one request of a key that has no limit but requests per minute and concurrency, in one call.
 --
 -- KEYS  1 rate: theoretical arrival time, us (GCRA)       2 leases: sorted set, request id -> expiry, us
---       3 epoch: absent in a store that has lost what it knew
+--       3 grants: absent in a store that has lost what it knew
 -- ARGV  1 requests per minute (0: no limit)               2 concurrency (0: no limit)
 --       3 lease, us                                       4 request id
--- Returns 0 (REBUILD) without an epoch, else {admitted 0|1, refused by 0 none|1 rate|2 concurrency,
+-- Returns 0 (REBUILD) where it does not grant, else {admitted 0|1, refused by 0 none|1 rate|2 concurrency,
 -- requests left, us until the rate is whole again, us until a retry can succeed}
 --
 -- Time is the store's own, so that gateways need not agree on the clock. A call that repeats a request id

@@ -1,8 +1,9 @@
--- End a rebuild: the store grants again when every gateway has told what it knew, or after a while.
+-- End a step of a rebuild when every gateway has, or after a while: first all tell what the store last said (then there
+-- is an epoch), next what happened without it (then it grants). Sums come after maxima, whoever is first.
 --
--- KEYS  1 epoch      2 declared: sorted set, gateway -> when it began to tell, us      3 how many there are
+-- KEYS  1 the key that says so      2 sorted set, gateway -> when it had told, us      3 how many there are
 -- ARGV  1 gateway      2 how many gateways it knows      3 how long those are waited for that do not tell, us
--- Returns 1 where there is an epoch now.
+-- Returns 1 where the step is over.
 if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]

@@ -1,12 +1,13 @@
 -- Admit one request of a key that has limits of tokens, or whose tenant has limits: all of them, in one call.
 --
--- KEYS  1 epoch: absent in a store that has lost what it knew      2 active: sorted set, scope -> last use, us
+-- KEYS  1 grants, 2 epoch: absent in a store that has lost what it knew
+--       3 active: sorted set, scope -> last use, us
 --       of each scope: rate: theoretical arrival time, us (GCRA); leases: sorted set, request id -> expiry, us;
 --       tokens: see meter.lua
 -- ARGV  1 lease, us      2 how long a reservation is known, ms      3 what stands before a reservation's id
 --       of each scope: its name, requests a minute, concurrency, tokens a minute, a day, a month (0: no limit)
 --       the last two: request id, tokens to reserve; with "-" before them: it runs already, whatever the limits
--- Returns 0 (REBUILD) without an epoch, else a list:
+-- Returns 0 (REBUILD) where it does not grant (or has no epoch, for what runs already), else a list:
 --       admitted 0|1; the limit that refuses, and us until a retry can succeed;
 --       of requests a minute, then of tokens: which limit has the least left, how much, us until it is whole again;
 --       the store's day and month;
@@ -16,9 +17,9 @@
 --
 -- A reservation has a key of its own, whose name is made here (there is no cluster mode): "tokens slice day
 -- month", or "-" for a request that was settled. A call that repeats a request id is answered like the first and counts once.
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local lease, id, cost = tonumber(ARGV[1]), ARGV[#ARGV - 1], math.abs(tonumber(ARGV[#ARGV]))
 local runs = string.sub(ARGV[#ARGV], 1, 1) == '-'
+if redis.call('EXISTS', runs and KEYS[2] or KEYS[1]) == 0 then return 0 end
 local held = ARGV[3] .. id
 local repeated = redis.call('GET', held)
 local refused, retry = 0, 0
@@ -28,8 +29,8 @@ local function refuse(limit, after)
   if refused == 0 or after > retry then refused, retry = limit, after end
 end
 
-for number = 1, (#KEYS - 2) / 3 do
-  local key, arg, base = number * 3, number * 6 - 3, number * 5 - 5
+for number = 1, (#KEYS - 3) / 3 do
+  local key, arg, base = number * 3 + 1, number * 6 - 3, number * 5 - 5
   local scope = {
     base = base, name = ARGV[arg + 1], rate = KEYS[key], leases = KEYS[key + 1], tokens = KEYS[key + 2],
     rpm = tonumber(ARGV[arg + 2]), concurrency = tonumber(ARGV[arg + 3]), tpm = tonumber(ARGV[arg + 4]),
@@ -81,7 +82,7 @@ if refused == 0 and not repeated then
       local place = 7 + slice % SLICES
       use[2], use[4], use[place] = use[2] + cost, use[4] + cost, use[place] + cost
       save(scope.tokens, use, scope.daily, scope.monthly)
-      redis.call('ZADD', KEYS[2], now, scope.name)
+      redis.call('ZADD', KEYS[3], now, scope.name)
     end
   end
   redis.call('SET', held, string.format('%.0f %.0f %.0f %.0f', cost, slice, today, this_month), 'PX',
