@@ -191,7 +191,7 @@ def gateways(
     (folder / "internal.token").write_text(secrets.token_hex(32))
     key_id, text = keys.generate()
     verifier = keys.verifier(keys.read_pepper(folder / "pepper"), text)
-    limits = {"rpm": 100_000_000, "concurrency": 1000}
+    limits = {"rpm": 100_000_000, "concurrency": 1000, "tpm": 10**12, "daily_tokens": 10**15, "monthly_tokens": 10**15}
     tags = [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z"}]
     nodes = [
         {"name": f"node-{number}", "url": f"http://127.0.0.1:{node}", "slots": 32, "state": "ready"}

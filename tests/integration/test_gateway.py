@@ -630,6 +630,90 @@ def _store_keys(gw: Gateway) -> str:
         return store.recv(65536).decode()
 
 
+def test_tokens_are_reserved_by_the_callers_bound_and_settled_by_the_nodes_count(gw: Gateway) -> None:
+    headers = {"Authorization": f"Bearer {gw.new_key(tpm=1000, daily_tokens=100_000)}"}
+    first = gw.post(body=gw.chat(stream=False, options={"num_predict": 900}), headers=headers)
+    assert first.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert int(first.headers["x-ratelimit-remaining-tokens"]) < 100
+    # The node said 7 and 3.
+    again = gw.post(body=gw.chat(stream=False, options={"num_predict": 900}), headers=headers)
+    assert (again.status_code, int(again.headers["x-ratelimit-remaining-tokens"])) == (
+        200,
+        int(first.headers["x-ratelimit-remaining-tokens"]) - 10,
+    )
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+def test_a_refusal_names_its_limit_in_the_shape_of_the_api(gw: Gateway, path: str) -> None:
+    headers = {"Authorization": f"Bearer {gw.new_key(daily_tokens=1000)}"}
+    body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+    body |= {"options": {"num_predict": 990}} if path == "/api/chat" else {"max_tokens": 990}
+    # Its whole day is reserved while it runs.
+    held = threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        assert held.wait(10)
+        connection.sendall(answer())
+
+    everywhere(gw, hold, 1)
+    before = len(requests(gw))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(httpx.post, gw.url + path, json=body, headers=headers)
+        until(lambda: len(requests(gw)) > before, "one runs")
+        refused = httpx.post(gw.url + path, json=body, headers=headers)
+        held.set()
+        assert running.result().status_code == 200
+    for node in gw.nodes:
+        node.script.clear()
+    assert refused.status_code == 429
+    error = refused.json()["error"]
+    text = error if path == "/api/chat" else error["message"]
+    assert "1000 tokens per day" in text
+    if path != "/api/chat":
+        assert error["type"] == "rate_limit_error"
+    reset = float(refused.headers["x-ratelimit-reset-tokens"].removesuffix("ms")) / 1e3
+    assert reset - 1 <= int(refused.headers["Retry-After"]) <= reset + 62
+    assert refused.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert int(refused.headers["x-ratelimit-remaining-tokens"]) < 10
+
+
+def test_a_caller_who_leaves_pays_for_what_was_made(gw: Gateway) -> None:
+    headers = {"Authorization": f"Bearer {gw.new_key(tpm=1000)}"}
+    waiting = threading.Event()
+
+    def slow(connection: socket.socket) -> None:
+        connection.sendall(HEAD + chunk(LINE % b"w") * 5)
+        waiting.set()
+        gw.nodes[0].wait_for_close(connection)
+
+    everywhere(gw, slow, 1)
+    with httpx.stream(
+        "POST", gw.url + "/api/chat", json=gw.chat(options={"num_predict": 900}), headers=headers
+    ) as response:
+        for _ in response.iter_lines():
+            break
+    for node in gw.nodes:
+        node.script.clear()
+
+    def left() -> int:
+        response = httpx.get(gw.url + "/api/tags", headers=headers)
+        return int(response.headers["x-ratelimit-remaining-tokens"])
+
+    until(lambda: left() > 900, "what was reserved and not used is given back")
+    assert left() < 1000 - 5, "five pieces, and a guess of the prompt"
+
+
+def test_the_keys_of_a_tenant_share_its_limits(gw: Gateway) -> None:
+    gw.control.publish(tenants=[{"name": "team", "rpm": 3}])
+    both = [{"Authorization": f"Bearer {gw.new_key(tenant='team')}"} for _ in range(2)]
+    assert [gw.post(headers=both[number % 2]).status_code for number in range(3)] == [200] * 3
+    refused = gw.post(headers=both[1])
+    assert (refused.status_code, refused.headers["x-ratelimit-limit-requests"]) == (429, "3")
+    assert "3 requests per minute of the tenant" in refused.json()["error"]
+    gw.control.publish(tenants=[{"name": "team", "rpm": 6000}])
+    until(lambda: gw.post(headers=both[0]).status_code == 200, "the limit was raised")
+
+
 # -- control and disk
 
 

@@ -61,6 +61,24 @@ def test_tenants_come_and_go(control: Running) -> None:
     assert told[3:] == [("POST", "new"), ("DELETE", "default"), ("DELETE", "blue"), ("DELETE", "default")]
 
 
+def test_the_limits_of_a_tenant_are_the_administrators_to_change(control: Running, red: httpx.Client) -> None:
+    made = control.admin.post("/admin/tenants", json={"name": "blue", "tpm": 5000, "daily_tokens": 90_000})
+    assert (made.status_code, made.json()["tpm"], made.json()["rpm"]) == (201, 5000, None)
+    changed = control.admin.patch("/admin/tenants/blue", json={"rpm": 60, "daily_tokens": None})
+    assert changed.status_code == 200
+    wanted = {"rpm": 60, "tpm": 5000, "concurrency": None, "daily_tokens": None, "monthly_tokens": None}
+    assert {name: changed.json()[name] for name in wanted} == wanted
+    sent = {tenant["name"]: tenant for tenant in control.snapshot().json()["tenants"]}
+    assert {name: sent["blue"][name] for name in wanted} == wanted
+    assert control.admin.patch("/admin/tenants/blue", json={"rpm": 0}).status_code == 400
+    assert control.admin.patch("/admin/tenants/blue", json={"burst": 1}).status_code == 400
+    assert control.admin.patch("/admin/tenants/none", json={"rpm": 1}).status_code == 404
+    assert red.patch("/admin/tenants/red", json={"rpm": 1_000_000}).status_code == 403
+    rows = control.admin.get("/admin/audit", params={"limit": 1000}).json()["audit"]
+    [row] = [row for row in rows if row["method"] == "PATCH" and row["status"] == 200]
+    assert (row["before"]["rpm"], row["after"]["rpm"], row["tenant"]) == (None, 60, "blue")
+
+
 def test_an_operator_sees_and_ends_its_own_tenants_keys_alone(control: Running, red: httpx.Client) -> None:
     own = red.post("/admin/keys", json={"name": "own"}).json()
     other = make_key(control, name="other", tenant="blue")

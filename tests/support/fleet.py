@@ -144,11 +144,15 @@ class Fleet:
 
     def present_gateways(self) -> int:
         """How many gateways are in the store; 0 where it does not answer."""
-        host, port = urlsplit(self.valkey.url).hostname, urlsplit(self.valkey.url).port
-        with socket.create_connection((host, port), timeout=1) as store:
+        with self.valkey_client() as store:
             store.sendall(b"ZCARD corral:1:gateways\r\n")
             reply = store.recv(64)
         return int(reply[1:]) if reply.startswith(b":") else 0
+
+    def valkey_client(self) -> socket.socket:
+        """A connection to the store."""
+        address = urlsplit(self.valkey.url)
+        return socket.create_connection((address.hostname, address.port), timeout=1)
 
     def enter(self, manager: AbstractContextManager[Server]) -> Server:
         """Start something that ends with the fleet."""

@@ -72,11 +72,18 @@ def certificate(folder: Path, name: str = "localhost") -> Path:
     return pem
 
 
+STORES = ("valkey", "redis-server")
+"""The programs that a store may be; scripts/test installs the second."""
+
+
 @contextmanager
-def valkey(folder: Path, port: int | None = None) -> Iterator[Server]:
-    """A Valkey of its own, without persistence; ``url`` is redis://127.0.0.1:PORT/0."""
+def valkey(folder: Path, port: int | None = None, program: str = "valkey") -> Iterator[Server]:
+    """A Valkey (or Redis) of its own, without persistence; ``url`` is redis://127.0.0.1:PORT/0."""
     port = port or free_port()
-    argv = [binaries.valkey(), "--port", str(port), "--bind", "127.0.0.1"]
+    found = binaries.valkey() if program == "valkey" else shutil.which(program)
+    if found is None:
+        pytest.fail(f"there is no {program}: apt-get install {program} (scripts/test does)", pytrace=False)
+    argv = [found, "--port", str(port), "--bind", "127.0.0.1"]
     argv += ["--save", "", "--appendonly", "no", "--dir", str(folder)]
     process = Process(argv, folder / "valkey.log")
     try:

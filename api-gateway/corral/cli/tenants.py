@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 from corral.cli import common
 from corral.cli.common import Admin, rows, segment
 
-_COLUMNS = ("name", "keys")
+_COLUMNS = ("name", "keys", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
+
+
+class Shared(click.ParamType):
+    """A limit that keys share, or `none`."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if str(value) == "none":
+            return 0
+        number: int = click.IntRange(1).convert(value, param, ctx)
+        return number
+
+
+_OPTIONS = (
+    click.option("--rpm", type=Shared(), metavar="N", help="Requests a minute, of all its keys."),
+    click.option("--tpm", type=Shared(), metavar="N", help="Tokens a minute."),
+    click.option("--concurrency", type=Shared(), metavar="N", help="Requests at once."),
+    click.option("--daily-tokens", type=Shared(), metavar="N", help="Tokens a day (UTC)."),
+    click.option("--monthly-tokens", type=Shared(), metavar="N", help="Tokens a month (UTC)."),
+)
+
+
+def _limits(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def _given(limits: dict[str, int | None]) -> dict[str, int | None]:
+    return {name: value or None for name, value in limits.items() if value is not None}
 
 
 @click.group("tenants")
 def command() -> None:
-    """Create, list and remove tenants, which keys belong to."""
+    """Create, list and remove tenants, which keys belong to, and limit what their keys use together."""
 
 
 @command.command("create")
 @click.argument("name")
+@_limits
 @common.options
-def create(name: str, as_json: bool, state: str | None) -> None:
+def create(name: str, as_json: bool, state: str | None, **limits: int | None) -> None:
     """Create a tenant; `corral keys create --tenant` makes one that is not there, too."""
-    made = Admin(common.folder(state))("POST", "/tenants", {"name": name})
+    made = Admin(common.folder(state))("POST", "/tenants", {"name": name, **_given(limits)})
     common.emit(made, as_json, lambda: f"created {name}")
+
+
+@command.command("limit")
+@click.argument("name")
+@_limits
+@common.options
+def limit(name: str, as_json: bool, state: str | None, **limits: int | None) -> None:
+    """Change the limits that a tenant's keys share; `none` takes one away, what is not named stays."""
+    if not (changes := _given(limits)):
+        raise click.UsageError("name at least one limit, such as --rpm 600 or --tpm none")
+    made = Admin(common.folder(state))("PATCH", f"/tenants/{segment(name)}", changes)
+    common.emit(made, as_json, lambda: common.pairs(made))
 
 
 @command.command("list")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -129,21 +129,50 @@ class GatewaySettings(Section):
     )
 
 
+OnFailure = Literal["local", "deny"]
+
+
 class LimitSettings(Section):
     """Limits of a key that states none of its own; null is no limit."""
 
     rpm: Whole | None = Field(600, ge=1, description="Requests a minute.")
     tpm: Whole | None = Field(200_000, ge=1, description="Tokens a minute.")
     concurrency: Whole | None = Field(32, ge=1, description="Requests at once.")
+    daily_tokens: Whole | None = Field(None, ge=1, description="Tokens a day (UTC).")
+    monthly_tokens: Whole | None = Field(None, ge=1, description="Tokens a month (UTC).")
+
+
+class FailureSettings(Section):
+    """What becomes of each limit without Valkey; one word instead of this section is meant for all of them."""
+
+    rpm: OnFailure = Field("local", description="Requests a minute: each gateway admits its share, or none.")
+    concurrency: OnFailure = Field("local", description="Requests at once.")
+    tpm: OnFailure = Field("local", description="Tokens a minute.")
+    daily_tokens: OnFailure = Field("local", description="Tokens a day.")
+    monthly_tokens: OnFailure = Field("local", description="Tokens a month.")
 
 
 class LimitsSettings(Section):
     """Limits, and what happens to them without Valkey."""
 
-    on_store_failure: Literal["local", "deny"] = Field(
-        "local", description="Without Valkey: each gateway admits its share, or none is admitted."
+    answer_tokens: Whole = Field(
+        512, ge=1, description="Tokens reserved for an answer whose caller states no bound, until they are counted."
     )
+    on_store_failure: FailureSettings = FailureSettings()
     default: LimitSettings = LimitSettings()
+
+    @field_validator("on_store_failure", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in get_args(OnFailure):
+                raise ValueError("expected 'local' or 'deny'")
+            return dict.fromkeys(FailureSettings.model_fields, value)
+        return value
+
+    def denied(self) -> list[str]:
+        """The limits that admit nobody without Valkey."""
+        return [name for name, what in self.on_store_failure.model_dump().items() if what == "deny"]
 
 
 class StoreSettings(Section):

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, delete, update
 
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
+from corral.control.keys import Limit
 from corral.store import tenants as store
 from corral.store.tables import tenants
 
@@ -20,10 +21,20 @@ TenantName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x0
 router = APIRouter(tags=["tenants"])
 
 
-class NewTenant(BaseModel):
-    """A tenant to make."""
+class Shared(BaseModel):
+    """Limits that the keys of a tenant share, beside those that each has; null is none."""
 
     model_config = ConfigDict(extra="forbid")
+
+    rpm: Limit = Field(None, description="Requests a minute.")
+    tpm: Limit = Field(None, description="Tokens a minute.")
+    concurrency: Limit = Field(None, description="Requests at once.")
+    daily_tokens: Limit = Field(None, description="Tokens a day (UTC).")
+    monthly_tokens: Limit = Field(None, description="Tokens a month (UTC).")
+
+
+class NewTenant(Shared):
+    """A tenant to make."""
 
     name: TenantName
 
@@ -48,6 +59,14 @@ async def show_tenant(control: Here, caller: Caller, tenant: str) -> dict[str, A
     return await control.database.read(_find, caller, tenant)
 
 
+@router.patch("/admin/tenants/{tenant}")
+async def limit_tenant(control: Here, caller: Caller, tenant: str, wanted: Shared) -> dict[str, Any]:
+    """Change the limits that are given; null takes one away. Every gateway has them within a second."""
+    made = await control.database.write(_limit, caller, tenant, wanted)
+    await control.hub.reload()
+    return made
+
+
 @router.delete("/admin/tenants/{tenant}")
 async def remove_tenant(control: Here, caller: Caller, tenant: str) -> dict[str, Any]:
     """Remove a tenant that has no key which still works; its records stay."""
@@ -67,10 +86,20 @@ def _find(connection: Connection, who: Principal, name: str) -> dict[str, Any]:
 
 
 def _create(connection: Connection, who: Principal, wanted: NewTenant) -> dict[str, Any]:
-    if not store.enter(connection, wanted.name):
+    if not store.enter(connection, **wanted.model_dump()):
         raise Problem(409, "conflict", f"name: there is a tenant {wanted.name!r} already")
     made = _find(connection, who, wanted.name)
     record(connection, who, "POST", "/admin/tenants", None, made, status=201, tenant=wanted.name)
+    return made
+
+
+def _limit(connection: Connection, who: Principal, name: str, wanted: Shared) -> dict[str, Any]:
+    before = _find(connection, who, name)
+    changes = wanted.model_dump(exclude_unset=True)
+    if changes:
+        connection.execute(update(tenants).where(tenants.c.name == name).values(**changes))
+    made = _find(connection, who, name)
+    record(connection, who, "PATCH", "/admin/tenants/" + name, before, made, tenant=name)
     return made
 
 

@@ -5,31 +5,68 @@ from __future__ import annotations
 import math
 import random
 
-from corral.store.limits import Budget, Verdict
+from corral.store.budget import REASONS, Budget
+from corral.store.limits import Verdict
+from corral.wire.common import Decoded
 from corral.wire.errors import ApiError
 
-_REASONS = {
-    "rpm": "requests per minute",
-    "concurrency": "requests at the same time",
-}
+SPREAD_MAX = 60.0
+_WORDS = ("requests per minute", "requests at the same time", "tokens per minute", "tokens per day", "tokens per month")
+_NO_ANSWER = frozenset((b"/api/embed", b"/api/embeddings"))
+
+
+def reserve(decoded: Decoded | None, answer_tokens: int) -> int:
+    """The tokens that a request will use at a guess: its prompt's size, and the caller's bound of the answer.
+
+    `answer_tokens` stands for a bound that is not there.
+    """
+    if decoded is None or decoded.upstream_path == b"/api/show":
+        return 0
+    if decoded.upstream_path in _NO_ANSWER:
+        return max(1, decoded.estimate)
+    bound = decoded.max_tokens
+    return decoded.estimate + (answer_tokens if bound is None else bound) or 1
+
+
+def wait(seconds: float) -> int:
+    """Whole seconds after which a retry can succeed, later for some than for others but never too early.
+
+    Whoever waits for the same moment, such as the end of a day, does not come back in the same second.
+    """
+    spread = min(seconds, 1.0) if seconds < 10.0 else min(seconds / 10.0, SPREAD_MAX)
+    return max(1, math.ceil(seconds + random.uniform(0.0, spread)))
 
 
 def refusal(verdict: Verdict, budget: Budget) -> ApiError:
-    """The error for a verdict that refuses: 429 with the time until a retry can succeed, jittered."""
-    retry = max(1, math.ceil(verdict.retry_after + random.uniform(0.0, min(1.0, verdict.retry_after))))
+    """The error for a verdict that refuses: 429 with the limit's name and the time until a retry can succeed."""
+    retry = wait(verdict.retry_after)
     if verdict.refused == "store":
         return ApiError(503, "overloaded", "the limit store is away and its policy is to deny", retry_after=retry)
-    limit = budget.rpm if verdict.refused == "rpm" else budget.concurrency
-    message = f"rate limit reached: {limit} {_REASONS[verdict.refused]}; retry in {retry} s"
-    return ApiError(429, "rate_limited", message, retry_after=retry)
+    number = REASONS.index(verdict.refused)
+    whose = " of the tenant" if number > len(_WORDS) else ""
+    message = f"rate limit reached: {budget.limit(number)} {_WORDS[(number - 1) % len(_WORDS)]}{whose}"
+    return ApiError(429, "rate_limited", f"{message}; retry in {retry} s", retry_after=retry)
 
 
 def headers(verdict: Verdict, budget: Budget) -> bytes:
-    """OpenAI's rate-limit headers for the key's requests per minute."""
-    if not budget.rpm:
-        return b""
-    return b"%b%d\r\nx-ratelimit-reset-requests: %dms\r\n" % (
-        budget.rate_header,
-        verdict.remaining,
-        verdict.reset * 1e3,
-    )
+    """OpenAI's rate-limit headers: of requests a minute, and of the limit of tokens that has the least left."""
+    if not budget.metered:
+        if not budget.rpm:
+            return b""
+        return b"%b%d\r\nx-ratelimit-reset-requests: %dms\r\n" % (
+            budget.rate_header,
+            verdict.remaining,
+            verdict.reset * 1e3,
+        )
+    requests = tokens = b""
+    if verdict.limit:
+        requests = (
+            b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
+            b"x-ratelimit-reset-requests: %dms\r\n" % (verdict.limit, verdict.remaining, verdict.reset * 1e3)
+        )
+    if verdict.tokens_limit:
+        tokens = (
+            b"x-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-tokens: %dms\r\n"
+            % (verdict.tokens_limit, verdict.tokens_remaining, verdict.tokens_reset * 1e3)
+        )
+    return requests + tokens

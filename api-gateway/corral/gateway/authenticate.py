@@ -13,8 +13,8 @@ from typing import Any
 
 from corral.fleet.node import canonical_name
 from corral.store import keys
+from corral.store.budget import LIMITS, Budget
 from corral.store.keys import Network
-from corral.store.limits import Budget
 from corral.wire.errors import ApiError
 
 VERIFIED_MAX = 10_000
@@ -47,9 +47,11 @@ class Key:
         return any(pattern.match(model) or pattern.match(short) for pattern in self.patterns)
 
 
-def build_key(entry: Mapping[str, Any], rpm: int | None, concurrency: int | None) -> Key:
-    """A key from an entry of the snapshot; `rpm` and `concurrency` are the defaults for a key with none."""
+def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tenant: Budget | None = None) -> Key:
+    """A key from an entry of the snapshot; `defaults` are the limits (`LIMITS`) of a key with none of its own."""
     globs = entry.get("models") or ["*"]
+    limits: list[int | None] = [entry[name] if entry.get(name) is not None else defaults.get(name) for name in LIMITS]
+    rpm, concurrency, tpm, daily, monthly = limits
     networks = entry.get("networks")
     return Key(
         id=entry["id"],
@@ -60,11 +62,7 @@ def build_key(entry: Mapping[str, Any], rpm: int | None, concurrency: int | None
         expires=entry.get("expires"),
         revoked=bool(entry.get("revoked")),
         batch=entry.get("class") == "batch",
-        budget=Budget(
-            entry["id"],
-            entry["rpm"] if entry.get("rpm") is not None else rpm,
-            entry["concurrency"] if entry.get("concurrency") is not None else concurrency,
-        ),
+        budget=Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant),
     )
 
 

@@ -113,7 +113,9 @@ class Exchange(Waiter):
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
-            gateway.limits.admit(key.budget, self.record_id, self.arrived, self._on_verdict)
+            budget = key.budget
+            tokens = admit.reserve(self.decoded, gateway.answer_tokens) if budget.most else 0
+            gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens)
         except ApiError as error:
             if not self.path:
                 self.api = api_of(self.target)
@@ -333,9 +335,9 @@ class Exchange(Waiter):
         self._ending, self._status, self._last_head, self._last = ending, status, head, last
         gateway = self.gateway
         gateway.running.discard(self)
-        if self._admitted and self.key is not None:
-            gateway.limits.release(self.key.budget, self.record_id)
         record = settle.settled(self, status, outcome, self.connection.sent + len(last), monotonic())
+        if self._admitted and self.key is not None:
+            gateway.limits.release(self.key.budget, self.record_id, record.prompt_tokens + record.tokens)
         gateway.metrics.settled(self, record)
         gateway.journal.record(record, self, access=True)
 

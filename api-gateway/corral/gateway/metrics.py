@@ -9,6 +9,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import canonical_name
+from corral.store.budget import REASONS as LIMIT_REASONS
 from corral.wire.decode import DECODERS
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ RATE = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 200.0, 400.0)
 REASONS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 413: "too_large", 431: "too_large"}
 """Refusals that their status explains; of a 429 or 503 the exchange knows more."""
 EVERY_REASON = (
-    *("unauthorized", "not_found", "bad_request", "too_large", "rpm", "concurrency", "store", "no_node", "recording"),
+    *("unauthorized", "not_found", "bad_request", "too_large", "store", "no_node", "recording"),
+    *LIMIT_REASONS[1:],
     "other",
 )
 ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone"))

@@ -24,7 +24,7 @@ from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
 from corral.store import keys, leases
-from corral.store.limits import ADMIT, Limits
+from corral.store.limits import Limits
 from corral.store.valkey import Valkey
 from corral.wire.common import Caps
 from corral.wire.errors import ApiError
@@ -50,14 +50,16 @@ class Gateway:
         self.pepper = keys.read_pepper(settings.auth.pepper_file)
         token = settings.auth.internal_token_file.read_text().strip()
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
-        default = settings.limits.default
-        self.snapshot = Snapshot(default.rpm, default.concurrency, Caps(**gateway.request.model_dump()))
+        caps = Caps(**gateway.request.model_dump())
+        self.snapshot = Snapshot(settings.limits.default.model_dump(), caps)
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
-        self.store = Valkey(settings.store.valkey, scripts=(ADMIT, leases.SCRIPT))
+        self.store = Valkey(settings.store.valkey, scripts=leases.SCRIPTS)
         self.changes = Valkey(settings.store.valkey)
-        self.limits = Limits(self.store, self.name, settings.limits.on_store_failure)
+        self.limits = Limits(self.store, self.name, settings.limits.denied())
+        self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
+        self.answer_tokens = settings.limits.answer_tokens
         self.journal = Journal(spool, gateway.access_log, loop)
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
         self.upstreams = Upstreams(loop)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from corral.fleet.node import Node, canonical_name
 from corral.gateway.authenticate import Key, build_key
+from corral.store.budget import LIMITS, TENANT, Budget
 from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
@@ -17,12 +19,13 @@ class Snapshot:
     ``known``: some node ever told its models; before that, nothing can be said to be missing.
     """
 
-    def __init__(self, rpm: int | None, concurrency: int | None, caps: Caps = CAPS) -> None:
-        self._defaults = rpm, concurrency
+    def __init__(self, defaults: Mapping[str, int | None], caps: Caps = CAPS) -> None:
+        self._defaults = defaults
         self.caps = caps
         self.version = ""
         self.confirmed = 0.0
         self.keys: dict[str, Key] = {}
+        self.tenants: dict[str, Budget] = {}
         self.verified: dict[bytes, Key] = {}
         self.nodes: dict[str, Node] = {}
         self.policies: dict[str, ModelPolicy] = {}
@@ -32,22 +35,23 @@ class Snapshot:
 
     def apply(self, data: dict[str, Any]) -> None:
         """Take over a snapshot; what runs on a node or counts on a key goes on."""
+        tenants = self._tenants(data.get("tenants") or [])
         keys: dict[str, Key] = {}
         for entry in data["keys"]:
-            key = build_key(entry, *self._defaults)
+            key = build_key(entry, self._defaults, tenants.get(entry.get("tenant") or ""))
             old = self.keys.get(key.id)
             if old is not None:
-                if (old.budget.rpm, old.budget.concurrency) == (key.budget.rpm, key.budget.concurrency):
+                if old.budget.same(key.budget):
                     key.budget = old.budget
                 else:
-                    key.budget.in_flight, key.budget.arrival = old.budget.in_flight, old.budget.arrival
+                    key.budget.inherit(old.budget)
             keys[key.id] = key
         nodes: dict[str, Node] = {}
         for entry in data["nodes"]:
             node = self.nodes.get(entry["name"]) or Node(entry["name"], entry["url"], 1)
             node.update(entry)
             nodes[node.name] = node
-        self.keys, self.nodes = keys, nodes
+        self.keys, self.tenants, self.nodes = keys, tenants, nodes
         self.verified = {}
         self.policies = {
             canonical_name(model["name"]): ModelPolicy.from_entry(model) for model in data.get("models") or []
@@ -56,6 +60,32 @@ class Snapshot:
         self.disabled = frozenset(data.get("disabled") or ())
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
+
+    def _tenants(self, entries: list[dict[str, Any]]) -> dict[str, Budget]:
+        # One budget a tenant, whose keys share it; a tenant without limits has none.
+        tenants: dict[str, Budget] = {}
+        for entry in entries:
+            rpm, concurrency, tpm, daily, monthly = (entry.get(name) for name in LIMITS)
+            budget = Budget(TENANT + entry["name"], rpm, concurrency, tpm, daily, monthly)
+            old = self.tenants.get(entry["name"])
+            if old is not None and old.same(budget):
+                budget = old
+            elif old is not None:
+                budget.inherit(old)
+            if any(budget.limits()):
+                tenants[entry["name"]] = budget
+        return tenants
+
+    def budgets(self) -> Iterable[Budget]:
+        """Those of all keys."""
+        return [key.budget for key in self.keys.values()]
+
+    def budget(self, name: str) -> Budget | None:
+        """That of a key or a tenant, by what the store calls it."""
+        if name.startswith(TENANT):
+            return self.tenants.get(name.removeprefix(TENANT))
+        key = self.keys.get(name)
+        return None if key is None else key.budget
 
     def policy(self, model: str) -> ModelPolicy | None:
         """The policy of a model by any of its names."""

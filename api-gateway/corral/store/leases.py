@@ -1,71 +1,177 @@
-"""Renews the leases of what runs, and a gateway's presence among those that share the limits."""
+"""What a gateway and the store tell each other beside requests: presence, leases, use, and all that a store lost."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-from importlib.resources import files
+from time import monotonic, time
 
 import hiredis
 
-from corral.store.limits import LEASE, PREFIX, Limits
+from corral.store.budget import (
+    ACTIVE,
+    ADMIT,
+    CHARGE,
+    DECLARE,
+    EPOCH,
+    GRANTS,
+    LEASE,
+    PREFIX,
+    RESERVE,
+    SETTLE,
+    USE,
+    Budget,
+    script,
+    sha,
+)
+from corral.store.limits import Limits
 from corral.store.valkey import Valkey, ValkeyDown
 
 RENEW = 2.0
+ASK = 0.02
+PATIENCE, PATIENCE_AGAIN = 2.5, 0.5
+"""How long a rebuild waits for gateways that tell nothing (seconds); an idle one sees what happened after `RENEW`."""
+AT_ONCE = 200
+ACTIVE_MAX = 2000
 
-SCRIPT = (files("corral.store") / "scripts" / "renew.lua").read_text()
-_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest().encode()
+RENEWAL, REBUILD = script("renew", metered=False), script("rebuild", metered=False)
+SCRIPTS = (ADMIT, CHARGE, RESERVE, SETTLE, DECLARE, USE, RENEWAL, REBUILD)
+_RENEWAL, _REBUILD, _DECLARE, _USE = sha(RENEWAL), sha(REBUILD), sha(DECLARE), sha(USE)
+_LEASE = b"%d" % (LEASE * 1e6)
 
 log = logging.getLogger(__name__)
+
+
+class _Known:
+    """``epoch`` is that of the store that knows what this gateway knows, ``since`` how far its use was read (us)."""
+
+    epoch: bytes | None = None
+    since = 0
 
 
 async def keep(limits: Limits) -> None:
     """Renew leases and presence each two seconds, until cancelled.
 
-    A store that came back hears at once of what ended meanwhile, before it admits anything, and of what runs: it may
-    have forgotten.
+    A store that came back hears at once of what ended meanwhile, before it admits anything, and of what runs; one that
+    has forgotten hears what it last said.
     """
     store = limits.store
-    back = asyncio.Event()
+    wake = asyncio.Event()
+    known = _Known()
 
     def came_back() -> None:
         limits.give_back()
-        back.set()
+        wake.set()
 
     if store is not None:
         store.on_connect = came_back
+    limits.on_lost = wake.set
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RENEW):
-                await back.wait()
-        told = back.is_set()
-        back.clear()
+                await wake.wait()
+        told = wake.is_set()
+        wake.clear()
         if store is None or not store.connected:
             continue
         if not told:
             limits.give_back()
         try:
+            await _same_store(limits, store, known)
             await _present(limits, store)
-            for budget in list(limits.busy.values()):
-                if budget.concurrency and budget.in_flight:
-                    await store.request(
-                        b"EVALSHA",
-                        _SHA,
-                        b"1",
-                        budget.leases,
-                        b"%d" % (LEASE * 1e6),
-                        *(identity.encode() for identity in budget.in_flight),
-                    )
+            await _renew(limits, store)
+            await _read_use(limits, store, known)
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("leases were not renewed: %s", error)
 
 
+async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
+    """See that the store knows what it last said, whatever became of it."""
+    epoch = await store.request(b"GET", EPOCH)
+    if epoch is None or known.epoch not in (None, epoch):
+        # Presence first: when the last one has told, all are counted.
+        await store.request(b"ZADD", PREFIX + b"gateways", b"%f" % await _clock(store), limits.gateway)
+        await _declare(limits, store)
+        await _step(limits, store, EPOCH, PATIENCE)
+    elif await store.request(b"EXISTS", GRANTS):
+        known.epoch = epoch
+        return
+    limits.give_back()
+    await store.request(b"PING")  # answered after all that was told
+    await _step(limits, store, GRANTS, PATIENCE_AGAIN)
+    limits.give_back()  # what was admitted meanwhile
+    known.epoch = await store.request(b"GET", EPOCH)
+    log.info("the store had forgotten what it knew, and was told")
+
+
+async def _step(limits: Limits, store: Valkey, key: bytes, patience: float) -> None:
+    keys = (key, key + b"-told", key + b"-of")
+    numbers = (b"%d" % limits.gateways, b"%d" % (patience * 1e6))
+    while not await store.request(b"EVALSHA", _REBUILD, b"3", *keys, limits.gateway, *numbers):  # noqa: ASYNC110
+        await asyncio.sleep(ASK)  # others have yet to tell
+
+
+async def _declare(limits: Limits, store: Valkey) -> None:
+    now, wall = monotonic(), time()
+    told: dict[str, Budget] = {}
+    for budget in limits.budgets():
+        for scope in budget.scopes:
+            scope.roll(wall)
+            if scope.in_flight or scope.said_arrival > now or scope.window or scope.day_used or scope.month_used:
+                told[scope.key_id] = scope
+    scopes = list(told.values())
+    for first in range(0, len(scopes), AT_ONCE):
+        await asyncio.gather(*(_declare_one(store, scope, now) for scope in scopes[first : first + AT_ONCE]))
+
+
+async def _declare_one(store: Valkey, scope: Budget, now: float) -> None:
+    window = scope.window if scope.tokens_arrival > now else 0
+    numbers = [
+        max(0, int((scope.said_arrival - now) * 1e6)),
+        scope.daily_tokens or 0,
+        scope.monthly_tokens or 0,
+        window,
+    ]
+    numbers += [scope.day, scope.day_used, scope.month, scope.month_used, int(LEASE * 1e6)]
+    running = [name.encode() for name in scope.in_flight] if scope.concurrency else []
+    keys = (ACTIVE, scope.rate, scope.tokens, scope.leases)
+    arguments = (b"%d" % number for number in numbers)
+    await store.request(b"EVALSHA", _DECLARE, b"4", *keys, scope.key_id.encode(), *arguments, *running)
+
+
 async def _present(limits: Limits, store: Valkey) -> None:
-    seconds, micros = await store.request(b"TIME")
-    now = int(seconds) + int(micros) / 1e6
+    now = await _clock(store)
     gateways = PREFIX + b"gateways"
     await store.request(b"ZADD", gateways, b"%f" % now, limits.gateway)
     await store.request(b"ZREMRANGEBYSCORE", gateways, b"-inf", b"%f" % (now - LEASE))
     limits.gateways = max(1, int(await store.request(b"ZCARD", gateways)))
+
+
+async def _clock(store: Valkey) -> float:
+    seconds, micros = await store.request(b"TIME")
+    return int(seconds) + int(micros) / 1e6
+
+
+async def _renew(limits: Limits, store: Valkey) -> None:
+    for budget in list(limits.busy.values()):
+        if budget.concurrency and budget.in_flight:
+            running = [identity.encode() for identity in budget.in_flight]
+            await store.request(b"EVALSHA", _RENEWAL, b"1", budget.leases, _LEASE, *running)
+
+
+async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
+    """Read what others used lately, so that the share of a gateway that never saw a key is the right one."""
+    latest = int(await _clock(store) * 1e6)
+    # A second of overlap: what is written while this is read is read next time.
+    since = b"%d" % max(0, known.since - 1_000_000)
+    await store.request(b"ZREMRANGEBYSCORE", ACTIVE, b"-inf", b"(%d" % (latest - 60_000_000))
+    names = await store.request(b"ZREVRANGEBYSCORE", ACTIVE, b"+inf", since, b"LIMIT", b"0", b"%d" % ACTIVE_MAX)
+    known.since = latest
+    scopes = [scope for name in names if (scope := limits.find(name.decode())) is not None]
+    for first in range(0, len(scopes), AT_ONCE):
+        some = scopes[first : first + AT_ONCE]
+        now = monotonic()
+        day, month, *use = await store.request(b"EVALSHA", _USE, b"%d" % len(some), *(scope.tokens for scope in some))
+        for place, scope in enumerate(some):
+            scope.said(now, use[place * 3], day, use[place * 3 + 1], month, use[place * 3 + 2])

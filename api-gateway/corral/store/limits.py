@@ -1,191 +1,293 @@
-"""Requests per minute and concurrency of a key: one script call a request, or the local share of the limit.
+"""Limits of a key and its tenant: one script call a request, or the local share of each limit.
 
-The rate is GCRA (the generic cell rate algorithm, ITU-T I.371): a burst of a minute's requests at most, refilled
-evenly. Concurrency is a set of leases that die with their gateway. While the store is away each gateway admits its
-share, the limit divided by the gateways that were alive when it was last seen; what it has in flight counts on, and
-so does what the key has used: a gateway keeps what the store last said, and tells it to a store that came back empty.
+Requests a minute are GCRA (the generic cell rate algorithm, ITU-T I.371): a burst of a minute's requests at most,
+refilled evenly. Concurrency is a set of leases that die with their gateway. Tokens are reserved by an estimate and
+settled by their count when the request ends: a sliding window for those of a minute, sums for day and month (UTC).
+While the store is away each gateway admits its share, the limit divided by the gateways that were alive when it was
+last seen; what it has in flight counts on, and so does what the key has used. A store that came back empty says so
+(REBUILD) and admits nothing before the gateways have told it what it last said (`corral.store.leases`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.resources import files
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import hiredis
 
+from corral.store import share
+from corral.store.budget import CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, sha
 from corral.store.valkey import Valkey, ValkeyDown, encode
 
-PREFIX = b"corral:1:"
-LEASE = 10.0
-MINUTE = 60.0
 OWED_MAX = 10_000
 OWED_TIMES = 2
-
-_SCRIPTS = files("corral.store") / "scripts"
-ADMIT = (_SCRIPTS / "admit.lua").read_text()
+TOLD_AT_ONCE = 500
+_CHARGE = sha(CHARGE)
 
 log = logging.getLogger(__name__)
 
 
 class Verdict(NamedTuple):
-    """The answer to one request.
+    """The answer to one request; times are seconds.
 
-    ``refused`` is "", "rpm", "concurrency" or "store"; times are seconds.
+    ``refused`` is "", one of `REASONS`, or "store"; ``remaining`` and ``reset`` are of requests a minute. The rest is
+    of metered keys alone: the limits that have the least left, of requests and of tokens (0: none).
     """
 
     refused: str
     remaining: int
     reset: float
     retry_after: float
-
-
-@dataclass(slots=True)
-class Budget:
-    """A key's limits (None: none) and what this gateway knows of their use.
-
-    ``prefix`` and ``rate_header`` are the parts of a command and a head that never change, ``leaving`` the requests
-    whose leases end in this turn.
-    """
-
-    key_id: str
-    rpm: int | None
-    concurrency: int | None
-    prefix: bytes = b""
-    rate_header: bytes = b""
-    leaving: list[bytes] = field(default_factory=list)
-    in_flight: dict[str, None] = field(default_factory=dict)
-    arrival: float = 0.0
-
-    def __post_init__(self) -> None:
-        name = self.key_id.encode()
-        rate, leases = PREFIX + b"rate:" + name, PREFIX + b"leases:" + name
-        sha = hashlib.sha1(ADMIT.encode(), usedforsecurity=False).hexdigest().encode()
-        command = encode(
-            b"EVALSHA",
-            sha,
-            b"2",
-            rate,
-            leases,
-            b"%d" % (self.rpm or 0),
-            b"%d" % (self.concurrency or 0),
-            b"%d" % (LEASE * 1e6),
-        )
-        self.prefix = command.replace(b"*8\r\n", b"*10\r\n", 1)
-        self.rate_header = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: " % (self.rpm or 0)
-
-    @property
-    def leases(self) -> bytes:
-        """The store's key of the set of leases."""
-        return PREFIX + b"leases:" + self.key_id.encode()
+    limit: int = 0
+    tokens_limit: int = 0
+    tokens_remaining: int = 0
+    tokens_reset: float = 0.0
 
 
 class Limits:
     """Admits and releases requests; ``budget`` objects are the caller's, one per key.
 
-    ``gateways`` is how many gateways share the limits, as last seen while the store was up.
+    ``gateways`` is how many gateways share the limits, as last seen while the store was up. ``denied`` are the limits
+    (`LIMITS`) whose requests are refused while the store is away; the others are shared out.
     """
 
-    def __init__(self, store: Valkey | None, gateway: str, on_failure: str = "local") -> None:
+    def __init__(self, store: Valkey | None, gateway: str, denied: Iterable[str] = ()) -> None:
         self.store = store
         self.gateway = gateway.encode()
-        self._deny = on_failure == "deny"
+        self._denied = [LIMITS.index(name) for name in denied]
         self.busy: dict[str, Budget] = {}
         self.gateways = 1
         self.local = 0
         """Requests that were admitted on the local share."""
-        self.owed: dict[bytes, dict[bytes, int]] = {}
-        """Leases' key → requests that do not run and may hold a lease, with how often the store is still to be told."""
+        self.owed: dict[Budget, dict[bytes, tuple[int, list[bytes]]]] = {}
+        """Requests that ended without the store's hearing of it: how often it is still to be told, and what."""
+        self._beyond: dict[Budget, tuple[int, int]] = {}
+        """Of what was too much for `owed`: tokens, and requests."""
+        self._sums = 0
+        self._unsaid: dict[Budget, int] = {}
+        """Requests of keys that are not metered which the store is still to count."""
+        self._unadopted: dict[Budget, None] = {}
+        """Metered keys with requests that run and were admitted without the store."""
+        self.on_lost: Callable[[], None] = _nothing
+        """Called when the store says that it has lost what it knew."""
+        self.budgets: Callable[[], Iterable[Budget]] = self.busy.values
+        """All budgets, and ``find`` one by its name: for what the store is asked and told of them."""
+        self.find: Callable[[str], Budget | None] = self.busy.get
 
-    def admit(self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None]) -> None:
-        """Decide; `done` gets the verdict, at once where the store is away. `now` is monotonic seconds."""
+    def admit(
+        self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None], tokens: int = 0
+    ) -> None:
+        """Decide; `done` gets the verdict, at once where the store is away.
+
+        `now` is monotonic seconds, `tokens` what a request of a metered key will use at a guess.
+        """
         store = self.store
-        if store is None or not store.connected:
-            done(self._locally(budget, request_id, now))
+        if budget.metered:
+            self._reserve(budget, request_id, now, done, min(tokens, budget.most))
             return
+        if store is None or not store.connected:
+            done(self._uncounted(budget, request_id, now))
+            return
+        if self._unsaid and budget in self._unsaid:
+            self._charge(store, budget, self._unsaid[budget])
 
         def replied(reply: Any) -> None:
             if type(reply) is list:
                 admitted, reason, remaining, reset, retry = reply
-                budget.arrival = max(budget.arrival, now + reset / 1e6)
+                budget.arrival = budget.said_arrival = max(budget.said_arrival, now + reset / 1e6)
                 if admitted:
-                    self._enter(budget, request_id)
+                    self._enter(budget, request_id, 0)
                     done(Verdict("", remaining, reset / 1e6, 0.0))
                 else:
-                    refused = "rpm" if reason == 1 else "concurrency"
-                    done(Verdict(refused, remaining, reset / 1e6, retry / 1e6))
-                return
-            if isinstance(reply, hiredis.ReplyError):
-                log.error("the store refused the admission script: %s", reply)
-                store.reset()
-            verdict = self._locally(budget, request_id, now)
-            # A stalled store may run the call yet, and nobody would give the lease back. It counts for the rate too;
-            # that is no more than what was sent within one time-out, and is left.
-            if verdict.refused:
-                self._owe(budget, [identity])
-            done(verdict)
+                    done(Verdict(REASONS[reason], remaining, reset / 1e6, retry / 1e6))
+            else:
+                done(self._unheard(budget, request_id, now, 0, reply))
 
         identity = request_id.encode()
-        used = b"%d" % max(0.0, (budget.arrival - now) * 1e6)
-        command = b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(used), used)
-        store.call(command, replied)
+        store.call(b"%b$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity), replied)
 
-    def release(self, budget: Budget, request_id: str) -> None:
-        """End a request that was admitted."""
+    def release(self, budget: Budget, request_id: str, used: int = 0) -> None:
+        """End a request that was admitted; `used` is the tokens of prompt and answer."""
         in_flight = budget.in_flight
-        if request_id not in in_flight:
+        reserved = in_flight.get(request_id)
+        if reserved is None:
             return
         del in_flight[request_id]
         if not in_flight:
             self.busy.pop(budget.key_id, None)
         store = self.store
-        if not budget.concurrency or store is None:
+        if budget.metered:
+            ended = self._ended(budget, request_id, reserved, used)
+        elif budget.concurrency:
+            ended = [request_id.encode()]
+        else:
+            return
+        if store is None:
             return
         if not store.connected:
-            self._owe(budget, [request_id.encode()])
+            self._owe(budget, ended)
             return
         if not budget.leaving:
             store.soon(self._leave, store, budget)
-        budget.leaving.append(request_id.encode())
+        budget.leaving += ended
 
     def give_back(self) -> None:
-        """End the leases of what ended while nobody knew what the store had heard.
+        """Tell of what was admitted, and of what ended, while nobody knew what the store had heard.
 
-        It is told twice, at once when it is back and later: what a connection that was given up still held may be
+        Ends are told twice, at once when it is back and later: what a connection that was given up still held may be
         run after the first time.
         """
         store = self.store
         if store is None:
             return
-        for leases, owed in list(self.owed.items()):
-            self._tell(store, leases, list(owed))
+        for budget, count in list(self._unsaid.items()):
+            self._charge(store, budget, count)
+        for budget in list(self._unadopted):
+            self._adopt(store, budget)
+        for budget, (tokens, requests) in list(self._beyond.items()):
+            del self._beyond[budget]
+            self._sums += 1
+            name = b"%b-sum-%d-%d" % (self.gateway, int(time.time()), self._sums)
+            self.owed.setdefault(budget, {})[name] = (OWED_TIMES, [b"%d" % tokens, b"-%d" % requests])
+        for budget, owed in list(self.owed.items()):
+            names = list(owed)
+            for first in range(0, len(names), TOLD_AT_ONCE):
+                self._tell(store, budget, owed, names[first : first + TOLD_AT_ONCE])
 
-    def _tell(self, store: Valkey, leases: bytes, ended: list[bytes]) -> None:
+    # -- with the store
+
+    def _reserve(
+        self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None], tokens: int
+    ) -> None:
+        store = self.store
+        if store is None or not store.connected:
+            done(self._locally(budget, request_id, now, tokens))
+            return
+        if self._unadopted and budget in self._unadopted:
+            self._adopt(store, budget)
+
+        def replied(reply: Any) -> None:
+            if type(reply) is list:
+                self._note(budget, now, reply)
+                reason = REASONS[reply[1]]
+                if reply[0]:
+                    self._enter(budget, request_id, tokens)
+                done(
+                    Verdict(
+                        reason,
+                        reply[4],
+                        reply[5] / 1e6,
+                        reply[2] / 1e6,
+                        budget.limit(reply[3]),
+                        budget.limit(reply[6]),
+                        reply[7],
+                        reply[8] / 1e6,
+                    )
+                )
+            else:
+                done(self._unheard(budget, request_id, now, tokens, reply))
+
+        identity, cost = request_id.encode(), b"%d" % tokens
+        store.call(b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost), replied)
+
+    def _note(self, budget: Budget, now: float, reply: list[int]) -> None:
+        place = 11
+        for scope in budget.scopes:
+            scope.arrival = scope.said_arrival = now + reply[place] / 1e6
+            scope.said(now, reply[place + 1], reply[9], reply[place + 2], reply[10], reply[place + 3])
+            place += 4
+
+    def _unheard(self, budget: Budget, request_id: str, now: float, tokens: int, reply: Any) -> Verdict:
+        # No verdict of the store's: decide without it.
+        if reply == 0:
+            self.on_lost()
+            if not budget.metered:
+                return self._uncounted(budget, request_id, now)
+            return self._locally(budget, request_id, now, tokens)
+        if isinstance(reply, hiredis.ReplyError):
+            self._refused_by_store(reply)
+        verdict = self._locally(budget, request_id, now, tokens)
+        # A stalled store may run the call yet, and nobody would give the lease back. If the key is not metered, nobody
+        # knows whether it counted for the rate; that is no more than what was sent within one time-out, and is left.
+        if verdict.refused:
+            identity = request_id.encode()
+            self._owe(budget, [identity, b"0", b"-1"] if budget.metered else [identity])
+        return verdict
+
+    def _uncounted(self, budget: Budget, request_id: str, now: float) -> Verdict:
+        verdict = self._locally(budget, request_id, now, 0)
+        if budget.rpm and not verdict.refused:
+            self._unsaid[budget] = self._unsaid.get(budget, 0) + 1
+        return verdict
+
+    def _charge(self, store: Valkey, budget: Budget, count: int) -> None:
         def heard(reply: Any) -> None:
-            owed = self.owed.get(leases)
-            if owed is None or isinstance(reply, ValkeyDown):
-                return
-            for identity in ended:
-                times = owed.pop(identity, 1) - 1
-                if times > 0:
-                    owed[identity] = times
-            if not owed:
-                del self.owed[leases]
+            if reply != 1:
+                self._unsaid[budget] = self._unsaid.get(budget, 0) + count
 
-        store.call(encode(b"ZREM", leases, *ended), heard)
+        del self._unsaid[budget]
+        numbers = b"%d" % (budget.rpm or 0), b"%d" % count
+        store.call(encode(b"EVALSHA", _CHARGE, b"2", budget.rate, EPOCH, *numbers), heard)
+
+    def _adopt(self, store: Valkey, budget: Budget) -> None:
+        # What runs and was admitted without the store is counted as if it had been asked.
+        def call(request_id: str, reserved: int) -> None:
+            def heard(reply: Any) -> None:
+                if request_id not in budget.in_flight:
+                    return
+                if type(reply) is list:
+                    budget.in_flight[request_id] = reserved
+                else:
+                    self._unadopted[budget] = None
+
+            identity, cost = request_id.encode(), b"-%d" % reserved
+            store.call(
+                b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost), heard
+            )
+
+        del self._unadopted[budget]
+        for request_id, reserved in list(budget.in_flight.items()):
+            if reserved < 0:
+                call(request_id, -1 - reserved)
+
+    def _refused_by_store(self, error: hiredis.ReplyError) -> None:
+        log.error("the store refused the admission script: %s", error)
+        if self.store is not None:
+            self.store.reset()
+
+    def _tell(
+        self, store: Valkey, budget: Budget, owed: dict[bytes, tuple[int, list[bytes]]], names: list[bytes]
+    ) -> None:
+        def heard(reply: Any) -> None:
+            if isinstance(reply, Exception) or (budget.metered and reply == 0):
+                return
+            for name in names:
+                left, what = owed.pop(name, (0, []))
+                if left > 1:
+                    owed[name] = (left - 1, what)
+            if not owed:
+                self.owed.pop(budget, None)
+
+        told: list[bytes] = []
+        for name in names:
+            told += [name, *owed[name][1]]
+        store.call(encode(*budget.ending, *told), heard)
 
     def _owe(self, budget: Budget, ended: list[bytes]) -> None:
-        if not budget.concurrency:
+        if not budget.metered and not budget.concurrency:
             return
-        owed = self.owed.setdefault(budget.leases, {})
-        for identity in ended:
+        owed = self.owed.setdefault(budget, {})
+        step = 3 if budget.metered else 1
+        for first in range(0, len(ended), step):
             # The first of a long outage are those that the store can have heard of.
             if len(owed) < OWED_MAX:
-                owed[identity] = OWED_TIMES
+                owed[ended[first]] = (OWED_TIMES, ended[first + 1 : first + step])
+            elif step == 3:
+                tokens, requests = self._beyond.get(budget, (0, 0))
+                # Heard or not: that it was a request counts for a minute only, and this outage is longer.
+                self._beyond[budget] = tokens + int(ended[first + 1]), requests + 1
 
     def _leave(self, store: Valkey, budget: Budget) -> None:
         # One command for all that ended in a turn. It is under way before a caller can ask again.
@@ -194,27 +296,77 @@ class Limits:
         def heard(reply: Any) -> None:
             if isinstance(reply, ValkeyDown):
                 self._owe(budget, leaving)
+            elif budget.metered and reply != 1:
+                self._owe(budget, leaving)
+                if isinstance(reply, hiredis.ReplyError):
+                    self._refused_by_store(reply)
+                else:
+                    self.on_lost()
 
-        store.call(encode(b"ZREM", budget.leases, *leaving), heard)
+        store.call(encode(*budget.ending, *leaving), heard)
 
-    def _enter(self, budget: Budget, request_id: str) -> None:
-        budget.in_flight[request_id] = None
+    def _enter(self, budget: Budget, request_id: str, reserved: int) -> None:
+        budget.in_flight[request_id] = reserved
+        if reserved < 0:
+            self._unadopted[budget] = None
         self.busy[budget.key_id] = budget
+        tenant = budget.tenant
+        if tenant is not None:
+            tenant.in_flight[request_id] = reserved
+            self.busy[tenant.key_id] = tenant
 
-    def _locally(self, budget: Budget, request_id: str, now: float) -> Verdict:
-        if self._deny:
-            return Verdict("store", 0, 0.0, 1.0)
-        if budget.concurrency and len(budget.in_flight) >= math.ceil(budget.concurrency / self.gateways):
-            return Verdict("concurrency", 0, 0.0, 1.0)
-        remaining, reset = 0, 0.0
-        if budget.rpm:
-            interval = MINUTE * self.gateways / budget.rpm
-            after = max(budget.arrival, now) + interval
-            reset = after - now
-            if reset > MINUTE:
-                return Verdict("rpm", 0, reset - interval, reset - MINUTE)
-            budget.arrival = after
-            remaining = int((MINUTE - reset) / interval)
-        self.local += 1
-        self._enter(budget, request_id)
-        return Verdict("", remaining, reset, 0.0)
+    def _ended(self, budget: Budget, request_id: str, reserved: int, used: int) -> list[bytes]:
+        tenant = budget.tenant
+        if tenant is not None:
+            tenant.in_flight.pop(request_id, None)
+            if not tenant.in_flight:
+                self.busy.pop(tenant.key_id, None)
+        if reserved < 0:
+            more = used + 1 + reserved
+            for scope in budget.scopes:
+                scope.day_spent = max(0, scope.day_spent + more)
+                scope.month_spent = max(0, scope.month_spent + more)
+                if scope.tpm and more > 0:
+                    scope.tokens_arrival += more * MINUTE * self.gateways / scope.tpm
+        return [request_id.encode(), b"%d" % used, b"%d" % max(-1, reserved)]
+
+    # -- without it
+
+    def _locally(self, budget: Budget, request_id: str, now: float, tokens: int) -> Verdict:
+        wall = time.time() if budget.metered else 0.0
+        scopes = budget.scopes
+        for scope in scopes:
+            if self._denied and any(scope.limits()[limit] for limit in self._denied):
+                return Verdict("store", 0, 0.0, 1.0)
+        refused, retry = "", 0.0
+        for scope in scopes:
+            if budget.metered:
+                scope.roll(wall)
+            for limit, wait in share.reached(scope, self.gateways, now, wall, tokens):
+                if not refused or wait > retry:
+                    refused, retry = limit if scope is budget else f"tenant_{limit}", wait
+        if not refused:
+            self.local += 1
+            for scope in scopes:
+                share.spend(scope, self.gateways, now, tokens)
+            self._enter(budget, request_id, -1 - tokens if budget.metered else 0)
+        return self._local_verdict(budget, now, wall, refused, retry)
+
+    def _local_verdict(self, budget: Budget, now: float, wall: float, refused: str, retry: float) -> Verdict:
+        gateways = self.gateways
+        limit, left, reset = 0, 0, 0.0
+        tokens_limit, tokens_left, tokens_reset = 0, 0, 0.0
+        for scope in budget.scopes:
+            if scope.rpm:
+                whole = max(0.0, scope.arrival - now)
+                rest = max(0, int((MINUTE - whole) * scope.rpm / (MINUTE * gateways)))
+                if not limit or rest < left:
+                    limit, left, reset = scope.rpm, rest, whole
+            for most, rest, whole in share.tokens_left(scope, gateways, now, wall) if budget.metered else ():
+                if not tokens_limit or rest < tokens_left:
+                    tokens_limit, tokens_left, tokens_reset = most, rest, whole
+        return Verdict(refused, left, reset, retry, limit, tokens_limit, tokens_left, tokens_reset)
+
+
+def _nothing() -> None:
+    """What happens where nobody listens."""

@@ -32,12 +32,17 @@ metadata = MetaData(
 # SQLite counts up by itself only in a column that is called INTEGER; its integers have 64 bits anyway.
 Serial = BigInteger().with_variant(Integer(), "sqlite")
 
-# Whom keys and records belong to. The budgets that a tenant's keys share are columns of their own.
+# Whom keys and records belong to, and the limits that its keys share (null: none).
 tenants = Table(
     "tenants",
     metadata,
     Column("name", Text, primary_key=True),
     Column("created", Double, nullable=False),
+    Column("rpm", BigInteger),
+    Column("tpm", BigInteger),
+    Column("concurrency", BigInteger),
+    Column("daily_tokens", BigInteger),
+    Column("monthly_tokens", BigInteger),
 )
 
 # `networks`: CIDRs that it may be used from, null for anywhere.

@@ -12,11 +12,11 @@ from corral.store.tables import keys, tenants
 DEFAULT = "default"
 
 
-def enter(connection: Connection, name: str) -> bool:
+def enter(connection: Connection, name: str, **limits: int | None) -> bool:
     """Make a tenant unless it is there; whether it was made."""
     if connection.execute(select(tenants.c.name).where(tenants.c.name == name)).first() is not None:
         return False
-    connection.execute(insert(tenants).values(name=name, created=time.time()))
+    connection.execute(insert(tenants).values(name=name, created=time.time(), **limits))
     return True
 
 

@@ -50,9 +50,12 @@ TENANTS = Board(
             ),
             line(
                 "Refusals by limit",
-                "Which limit refuses: requests per minute, or requests at once.",
+                "Which limit refuses: the key's, or with tenant_ before it the tenant's.",
                 "reqps",
-                (f'sum by (reason) (rate(corral_refusals_total{{reason=~"rpm|concurrency"}}{RATE}))', "{{reason}}"),
+                (
+                    f'sum by (reason) (rate(corral_refusals_total{{reason=~".*(rpm|concurrency|tpm|tokens)"}}{RATE}))',
+                    "{{reason}}",
+                ),
             ),
             line(
                 "Refused keys",

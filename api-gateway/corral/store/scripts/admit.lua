@@ -1,14 +1,15 @@
--- Admit one request: its key's requests per minute and its concurrency, in one call.
+-- Admit one request of a key that has no limit but requests per minute and concurrency, in one call.
 --
 -- KEYS  1 rate: theoretical arrival time, us (GCRA)       2 leases: sorted set, request id -> expiry, us
+--       3 grants: absent in a store that has lost what it knew
 -- ARGV  1 requests per minute (0: no limit)               2 concurrency (0: no limit)
 --       3 lease, us                                       4 request id
---       5 us until the rate is whole again, as the gateway knows it: for a store that has lost it
--- Returns {admitted 0|1, refused by 0 none|1 rate|2 concurrency, requests left, us until the rate is
--- whole again, us until a retry can succeed}
+-- Returns 0 (REBUILD) where it does not grant, else {admitted 0|1, refused by 0 none|1 rate|2 concurrency,
+-- requests left, us until the rate is whole again, us until a retry can succeed}
 --
 -- Time is the store's own, so that gateways need not agree on the clock. A call that repeats a request id
 -- which holds a lease is answered like the first and counts once.
+if redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local rpm, concurrency, lease = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -17,7 +18,7 @@ local MINUTE = 60000000
 
 local arrival = now
 if rpm > 0 then
-  arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now + tonumber(ARGV[5])))
+  arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now))
 end
 local interval = rpm > 0 and MINUTE / rpm or 0
 local function left(after) return rpm > 0 and math.floor((MINUTE - (after - now)) / interval + 0.001) or 0 end

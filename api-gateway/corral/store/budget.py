@@ -1,0 +1,201 @@
+"""What limits a key or a tenant, what a gateway knows of their use, and the store's commands that count it.
+
+A key without limits of tokens, whose tenant has none either, is counted by a shorter script and settled by its lease
+alone: it pays for nothing that it does not have. All others are *metered*.
+"""
+
+from __future__ import annotations
+
+import calendar
+import hashlib
+import time
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+from corral.store.valkey import encode
+
+PREFIX = b"corral:1:"
+EPOCH, GRANTS = PREFIX + b"epoch", PREFIX + b"grants"
+"""There is an epoch when gateways have told a store what it last said, and it grants when they have told the rest."""
+ACTIVE = PREFIX + b"active"
+LEASE = 10.0
+MINUTE = 60.0
+DAY = 86400.0
+HELD_MS = 86_400_000
+"""How long a reservation is known that nobody settles."""
+SETTLED_MS = 60_000
+"""How long a settled request is known: it may be settled again, or admitted by a call that was late."""
+TENANT = "t:"
+"""Before a tenant's name, where the store tells it from a key."""
+LIMITS = ("rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens")
+REASONS = ("", *LIMITS, *(f"tenant_{limit}" for limit in LIMITS))
+"""What a script's number of a limit means."""
+
+_SCRIPTS = files("corral.store") / "scripts"
+
+
+def script(name: str, metered: bool = True) -> str:
+    """The text of a script, with what the metered ones share before it."""
+    text = (_SCRIPTS / f"{name}.lua").read_text()
+    return (_SCRIPTS / "meter.lua").read_text() + text if metered else text
+
+
+def sha(text: str) -> bytes:
+    """What EVALSHA calls a script by."""
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest().encode()
+
+
+ADMIT, CHARGE = script("admit", metered=False), script("charge", metered=False)
+RESERVE, SETTLE, DECLARE, USE = script("reserve"), script("settle"), script("declare"), script("use")
+_ADMIT, _RESERVE, _SETTLE = sha(ADMIT), sha(RESERVE), sha(SETTLE)
+
+
+def month_of(wall: float) -> int:
+    """The month of a time in epoch seconds, in months since March of the year 0, as the scripts count them."""
+    moment = time.gmtime(wall)
+    return moment.tm_year * 12 + moment.tm_mon - 3
+
+
+def month_end(month: int) -> float:
+    """When a month ends, in epoch seconds."""
+    following = month + 3
+    return float(calendar.timegm((following // 12, following % 12 + 1, 1, 0, 0, 0)))
+
+
+@dataclass(slots=True, eq=False)
+class Budget:
+    """The limits of a key or a tenant, and what this gateway knows of their use.
+
+    A tenant's ``key_id`` is `TENANT` and its name. None is no limit. ``in_flight``: request → tokens the store reserved
+    for it, or -1 less what was reserved here without it. ``arrival`` and ``tokens_arrival`` are when the rates are
+    whole again (monotonic seconds) as seen from here; ``said_arrival``, ``window`` (tokens of the minute), ``day_used``
+    and ``month_used`` are what the store last said; ``…_spent`` is what was admitted here since, without the store.
+    """
+
+    key_id: str
+    rpm: int | None = None
+    concurrency: int | None = None
+    tpm: int | None = None
+    daily_tokens: int | None = None
+    monthly_tokens: int | None = None
+    tenant: Budget | None = None
+    metered: bool = False
+    most: int = 0
+    """The least of all limits of tokens: no more is reserved for one request. 0: none."""
+    prefix: bytes = b""
+    """The admission's command up to what differs between requests."""
+    rate_header: bytes = b""
+    ending: list[bytes] = field(default_factory=list)
+    """The command that ends requests, up to those requests."""
+    leaving: list[bytes] = field(default_factory=list)
+    """Requests that end in this turn: id, and of a metered one tokens used and reserved."""
+    in_flight: dict[str, int] = field(default_factory=dict)
+    arrival: float = 0.0
+    said_arrival: float = 0.0
+    tokens_arrival: float = 0.0
+    window: int = 0
+    day: int = 0
+    day_used: int = 0
+    day_spent: int = 0
+    month: int = 0
+    month_used: int = 0
+    month_spent: int = 0
+
+    def __post_init__(self) -> None:
+        tokens = self.token_limits()
+        tenant = self.tenant
+        if tenant is not None:
+            tokens += tenant.token_limits()
+        self.most = min(tokens) if tokens else 0
+        self.metered = tenant is not None or bool(tokens)
+        self.rate_header = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: " % (self.rpm or 0)
+        if self.metered:
+            self._metered()
+            return
+        numbers = (self.rpm or 0, self.concurrency or 0, LEASE * 1e6)
+        arguments = [b"%d" % number for number in numbers]
+        command = encode(b"EVALSHA", _ADMIT, b"3", self.rate, self.leases, GRANTS, *arguments)
+        self.prefix = command.replace(b"*9\r\n", b"*10\r\n", 1)
+        self.ending = [b"ZREM", self.leases]
+
+    def _metered(self) -> None:
+        scopes = self.scopes
+        keys, limits, meters = [GRANTS, EPOCH, ACTIVE], [], []
+        shared = [EPOCH, ACTIVE]
+        for scope in scopes:
+            keys += [scope.rate, scope.leases, scope.tokens]
+            shared += [scope.leases, scope.tokens, scope.rate]
+            tokens = [b"%d" % (limit or 0) for limit in (scope.tpm, scope.daily_tokens, scope.monthly_tokens)]
+            name, rpm = scope.key_id.encode(), b"%d" % (scope.rpm or 0)
+            limits += [name, rpm, b"%d" % (scope.concurrency or 0), *tokens]
+            meters += [name, rpm, *tokens]
+        held = PREFIX + b"request:" + self.key_id.encode() + b":"
+        parts = [b"EVALSHA", _RESERVE, b"%d" % len(keys), *keys, b"%d" % (LEASE * 1e6), b"%d" % HELD_MS, held, *limits]
+        self.prefix = encode(*parts).replace(b"*%d\r\n" % len(parts), b"*%d\r\n" % (len(parts) + 2), 1)
+        self.ending = [b"EVALSHA", _SETTLE, b"%d" % len(shared), *shared, held, b"%d" % SETTLED_MS, *meters]
+
+    @property
+    def rate(self) -> bytes:
+        """The store's key of the requests' rate."""
+        return PREFIX + b"rate:" + self.key_id.encode()
+
+    @property
+    def leases(self) -> bytes:
+        """The store's key of the set of leases."""
+        return PREFIX + b"leases:" + self.key_id.encode()
+
+    @property
+    def tokens(self) -> bytes:
+        """The store's key of the tokens used."""
+        return PREFIX + b"tokens:" + self.key_id.encode()
+
+    @property
+    def scopes(self) -> list[Budget]:
+        """The key, and its tenant if that has limits."""
+        return [self] if self.tenant is None else [self, self.tenant]
+
+    def limit(self, number: int) -> int:
+        """The limit that a script calls by this number; 0 is none."""
+        scope = self if number <= len(LIMITS) or self.tenant is None else self.tenant
+        return (0, *scope.limits())[(number - 1) % len(LIMITS) + 1] if number else 0
+
+    def limits(self) -> tuple[int, ...]:
+        """Its own limits in the order of `LIMITS`; 0 is none."""
+        return (
+            self.rpm or 0,
+            self.concurrency or 0,
+            self.tpm or 0,
+            self.daily_tokens or 0,
+            self.monthly_tokens or 0,
+        )
+
+    def token_limits(self) -> list[int]:
+        """Those of tokens that there are."""
+        return [limit for limit in (self.tpm, self.daily_tokens, self.monthly_tokens) if limit]
+
+    def said(self, now: float, window: int, day: int, day_used: int, month: int, month_used: int) -> None:
+        """Note what the store says of the tokens."""
+        self.window = window
+        if self.tpm:
+            self.tokens_arrival = now + MINUTE * window / self.tpm
+        self.day, self.day_used, self.day_spent = day, day_used, 0
+        self.month, self.month_used, self.month_spent = month, month_used, 0
+
+    def roll(self, wall: float) -> None:
+        """Begin a new day or month, where one has begun. `wall` is epoch seconds."""
+        day, month = int(wall // DAY), month_of(wall)
+        if day > self.day:
+            self.day, self.day_used, self.day_spent = day, 0, 0
+        if month > self.month:
+            self.month, self.month_used, self.month_spent = month, 0, 0
+
+    def same(self, other: Budget) -> bool:
+        """Whether another one's limits are these."""
+        return self.limits() == other.limits() and self.tenant is other.tenant
+
+    def inherit(self, old: Budget) -> None:
+        """Go on with what an earlier one of the same key knows."""
+        self.in_flight, self.arrival, self.said_arrival = old.in_flight, old.arrival, old.said_arrival
+        self.tokens_arrival, self.window = old.tokens_arrival, old.window
+        self.day, self.day_used, self.day_spent = old.day, old.day_used, old.day_spent
+        self.month, self.month_used, self.month_spent = old.month, old.month_used, old.month_spent

@@ -1,0 +1,11 @@
+-- Count requests that were admitted while the store was away.
+--
+-- KEYS  1 rate: theoretical arrival time, us (GCRA)      2 epoch: absent in a store that has lost what it knew
+-- ARGV  1 requests per minute      2 how many
+-- Returns 0 (REBUILD) without an epoch, else 1.
+if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now)) + ARGV[2] * 60000000 / ARGV[1]
+redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
+return 1

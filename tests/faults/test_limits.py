@@ -1,0 +1,260 @@
+"""Limits while Valkey is killed, stopped, cut off or flushed: how much is admitted, how long it takes, what is known
+when it is back. Three gateways' limits in this process, with the time-out of production, then two whole gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from support.fleet import QUICK, Fleet
+from support.limits import Gateway, eventually, flush, gateways, granting, unused
+from support.load import CHAT, body_of
+from support.process import free_port
+from support.servers import Server, valkey
+
+from corral.store.budget import Budget
+from corral.store.limits import Verdict
+from corral.store.valkey import TIMEOUT
+
+OVER = 1.1
+ADDED = 0.050
+SLACK = 0.030
+"""What a busy machine may add to a time-out."""
+EXACT = 5.0
+
+
+class Line:
+    """The way to the store, which can be cut without a word: nothing passes, nothing is refused."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self._to = free_port(), port
+        self.open = asyncio.Event()
+        self.open.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        try:
+            yield
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        with suppress(OSError, asyncio.CancelledError):
+            await self.open.wait()
+            back, forth = await asyncio.open_connection("127.0.0.1", self._to)
+            await asyncio.gather(self._pass(reader, forth), self._pass(back, writer))
+        self._tasks.discard(task)
+        writer.close()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                await self.open.wait()
+                writer.write(data)
+        finally:
+            writer.close()
+
+
+class Faulty:
+    """A store that can fail, and come back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self.server: Server = self._stack.enter_context(valkey(folder))
+        self.port = int(str(urlsplit(self.server.url).port))
+        self.line: Line | None = None
+
+    def close(self) -> None:
+        self._stack.close()
+
+    async def fail(self, how: str) -> None:
+        if how == "killed":
+            self.server.process.end(signal.SIGKILL)
+        elif how == "stopped":
+            os.kill(self.server.process.pid, signal.SIGSTOP)
+        elif how == "cut off":
+            assert self.line is not None
+            self.line.open.clear()
+        else:
+            await flush(self.port)
+
+    async def mend(self, how: str) -> None:
+        if how == "killed":
+            started = valkey(self._folder, self.port)
+            self.server = await asyncio.to_thread(self._stack.enter_context, started)
+        elif how == "stopped":
+            os.kill(self.server.process.pid, signal.SIGCONT)
+        elif how == "cut off":
+            assert self.line is not None
+            self.line.open.set()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Faulty]:
+    made = Faulty(tmp_path)
+    yield made
+    made.close()
+
+
+def run(store: Faulty, work: Callable[[list[Gateway]], Awaitable[None]]) -> None:
+    async def all_of_it() -> None:
+        store.line = Line(store.port)
+        async with (
+            store.line.running(),
+            gateways(f"redis://127.0.0.1:{store.line.port}/0", 3, patience=TIMEOUT) as made,
+        ):
+            await work(made)
+
+    asyncio.run(all_of_it())
+
+
+@asynccontextmanager
+async def lateness() -> AsyncIterator[list[float]]:
+    """How late this process is woken (seconds): what the machine adds, not the gateway."""
+    late = [0.0]
+
+    async def watch() -> None:
+        while True:
+            due = time.perf_counter() + 0.005
+            await asyncio.sleep(0.005)
+            late.append(time.perf_counter() - due)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield late
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def timed(gateway: Gateway, budget: Budget, request: str, tokens: int) -> tuple[Verdict, float]:
+    began = time.perf_counter()
+    verdict = await gateway.ask(budget, request, tokens)
+    return verdict, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "cut off", "flushed"])
+@pytest.mark.parametrize("limits", [{"tpm": 12_000}, {"daily_tokens": 12_000}, {"rpm": 120}])
+def test_a_limit_holds_through_the_loss_of_its_store(store: Faulty, how: str, limits: dict[str, int]) -> None:
+    limit = limits.get("rpm", 120)
+
+    async def work(made: list[Gateway]) -> None:
+        name = unused()
+        budgets = [gateway.budget(name, **limits) for gateway in made]
+        began = time.monotonic()
+        passed = 0
+
+        async def ask(count: int) -> list[float]:
+            nonlocal passed
+            waits = []
+            for number in range(count):
+                for gateway, budget in zip(made, budgets, strict=True):
+                    request = f"{name}-{time.monotonic_ns()}-{number}"
+                    verdict, took = await timed(gateway, budget, request, 100)
+                    waits.append(took)
+                    if not verdict.refused:
+                        passed += 1
+                        gateway.limits.release(budget, request, 100)
+            return waits
+
+        await ask(15)
+        assert passed == 45
+        if "rpm" not in limits:
+            # What each of them knows is at most two seconds old; here it is what the last call said.
+            await eventually(lambda: all(budget.day_used == 4500 for budget in budgets))
+        await store.fail(how)
+        async with lateness() as late:
+            waits = await ask(60)
+        assert max(waits) <= ADDED + SLACK + max(late)
+        refilled = limits.get("rpm", 0) * (time.monotonic() - began) / 60
+        assert passed <= limit * OVER + refilled
+        assert how == "flushed" or passed > 45, "its share is admitted"
+        await store.mend(how)
+        mended = time.monotonic()
+        await granting(made, EXACT)
+        await ask(60)
+        assert time.monotonic() - mended <= EXACT + 2
+        refilled = limits.get("rpm", 0) * (time.monotonic() - began) / 60
+        assert passed <= limit * OVER + refilled
+        assert passed >= limit, "and no less than the limit"
+        if "daily_tokens" in limits:
+            assert budgets[0].day_used == passed * 100, "the store knows of each token, whoever admitted it"
+
+    run(store, work)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "cut off", "flushed"])
+def test_concurrency_holds_through_the_loss_of_its_store(store: Faulty, how: str) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = unused()
+        budgets = [gateway.budget(name, concurrency=30, tpm=10**9) for gateway in made]
+
+        async def fill(prefix: str) -> None:
+            for number in range(30):
+                for gateway, budget in zip(made, budgets, strict=True):
+                    await gateway.ask(budget, f"{prefix}-{number}-{gateway.limits.gateway!r}", 1)
+
+        def running() -> int:
+            return sum(len(budget.in_flight) for budget in budgets)
+
+        await fill("before")
+        assert running() == 30
+        await store.fail(how)
+        await fill("during")
+        assert running() <= 30 * OVER
+        await store.mend(how)
+        await granting(made, EXACT)
+        await fill("after")
+        assert running() <= 30 * OVER
+        for gateway, budget in zip(made, budgets, strict=True):
+            for request in list(budget.in_flight):
+                gateway.limits.release(budget, request, 1)
+        await eventually(lambda: not any(gateway.limits.owed for gateway in made), EXACT)
+        await fill("new")
+        assert running() == 30, "no slot is granted twice, and none is lost"
+
+    run(store, work)
+
+
+# -- two gateways behind their edge
+
+
+def spend(fleet: Fleet, key: str, count: int) -> int:
+    """Requests of ten tokens each; how many were answered."""
+    answers = []
+    for number in range(count):
+        client = fleet.client(key)
+        answers.append(client.ask(CHAT, body_of(CHAT, QUICK, 10), f"spend-{number}"))
+        client.close()
+    assert {answer.status for answer in answers} <= {200, 429}
+    return sum(answer.status == 200 for answer in answers)
+
+
+def test_no_budget_begins_anew_with_an_empty_store(fleet: Fleet) -> None:
+    key = fleet.key("budget", "--daily-tokens", "1500")
+    first = spend(fleet, key, 200)
+    assert 5 <= first < 200, "its day is used up"
+    with fleet.valkey_client() as plain:
+        plain.sendall(b"FLUSHALL\r\n")
+        assert plain.recv(16) == b"+OK\r\n"
+    assert spend(fleet, key, 50) == 0
+    fleet.valkey.process.end(signal.SIGKILL)
+    assert spend(fleet, key, 50) == 0
+    fleet.valkey = fleet.enter(valkey(fleet.folder, urlsplit(fleet.valkey.url).port))
+    assert spend(fleet, key, 50) == 0

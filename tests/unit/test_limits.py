@@ -1,0 +1,343 @@
+"""Limits in a real Valkey and a real Redis: exact while the store is up, whatever the order of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.limits import Gateway, run, unused
+from support.servers import STORES, Server, valkey
+
+from corral.gateway.admit import headers, refusal, wait
+from corral.store.budget import Budget, month_end, month_of
+from corral.store.limits import Verdict
+
+WHAT = ["ask", "settle", "again"]
+PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture(scope="module", params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
+        yield server
+
+
+def admitted(verdicts: list[Verdict]) -> int:
+    return sum(not verdict.refused for verdict in verdicts)
+
+
+def test_tokens_are_reserved_and_the_count_takes_their_place(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), tpm=1000, daily_tokens=5000)
+        first = await gateway.ask(key, "a", 600)
+        assert (first.refused, first.tokens_limit, first.tokens_remaining) == ("", 1000, 400)
+        refused = await gateway.ask(key, "b", 600)
+        assert (refused.refused, refused.tokens_remaining) == ("tpm", 400)
+        assert 55 <= refused.retry_after <= 65
+        await gateway.settle(key, "a", 100)
+        again = await gateway.ask(key, "c", 600)
+        assert (again.refused, again.tokens_remaining) == ("", 300)
+        await gateway.settle(key, "c", 600)
+        assert (await gateway.ask(key, "d", 300)).refused == ""
+        assert key.day_used == 1000
+
+    run(store, 1, work)
+
+
+@pytest.mark.parametrize(("limit", "ends"), [("daily_tokens", "day"), ("monthly_tokens", "month")])
+def test_a_budget_ends_with_its_day_or_month(store: Server, limit: str, ends: str) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), **{limit: 1000})
+        assert (await gateway.ask(key, "a", 900)).tokens_remaining == 100
+        verdict = await gateway.ask(key, "b", 200)
+        now = time.time()
+        moment = datetime.fromtimestamp(now, UTC)
+        end = (now // 86400 + 1) * 86400
+        if ends == "month":
+            following = moment.year * 12 + moment.month
+            end = datetime(following // 12, following % 12 + 1, 1, tzinfo=UTC).timestamp()
+        assert verdict.refused == limit
+        assert verdict.retry_after == pytest.approx(end - now, abs=5)
+        assert verdict.tokens_reset == pytest.approx(end - now, abs=5)
+        assert (await gateway.ask(key, "c", 100)).refused == "", "what is left may be used"
+
+    run(store, 1, work)
+
+
+def test_the_calendar_of_the_scripts_is_the_real_one() -> None:
+    for year in (1972, 2000, 2024, 2026, 2100):
+        for month in range(1, 13):
+            begin = datetime(year, month, 1, tzinfo=UTC).timestamp()
+            following = datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC).timestamp()
+            assert month_of(begin) == month_of(following - 1) == month_of(begin - 1) + 1
+            assert month_end(month_of(begin)) == following
+
+
+def test_days_and_months_of_the_past_count_no_more(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), daily_tokens=1000, monthly_tokens=1000)
+        assert (await gateway.ask(key, "a", 1000)).refused == ""
+        script = (
+            "local u = cmsgpack.unpack(redis.call('GET', KEYS[1])) u[1] = u[1] - 1 u[3] = u[3] - tonumber(ARGV[1]) "
+            "redis.call('SET', KEYS[1], cmsgpack.pack(u)) return 1"
+        )
+        await gateway.store.request(b"EVAL", script.encode(), b"1", key.tokens, b"0")
+        assert (await gateway.ask(key, "b", 10)).refused == "monthly_tokens", "the day is new, the month is not"
+        await gateway.store.request(b"EVAL", script.encode(), b"1", key.tokens, b"1")
+        assert (await gateway.ask(key, "c", 10)).refused == ""
+        assert (key.day_used, key.month_used) == (10, 10)
+
+    run(store, 1, work)
+
+
+def test_a_minute_of_tokens_leaves_the_window_after_a_minute(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), tpm=1000)
+        assert (await gateway.ask(key, "a", 1000)).refused == ""
+        # The clock is the store's own; its slices are moved into the past instead, five seconds each.
+        script = (
+            "local u = cmsgpack.unpack(redis.call('GET', KEYS[1])) local n = {} for i = 7, 19 do n[i] = u[i] end "
+            "for i = 0, 12 do u[7 + (i - tonumber(ARGV[1])) % 13] = n[7 + i] end u[5] = u[5] - tonumber(ARGV[1]) "
+            "redis.call('SET', KEYS[1], cmsgpack.pack(u)) return 1"
+        )
+        await gateway.store.request(b"EVAL", script.encode(), b"1", key.tokens, b"11")
+        waits = await gateway.ask(key, "b", 1)
+        assert waits.refused == "tpm" and waits.retry_after <= 10
+        await gateway.store.request(b"EVAL", script.encode(), b"1", key.tokens, b"2")
+        assert (await gateway.ask(key, "b", 1000)).refused == ""
+
+    run(store, 1, work)
+
+
+def test_more_than_a_minute_holds_is_paid_off(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), tpm=1000)
+        assert (await gateway.ask(key, "a", 100_000)).refused == "", "a whole minute's at most is reserved"
+        await gateway.settle(key, "a", 5000)
+        verdict = await gateway.ask(key, "b", 1)
+        assert verdict.refused == "tpm"
+        assert 295 <= verdict.retry_after <= 305, "five minutes' tokens take five minutes"
+
+    run(store, 1, work)
+
+
+def test_a_repeated_call_counts_once_and_so_does_a_repeated_settlement(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        one, other = made
+        name = unused()
+        mine, theirs = (gateway.budget(name, rpm=100, tpm=1000, daily_tokens=10_000, concurrency=5) for gateway in made)
+        for _ in range(3):
+            assert (await one.ask(mine, "a", 400)).refused == ""
+        assert (await other.ask(theirs, "a", 400)).refused == "", "an edge may repeat it elsewhere"
+        assert (theirs.day_used, theirs.window) == (400, 400)
+        verdict = await other.ask(theirs, "b", 1)
+        assert verdict.remaining == 98
+        for gateway, budget in ((one, mine), (other, theirs), (one, mine)):
+            await gateway.settle(budget, "a", 150)
+        assert (await one.ask(mine, "c", 1)).refused == ""
+        assert mine.day_used == 152
+        assert (await one.ask(mine, "a", 400)).refused == "", "late, and settled long since"
+        assert mine.day_used == 152
+
+    run(store, 2, work)
+
+
+def test_the_longest_wait_is_told(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), rpm=1, tpm=100, daily_tokens=100)
+        assert (await gateway.ask(key, "a", 100)).refused == ""
+        verdict = await gateway.ask(key, "b", 50)
+        assert verdict.refused == ("daily_tokens" if verdict.tokens_reset > 70 else verdict.refused)
+        assert verdict.retry_after >= 55
+
+    run(store, 1, work)
+
+
+def test_requests_without_tokens_pass_where_tokens_are_used_up(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), tpm=10)
+        assert (await gateway.ask(key, "a", 10)).refused == ""
+        assert (await gateway.ask(key, "list", 0)).refused == ""
+
+    run(store, 1, work)
+
+
+def test_a_key_without_such_limits_is_counted_as_before() -> None:
+    plain, metered = Budget("k", rpm=5, concurrency=2), Budget("k", rpm=5, concurrency=2, tpm=5)
+    assert (plain.metered, plain.most, plain.ending[0]) == (False, 0, b"ZREM")
+    assert (metered.metered, metered.most, metered.ending[0]) == (True, 5, b"EVALSHA")
+    assert len(plain.prefix) < len(metered.prefix)
+
+
+@PROPERTY
+@given(
+    rpm=st.integers(1, 40) | st.none(),
+    tpm=st.integers(1, 2000) | st.none(),
+    daily=st.integers(1, 4000) | st.none(),
+    concurrency=st.integers(1, 10) | st.none(),
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 2), st.sampled_from(["ask", "settle", "again"]), st.integers(0, 9), st.integers(1, 400)
+        ),
+        max_size=60,
+    ),
+)
+def test_no_interleaving_admits_more_than_the_limits(
+    store: Server, rpm: int | None, tpm: int | None, daily: int | None, concurrency: int | None, steps: list[Any]
+) -> None:
+    """Three gateways ask, settle and repeat in any order; calls of one step are under way together."""
+
+    async def work(made: list[Gateway]) -> None:
+        limits = {"rpm": rpm, "tpm": tpm, "daily_tokens": daily, "concurrency": concurrency}
+        name = unused()
+        budgets = [gateway.budget(name, **{k: v for k, v in limits.items() if v}) for gateway in made]
+        began = time.monotonic()
+        running: dict[str, tuple[int, int]] = {}
+        used = requests = most = 0
+        for number, (who, what, which, tokens) in enumerate(steps):
+            gateway, budget = made[who], budgets[who]
+            if what == "ask" or not running:
+                verdicts = await asyncio.gather(
+                    *(gateway.ask(budget, f"{name}-{number}-{n}", tokens) for n in range(3))
+                )
+                for n, verdict in enumerate(verdicts):
+                    if not verdict.refused:
+                        requests += 1
+                        running[f"{name}-{number}-{n}"] = who, min(tokens, budget.most)
+            else:
+                request = list(running)[which % len(running)]
+                owner, reserved = running[request]
+                if what == "again":
+                    assert (await made[owner].ask(budgets[owner], request, tokens)).refused == ""
+                    budgets[owner].in_flight[request] = reserved
+                else:
+                    del running[request]
+                    # Less than was reserved: what is counted is what is used.
+                    used += tokens * reserved // 400
+                    await made[owner].settle(budgets[owner], request, tokens * reserved // 400)
+            most = max(most, len(running))
+            held = used + sum(reserved for _, reserved in running.values())
+            assert held <= min(tpm or held, daily or held), "tokens"
+            assert requests <= (rpm or requests) + (time.monotonic() - began) * (rpm or 0) / 60 + 1e-6
+        assert most <= (concurrency or most)
+        if (tpm or daily) and (time.monotonic() - began) < 55:
+            # Nothing is lost either: what is left is admitted to the last token.
+            left = min((limit - held for limit in (tpm, daily) if limit), default=0) if steps else 1
+            free = (not concurrency or len(running) < concurrency) and (not rpm or requests < rpm)
+            if left > 0 and free and left <= budgets[0].most:
+                assert (await made[0].ask(budgets[0], f"{name}-last", left)).refused == ""
+
+    run(store, 3, work)
+
+
+@pytest.mark.parametrize("limits", [{"tpm": 5000}, {"daily_tokens": 5000, "rpm": 1000}, {"monthly_tokens": 5000}])
+def test_twenty_gateways_at_once_admit_exactly_the_limit(store: Server, limits: dict[str, int]) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = unused()
+        budgets = [gateway.budget(name, **limits) for gateway in made]
+        asked = [
+            gateway.ask(budget, f"{name}-{at}-{number}", 10)
+            for number in range(50)
+            for at, (gateway, budget) in enumerate(zip(made, budgets, strict=True))
+        ]
+        verdicts = await asyncio.gather(*asked)
+        assert admitted(verdicts) == 500
+        for gateway, budget in zip(made, budgets, strict=True):
+            for request in list(budget.in_flight):
+                await gateway.settle(budget, request, 4)
+        assert (await made[0].ask(budgets[0], f"{name}-end", 1)).refused == ""
+        assert budgets[0].month_used == 2001, "each was settled once, with its count"
+
+    run(store, 20, work)
+
+
+def test_the_keys_of_a_tenant_share_its_limits(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = "t:" + unused()
+        one, other = made
+        shared = [Budget(name, rpm=10, tpm=1000, concurrency=3, daily_tokens=1500) for _ in made]
+        mine = one.budget(unused(), shared[0], rpm=100, tpm=900)
+        theirs = other.budget(unused(), shared[1])
+        assert (await one.ask(mine, "a", 600)).refused == ""
+        verdict = await other.ask(theirs, "b", 600)
+        assert verdict.refused == "tenant_tpm"
+        assert (verdict.tokens_limit, verdict.tokens_remaining) == (1000, 400)
+        assert "1000 tokens per minute of the tenant" in refusal(verdict, theirs).message
+        verdict = await one.ask(mine, "c", 350)
+        assert (verdict.refused, verdict.tokens_limit) == ("tpm", 900), "its own has the least left"
+        assert (await other.ask(theirs, "d", 100)).refused == ""
+        assert (await other.ask(theirs, "e", 0)).refused == ""
+        verdict = await other.ask(theirs, "f", 0)
+        assert (verdict.refused, verdict.limit, verdict.remaining) == ("tenant_concurrency", 10, 7)
+        await one.settle(mine, "a", 100)
+        assert (await other.ask(theirs, "g", 0)).refused == ""
+        assert (shared[1].day_used, theirs.day_used, mine.day_used) == (200, 100, 600)
+
+    run(store, 2, work)
+
+
+@PROPERTY
+@given(
+    calls=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(1, 300)), max_size=40),
+    tpm=st.integers(100, 2000),
+    rpm=st.integers(1, 30),
+)
+def test_no_interleaving_of_a_tenants_keys_admits_more(
+    store: Server, calls: list[tuple[int, int, int]], tpm: int, rpm: int
+) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = "t:" + unused()
+        keys = [unused(), unused(), unused()]
+        shared = [Budget(name, rpm=rpm, tpm=tpm) for _ in made]
+        budgets = [[gateway.budget(key, tenant) for key in keys] for gateway, tenant in zip(made, shared, strict=True)]
+        began = time.monotonic()
+        asked = [made[at].ask(budgets[at][key], f"r{number}", tokens) for number, (at, key, tokens) in enumerate(calls)]
+        verdicts = await asyncio.gather(*asked)
+        passed = [
+            min(tokens, tpm) for (_, _, tokens), verdict in zip(calls, verdicts, strict=True) if not verdict.refused
+        ]
+        assert sum(passed) <= tpm
+        assert len(passed) <= rpm + (time.monotonic() - began) * rpm / 60
+        assert passed or not calls
+
+    run(store, 2, work)
+
+
+# -- what callers are told
+
+
+@given(st.floats(0, 3e6))
+def test_a_wait_is_never_shorter_than_it_takes(seconds: float) -> None:
+    told = wait(seconds)
+    assert told >= max(1, seconds)
+    assert told <= seconds + max(1.0, min(60.0, seconds / 10)) + 1
+
+
+def test_headers_and_text_say_the_same() -> None:
+    budget = Budget("k", rpm=5, tpm=100, daily_tokens=50)
+    verdict = Verdict("daily_tokens", 3, 24.0, 3600.5, 5, 50, 7, 3600.5)
+    error = refusal(verdict, budget)
+    assert (error.status, error.code) == (429, "rate_limited")
+    assert "50 tokens per day" in error.message
+    assert error.retry_after is not None and 3601 <= error.retry_after <= 3662
+    assert headers(verdict, budget).split(b"\r\n")[:6] == [
+        b"x-ratelimit-limit-requests: 5",
+        b"x-ratelimit-remaining-requests: 3",
+        b"x-ratelimit-reset-requests: 24000ms",
+        b"x-ratelimit-limit-tokens: 50",
+        b"x-ratelimit-remaining-tokens: 7",
+        b"x-ratelimit-reset-tokens: 3600500ms",
+    ]
