@@ -89,6 +89,30 @@ def test_networks_keep_apart_what_has_no_business_with_each_other(
     assert (done.returncode == 0) == reached, done.stderr
 
 
+def test_valkey_has_a_password_that_no_inspection_shows(site: Site) -> None:
+    password = (site.folder / "secrets/valkey-password").read_text().strip()
+    assert len(password) >= 32
+    everything = site.docker("inspect", *site.docker("ps", "-aq").split())
+    assert password not in everything
+    for service in SERVICES:
+        pid = site.container(service)["State"]["Pid"]
+        for name in ("environ", "cmdline"):
+            assert password.encode() not in Path(f"/proc/{pid}/{name}").read_bytes(), f"{service}: {name}"
+    asked = "docker compose exec -T redis sh -c '{}valkey-cli -e ping'"
+    refused = site.shell(asked.format(""))
+    assert refused.returncode != 0 and "NOAUTH" in refused.stdout + refused.stderr
+    given = "REDISCLI_AUTH=$(cat /run/secrets/valkey-password) "
+    assert site.do(asked.format(given)).strip() == "PONG"
+    # Those who use it have it: its INFO reaches Prometheus through control.
+    assert site.corral("status")["store"]["valkey"]["state"] == "ready"
+    until(lambda: _value(site, "corral_valkey_clients") > 0, "Prometheus has its INFO", 60, every=1.0)
+
+
+def _value(site: Site, name: str) -> float:
+    answer = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/query", params={"query": name}, timeout=5).json()
+    return max((float(row["value"][1]) for row in answer["data"]["result"]), default=0.0)
+
+
 def test_what_needs_no_way_out_has_none(site: Site) -> None:
     def internal(service: str) -> dict[str, bool]:
         networks = site.container(service)["NetworkSettings"]["Networks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from corral.config import settings as model
 from corral.config.errors import ConfigError
 from corral.config.values import base_url, duration, host_port, size
+from corral.store.valkey import Valkey
 
 
 def load(tmp_path: Path, text: str, env: dict[str, str] | None = None) -> model.Settings:
@@ -236,3 +238,33 @@ def test_an_address_cannot_break_out_of_a_line(text: str) -> None:
 def test_what_is_no_node(url: str) -> None:
     with pytest.raises(ValueError, match="expected an address"):
         base_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://host:1/0", "redis://:a%2Fb%40c@host:1/0"),
+        ("redis://user:old@[::1]:6379", "redis://user:a%2Fb%40c@[::1]:6379"),
+    ],
+)
+def test_valkey_s_password_comes_from_a_file(tmp_path: Path, url: str, address: str) -> None:
+    (tmp_path / "valkey.password").write_text("a/b@c\n")
+    store = {"valkey": url, "valkey_password_file": "valkey.password"}
+    loaded = model.Settings.model_validate({"store": store, "control": {"state": str(tmp_path)}})
+    assert loaded.valkey_address() == address
+    assert "a/b@c" not in loaded.model_dump_json()
+    client = Valkey(loaded.valkey_address())
+    assert unquote(client.password or "") == "a/b@c"
+
+
+def test_a_password_of_valkey_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.write_text("\n")
+    for file, reason in ((path, "is empty"), (tmp_path / "none", "cannot be read: No such file")):
+        loaded = model.Settings.model_validate({"store": {"valkey_password_file": str(file)}})
+        with pytest.raises(ConfigError, match=reason):
+            loaded.valkey_address()
+
+
+def test_without_a_file_the_address_is_what_is_said() -> None:
+    assert model.load(None, {}).valkey_address() == "redis://127.0.0.1:6390/0"

@@ -9,9 +9,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from corral.config.errors import ConfigError
 from corral.config.options import REFUSE, policy
 from corral.config.values import (
     BaseUrl,
@@ -185,6 +187,9 @@ class StoreSettings(Section):
         None, description="Has PostgreSQL's password; a relative file is in control.state."
     )
     valkey: RedisUrl = Field("redis://127.0.0.1:6390/0", description="Valkey or Redis 7.")
+    valkey_password_file: Path | None = Field(
+        None, description="Has its password, read at the start; a relative file is in control.state."
+    )
 
 
 class AuditSettings(Section):
@@ -290,6 +295,22 @@ class Settings(Section):
     haproxy: HaproxySettings = HaproxySettings()
     monitoring: MonitoringSettings = MonitoringSettings()
     auth: AuthSettings = AuthSettings()
+
+    def valkey_address(self) -> str:
+        """``store.valkey`` with the password of its file. Raises ConfigError where that cannot be read."""
+        if self.store.valkey_password_file is None:
+            return self.store.valkey
+        path = self.control.state / self.store.valkey_password_file
+        try:
+            password = path.read_text(encoding="utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError([f"store.valkey_password_file: {path}: cannot be read: {reason}"]) from None
+        if not password:
+            raise ConfigError([f"store.valkey_password_file: {path} is empty: expected Valkey's password"])
+        parts = urlsplit(self.store.valkey)
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}"))
 
     @model_validator(mode="before")
     @classmethod

@@ -96,7 +96,7 @@ def _assemble(settings: Settings) -> Control:
     state = settings.control.state.absolute()
     database = configured(settings.store, state)
     fleet = Fleet()
-    valkey = Valkey(settings.store.valkey, timeout=VALKEY_TIMEOUT)
+    valkey = Valkey(settings.valkey_address(), timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
     return Control(

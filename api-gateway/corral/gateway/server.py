@@ -55,8 +55,8 @@ class Gateway:
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
-        self.store = Valkey(settings.store.valkey, scripts=leases.SCRIPTS)
-        self.changes = Valkey(settings.store.valkey)
+        self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS)
+        self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.answer_tokens = settings.limits.answer_tokens

@@ -38,9 +38,15 @@ class Finding:
 
 
 def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Finding]:
-    """All checks. ``ask`` gets a path below /admin (None: nothing runs)."""
+    """All checks. ``ask`` gets a path below /admin (None: nothing runs).
+
+    What is asked and does not run with the state folder runs elsewhere (in containers, say): of that, only what its
+    control tells can be looked at.
+    """
+    if ask is not None and not running(state):
+        return [*_parts(ask), *_nodes(None, ask), *_catalogue(ask)]
     found = [*_versions(), *_folder(state), *_disk(state)]
-    if ask is None or not running(state):
+    if ask is None:
         return [*found, *_not_running(state)]
     rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state))
     return [*found, *_processes(state), *_ports(state), *rest]
@@ -119,13 +125,35 @@ def _ports(state: StateFolder) -> Iterator[Finding]:
         yield Finding("valkey", "problem", "it does not answer", advice)
 
 
-def _nodes(state: StateFolder, ask: Callable[[str], Any]) -> Iterator[Finding]:
-    """HAProxy's view of each node beside control's; the fleet's versions."""
+def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
+    """What control says of the gateways and stores, and of the alerts that fire."""
     try:
-        seen_by_haproxy = haproxy.server_states(state)
+        told = ask("/status")
+    except (StackError, http.Unreachable) as error:
+        yield Finding("control", "problem", str(error), "read the logs of the edge and of control")
+        return
+    yield Finding("control", "ok", "answers through the edge")
+    parts = [(str(gateway["name"]), gateway["state"]) for gateway in told["gateways"]]
+    parts += [(name, part["state"]) for name, part in told["store"].items()]
+    for name, said in parts:
+        if said == "ready":
+            yield Finding(name, "ok", "ready")
+        else:
+            yield Finding(name, "problem", str(said), f"read the log of {name}; docs/runbooks/incident-response.md")
+    if not told["gateways"]:
+        yield Finding("gateways", "problem", "control knows none", "read the logs of the gateways")
+    for alert in told["alerts"]:
+        yield Finding("alert", "warning", f"{alert['name']} fires", f"docs/runbooks/{alert['name']}.md")
+
+
+def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Finding]:
+    """HAProxy's view (where its socket is: in a state folder) of each node beside control's; the fleet's versions."""
+    seen_by_haproxy: dict[str, str] = {}
+    try:
+        if state is not None:
+            seen_by_haproxy = haproxy.server_states(state)
     except OSError as error:
         yield Finding("haproxy", "problem", f"its socket does not answer: {error}", "`corral logs --program haproxy`")
-        seen_by_haproxy = {}
     try:
         listed = ask("/nodes")
     except (StackError, http.Unreachable) as error:
@@ -138,16 +166,16 @@ def _nodes(state: StateFolder, ask: Callable[[str], Any]) -> Iterator[Finding]:
         proxied = seen_by_haproxy.get(name)
         why = node.get("error") or node.get("reason")
         reason = f": {why}" if why else ""
-        if proxied is None:
+        if proxied is None and state is not None:
             if seen_by_haproxy:
                 yield Finding(name, "problem", "HAProxy does not know it", "`corral config reload`")
-        elif (proxied == "UP") != (said in ("ready", "draining", "suspect")):
+        elif proxied is not None and (proxied == "UP") != (said in ("ready", "draining", "suspect")):
             advice = f"if it lasts more than 5 s: curl {node.get('url')}/api/version, then `corral config reload`"
             yield Finding(name, "warning", f"control says {said}, HAProxy says {proxied}{reason}", advice)
         elif said == "ready" and reason:
             yield Finding(name, "warning", f"ready{reason}", "`corral models plan` shows what is missing")
         elif said == "ready":
-            yield Finding(name, "ok", "ready for control and HAProxy")
+            yield Finding(name, "ok", "ready for control and HAProxy" if state is not None else "ready")
         else:
             yield Finding(name, "warning", f"{said}{reason}", _node_advice(said, node))
         if version := node.get("version"):

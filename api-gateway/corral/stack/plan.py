@@ -183,6 +183,8 @@ def _effective(
 
 def _valkey(given: Settings, port: int) -> tuple[bool, str, int]:
     """Whether to start Valkey, its URL, and its port. A named one is used; a local one that is not there is started."""
+    if given.store.valkey_password_file is not None:
+        return False, given.store.valkey, port
     if "valkey" in given.store.model_fields_set:
         parts = urlsplit(given.store.valkey)
         local = parts.hostname in ("127.0.0.1", "localhost") and parts.scheme in ("redis", "valkey")
