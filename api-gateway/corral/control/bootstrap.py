@@ -100,10 +100,10 @@ def _revoke_all(connection: Connection) -> None:
 
 def _enter(connection: Connection, key_id: str, verifier: str) -> None:
     """Enter the admin key of the file. One that is known stays as it is, revoked or rotated."""
+    tenants.enter(connection, tenants.DEFAULT)
     if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
         return
     now = time.time()
-    tenants.enter(connection, tenants.DEFAULT)
     row = {"id": key_id, "name": "admin", "tenant": tenants.DEFAULT, "role": "admin", "models": ["*"]}
     connection.execute(
         insert(connection, keys).values({**row, "class": "interactive", "created": now}).on_conflict_do_nothing()

@@ -1,7 +1,5 @@
 """Tenants, the networks of a key, the tenant of a record, and models that are switched off."""
 
-import time
-
 import sqlalchemy as sa
 from alembic import op
 
@@ -28,16 +26,12 @@ def upgrade() -> None:
     op.add_column("keys", sa.Column("networks", sa.JSON))
     op.add_column("audit", sa.Column("tenant", sa.Text))
     op.create_index("ix_audit_tenant_seq", "audit", ["tenant", "seq"])
-    # What there is already belongs to the tenant that its key names.
-    now = sa.literal(time.time())
+    # What there is already belongs to the tenant that its key names. An empty database stays empty, for a backup to
+    # fill.
     keys = sa.table("keys", sa.column("id"), sa.column("tenant"), sa.column("created"))
     tenants = sa.table("tenants", sa.column("name"), sa.column("created"))
     audit = sa.table("audit", sa.column("key"), sa.column("tenant"))
     named = sa.select(keys.c.tenant, sa.func.min(keys.c.created)).group_by(keys.c.tenant)
     op.execute(tenants.insert().from_select(["name", "created"], named))
-    missing = sa.select(sa.literal("default"), now).where(
-        ~sa.exists(sa.select(tenants.c.name).where(tenants.c.name == "default"))
-    )
-    op.execute(tenants.insert().from_select(["name", "created"], missing))
     owner = sa.select(keys.c.tenant).where(keys.c.id == audit.c.key).scalar_subquery()
     op.execute(audit.update().where(audit.c.key.is_not(None)).values(tenant=owner))
