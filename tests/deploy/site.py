@@ -59,26 +59,30 @@ class Site:
 
     # -- commands, as an operator gives them
 
-    def shell(self, command: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-        """Run a command line in the folder; how it ended."""
+    def shell(self, command: str, timeout: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command line in the folder, with these variables set; how it ended."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(("CORRAL_", "COMPOSE_"))}
         return subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
-            env={**env, **self.docker.env},
+            env={**env, **self.docker.env, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
 
-    def do(self, command: str, timeout: float = 60.0) -> str:
+    def do(self, command: str, timeout: float = 60.0, **variables: str) -> str:
         """Standard output of a command line that has to succeed."""
-        done = self.shell(command, timeout)
+        done = self.shell(command, timeout, **variables)
         assert done.returncode == 0, (
             f"{command}: status {done.returncode}\n{done.stderr[-3000:]}\n{done.stdout[-2000:]}"
         )
         return done.stdout
+
+    def block(self, block: str, **variables: str) -> str:
+        """What a block of a document prints, run as it stands there; each line of it has to succeed."""
+        return self.do(f"set -euo pipefail\n{block}", 240, **variables)
 
     def corral(self, arguments: str) -> Any:
         """A `corral` command with --json, in control's container."""

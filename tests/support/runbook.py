@@ -13,6 +13,14 @@ from support.servers import REPOSITORY, python_env
 
 PROCEDURES = ("model-deployment", "scaling", "incident-response", "maintenance", "disaster-recovery")
 """The runbooks that are no alert's."""
+NOT_HERE = {
+    "docker compose pull ollama-1": "a registry of images: the test has the new tag on the engine",
+    "docker compose pull --ignore-buildable": "a registry of images",
+    "docker compose pull postgres": "a registry of images",
+    'docker compose exec ollama-2 ollama pull "$MODEL"': "Ollama's library: the test creates the model on the node",
+    'docker compose exec ollama-3 ollama pull "$MODEL"': "Ollama's library: the test creates the model on the node",
+}
+"""Lines that need what this network has not, and what that is. Every other line of every block is run."""
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -24,11 +32,11 @@ def fences(name: str) -> list[tuple[str, str, str]]:
     return [(heading, info, block) for heading, body in bodies for info, block in _FENCE.findall(body)]
 
 
-def sections(name: str) -> dict[str, list[str]]:
-    """The shell blocks that can be run anywhere, by the headings they stand under."""
+def sections(name: str, kind: str = "sh") -> dict[str, list[str]]:
+    """The shell blocks that can be run anywhere (or those of another kind), by the headings they stand under."""
     found: dict[str, list[str]] = {}
     for heading, info, block in fences(name):
-        found.setdefault(heading, []).extend([block] if info == "sh" else [])
+        found.setdefault(heading, []).extend([block] if info == kind else [])
     return found
 
 

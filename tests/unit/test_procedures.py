@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from support.runbook import PROCEDURES, fences, sections
+from support.runbook import NOT_HERE, PROCEDURES, fences, sections
 
 from corral.cli.main import cli
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVICES = set(yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"])
 VOLUMES = {f"corral_{name}" for name in yaml.safe_load((ROOT / "docker-compose.yml").read_text())["volumes"]}
 COMPOSE = {"build", "cp", "exec", "kill", "logs", "ps", "pull", "restart", "rm", "run", "stop", "up"}
+SHELL = {"chmod", "mkdir", "mv", "printf", "rm", "touch"}
 HOST = {"systemctl", "nvidia-smi", "df", "dmesg", "tar", "mv"}
 WORDS = {"sh", "sh compose", "sh host", "bash", "yaml"}
 """Info strings: run by a test; for Compose; for a node's own machine; what is set once; a file."""
@@ -32,10 +33,10 @@ def lines(page: str, info: str) -> Iterator[str]:
             yield from (line for line in block.splitlines() if line.strip())
 
 
-def constants() -> set[str]:
-    """Every text in the integration tests; the headings whose blocks they run are among them."""
+def constants(group: str) -> set[str]:
+    """Every text in the tests of a group; the headings whose blocks they run are among them."""
     found = set()
-    for path in (ROOT / "tests/integration").glob("test_*.py"):
+    for path in (ROOT / "tests" / group).glob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)
@@ -59,12 +60,18 @@ def test_every_block_says_what_it_is(page: str) -> None:
     assert not [(heading, info) for heading, info, _ in fences(page) if info not in WORDS]
 
 
+@pytest.mark.parametrize(("kind", "group"), [("sh", "integration"), ("sh compose", "deploy")])
 @pytest.mark.parametrize("page", PROCEDURES)
-def test_every_block_is_run_by_a_test(page: str) -> None:
-    known = constants()
+def test_every_block_is_run_by_a_test(page: str, kind: str, group: str) -> None:
+    known = constants(group)
     assert page in known
-    missing = [heading for heading, blocks in sections(page).items() if blocks and heading not in known]
-    assert not missing, f"{page}.md: no test in tests/integration runs these sections"
+    missing = [heading for heading, blocks in sections(page, kind).items() if blocks and heading not in known]
+    assert not missing, f"{page}.md: no test in tests/{group} runs these sections"
+
+
+def test_a_line_for_compose_that_is_not_run_is_there() -> None:
+    there = {line for page in PROCEDURES for line in lines(page, "sh compose")}
+    assert set(NOT_HERE) <= there and all(NOT_HERE.values())
 
 
 def test_no_block_stands_before_the_first_heading() -> None:
@@ -83,13 +90,18 @@ def test_blocks_are_shell(page: str) -> None:
 @pytest.mark.parametrize("line", sorted({line for page in PROCEDURES for line in lines(page, "sh compose")}))
 def test_commands_for_compose_name_what_there_is(line: str) -> None:
     words = shlex.split(line)
+    # Up to where the shell takes over.
+    words = words[: next((at for at, word in enumerate(words) if word in ("<", ">", "|", "||", "&&")), len(words))]
     if words[0].startswith("scripts/"):
         assert (ROOT / words[0]).exists()
     elif words[:2] == ["docker", "compose"]:
         assert words[2] in COMPOSE
         rest = words[3:]
         if words[2] in ("exec", "run"):
-            at = next(place for place, word in enumerate(rest) if not word.startswith("-"))
+            at = next(
+                place for place, (before, word) in enumerate(zip(["", *rest], rest, strict=False))
+                if not word.startswith("-") and before != "-v"
+            )  # fmt: skip
             assert rest[at] in SERVICES
             if words[2] == "run":
                 check(rest[at + 1 :])
@@ -106,7 +118,7 @@ def test_commands_for_compose_name_what_there_is(line: str) -> None:
     elif words[:3] == ["docker", "volume", "rm"]:
         assert set(words[3:]) <= VOLUMES
     else:
-        assert words[:3] == ["docker", "system", "df"] or words[0] in ("chmod", "printf"), line
+        assert words[:3] == ["docker", "system", "df"] or words[0] in SHELL, line
 
 
 def test_commands_for_a_machine_are_common_programs() -> None:
