@@ -38,6 +38,7 @@ MODULES = (
     "store/limits.py",
     "store/share.py",
     "store/spool.py",
+    "store/valkey.py",
     "wire/answers.py",
     "wire/anthropic_answers.py",
     "wire/common.py",

@@ -729,7 +729,7 @@ def test_a_caller_cannot_hide_behind_a_repeated_request_id(gw: Gateway) -> None:
 
 
 def test_a_forged_address_is_not_believed(gw: Gateway) -> None:
-    forged = {"X-Forwarded-For": "6.6.6.6", "X_Forwarded_For": "6.6.6.6", "X-Request-ID": "forged"}
+    forged = {"X-Forwarded-For": "6.6.6.6", "Forwarded": "for=6.6.6.6", "X-Request-ID": "forged"}
     httpx.post(gw.edge + "/api/chat", json=gw.chat(), headers=gw.auth | forged)
     assert gw.control.settled("forged")["addr"] == "127.0.0.1"
 

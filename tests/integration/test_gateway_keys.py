@@ -7,10 +7,14 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.gateway import Gateway, gateway
 from support.process import until
 
+from corral.gateway.authenticate import authenticate
 from corral.store import keys
+from corral.wire.errors import ApiError
 
 ROUTES = ["/api/chat", "/v1/chat/completions", "/v1/messages"]
 
@@ -119,3 +123,32 @@ def test_a_disabled_model_is_refused_by_name_and_no_node_hears_of_it(gw: Gateway
         disable(gw)
     assert gw.post(path, gw.chat(stream=False, max_tokens=5)).status_code == 200
     assert httpx.get(gw.url + "/v1/models/m", headers=gw.auth).status_code == 200
+
+
+near = st.builds(
+    lambda text, at, new: text[:at] + new + text[at + 1 :],
+    st.sampled_from([keys.generate()[1] for _ in range(3)]),
+    st.integers(0, 60),
+    st.text(max_size=3),
+)
+
+
+class Looked(dict[str, Any]):
+    """Keys by id that remembers which ids it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.append(key)
+        return default
+
+
+@given(text=st.text(max_size=80) | near | st.sampled_from(["' OR 1=1 --", "crl_'||(select 1)||'_x", "crl_*_*", ""]))
+def test_nothing_is_looked_up_before_shape_and_checksum(text: str) -> None:
+    known, value = Looked(), text.encode("utf-8", "surrogatepass")
+    for headers in ({b"authorization": b"Bearer " + value}, {b"x-api-key": value}):
+        with pytest.raises(ApiError) as refused:
+            authenticate(headers, known, b"p" * 32, 0.0, {})
+        assert refused.value.status == 401
+    assert all(keys.parse(value.strip().decode("latin-1")) == key_id for key_id in known.asked)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from support.process import Process, free_port, until
+from support.smuggling import answers, body, corpus, exchange
+from support.smuggling import request as request_of
 
 from corral.config.haproxy import HaproxyPlan, render
 
@@ -271,3 +273,33 @@ def test_what_is_no_http_goes_no_further(rig: Rig) -> None:
 def test_prometheus_finds_each_node(rig: Rig) -> None:
     body = rig.ask("/metrics", port=rig.plan.stats_port)[1].decode()
     assert 'haproxy_server_status{proxy="node_node-1",server="node-1",state="UP"}' in body
+
+
+@pytest.mark.parametrize("name", [case.name for case in corpus(b"")])
+def test_what_goes_on_can_be_read_in_one_way_only(rig: Rig, name: str) -> None:
+    """Whatever HAProxy makes of a request, the next server gets whole lines, one framing and one body, or nothing."""
+    for gateway in rig.gateways:
+        gateway.requests.clear()
+    case = next(case for case in corpus(b"Bearer x") if case.name == name)
+    data = exchange(rig.plan.edge_port, case.raw)
+    received = [request for gateway in rig.gateways for request in gateway.requests]
+    assert len(received) == answers(data).count(200)
+    for request in received:
+        head, _, content = request.partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        names = [line.partition(b":")[0].lower() for line in lines[1:]]
+        assert b"\n" not in head.replace(b"\r\n", b"") and b"\r" not in head.replace(b"\r\n", b"") and b"\0" not in head
+        assert re.fullmatch(rb"[A-Za-z]+ /[!-~]* HTTP/1\.1", lines[0])
+        assert all(re.fullmatch(rb"[a-z0-9-]+", one) for one in names)
+        assert names.count(b"host") == names.count(b"x-corral-edge-id") == 1
+        assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
+        assert b"upgrade" not in names
+        if b"transfer-encoding" in names:
+            assert b"transfer-encoding: chunked" in [line.lower() for line in lines]
+            size, _, content = content.partition(b"\r\n")
+            content, end = content[: int(size, 16)], content[int(size, 16) :]
+            assert re.fullmatch(rb"(\r\n0\r\n)?([a-z-]+: [^\r\n]*\r\n)*\r\n", end)
+        if b"content-length" in names:
+            assert b"content-length: %d" % len(content) in [line.lower() for line in lines]
+        inner = request_of(b"Bearer x", body("hidden"))
+        assert content in (b"", body("open"), body("hidden"), body("open") + inner, inner)

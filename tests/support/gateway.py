@@ -243,7 +243,7 @@ class Gateway:
         self.edge = f"http://127.0.0.1:{edge}"
         self.states = {"node-1": "ready", "node-2": "ready"}
         self.publish()
-        plan = HaproxyPlan(
+        self.plan = HaproxyPlan(
             edge_host="127.0.0.1",
             edge_port=edge,
             nodes_host="127.0.0.1",
@@ -256,7 +256,7 @@ class Gateway:
             nodes=[(node.name, node.url) for node in self.nodes],
             max_duration=60.0,
         )
-        (folder / "haproxy.cfg").write_text(render(plan))
+        (folder / "haproxy.cfg").write_text(render(self.plan))
         self._file = folder / "corral.yaml"
         base = {
             "gateway": {
@@ -278,8 +278,8 @@ class Gateway:
             **settings,
         }
         self._file.write_text(yaml.safe_dump(base))
-        haproxy = Process([binaries.haproxy(), "-db", "-f", folder / "haproxy.cfg"], folder / "haproxy.log")
-        stack.callback(haproxy.end)
+        self.haproxy = Process([binaries.haproxy(), "-db", "-f", folder / "haproxy.cfg"], folder / "haproxy.log")
+        stack.callback(self.haproxy.end)
         self.start()
         until(lambda: httpx.get(self.edge + "/health").status_code == 200, "the edge sees the gateway")
 

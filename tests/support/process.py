@@ -68,6 +68,11 @@ class Process:
     def pid(self) -> int:
         return self._popen.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._popen.poll() is None
+
     def wait_until(self, ready: Callable[[], object], seconds: float = 20.0) -> Self:
         """Wait until ``ready`` is true; NotReady with the end of the log if it is not, or the program has ended."""
 

@@ -32,7 +32,7 @@ def test_the_design_s_example_loads(tmp_path: Path) -> None:
         tmp_path,
         f"""
 nodes:   [{{name: node-1, url: "http://10.0.0.11:11434", slots: 4, memory: 22GiB, max_models: 3, accelerator: gpu}}]
-models:  [{{name: "llama3.2:3b", digest: "{digest}", copies: 2, pin: true, num_ctx: 8192, options: {{a: refuse}}}}]
+models:  [{{name: "llama3.2:3b", digest: "{digest}", copies: 2, pin: true, num_ctx: 8192, options: {{seed: refuse}}}}]
 gateway: {{processes: 1, max_duration: 30m, queue: {{length: 256, wait: 30s}}, first_token: 60s, between_tokens: 20s}}
 limits:  {{on_store_failure: local, default: {{rpm: 600, tpm: 200000, concurrency: 32}}}}
 store:   {{database: "sqlite:///corral.db", valkey: "redis://127.0.0.1:6390/0"}}
@@ -40,7 +40,7 @@ audit:   {{durability: written, retention: 400d, content: hash}}
 """,
     )
     assert loaded.nodes[0].memory == 22 << 30
-    assert loaded.models[0].options == {"a": "refuse"}
+    assert loaded.models[0].options == {"seed": "refuse"}
     assert loaded.gateway.max_duration == 1800.0
     assert loaded.audit.retention == 400 * 86400.0
     assert loaded == model.load(None, {}).model_copy(update={"nodes": loaded.nodes, "models": loaded.models})

@@ -77,6 +77,16 @@ def test_a_request_is_counted_with_its_tokens_and_times() -> None:
     assert one(seen, "corral_output_tokens_per_second_sum", model="m:latest") == pytest.approx(60)
 
 
+def test_ignored_fields_are_counted_by_route_alone() -> None:
+    metrics = Metrics(snapshot())
+    for ignored in (0, 2, 1):
+        metrics.settled(exchange(decoded=SimpleNamespace(ignored=ignored)), record())
+    metrics.settled(exchange(decoded=SimpleNamespace(ignored=9)), record(attempts=0, status=429, outcome="limited"))
+    seen = page(metrics)
+    assert one(seen, "corral_ignored_fields_total", route="/api/chat") == 3
+    assert one(seen, "corral_ignored_fields_total", route="/v1/messages") == 0
+
+
 def test_a_histogram_has_cumulative_buckets_with_inclusive_bounds() -> None:
     metrics = Metrics(snapshot())
     pace = metrics.first_token(exchange(arrived=10.0), 10.25)

@@ -2,61 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
-from corral.gateway.listen import ClientConnection
+import pytest
+from support.listening import Stage
+
+from corral.gateway import listen
 from corral.wire.errors import ApiError
-
-
-class Stage:
-    """A connection whose loop, transport and gateway do what is needed here and no more."""
-
-    def __init__(self) -> None:
-        self.started: list[bytes] = []
-        self.soon: list[Callable[[], None]] = []
-        self.written = b""
-        self.closed = False
-        gateway: Any = SimpleNamespace(
-            loop=SimpleNamespace(call_soon=self.soon.append),
-            connections=set(),
-            stopping=False,
-            max_body=1000,
-            trusts=lambda peer: False,
-            exchange=self._exchange,
-            refuse_unread=lambda exchange, error, sent: None,
-        )
-        self.connection = ClientConnection(gateway)
-        transport: Any = SimpleNamespace(
-            set_write_buffer_limits=lambda high: None,
-            get_extra_info=lambda name: ("127.0.0.1", 1),
-            write=self._write,
-            close=self._close,
-        )
-        self.connection.connection_made(transport)
-
-    def _exchange(self, connection: Any, method: bytes, target: bytes, headers: Any) -> Any:
-        return SimpleNamespace(start=lambda: self.started.append(target))
-
-    def _write(self, data: bytes) -> None:
-        self.written += data
-
-    def _close(self) -> None:
-        self.closed = True
-
-    def asks(self, *targets: str) -> None:
-        self.connection.data_received(b"".join(f"GET {one} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for one in targets))
-
-    def answer(self) -> None:
-        self.connection.respond(200, b"", b"", keep_alive=True)
-
-    def turn(self) -> None:
-        """The loop's next turn."""
-        soon = self.soon[:]
-        self.soon.clear()
-        for call in soon:
-            call()
 
 
 def test_what_is_read_before_the_queue_goes_on_does_not_overtake_it() -> None:
@@ -83,3 +35,77 @@ def test_a_refusal_does_not_overtake_the_queue_either() -> None:
     assert stage.started == [b"/1", b"/2"]
     stage.answer()
     assert stage.closed
+
+
+def test_what_comes_behind_the_last_request_has_no_answer() -> None:
+    class Server(Stage):
+        def on_start(self, keep_alive: bool) -> None:
+            self.connection.respond(200, b"", b"", keep_alive)
+
+    server = Server()
+    one = b"GET /1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    server.connection.data_received(one + one)
+    assert server.closed and server.started == [b"/1"]
+    assert server.written.count(b"HTTP/1.1 ") == 1
+
+
+HEAD = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
+
+
+def test_a_body_of_a_byte_now_and_then_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    stage.connection.data_received(HEAD + b"\r\n")
+    for _ in range(200):
+        stage.connection.check(now)
+        if stage.closed:
+            break
+        stage.connection.data_received(b"x")
+        now += 1.0
+    assert 1055 < now < 1065
+
+
+def test_a_large_body_that_keeps_coming_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    stage.connection.data_received(HEAD + b"Authorization: Bearer k\r\n\r\n")
+    for _ in range(100):
+        now += 1.1
+        stage.connection.check(now)
+        stage.connection.data_received(bytes(10_000))
+    assert (stage.started, stage.closed) == ([b"/a"], False)
+
+
+def test_of_a_caller_without_a_key_no_large_body_is_taken() -> None:
+    stage = Stage()
+    stage.connection.data_received(HEAD + b"\r\n")
+    for _ in range(6):
+        stage.connection.data_received(bytes(10_000))
+    assert stage.checked == 0 and stage.gateway.unfinished == 60_000
+    for _ in range(3):
+        stage.connection.data_received(bytes(10_000))
+    assert stage.checked == 1 and b" 401 " in stage.written and stage.closed
+    stage.connection.connection_lost(None)
+    assert stage.gateway.unfinished == 0
+
+
+def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.gateway.max_body = 500_000
+    monkeypatch.setattr(listen, "BODIES_MAX", 500_000)
+    stage.connection.data_received(HEAD.replace(b"1000000", b"400000") + b"Authorization: Bearer k\r\n\r\n")
+    stage.connection.data_received(bytes(200_000))
+    stage.connection.data_received(bytes(100_000))
+    stage.gateway.unfinished += 300_000  # of others
+    stage.connection.data_received(bytes(50_000))
+    assert b" 503 " in stage.written and stage.checked == 1
+    stage.connection.connection_lost(None)
+    assert stage.gateway.unfinished == 300_000
+
+
+def test_a_body_that_is_whole_counts_no_more() -> None:
+    stage = Stage()
+    stage.connection.data_received(HEAD + b"Authorization: Bearer k\r\n\r\n")
+    for _ in range(10):
+        stage.connection.data_received(bytes(100_000))
+    assert (stage.started, stage.gateway.unfinished, stage.checked) == ([b"/a"], 0, 1)

@@ -29,6 +29,7 @@ class History:
         (500, False, "boom", Failure.NODE),
         (500, False, 'option "temperature" must be of type float32', Failure.CALLER),
         (400, False, "the input length exceeds the context length", Failure.CALLER),
+        (500, False, "the input length exceeds the context length", Failure.CALLER),
         (404, False, "model 'x' not found", Failure.CALLER),
         *((status, False, "", Failure.NODE) for status in (201, 204, 206, 302, 304, 401, 403, 407, 413, 429, 999)),
         (401, False, "option of mine", Failure.NODE),

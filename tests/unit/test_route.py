@@ -85,3 +85,10 @@ def test_the_shape_of_an_error_follows_the_path() -> None:
 def test_the_model_of_a_target() -> None:
     assert model_of(b"/v1/models/a/b:c") == "a/b:c"
     assert model_of(b"/v1/models/a b") == ""
+
+
+@pytest.mark.parametrize("target", [b"/api/chat?key=crl_abc", b"/api/crl_abc", b"/v1/models/crl_abc", b"/x?token=abc"])
+def test_a_key_in_a_path_is_not_repeated(target: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        resolve(b"GET", target)
+    assert caught.value.status == 404 and "abc" not in caught.value.message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -173,8 +172,8 @@ def _whole(path: Path) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if not size or path.suffix != ".seg":
             return file.read(size)
-        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
-            return data[: spool.whole_frames(data)]
+        data = file.read(size)
+        return data[: spool.whole_frames(data)]
 
 
 def _database(connection: Connection, writer: Writer) -> tuple[dict[str, Any], dict[str, str]]:

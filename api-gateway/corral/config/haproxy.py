@@ -5,39 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from corral.config.values import base_url
+from corral.config.haproxy_rules import ERRORS, PROXY_HEADER, answer, for_hosts, for_origins, shared_with, well_formed
+from corral.config.settings import EdgeSettings
+from corral.config.values import base_url, loopback
 
 NODE_HEADER = "X-Corral-Node"
-PROXY_HEADER = "X-Corral-Proxy"
 
 # Each pool of idle connections closes before its peer does: HAProxy's own before a gateway's 75 s (a node keeps
 # them for good), and the gateway's before HAProxy's front end.
 KEEP_ALIVE = "60s"
 POOL_PURGE = "20s"
-
-_ERRORS = {
-    400: ("bad_request", "The request is not valid HTTP."),
-    401: ("unauthorized", "A key is needed."),
-    403: ("forbidden", "This is not allowed."),
-    404: ("not_found", "There is nothing at this address."),
-    405: ("method_not_allowed", "This method is not allowed here."),
-    408: ("request_timeout", "The request did not arrive in time."),
-    410: ("gone", "There is nothing at this address any more."),
-    413: ("request_too_large", "The request is too large."),
-    425: ("too_early", "The request came too early."),
-    429: ("too_many_requests", "There are too many requests."),
-    500: ("proxy_error", "The proxy failed."),
-    501: ("not_implemented", "The proxy does not support this."),
-    502: ("bad_gateway", "The answer was not valid HTTP."),
-    503: ("unavailable", "No server is available to take the request."),
-    504: ("gateway_timeout", "The server did not answer in time."),
-}
-
 
 # HTTP/1.1 alone (alpn, below): its requests are what the rules against smuggling were tested with.
 _TLS = [
@@ -61,7 +42,8 @@ class HaproxyPlan:
 
     ``ca_file`` has the certificates that an https node's is checked against. With a ``certificate`` (a PEM file of
     chain and key) the edge speaks TLS at ``tls_port`` too; with ``ollama`` (host, port) there is a front end for
-    programs that know nothing of Corral, which gives nothing to the ``resting`` nodes.
+    programs that know nothing of Corral, which gives nothing to the ``resting`` nodes. ``hosts`` are the names that
+    the edge is called by, beside local ones (``*``: any); ``origins`` the pages that may read its answers.
     """
 
     edge_host: str
@@ -80,6 +62,8 @@ class HaproxyPlan:
     certificate: str | None = None
     ollama: tuple[str, int] | None = None
     resting: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 DEFAULT = HaproxyPlan(
@@ -96,6 +80,11 @@ DEFAULT = HaproxyPlan(
     max_duration=1800.0,
 )
 """What load-balancer/haproxy.cfg shows."""
+
+
+def edge_hosts(edge: EdgeSettings) -> tuple[str, ...]:
+    """The plan's ``hosts``: where nobody named any, local names on loopback, and any beyond."""
+    return edge.hosts or (() if loopback(edge.host) else ("*",))
 
 
 def render(plan: HaproxyPlan) -> str:
@@ -156,24 +145,18 @@ def _defaults(longest: str) -> list[str]:
         "    # Every answer that HAProxy makes itself is marked, so that nobody takes it for a server's. (But for what",
         "    # is no HTTP at all: that 400 is made before a rule is looked at.)",
     ]
-    return [*lines, *(f"    {_error(status)}" for status in _ERRORS), ""]
+    return [*lines, *(f"    {_error(status)}" for status in ERRORS), ""]
 
 
 def _error(status: int) -> str:
-    return f"http-error {_answer(status)}"
-
-
-def _answer(status: int, proxy: str = "haproxy") -> str:
-    code, message = _ERRORS[status]
-    body = json.dumps({"error": {"code": code, "message": message}}, separators=(",", ":"))
-    extra = "hdr Retry-After 1 " if status == 503 else ""
-    return f"status {status} content-type application/json hdr {PROXY_HEADER} {proxy} {extra}string '{body}'"
+    return f"http-error {answer(status)}"
 
 
 def _statistics(plan: HaproxyPlan) -> list[str]:
     return [
         "frontend stats",
         f"    bind {_address(plan.stats_host, plan.stats_port)}",
+        *for_hosts(() if loopback(plan.stats_host) else ("*",)),
         "    timeout client 30s",
         "    http-request use-service prometheus-exporter if { path /metrics }",
         "    stats enable",
@@ -192,6 +175,9 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         "    # The whole of a small request is here before a gateway sees it: slow callers cost no gateway, and",
         "    # a replay has what it needs.",
         "    option http-buffer-request",
+        *well_formed(),
+        *for_hosts(plan.hosts),
+        *shared_with(plan.origins),
         "    # What only Corral says is not taken from a caller.",
         "    http-request del-header x-corral- -m beg",
         "    http-request del-header x-forwarded- -m beg",
@@ -202,10 +188,11 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         "    # One id from here to the audit record; the caller's own where it is well formed and given once.",
         "    acl id_fit req.hdr(X-Request-ID) -m reg ^[A-Za-z0-9._-]{1,64}$",
         "    acl id_once req.hdr_cnt(X-Request-ID) eq 1",
-        "    http-request set-header X-Request-ID %[uuid()] unless id_fit id_once",
+        "    acl id_key req.hdr(X-Request-ID) -m sub crl_",
+        "    http-request set-header X-Request-ID %[uuid()] unless id_fit id_once !id_key",
         "    # Names this request alone, so that a replay towards another gateway is settled once.",
         "    http-request set-header X-Corral-Edge-ID %[uuid()]",
-        "    http-request return " + _answer(404) + " if { path,url_dec,lower -m reg ^/+(metrics|internal)(/|$) }",
+        "    http-request return " + answer(404) + " if { path,url_dec,lower -m reg ^/+(metrics|internal)(/|$) }",
         "    acl to_control path /admin /docs /openapi.json /console",
         "    acl to_control path_beg /admin/ /docs/ /console/",
         "    use_backend control if to_control",
@@ -260,12 +247,13 @@ def _node_front_end(plan: HaproxyPlan) -> list[str]:
         "# The gateway names the node and owns its deadlines and retries; here nothing is tried twice.",
         "frontend nodes",
         f"    bind {_address(plan.nodes_host, plan.nodes_port)}",
+        *for_hosts(() if loopback(plan.nodes_host) else ("*",)),
         *known,
         "    default_backend no_such_node",
         "",
         "backend no_such_node",
         # Named otherwise, so that a gateway on a connection to an old worker asks the new one.
-        "    http-request return " + _answer(503, "no-such-node"),
+        "    http-request return " + answer(503, "no-such-node"),
         "",
     ]
 
@@ -301,12 +289,16 @@ def _ollama(plan: HaproxyPlan, host: str, port: int) -> list[str]:
         "frontend ollama",
         f"    bind {_address(host, port)}",
         "    option http-buffer-request",
+        *well_formed(),
+        "    # Nor from a page of the web: a browser that was told another name, or sends what it need not ask for.",
+        *for_hosts(tuple(name for name in plan.hosts if name != "*")),
+        *for_origins(plan.origins, local=True),
         "    http-request del-header x-corral- -m beg",
         f"    acl inference path {_INFERENCE}",
         f"    acl reads path {_READS}",
         "    acl reads path_beg /v1/models/",
         "    acl fit path -m reg ^/[A-Za-z0-9._:/-]*$",
-        "    http-request return " + _answer(404) + " unless METH_POST inference or METH_GET reads fit",
+        "    http-request return " + answer(404) + " unless METH_POST inference or METH_GET reads fit",
         "    default_backend ollama",
         "",
         "backend ollama",

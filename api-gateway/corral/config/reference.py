@@ -57,6 +57,8 @@ _KINDS: list[tuple[Any, str]] = [
     (values.ListenOrNone, '`host:port` or `""`'),
     (values.Name, "name"),
     (values.Network, "network"),
+    (values.HostPattern, "host name"),
+    (values.Origin, "origin"),
     (values.DatabaseUrl, "`sqlite:///…` or `postgresql://…`"),
     (values.RedisUrl, "`redis://…`"),
     (Path, "path"),

@@ -12,17 +12,21 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from corral.config.options import REFUSE, policy
 from corral.config.values import (
     BaseUrl,
     DatabaseUrl,
     Duration,
+    HostPattern,
     Listen,
     ListenOrNone,
     Name,
     Network,
+    Origin,
     RedisUrl,
     Size,
     Whole,
+    loopback,
 )
 
 
@@ -51,7 +55,20 @@ class ModelSettings(Section):
     copies: Whole = Field(1, ge=1, description="Nodes that keep it resident.")
     pin: bool = Field(False, description="Never unloaded to make room.")
     num_ctx: Whole | None = Field(None, ge=1, description="Context length in tokens, of every request.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Per option: a pinned value, or refuse.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Per option: a value that every request has, {min, max} bounds, or refuse."
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return policy(options)
+
+    @model_validator(mode="after")
+    def _one_context(self) -> ModelSettings:
+        if self.num_ctx is not None and self.options.get("num_ctx", REFUSE) not in (REFUSE, self.num_ctx):
+            raise ValueError("num_ctx and options.num_ctx differ: give one of them")
+        return self
 
 
 class MirrorSettings(Section):
@@ -78,6 +95,17 @@ class QueueSettings(Section):
     wait: Duration = Field(30.0, description="Longest wait for a slot.")
 
 
+class RequestSettings(Section):
+    """What one request may hold; more of it is a 400. Its bytes: gateway.max_body."""
+
+    messages: Whole = Field(2048, ge=1, description="Messages of a chat.")
+    images: Whole = Field(16, ge=0, description="Images, all messages together.")
+    tools: Whole = Field(128, ge=0, description="Tools offered to the model.")
+    inputs: Whole = Field(2048, ge=1, description="Texts to embed.")
+    stops: Whole = Field(16, ge=0, description="Stop strings.")
+    nesting: Whole = Field(64, ge=8, le=256, description="Depth of arrays and objects in each other.")
+
+
 class GatewaySettings(Section):
     """The data plane."""
 
@@ -95,6 +123,7 @@ class GatewaySettings(Section):
     metrics: ListenOrNone = Field("127.0.0.1:9101", description='Where /metrics is served, without a key; "": nowhere.')
     access_log: str = Field("-", description="File of the access log; - is standard output.")
     max_body: Size = Field(32 << 20, gt=0, description="Largest request body.")
+    request: RequestSettings = RequestSettings()
     trusted_proxies: tuple[Network, ...] = Field(
         ("127.0.0.1/32",), description="Peers whose X-Forwarded-For and X-Request-ID are believed."
     )
@@ -176,13 +205,21 @@ class EdgeSettings(Section):
     plaintext: bool = Field(False, description="Allow plain HTTP beyond loopback.")
     tls_port: Whole = Field(8443, ge=1, le=65535, description="Port of TLS, where there is a certificate.")
     certificate: Path | None = Field(None, description="PEM file of certificate chain and key.")
+    hosts: tuple[HostPattern, ...] = Field(
+        (),
+        description="Names it is called by (*.example.com: all under it; *: any), beside addresses and local names. "
+        "None given: only those on loopback, any beyond.",
+    )
+    origins: tuple[Origin, ...] = Field(
+        (), description="Web pages, by origin, that may read its answers (CORS); with any given, others get a 403."
+    )
     ollama: Listen | None = Field(
         None, description="A front end of the nodes that asks no key: for loopback or an internal network."
     )
 
     @model_validator(mode="after")
     def _keys_stay_private(self) -> EdgeSettings:
-        if not self.plaintext and not (self.host in ("localhost", "::1") or self.host.startswith("127.")):
+        if not self.plaintext and not loopback(self.host):
             raise ValueError("keys would cross the network in clear text: edge.plaintext: true allows that")
         return self
 

@@ -60,6 +60,11 @@ def host_port(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def loopback(host: str) -> bool:
+    """Whether this machine alone reaches an address to listen on."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def joined(host: str, port: int) -> str:
     """host:port, in brackets where they are needed."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -99,6 +104,20 @@ def base_url(value: str) -> str:
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError("expected lower-case letters, digits and hyphens, such as node-1")
+    return value
+
+
+def _host_pattern(value: str) -> str:
+    if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", value):
+        raise ValueError(
+            "expected a host name such as llm.example.com, *.example.com or *, in lower case and without port"
+        )
+    return value
+
+
+def _origin(value: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+", value):
+        raise ValueError("expected an origin such as https://app.example.com")
     return value
 
 
@@ -151,5 +170,7 @@ ListenOrNone = Annotated[
 BaseUrl = Annotated[str, AfterValidator(base_url)]
 Name = Annotated[str, AfterValidator(_name)]
 Network = Annotated[str, AfterValidator(_network)]
+HostPattern = Annotated[str, AfterValidator(_host_pattern)]
+Origin = Annotated[str, AfterValidator(_origin)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 DatabaseUrl = Annotated[str, AfterValidator(database_url)]

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
+from string import ascii_letters, digits
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -29,6 +30,10 @@ OPERATOR_READS = re.compile(r"/admin/(audit|tenants(/.*)?)")
 BODY_MAX = 1 << 20
 ROUTE_MAX = 200
 
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:\d{1,5})?")
+_ESCAPE = re.compile(rb"%(.{0,2})", re.DOTALL)
+# What nobody has to write as an escape, and what would be another path if it were read once more.
+_NEVER_ESCAPED = frozenset(f"{ascii_letters}{digits}-._~/\\\x7f".encode()) | set(range(32))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -60,6 +65,16 @@ def allowed(role: str, method: str, path: str) -> bool:
     if role == "operator":
         return bool(OPERATOR.fullmatch(path) or (method == "GET" and OPERATOR_READS.fullmatch(path)))
     return False
+
+
+def plain(raw: bytes) -> bool:
+    """Whether a path is written in the one way in which it is compared: no empty segment, dots or needless escapes."""
+    if any(part in (b"", b".", b"..") for part in raw[1:].split(b"/")) or not raw.isascii() or b"\\" in raw:
+        return False
+    for (escape,) in map(re.Match.groups, _ESCAPE.finditer(raw)):
+        if not re.fullmatch(rb"[0-9A-Fa-f]{2}", escape) or int(escape, 16) in _NEVER_ESCAPED:
+            return False
+    return True
 
 
 class Gate:
@@ -95,9 +110,13 @@ class Gate:
     async def _admit(self, scope: Scope, receive: Receive) -> Receive:
         """What the application reads the body from. Raises Problem for who may not call."""
         path, method = scope["path"], scope["method"]
+        headers = Headers(scope["headers"])
+        if not headers.host_fits():
+            raise Problem(400, "bad_request", "the Host header is no host name or address")
+        if not plain(scope.get("raw_path") or path.encode()):
+            raise Problem(404, "not_found", f"no route {method} {path[:ROUTE_MAX]}")
         if path in OPEN:
             return receive
-        headers = Headers(scope["headers"])
         if path.startswith("/internal/"):
             if not hmac.compare_digest(headers.credential().encode(), self._control.token.encode()):
                 raise Problem(401, "unauthorized", "the internal token is wrong")
@@ -168,6 +187,11 @@ class Headers:
         """The last value of a header, "" without one."""
         wanted = name.encode()
         return next((value.decode("latin-1") for key, value in reversed(self._raw) if key == wanted), "")
+
+    def host_fits(self) -> bool:
+        """Whether Host names a host, once; a health check of HTTP/1.0 has none. Nothing here goes by it."""
+        hosts = [value.decode("latin-1") for key, value in self._raw if key == b"host"]
+        return not hosts or (len(hosts) == 1 and _HOST.fullmatch(hosts[0]) is not None)
 
     def credential(self) -> str:
         """The one credential: `Authorization: Bearer`, or `x-api-key`, by the gateway's rules.

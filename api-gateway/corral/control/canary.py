@@ -106,7 +106,9 @@ class Canary:
     async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> None:
         """Have it generate. ValueError where the answer is none."""
         model = entry["name"]
-        options = check({"num_predict": 1, "temperature": 0.0}, self._policies.get(canonical_name(model), NO_POLICY))
+        policy = self._policies.get(canonical_name(model), NO_POLICY)
+        wanted = {"num_predict": 1, "temperature": 0.0}
+        options = check({name: value for name, value in wanted.items() if name not in policy.refused}, policy)
         body = {"model": model, "keep_alive": stays(entry.get("expires_at"), time.time()), "options": options}
         if model not in self._embeds:
             whole = body | {"prompt": "a", "raw": True, "stream": False}
@@ -114,7 +116,7 @@ class Canary:
             if status == 400 and b"does not support" in content:
                 self._embeds.add(model)
         if model in self._embeds:
-            del options["num_predict"]
+            options.pop("num_predict", None)
             status, content = await answers.fetch(client, "POST", member.url + "/api/embed", body | {"input": "a"})
         if status != 200:
             raise ValueError(f"status {status}: {answers.shown(content)}")

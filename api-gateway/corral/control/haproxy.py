@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from corral.config.haproxy import HaproxyPlan, render
+from corral.config.haproxy import HaproxyPlan, edge_hosts, render
 from corral.config.settings import Settings
 from corral.config.values import WILDCARDS, host_port, joined
 
@@ -139,6 +139,8 @@ def plan_from(path: Path) -> PlanFactory:
                 "nodes": [(name, url) for name, url in value["nodes"]],
                 "ollama": tuple(value["ollama"]) if value.get("ollama") else None,
                 "resting": tuple(value.get("resting", ())),
+                "hosts": tuple(value.get("hosts", ())),
+                "origins": tuple(value.get("origins", ())),
             }
         )
 
@@ -164,6 +166,8 @@ def plan_of(settings: Settings) -> HaproxyPlan:
         tls_port=edge.tls_port,
         certificate=str(edge.certificate) if edge.certificate else None,
         ollama=host_port(edge.ollama) if edge.ollama else None,
+        hosts=edge_hosts(edge),
+        origins=edge.origins,
     )
 
 

@@ -13,9 +13,9 @@ from corral.control import discovery
 from corral.control.context import Here
 from corral.control.errors import Problem, answer
 from corral.store.ingest import WrongOffset, ingest
-from corral.store.spool import FRAME_MAX, HEADER, SpoolCorrupt
+from corral.store.spool import SHIP_MAX, SpoolCorrupt
 
-CHUNK_MAX = FRAME_MAX + HEADER.size
+CHUNK_MAX = SHIP_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 

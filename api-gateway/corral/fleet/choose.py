@@ -15,16 +15,18 @@ def choose(nodes: Iterable[Node], model: str, now: float, tried: Collection[str]
     only where no other is left: a second try on a node that came back is better than an error.
     """
     best: Node | None = None
-    best_rank: tuple[bool, bool, bool, float] | None = None
+    best_rank = 0.0
     for node in nodes:
         if node.state is not NodeState.READY or model not in node.held:
             continue
-        rank = (
-            node.name in tried or node.shunned_until > now,
-            node.in_flight >= node.slots,
-            model not in node.resident,
-            node.in_flight / node.slots,
-        )
-        if best_rank is None or rank < best_rank:
+        # One number, as a tuple would be made anew for each node: what weighs more is out of reach of what weighs less.
+        rank = node.in_flight / node.slots
+        if model not in node.resident:
+            rank += 1e4
+        if node.in_flight >= node.slots:
+            rank += 1e8
+        if node.shunned_until > now or node.name in tried:
+            rank += 1e12
+        if best is None or rank < best_rank:
             best, best_rank = node, rank
     return best

@@ -16,7 +16,7 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
         ApiError: 400 naming the field; 403 for a model that is disabled; 404 for one that no node holds or the key may
             not use.
     """
-    decoded = DECODERS[route](body, request_id, snapshot.policy)
+    decoded = DECODERS[route](body, request_id, snapshot.policy, snapshot.caps)
     authorize(key, decoded.model)
     if snapshot.disabled and canonical_name(decoded.model) in snapshot.disabled:
         raise disabled(decoded.model)

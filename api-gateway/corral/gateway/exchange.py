@@ -15,7 +15,7 @@ from corral.fleet.node import Node
 from corral.gateway import admit, catalogue, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.decode import decode
-from corral.gateway.journal import Then, nothing
+from corral.gateway.journal import Waiter
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import WHOLE, Pace
 from corral.gateway.recover import SHUN, Failure, final_error, may_retry
@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 
 JSON = b"Content-Type: application/json\r\n"
 
+NOTHING, RESPOND, STREAM, END = range(4)
+"""What is left to send once the last record is written: an answer, a whole stream, or the end of one."""
 
-class Exchange:
+
+class Exchange(Waiter):
     """One request as it was read, and its state. Times are monotonic seconds, ``wall`` is epoch seconds.
 
     ``headers`` has lower-case names; ``modern``: HTTP/1.1, so that chunks may be used. What most requests never set
@@ -70,6 +73,10 @@ class Exchange:
     _admitted = False
     _settled = False
     _open = False
+    _ending = NOTHING
+    _status = 0
+    _last_head = b""
+    _last = b""
 
     def __init__(
         self,
@@ -150,10 +157,12 @@ class Exchange:
             self._answer_from_fleet(key)
             return
         self.gateway.retries.earn()
-        self.gateway.journal.record(settle.admitted(self), self._on_recorded)
+        self.gateway.journal.record(settle.admitted(self), self)
 
-    def _on_recorded(self, written: bool) -> None:
+    def recorded(self, written: bool) -> None:
+        """The record of the admission is written, or the last one."""
         if self._settled:
+            self._send_last()
             return
         if not written:
             self.refusal = "recording"
@@ -173,8 +182,7 @@ class Exchange:
         except Exception:
             self._broken()
             return
-        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
-        self._finish_whole(200, headers, body)
+        self._finish_whole(200, self._own_head(), body)
 
     # -- schedule, relay
 
@@ -231,19 +239,18 @@ class Exchange:
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
             return
         except Exception:
-            log.exception("%s: an answer of %s was not understood", self.request_id, attempt.node.name)
+            self.not_understood(attempt.node)
             self.attempt_failed(attempt.node, Failure.NONSENSE, None)
             return
-        keep_alive = self.keep_alive
         if self._open:
-            self._settle(200, "ok", len(rest), lambda _: self.connection.end(rest, keep_alive))
-        elif responder.stream:
-            head = self._head(responder.content_type)
-            self._settle(
-                200, "ok", len(rest), lambda _: self.connection.whole_stream(head, rest, keep_alive, self.modern)
-            )
+            self._settle(200, "ok", END, b"", rest)
         else:
-            self._finish_whole(200, self._head(responder.content_type), rest)
+            ending = STREAM if responder.stream else RESPOND
+            self._settle(200, "ok", ending, self._head(responder.content_type), rest)
+
+    def not_understood(self, node: Node) -> None:
+        """Log the fault, the gateway's own or the node's, that is being handled."""
+        log.exception("%s: an answer of %s was not understood", self.request_id, node.name)
 
     def attempt_failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
         """Step 8. The attempt is over and gave back its place on the node."""
@@ -267,13 +274,7 @@ class Exchange:
             return
         error = final_error(failure, self, cause)
         if self._open:
-            last = errors.in_band(self.api, error, self.request_id)
-            self._settle(
-                error.status,
-                "upstream_error",
-                len(last),
-                lambda _: self.connection.end(last, keep_alive=False),
-            )
+            self._end_in_band(error, "upstream_error")
         else:
             self.refuse(error)
 
@@ -290,20 +291,30 @@ class Exchange:
         self._dispatch(monotonic())
 
     def _head(self, content_type: str) -> bytes:
-        return b"Content-Type: %b\r\nX-Request-ID: %b\r\n%bX-Corral-Attempts: %d\r\nX-Corral-Queue-Ms: %d\r\n%b" % (
+        parts = (
+            b"Content-Type: ",
             content_type.encode(),
+            b"\r\nX-Request-ID: ",
             self.request_id.encode(),
+            b"\r\n",
             self._node_header,
-            self.attempts,
-            self.queue_ms,
+            b"X-Corral-Attempts: ",
+            str(self.attempts).encode(),
+            b"\r\nX-Corral-Queue-Ms: ",
+            str(int(self.queue_ms)).encode(),
+            b"\r\n",
             self._rate_headers,
         )
+        return b"".join(parts)
+
+    def _own_head(self) -> bytes:
+        return b"".join((JSON, b"X-Request-ID: ", self.request_id.encode(), b"\r\n", self._rate_headers))
 
     # -- the end
 
     def refuse(self, error: ApiError) -> None:
         """Answer with an error; nothing was sent before."""
-        headers = b"%bX-Request-ID: %b\r\n%b" % (JSON, self.request_id.encode(), self._rate_headers)
+        headers = self._own_head()
         if error.retry_after is not None:
             headers += b"Retry-After: %d\r\n" % error.retry_after
         if error.status == 401:
@@ -311,25 +322,34 @@ class Exchange:
         self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
 
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
-        keep_alive = self.keep_alive
-        self._settle(
-            status,
-            settle.outcome_of(status),
-            len(body),
-            lambda _: self.connection.respond(status, headers, body, keep_alive),
-        )
+        self._settle(status, settle.outcome_of(status), RESPOND, headers, body)
 
-    def _settle(self, status: int, outcome: str, last: int, then: Then | None) -> None:
+    def _end_in_band(self, error: ApiError, outcome: str) -> None:
+        self.keep_alive = False
+        self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))
+
+    def _settle(self, status: int, outcome: str, ending: int, head: bytes, last: bytes) -> None:
         if self._settled:
             return
         self._settled = True
+        self._ending, self._status, self._last_head, self._last = ending, status, head, last
         gateway = self.gateway
         gateway.running.discard(self)
-        record = settle.settled(self, status, outcome, self.connection.sent + last, monotonic())
+        record = settle.settled(self, status, outcome, self.connection.sent + len(last), monotonic())
         if self._admitted and self.key is not None:
             gateway.limits.release(self.key.budget, self.record_id, record.prompt_tokens + record.tokens)
         gateway.metrics.settled(self, record)
-        gateway.journal.record(record, then or nothing, access=True)
+        gateway.journal.record(record, self, access=True)
+
+    def _send_last(self) -> None:
+        # Once, though a request that ends in the turn it was admitted in waits for two records.
+        ending, self._ending = self._ending, NOTHING
+        if ending == RESPOND:
+            self.connection.respond(self._status, self._last_head, self._last, self.keep_alive)
+        elif ending == STREAM:
+            self.connection.whole_stream(self._last_head, self._last, self.keep_alive, self.modern)
+        elif ending == END:
+            self.connection.end(self._last, self.keep_alive)
 
     def client_gone(self) -> None:
         """The caller left: stop the node's work now; it is not the node's fault."""
@@ -338,7 +358,7 @@ class Exchange:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
-        self._settle(499, "client_gone", 0, None)
+        self._settle(499, "client_gone", NOTHING, b"", b"")
 
     # -- time and back-pressure
 
@@ -356,8 +376,7 @@ class Exchange:
     def _expire(self) -> None:
         error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")
         if self._open:
-            last = errors.in_band(self.api, error, self.request_id)
-            self._settle(504, "timeout", len(last), lambda _: self.connection.end(last, keep_alive=False))
+            self._end_in_band(error, "timeout")
         else:
             self.refuse(error)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,15 @@ from corral.store.spool import SpoolWriter
 log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
-Then = Callable[[bool], None]
+
+class Waiter:
+    """What waits for its record; by itself nothing. A base: a callable would be made anew for each record."""
+
+    def recorded(self, written: bool) -> None:
+        """The record is in the spool, or (not `written`) could not be."""
+
+
+NOBODY = Waiter()
 
 
 class Journal:
@@ -27,23 +34,22 @@ class Journal:
 
     def __init__(self, folder: Path, access_log: str, loop: asyncio.AbstractEventLoop) -> None:
         self.spool = SpoolWriter(folder)
-        self._append = self.spool.append
         self._loop = loop
-        self._waiting: list[Then] = []
+        self._waiting: list[Waiter] = []
         self.access = AccessLog(access_log, loop)
         self.failing = False
 
-    def record(self, record: msgspec.Struct, then: Then, access: bool = False) -> None:
-        """Append a record; `then` hears, after the group's write, whether it is in the spool.
+    def record(self, record: msgspec.Struct, waiter: Waiter, access: bool = False) -> None:
+        """Append a record; `waiter` hears, after the group's write, whether it is in the spool.
 
         `access`: it is a line of the access log too.
         """
         payload = _encode(record)
-        self._append(payload)
+        self.spool.append(payload)
         waiting = self._waiting
         if not waiting:
             self._loop.call_soon(self._commit)
-        waiting.append(then)
+        waiting.append(waiter)
         if access:
             self.access.line(payload)
 
@@ -58,9 +64,9 @@ class Journal:
         else:
             self.failing = False
         written = not self.failing
-        for then in waiting:
+        for waiter in waiting:
             try:
-                then(written)
+                waiter.recorded(written)
             except Exception:
                 # One request's fault must not keep the others of its group waiting for ever.
                 log.exception("what waited for a record failed")
@@ -73,7 +79,3 @@ class Journal:
             self.spool.close()
         except OSError as error:
             log.error("the spool was not closed cleanly: %s", error)
-
-
-def nothing(written: bool) -> None:
-    """For a record that nothing waits for."""

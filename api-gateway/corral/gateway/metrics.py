@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from corral.fleet.node import canonical_name
 from corral.store.budget import REASONS as LIMIT_REASONS
+from corral.wire.decode import DECODERS
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -96,7 +97,10 @@ class Ended:
 
 
 class Metrics:
-    """All counters of a gateway. ``ended`` are requests by (route, API, model as asked for, outcome, status)."""
+    """All counters of a gateway. ``ended`` are requests by (route, API, model as asked for, outcome, status).
+
+    ``ignored`` are fields of bodies that mean nothing here, by route.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -104,6 +108,7 @@ class Metrics:
         self.durations: dict[tuple[str, str], Histogram] = {}
         self.models: dict[str, OfModel] = {}
         self.refusals: dict[str, int] = dict.fromkeys(EVERY_REASON, 0)
+        self.ignored: dict[str, int] = dict.fromkeys(DECODERS, 0)
         self.retries: dict[str, int] = dict.fromkeys(("connect", "reset", "node", "timeout", "nonsense"), 0)
 
     def label(self, model: str) -> str:
@@ -147,6 +152,9 @@ class Metrics:
             self._refused(exchange, ended.status)
         if not record.attempts:
             return
+        decoded = exchange.decoded
+        if decoded is not None and decoded.ignored:
+            self.ignored[record.route] += decoded.ignored
         of = ended.of
         if of is None:
             of = ended.of = self.of(ended.label)

@@ -84,13 +84,17 @@ def final_error(failure: Failure, history: History, cause: ApiError | None) -> A
     return ApiError(502, "upstream_error", f"{failure.value} ({history.attempts} attempts){detail}")
 
 
+_CALLERS = ("option ", "invalid option", "the input length exceeds the context length")
+
+
 def classify(status: int, proxied: bool, message: str) -> Failure:
     """The kind of an answer that is not a 200. `proxied`: HAProxy made it, no node did."""
     if proxied:
         # 502 and 504 mean that the request had reached the node.
         return Failure.RESET if status == 502 else Failure.TIMEOUT if status == 504 else Failure.CONNECT
-    # Ollama answers a wrong option with 500: the caller's error under a 5xx. No other status than these is its word on
-    # a request: a redirect, a 401 or a 429 comes from a node that is set up wrongly, or is none.
-    if status in (400, 404) or (status >= 500 and message.startswith(("option ", "invalid option"))):
+    # Ollama answers a wrong option with 500, and on /api/embeddings an over-long prompt too: the caller's error under
+    # a 5xx. No other status than these is its word on a request: a redirect, a 401 or a 429 comes from a node that is
+    # set up wrongly, or is none.
+    if status in (400, 404) or (status >= 500 and message.startswith(_CALLERS)):
         return Failure.CALLER
     return Failure.NODE

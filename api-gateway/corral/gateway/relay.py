@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
 from corral.gateway.recover import Failure, classify
-from corral.gateway.upstream import UpstreamConnection
+from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.wire.common import Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
-log = logging.getLogger(__name__)
-
 ERROR_BODY_MAX = 64 << 10
 NO_SUCH_NODE = b"no-such-node"
 
 
-class Attempt:
+class Attempt(Handler):
     """A request on a node; tells the exchange how it goes until it is over."""
 
     __slots__ = (
@@ -69,18 +66,20 @@ class Attempt:
         self._connection = connection
         exchange = self._exchange
         decoded = self._decoded
-        connection.send(
-            b"POST %b HTTP/1.1\r\nHost: nodes\r\n%bX-Request-ID: %b\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-            % (
-                decoded.upstream_path,
-                self.node.header,
-                exchange.request_id.encode(),
-                len(decoded.body),
-                decoded.body,
-            ),
-            self,
+        body = decoded.body
+        parts = (
+            b"POST ",
+            decoded.upstream_path,
+            b" HTTP/1.1\r\nHost: nodes\r\n",
+            self.node.header,
+            b"X-Request-ID: ",
+            exchange.request_id.encode(),
+            b"\r\nContent-Type: application/json\r\nContent-Length: ",
+            str(len(body)).encode(),
+            b"\r\n\r\n",
+            body,
         )
+        connection.send(b"".join(parts), self)
 
     # -- the answer
 
@@ -101,7 +100,7 @@ class Attempt:
             return
         except Exception:
             # Whatever a node sends, the request ends: nothing else would give back its place and its lease.
-            log.exception("%s: an answer of %s was not understood", self._exchange.request_id, self.node.name)
+            self._exchange.not_understood(self.node)
             self._fail(Failure.NONSENSE)
             return
         if responder.error is not None:

@@ -63,7 +63,10 @@ def resolve(method: bytes, target: bytes) -> Route:
     if route is None and method == b"GET" and target.startswith(MODEL_PREFIX) and model_of(target):
         route = _MODEL
     if route is None:
-        shown = target[:80].decode("ascii", "backslashreplace")
+        # Without its query: programs put keys there, and errors end up in logs.
+        shown = target.partition(b"?")[0][:80].decode("ascii", "backslashreplace")
+        if b"crl_" in target:
+            shown = "with a key in its path"
         raise ApiError(404, "not_found", f"no route {method.decode('ascii', 'replace')} {shown}")
     if route.kind is Kind.LATER:
         raise ApiError(501, "not_implemented", f"{route.path} is not served by this version of Corral")
@@ -75,7 +78,7 @@ def model_of(target: bytes) -> str:
     name = target[len(MODEL_PREFIX) :]
     allowed = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:/-"
     parts = name.split(b"/")
-    if not name or name.translate(None, allowed):
+    if not name or name.translate(None, allowed) or b"crl_" in name:
         return ""
     return "" if any(part in (b"", b".", b"..") for part in parts) else name.decode()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import itertools
 import re
 import secrets
 import time
@@ -13,10 +12,11 @@ from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
 from corral.gateway import settle
+from corral.gateway.authenticate import authenticate
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
-from corral.gateway.journal import Journal, nothing
+from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
 from corral.gateway.recover import RetryBudget
@@ -26,6 +26,7 @@ from corral.gateway.upstream import Upstreams
 from corral.store import keys, leases
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey
+from corral.wire.common import Caps
 from corral.wire.errors import ApiError
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
@@ -39,6 +40,7 @@ class Gateway:
         self.loop = loop
         self.name = gateway.name
         self.max_body = gateway.max_body
+        self.max_body_digits = len(str(gateway.max_body))
         self.max_duration = gateway.max_duration
         self.first_token = gateway.first_token
         self.between_tokens = gateway.between_tokens
@@ -48,7 +50,8 @@ class Gateway:
         self.pepper = keys.read_pepper(settings.auth.pepper_file)
         token = settings.auth.internal_token_file.read_text().strip()
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
-        self.snapshot = Snapshot(settings.limits.default.model_dump())
+        caps = Caps(**gateway.request.model_dump())
+        self.snapshot = Snapshot(settings.limits.default.model_dump(), caps)
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
@@ -62,12 +65,13 @@ class Gateway:
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()
         self.connections: set[ClientConnection] = set()
+        self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
         self.running: set[Exchange] = set()
         self.stopping = False
         self.idle = asyncio.Event()
         self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
         self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
-        self._numbers = itertools.count(1)
+        self._number = 0
 
     # -- for connections and exchanges
 
@@ -104,11 +108,18 @@ class Gateway:
                 record_id = edge_id.decode()
             forwarded = headers.get(b"x-forwarded-for")
             if forwarded is not None:
-                address = forwarded.rpartition(b",")[2].strip().decode("latin-1")[:64]
+                if b"," in forwarded:
+                    forwarded = forwarded.rpartition(b",")[2].strip()
+                address = forwarded.decode("latin-1")
+                if len(address) > 64:
+                    address = address[:64]
         if not record_id:
-            record_id = f"{self._prefix}{next(self._numbers):x}"
+            self._number += 1
+            record_id = self._prefix + str(self._number)
         shown = headers.get(b"x-request-id")
-        request_id = shown.decode() if shown is not None and _REQUEST_ID(shown) else record_id
+        # Some clients take their key for an id: it would be shown and recorded.
+        fit = shown is not None and b"crl_" not in shown and _REQUEST_ID(shown)
+        request_id = shown.decode() if shown is not None and fit else record_id
         return record_id, request_id, address
 
     def snapshot_now(self, wall: float) -> Snapshot:
@@ -122,11 +133,17 @@ class Gateway:
             raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
         return snapshot
 
+    def check_key(self, headers: dict[bytes, bytes]) -> None:
+        """Whether a request has a key, before the rest of a large body is taken from it. Raises ApiError."""
+        wall = time.time()
+        snapshot = self.snapshot_now(wall)
+        authenticate(headers, snapshot.keys, self.pepper, wall, snapshot.verified)
+
     def refuse_unread(self, exchange: Exchange, error: ApiError, sent: int) -> None:
         """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
         record = settle.settled(exchange, error.status, "refused", sent, time.monotonic())
         self.metrics.settled(exchange, record)
-        self.journal.record(record, nothing, access=True)
+        self.journal.record(record, NOBODY, access=True)
 
     # -- for its life (corral.gateway.life)
 

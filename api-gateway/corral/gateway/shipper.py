@@ -12,6 +12,10 @@ import httpx
 from corral.store.spool import SpoolReader, SpoolWriter, opened
 
 PAUSE = 0.2
+PAUSE_BUSY = 0.5
+BUSY = 1 << 20
+"""Where so many bytes came in one pause, the next one is longer: each call has its price, on both sides."""
+
 PAUSE_FAILED = 1.0
 
 log = logging.getLogger(__name__)
@@ -35,24 +39,26 @@ class Shipper:
         async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
             while True:
                 try:
-                    await self.ship_all(client)
+                    shipped = await self.ship_all(client)
                     silent = False
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(PAUSE_BUSY if shipped >= BUSY else PAUSE)
                 except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
                     if not silent:
                         log.warning("control takes no records, they stay in the spool: %r", error)
                     silent = True
                     await asyncio.sleep(PAUSE_FAILED)
 
-    async def ship_all(self, client: httpx.AsyncClient) -> None:
-        """Ship what is in the spool now.
+    async def ship_all(self, client: httpx.AsyncClient) -> int:
+        """Ship what is in the spool now; how many bytes that was.
 
         Raises:
             httpx.HTTPError: control cannot be reached.
             ValueError: control refused the frames.
         """
+        shipped = 0
         while (piece := self._reader.next_chunk()) is not None:
             segment, offset, frames = piece
+            shipped += len(frames)
             response = await client.post(
                 f"{self._url}/{segment}", params={"offset": offset}, content=frames, headers=self._headers
             )
@@ -66,6 +72,7 @@ class Shipper:
                 self._reader.confirm(segment, confirmed)
         self._reader.drop_shipped(self._writer.segment, self._put_aside)
         self._caught_up = time.time()
+        return shipped
 
     def backlog(self) -> int:
         """Bytes in the spool that control has not confirmed."""

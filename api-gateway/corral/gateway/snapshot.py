@@ -8,18 +8,20 @@ from typing import Any
 from corral.fleet.node import Node, canonical_name
 from corral.gateway.authenticate import Key, build_key
 from corral.store.budget import LIMITS, TENANT, Budget
+from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
 
 class Snapshot:
     """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
 
-    ``disabled`` are models that nobody may use for now, by canonical name.
+    ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
     ``known``: some node ever told its models; before that, nothing can be said to be missing.
     """
 
-    def __init__(self, defaults: Mapping[str, int | None]) -> None:
+    def __init__(self, defaults: Mapping[str, int | None], caps: Caps = CAPS) -> None:
         self._defaults = defaults
+        self.caps = caps
         self.version = ""
         self.confirmed = 0.0
         self.keys: dict[str, Key] = {}

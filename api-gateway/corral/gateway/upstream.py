@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 import httptools
 
 from corral.gateway.dial import dial
+from corral.wire.errors import UpstreamNonsense
 
 IDLE_MAX = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
 IDLE_COUNT = 256
@@ -19,20 +20,26 @@ STALE_WITHIN = 0.02
 Address = tuple[str, int]
 
 
-class Handler(Protocol):
-    """Who waits for an answer. Exactly one of ``on_end`` and ``on_lost`` ends it."""
+class Handler:
+    """Who waits for an answer. Exactly one of ``on_end`` and ``on_lost`` ends it. A base, which compiles to less."""
+
+    __slots__ = ()
 
     def on_head(self, status: int, proxied: bytes) -> None:
         """The head is whole; `proxied` is empty unless HAProxy made this answer, not the node."""
+        raise NotImplementedError
 
     def on_body(self, data: bytes) -> None:
         """Some of the body, never empty."""
+        raise NotImplementedError
 
     def on_end(self) -> None:
         """The answer is whole."""
+        raise NotImplementedError
 
     def on_lost(self, untouched: bool) -> None:
         """The connection ended before the answer did; `untouched`: a reused one, at once and before any byte."""
+        raise NotImplementedError
 
 
 class UpstreamConnection:
@@ -137,6 +144,8 @@ class UpstreamConnection:
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status >= 200:
+            if self._headers_done:
+                raise UpstreamNonsense("a second answer behind the first")
             self._headers_done = True
             if self._handler is not None:
                 self._handler.on_head(status, self._proxied)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from corral import __version__
-from corral.config.haproxy import HaproxyPlan, render
+from corral.config.haproxy import HaproxyPlan, edge_hosts, render
 from corral.config.settings import Settings
 from corral.config.values import host_port
 from corral.stack import binaries, monitoring, nodes, ports
@@ -111,6 +111,8 @@ def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = Fa
         tls_port=settings.edge.tls_port,
         certificate=str(settings.edge.certificate.absolute()) if settings.edge.certificate else None,
         ollama=host_port(settings.edge.ollama) if settings.edge.ollama else None,
+        hosts=edge_hosts(settings.edge),
+        origins=settings.edge.origins,
     )
     watchers = monitoring.plan(settings, chosen, state) if monitored else None
     programs = (

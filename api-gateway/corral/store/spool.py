@@ -1,8 +1,9 @@
 """The spool: append-only segment files that hold what must not be lost until control has it.
 
 A segment is a row of frames: payload length (u32, little endian), CRC-32 of the payload (u32, little endian),
-payload (one JSON object). Segments are named by the millisecond they were begun in, ``0001795452442490.seg``, so
-that a name never comes back while control remembers how far it has it; only the last is written to.
+payload (the records of one group, a JSON object a line). Segments are named by the millisecond they were begun in,
+``0001795452442490.seg``, so that a name never comes back while control remembers how far it has it; only the last is
+written to.
 A gateway appends, commits in groups, and ships whole frames to control from the offset that control last
 confirmed; a segment that is shipped to its end and no longer written to is deleted. One that cannot be shipped on
 is put aside under another name, so that what came after it is not held up: ``.torn`` ends within a frame that a
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import re
 import struct
@@ -28,10 +28,13 @@ import msgspec
 HEADER = struct.Struct("<II")
 SEGMENT_BYTES = 64 << 20
 FRAME_MAX = 1 << 20
+SHIP_MAX = 4 << 20
+"""Most bytes of frames that are shipped at once."""
+
 ASIDE = (".torn", ".corrupt")
 
 _SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
-_decode = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_lines = msgspec.json.Decoder(dict[str, Any]).decode_lines
 _encode = msgspec.json.Encoder().encode
 _pack = HEADER.pack
 
@@ -56,7 +59,7 @@ def encode_frame(record: dict[str, Any]) -> bytes:
 
 
 def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each whole frame of `data` as ``(offset of its end, record)``; an unfinished tail is left out.
+    """Each record of the whole frames of `data` as ``(offset of its frame's end, record)``; a cut tail is left out.
 
     Raises:
         SpoolCorrupt: a frame's checksum, length or payload is wrong.
@@ -73,19 +76,22 @@ def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         if zlib.crc32(payload) != checksum:
             raise SpoolCorrupt(position, "wrong checksum")
         try:
-            record = _decode(payload)
+            records = _decode_lines(payload)
         except msgspec.DecodeError as error:
             raise SpoolCorrupt(position, str(error)) from None
-        yield end, record
+        for record in records:
+            yield end, record
         position = end
 
 
-def whole_frames(data: bytes | mmap.mmap) -> int:
+def whole_frames(data: bytes) -> int:
     """Length of the longest prefix of `data` that ends on a frame's end."""
-    position = 0
-    while position + HEADER.size <= len(data):
-        end = position + HEADER.size + HEADER.unpack_from(data, position)[0]
-        if end > len(data):
+    position, size = 0, len(data)
+    while position + 8 <= size:
+        # By hand: compiled, this is a tenth of an unpack, and each record passes here once more on its way to control.
+        end = position + 8 + data[position] + (data[position + 1] << 8) + (data[position + 2] << 16)
+        end += data[position + 3] << 24
+        if end > size:
             break
         position = end
     return position
@@ -113,7 +119,9 @@ class SpoolWriter:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
         self._limit = segment_bytes
-        self._buffer: list[bytes] = []
+        self._records: list[bytes] = []
+        self._bytes = 0
+        self._frames: list[bytes] = []
         existing = segments(folder)
         self._number = int(existing[-1].stem) if existing else 0
         self._fd = -1
@@ -128,7 +136,17 @@ class SpoolWriter:
 
     def append(self, payload: bytes) -> None:
         """Put an encoded record into the group that the next `flush` writes."""
-        self._buffer += (_pack(len(payload), zlib.crc32(payload)), payload)
+        size = len(payload) + 1
+        if self._bytes + size > FRAME_MAX:
+            self._close_frame()
+        self._records.append(payload)
+        self._bytes += size
+
+    def _close_frame(self) -> None:
+        if self._records:
+            payload = b"\n".join(self._records)
+            self._frames += (_pack(len(payload), zlib.crc32(payload)), payload)
+            self._records, self._bytes = [], 0
 
     def flush(self) -> None:
         """Write the group.
@@ -138,19 +156,19 @@ class SpoolWriter:
         Raises:
             OSError: the disk is full or gone; the group is kept, and what was written of it is taken back.
         """
-        if not self._buffer:
+        self._close_frame()
+        if not self._frames:
             return
-        data = b"".join(self._buffer)
-        view = memoryview(data)
+        data = b"".join(self._frames)
         try:
-            while view:
-                written = os.write(self._fd, view)
-                view = view[written:]
+            written = os.write(self._fd, data)
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
         except OSError:
             # A partial frame in the middle of a segment would hide all that follows.
             os.ftruncate(self._fd, self._size)
             raise
-        self._buffer.clear()
+        self._frames.clear()
         self._size += len(data)
         if self._size >= self._limit:
             self._rotate()
@@ -207,7 +225,7 @@ class SpoolReader:
         self._folder = folder
         self._offsets: dict[str, int] = {}
 
-    def next_chunk(self, limit: int = FRAME_MAX + HEADER.size) -> tuple[str, int, bytes] | None:
+    def next_chunk(self, limit: int = SHIP_MAX) -> tuple[str, int, bytes] | None:
         """The next ``(segment name, offset, whole frames)`` that is not confirmed yet, or None."""
         for path in segments(self._folder):
             offset = self._offsets.get(path.name, 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from corral.wire.common import LINE_MAX, count, decode_line, encode, text
+from corral.wire.common import LINE_MAX, Responder, count, decode_line, encode, text
 from corral.wire.errors import ApiError, UpstreamNonsense
 from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
@@ -27,7 +27,7 @@ def in_band_error(text: Any) -> ApiError:
     return ApiError(502, "upstream_error", text if isinstance(text, str) else "the node failed without a reason")
 
 
-class Pass:
+class Pass(Responder):
     """A streamed native answer: whole lines go through as they are.
 
     A quote within a JSON string is escaped, so the bytes of `GOES_ON`, `DONE` and `ERROR` stand for fields alone. Lines
@@ -35,15 +35,9 @@ class Pass:
     parsed.
     """
 
-    __slots__ = ("_rest", "content_type", "done", "error", "prompt_tokens", "started", "stream", "tokens")
-
-    def __init__(self) -> None:
-        self.content_type = "application/x-ndjson"
-        self.stream = True
-        self.started = self.done = False
-        self.error: ApiError | None = None
-        self.prompt_tokens = self.tokens = 0
-        self._rest = b""
+    content_type = "application/x-ndjson"
+    stream = True
+    _rest = b""
 
     def feed(self, data: bytes) -> bytes:
         if self._rest:
@@ -105,16 +99,10 @@ _generate_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLin
 _EMPTY = b'"message":{"role":"assistant","content":""}'
 
 
-class Whole:
+class Whole(Responder):
     """`stream: false`: the streamed answer put together as Ollama does it. `what` is message or response."""
 
     content_type = "application/json; charset=utf-8"
-    stream = False
-    started = False
-    done = False
-    error: ApiError | None = None
-    prompt_tokens = 0
-    tokens = 0
     last = b""
     _rest = b""
     _thinking: tuple[str, ...] = ()
@@ -133,37 +121,42 @@ class Whole:
             data, _, self._rest = data.rpartition(b"\n")
             if len(self._rest) > LINE_MAX:
                 raise UpstreamNonsense(f"a line of more than {LINE_MAX} bytes")
+        # The last line by itself, as it may be the answer's last and then goes to the caller: it has to be one object.
+        data = data.rstrip()
+        if not data:
+            return b""
+        before, _, last = data.rpartition(b"\n")
         try:
-            lines = _chat_lines(data) if self._chat else _generate_lines(data)
+            if self._chat:
+                lines = _chat_lines(before) if before else []
+                lines.append(_chat_line(last))
+            else:
+                lines = _generate_lines(before) if before else []
+                lines.append(_generate_line(last))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise UpstreamNonsense(f"lines that are no part of an answer: {data[:80]!r}") from None
-        self.started = self.started or bool(lines)
+        self.started = True
         for line in lines:
             if self.done:
                 raise UpstreamNonsense("lines after the last one")
             if line.error is not UNSET:
                 self.error = in_band_error(line.error)
                 return b""
+            ends = line.done or line.rendered is not UNSET
             part = line.message if self._chat else line
-            if part is None:
-                if not line.done and line.rendered is UNSET:
-                    raise UpstreamNonsense("a line without a message")
-            else:
+            if part is not None:
                 if part.content:
                     self._text.append(part.content)
                 if part.thinking or part.tool_calls or line.logprobs:
                     self._thinking += (part.thinking or "",)
                     self._tool_calls += tuple(part.tool_calls or ())
                     self._logprobs += tuple(line.logprobs or ())
+            elif not ends:
+                raise UpstreamNonsense("a line without a message")
             self.tokens += 1
-            if line.done or line.rendered is not UNSET:
+            if ends:
                 self.done = True
-                self.last = last = data.rstrip().rpartition(b"\n")[2]
-                try:
-                    # By itself: several objects in one line, or one over several, would go to the caller as they are.
-                    _ = _chat_line(last) if self._chat else _generate_line(last)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                    raise UpstreamNonsense(f"a last line that is no object: {last[:80]!r}") from None
+                self.last = last
                 self.prompt_tokens, self.tokens = count(line.prompt_eval_count), count(line.eval_count)
         return b""
 
@@ -201,28 +194,13 @@ class Whole:
         return encode(self.value())
 
 
-class Object:
+class Object(Responder):
     """An answer that is one JSON object: embed, embeddings, show."""
 
-    __slots__ = (
-        "_parts",
-        "_size",
-        "content_type",
-        "done",
-        "error",
-        "prompt_tokens",
-        "started",
-        "stream",
-        "tokens",
-    )
+    content_type = "application/json; charset=utf-8"
+    done = True  # an object is whole when the node's answer is
 
     def __init__(self) -> None:
-        self.content_type = "application/json; charset=utf-8"
-        self.stream = False
-        self.started = False
-        self.done = True  # an object is whole when the node's answer is
-        self.error: ApiError | None = None
-        self.prompt_tokens = self.tokens = 0
         self._parts: list[bytes] = []
         self._size = 0
 

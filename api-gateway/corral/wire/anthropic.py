@@ -10,7 +10,7 @@ import msgspec
 from corral.wire import bodies, native
 from corral.wire.anthropic_answers import EventStream, MessageWhole
 from corral.wire.bodies import Body, Message
-from corral.wire.common import Decoded, PolicyOf, encode, read, require_model
+from corral.wire.common import CAPS, Caps, Decoded, PolicyOf, Reader, check_depth, encode, require_model
 from corral.wire.errors import bad_request
 
 
@@ -52,12 +52,12 @@ class Messages(Body):
     thinking: Thinking | None = None
 
 
-_messages = msgspec.json.Decoder(Messages)
+_messages = Reader(Messages)
 
 
-def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """A request of `/v1/messages`. Raises ApiError."""
-    body = read(_messages, raw)
+    body, ignored = _messages.read(raw, caps)
     if not body.model:
         raise bad_request("model is required", "model")
     model = require_model(body.model)
@@ -65,6 +65,7 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         raise bad_request("max_tokens is required and must be positive", "max_tokens")
     if not body.messages:
         raise bad_request("messages is required", "messages")
+    check_depth(raw, caps.nesting)
     options: dict[str, Any] = {"num_predict": body.max_tokens}
     for name in ("temperature", "top_p", "top_k"):
         value = getattr(body, name)
@@ -77,8 +78,8 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         chat.tools = [_tool(tool) for tool in body.tools]
     if body.thinking is not None and body.thinking.type == "enabled":
         chat.think = True
-    estimate = native.check_chat(chat, raw)
-    max_tokens = native.prepare(chat, policy_of)
+    estimate = native.check_chat(chat, raw, caps)
+    max_tokens = native.prepare(chat, policy_of, caps)
     identity = f"msg_{request_id}"
     responder = EventStream(identity, model, estimate) if body.stream else MessageWhole(identity)
     sent, fallback = encode(chat), b""
@@ -93,6 +94,7 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         max_tokens,
         responder,
         fallback,
+        ignored=ignored,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from corral.wire import answers
-from corral.wire.common import Lines, count, decode_line, encode, text
-from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.common import Lines, Responder, count, decode_line, encode, text
+from corral.wire.errors import UpstreamNonsense
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
@@ -29,8 +29,6 @@ def _calls(part: dict[str, Any]) -> list[tuple[str, str, Any]]:
 
 class MessageWhole(answers.Whole):
     """One message."""
-
-    __slots__ = ("identity",)
 
     def __init__(self, identity: str) -> None:
         super().__init__("message")
@@ -60,32 +58,13 @@ class MessageWhole(answers.Whole):
         )
 
 
-class EventStream:
+class EventStream(Responder):
     """A streamed message: message_start, blocks with their deltas, message_delta, message_stop."""
 
-    __slots__ = (
-        "_block",
-        "_called",
-        "_estimate",
-        "_identity",
-        "_index",
-        "_lines",
-        "_model",
-        "content_type",
-        "done",
-        "error",
-        "prompt_tokens",
-        "started",
-        "stream",
-        "tokens",
-    )
+    content_type = "text/event-stream"
+    stream = True
 
     def __init__(self, identity: str, model: str, estimate: int) -> None:
-        self.content_type = "text/event-stream"
-        self.stream = True
-        self.started = self.done = False
-        self.error: ApiError | None = None
-        self.prompt_tokens = self.tokens = 0
         self._identity, self._model, self._estimate = identity, model, estimate
         self._lines = Lines()
         self._index = 0

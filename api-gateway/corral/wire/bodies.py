@@ -26,17 +26,34 @@ class Body(msgspec.Struct, omit_defaults=True):
     """
 
     api_base: Refused = msgspec.UNSET
-    base_url: Refused = msgspec.UNSET
+    api_url: Refused = msgspec.UNSET
+    api_host: Refused = msgspec.UNSET
     api_key: Refused = msgspec.UNSET
     api_version: Refused = msgspec.UNSET
+    base_url: Refused = msgspec.UNSET
+    base_uri: Refused = msgspec.UNSET
     endpoint: Refused = msgspec.UNSET
+    azure_endpoint: Refused = msgspec.UNSET
     host: Refused = msgspec.UNSET
+    hostname: Refused = msgspec.UNSET
+    remote_host: Refused = msgspec.UNSET
+    remote_model: Refused = msgspec.UNSET
+    server: Refused = msgspec.UNSET
+    server_url: Refused = msgspec.UNSET
     upstream: Refused = msgspec.UNSET
+    upstream_url: Refused = msgspec.UNSET
     node: Refused = msgspec.UNSET
+    target_url: Refused = msgspec.UNSET
     proxy: Refused = msgspec.UNSET
+    proxy_url: Refused = msgspec.UNSET
     url: Refused = msgspec.UNSET
+    uri: Refused = msgspec.UNSET
     webhook: Refused = msgspec.UNSET
+    webhook_url: Refused = msgspec.UNSET
     callback_url: Refused = msgspec.UNSET
+    aws_bedrock_runtime_endpoint: Refused = msgspec.UNSET
+    model_list: Refused = msgspec.UNSET
+    fallbacks: Refused = msgspec.UNSET
 
 
 class Message(msgspec.Struct, omit_defaults=True):

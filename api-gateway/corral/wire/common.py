@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -14,15 +14,25 @@ from corral.wire.bodies import Body
 from corral.wire.errors import ApiError, UpstreamNonsense, bad_request
 from corral.wire.options import ModelPolicy
 
-NESTING_MAX = 64
-MESSAGES_MAX = 2048
-IMAGES_MAX = 16
-TOOLS_MAX = 128
 LINE_MAX = 1 << 20
 COUNT_MAX = (1 << 31) - 1
 
 BRACKETS_MAX = 100_000
 
+
+@dataclass(slots=True, frozen=True)
+class Caps:
+    """What one request may hold (``gateway.request`` of corral.yaml). ``nesting``: depth of arrays and objects."""
+
+    messages: int = 2048
+    images: int = 16
+    tools: int = 128
+    inputs: int = 2048
+    stops: int = 16
+    nesting: int = 64
+
+
+CAPS = Caps()
 PolicyOf = Callable[[str], ModelPolicy | None]
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -31,29 +41,34 @@ _any = msgspec.json.Decoder().decode
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_UNKNOWN = "Object contains unknown field"
+
 _UPSTREAM_FIELDS = frozenset(Body.__struct_fields__)
 
 
-class Responder(Protocol):
-    """Translates one answer of a node for the caller.
+class Responder:
+    """Translates one answer of a node for the caller. A base, since compiled code knows where its attributes are.
 
     ``started``: a first token, or the end, was seen. ``done``: the last line was seen. ``error``: the node sent an
     error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``.
     """
 
-    content_type: str
-    stream: bool
-    started: bool
-    done: bool
-    error: ApiError | None
-    prompt_tokens: int
-    tokens: int
+    content_type = "application/json"
+    stream = False
+    started = False
+    done = False
+    error: ApiError | None = None
+    prompt_tokens = 0
+    tokens = 0
 
     def feed(self, data: bytes) -> bytes:
         """Bytes of the node's body in, in any cut; bytes for the caller out. Raises UpstreamNonsense."""
+        raise NotImplementedError
 
     def finish(self) -> bytes:
         """After the node's orderly end: the tail of a stream, or the whole JSON body."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True)
@@ -71,6 +86,8 @@ class Decoded:
     responder: Responder
     fallback: bytes = b""
     """The body for a model that cannot think, where the caller does not insist on it (Anthropic clients)."""
+    ignored: int = 0
+    """Fields of the body that mean nothing here."""
 
     def without_thinking(self, refusal: str) -> bool:
         """Give up thinking, once, where a node refused it; whether the request is to be sent again."""
@@ -80,38 +97,55 @@ class Decoded:
         return True
 
 
-def read(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
-    """A typed body.
+class Reader(Generic[T]):
+    """Reads the bodies of one type; of what it does not know, only how much there was is known."""
 
-    Raises:
-        ApiError: 400 naming the field; fields that could name an upstream are refused by name.
-    """
-    if not raw:
-        raise bad_request("missing request body")
-    try:
-        return decoder.decode(raw)
-    except msgspec.ValidationError as invalid:
-        text = str(invalid)
-        path = text.rpartition(" - at `$")[2].rstrip("`").lstrip(".") if " - at `$" in text else ""
-        if path in _UPSTREAM_FIELDS:
-            message = f"the field `{path}` is not accepted: the gateway alone chooses where a request goes"
-        else:
-            message = f"invalid request: {text.replace('`$.', '`')}"
-        raise bad_request(message, path or None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise bad_request(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise bad_request(f"the body is nested deeper than {NESTING_MAX} levels") from None
+    def __init__(self, kind: type[T]) -> None:
+        self._lenient = msgspec.json.Decoder(kind).decode
+        # Most bodies have no unknown field: they are read once, by a type that has none.
+        strict: Any = msgspec.defstruct(kind.__name__, [], bases=(kind,), forbid_unknown_fields=True)
+        self._strict: Callable[[bytes], T] = msgspec.json.Decoder(strict).decode
+        self._known = frozenset(kind.__struct_encode_fields__)
+
+    def read(self, raw: bytes, caps: Caps) -> tuple[T, int]:
+        """A typed body, and how many of its fields are ignored.
+
+        Raises:
+            ApiError: 400 naming the field; fields that could name an upstream are refused by name.
+        """
+        if not raw:
+            raise bad_request("missing request body")
+        try:
+            try:
+                return self._strict(raw), 0
+            except msgspec.ValidationError as unknown:
+                if not str(unknown).startswith(_UNKNOWN):
+                    raise
+            body = self._lenient(raw)
+            check_depth(raw, caps.nesting)
+            return body, len(_fields(raw).keys() - self._known)
+        except msgspec.ValidationError as invalid:
+            text = str(invalid)
+            path = text.rpartition(" - at `$")[2].rstrip("`").lstrip(".") if " - at `$" in text else ""
+            if path in _UPSTREAM_FIELDS:
+                message = f"the field `{path}` is not accepted: the gateway alone chooses where a request goes"
+            else:
+                message = f"invalid request: {text.replace('`$.', '`')}"
+            raise bad_request(message, path or None) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise bad_request(f"the body is not JSON: {error}") from None
+        except RecursionError:
+            raise bad_request(f"the body is nested deeper than {caps.nesting} levels") from None
 
 
-def check_depth(raw: bytes) -> None:
-    """Refuse JSON that is nested deeper than `NESTING_MAX`, for bodies whose types leave the depth open.
+def check_depth(raw: bytes, most: int) -> None:
+    """Refuse JSON that is nested deeper than `most` levels, for bodies whose types leave the depth open.
 
     Raises:
         ApiError: 400; also for more than `BRACKETS_MAX` arrays and objects.
     """
     # Brackets within strings only make the count too high, so a low count settles it without a closer look.
-    if raw.count(b"{") + raw.count(b"[") <= NESTING_MAX:
+    if raw.count(b"{") + raw.count(b"[") <= most:
         return
     brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
     if len(brackets) > 2 * BRACKETS_MAX:
@@ -120,8 +154,8 @@ def check_depth(raw: bytes) -> None:
     for bracket in brackets:
         if bracket in b"{[":
             depth += 1
-            if depth > NESTING_MAX:
-                raise bad_request(f"the body is nested deeper than {NESTING_MAX} levels")
+            if depth > most:
+                raise bad_request(f"the body is nested deeper than {most} levels")
         else:
             depth -= 1
 
@@ -135,6 +169,8 @@ def require_model(model: str) -> str:
     """
     if not model:
         raise bad_request("model is required", "model")
+    if "crl_" in model:
+        raise bad_request("the model's name looks like an API key", "model")  # and would be in every record
     if len(model) > 256 or not _MODEL.fullmatch(model):
         raise bad_request(f"model name {model[:80]!r} is malformed", "model")
     return model

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from corral.wire import anthropic, native, openai
-from corral.wire.common import Decoded, PolicyOf, Responder
+from corral.wire.common import Caps, Decoded, PolicyOf, Responder
 
 __all__ = ["DECODERS", "Decoded", "Responder"]
 
-DECODERS: dict[str, Callable[[bytes, str, PolicyOf], Decoded]] = {
+DECODERS: dict[str, Callable[[bytes, str, PolicyOf, Caps], Decoded]] = {
     "/api/generate": native.decode_generate,
     "/api/chat": native.decode_chat,
     "/api/embed": native.decode_embed,
@@ -20,5 +20,5 @@ DECODERS: dict[str, Callable[[bytes, str, PolicyOf], Decoded]] = {
     "/v1/embeddings": openai.decode_embeddings,
     "/v1/messages": anthropic.decode,
 }
-"""By route: body, request id (part of the ids that OpenAI's and Anthropic's answers carry) and policy in, the request
-out. Each raises ApiError: 400 naming the field."""
+"""By route: body, request id (part of the ids that OpenAI's and Anthropic's answers carry), policy and caps in, the
+request out. Each raises ApiError: 400 naming the field."""

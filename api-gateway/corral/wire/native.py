@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from corral.wire import options as opts
 from corral.wire.answers import Object, Pass, Whole
 from corral.wire.bodies import UNSET, Chat, Embed, Embeddings, Generate, Show
-from corral.wire.common import (
-    IMAGES_MAX,
-    MESSAGES_MAX,
-    TOOLS_MAX,
-    Decoded,
-    PolicyOf,
-    check_depth,
-    encode,
-    read,
-    require_model,
-)
+from corral.wire.common import CAPS, Caps, Decoded, PolicyOf, Reader, check_depth, encode, require_model
 from corral.wire.errors import bad_request
 
 KEEP_ALIVE = -1
@@ -27,19 +15,19 @@ CHARS_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 256
 """Guesses, for what a node did not come to count."""
 
-_chat = msgspec.json.Decoder(Chat)
-_generate = msgspec.json.Decoder(Generate)
-_embed = msgspec.json.Decoder(Embed)
-_embeddings = msgspec.json.Decoder(Embeddings)
-_show = msgspec.json.Decoder(Show)
+_chat = Reader(Chat)
+_generate = Reader(Generate)
+_embed = Reader(Embed)
+_embeddings = Reader(Embeddings)
+_show = Reader(Show)
 
 
-def decode_show(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode_show(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """`POST /api/show`. Raises ApiError."""
-    show = read(_show, raw)
+    show, ignored = _show.read(raw, caps)
     model = require_model(show.model or show.name)
     body = encode(Show(model=model, verbose=show.verbose))
-    return Decoded(b"/api/show", model, body, 0, None, Object())
+    return Decoded(b"/api/show", model, body, 0, None, Object(), ignored=ignored)
 
 
 def check_format(form: Any) -> None:
@@ -50,7 +38,7 @@ def check_format(form: Any) -> None:
     raise bad_request(f'invalid format: {shown}; expected "json" or a valid JSON Schema object', "format")
 
 
-def prepare(body: Chat | Generate, policy_of: PolicyOf) -> int | None:
+def prepare(body: Chat | Generate, policy_of: PolicyOf, caps: Caps) -> int | None:
     """Hold a chat or generate body to the policy, in place; the caller's bound of the answer is returned."""
     if body.format is not UNSET:
         check_format(body.format)
@@ -63,18 +51,18 @@ def prepare(body: Chat | Generate, policy_of: PolicyOf) -> int | None:
         if not options:
             return None
         policy = opts.NO_POLICY
-    body.options = options = opts.check(options or {}, policy) or None
+    body.options = options = opts.check(options or {}, policy, caps.stops) or None
     limit = options.get("num_predict") if options else None
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """`POST /api/chat`. Raises ApiError."""
-    body = read(_chat, raw)
+    body, ignored = _chat.read(raw, caps)
     model = require_model(body.model)
-    estimate = check_chat(body, raw)
+    estimate = check_chat(body, raw, caps)
     stream = body.stream is not False
-    max_tokens = prepare(body, policy_of)
+    max_tokens = prepare(body, policy_of, caps)
     responder = Pass() if stream else Whole("message")
     return Decoded(
         b"/api/chat",
@@ -83,14 +71,15 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         estimate,
         max_tokens,
         responder,
+        ignored=ignored,
     )
 
 
-def check_chat(body: Chat, raw: bytes) -> int:
+def check_chat(body: Chat, raw: bytes, caps: Caps) -> int:
     """Caps on messages, images, tools and what is nested in them; a guess of the prompt's tokens. Raises ApiError."""
     messages = body.messages or []
-    if len(messages) > MESSAGES_MAX:
-        raise bad_request(f"at most {MESSAGES_MAX} messages", "messages")
+    if len(messages) > caps.messages:
+        raise bad_request(f"at most {caps.messages} messages", "messages")
     images = encoded = 0
     nested = body.format is not UNSET or body.tools
     for message in messages:
@@ -98,36 +87,36 @@ def check_chat(body: Chat, raw: bytes) -> int:
         if message.images:
             images += len(message.images)
             encoded += check_images(message.images)
-    if images > IMAGES_MAX:
-        raise bad_request(f"at most {IMAGES_MAX} images", "messages")
+    if images > caps.images:
+        raise bad_request(f"at most {caps.images} images", "messages")
     if nested:
-        if body.tools and len(body.tools) > TOOLS_MAX:
-            raise bad_request(f"at most {TOOLS_MAX} tools", "tools")
-        check_depth(raw)
+        if body.tools and len(body.tools) > caps.tools:
+            raise bad_request(f"at most {caps.tools} tools", "tools")
+        check_depth(raw, caps.nesting)
     return (len(raw) - encoded) // CHARS_PER_TOKEN + images * TOKENS_PER_IMAGE
 
 
 def check_images(images: list[str]) -> int:
     """Inline images only; their size in base64. Raises ApiError."""
     for image in images:
-        if image[:8].lower().startswith(("http:", "https:", "file:", "ftp:")):
+        if ":" in image[:64]:  # no letter of base64, and in every address
             raise bad_request("images must be sent inline as base64, not by address", "images")
     return sum(map(len, images))
 
 
-def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """`POST /api/generate`. Raises ApiError."""
-    body = read(_generate, raw)
+    body, ignored = _generate.read(raw, caps)
     model = require_model(body.model)
     estimate = len(raw) // CHARS_PER_TOKEN
     if body.images:
-        if len(body.images) > IMAGES_MAX:
-            raise bad_request(f"at most {IMAGES_MAX} images", "images")
+        if len(body.images) > caps.images:
+            raise bad_request(f"at most {caps.images} images", "images")
         estimate += len(body.images) * TOKENS_PER_IMAGE - check_images(body.images) // CHARS_PER_TOKEN
     if body.format is not UNSET:
-        check_depth(raw)
+        check_depth(raw, caps.nesting)
     stream = body.stream is not False
-    max_tokens = prepare(body, policy_of)
+    max_tokens = prepare(body, policy_of, caps)
     responder = Pass() if stream else Whole("response")
     return Decoded(
         b"/api/generate",
@@ -136,14 +125,22 @@ def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded
         estimate,
         max_tokens,
         responder,
+        ignored=ignored,
     )
 
 
-def decode_embed(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def check_inputs(given: str | list[str] | None, caps: Caps) -> None:
+    """A cap on the texts of one request. Raises ApiError."""
+    if isinstance(given, list) and len(given) > caps.inputs:
+        raise bad_request(f"at most {caps.inputs} inputs", "input")
+
+
+def decode_embed(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """`POST /api/embed`. Raises ApiError."""
-    body = read(_embed, raw)
+    body, ignored = _embed.read(raw, caps)
     model = require_model(body.model)
-    body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY) or None
+    check_inputs(body.input, caps)
+    body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY, caps.stops) or None
     body.truncate, body.keep_alive = False, KEEP_ALIVE
     return Decoded(
         b"/api/embed",
@@ -152,14 +149,15 @@ def decode_embed(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         len(raw) // CHARS_PER_TOKEN,
         None,
         Object(),
+        ignored=ignored,
     )
 
 
-def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
+def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """`POST /api/embeddings`: its vectors are not normalised, so it is no form of embed. Raises ApiError."""
-    body = read(_embeddings, raw)
+    body, ignored = _embeddings.read(raw, caps)
     model = require_model(body.model)
-    body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY) or None
+    body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY, caps.stops) or None
     body.keep_alive = KEEP_ALIVE
     return Decoded(
         b"/api/embeddings",
@@ -168,4 +166,5 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
         len(raw) // CHARS_PER_TOKEN,
         None,
         Object(),
+        ignored=ignored,
     )

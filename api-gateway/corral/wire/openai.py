@@ -15,7 +15,7 @@ import msgspec
 from corral.wire import bodies, native
 from corral.wire import options as opts
 from corral.wire.bodies import Body
-from corral.wire.common import Decoded, PolicyOf, check_depth, encode, read, require_model
+from corral.wire.common import CAPS, Caps, Decoded, PolicyOf, Reader, check_depth, encode, require_model
 from corral.wire.errors import bad_request
 from corral.wire.openai_answers import ChatStream, ChatWhole, CompletionStream, CompletionWhole, EmbeddingList
 
@@ -126,9 +126,9 @@ class Embeddings(Body):
     encoding_format: str | None = None
 
 
-_chat = msgspec.json.Decoder(Chat)
-_completion = msgspec.json.Decoder(Completion)
-_embeddings = msgspec.json.Decoder(Embeddings)
+_chat = Reader(Chat)
+_completion = Reader(Completion)
+_embeddings = Reader(Embeddings)
 
 
 def short_id(request_id: str) -> str:
@@ -155,15 +155,15 @@ def sampling(body: Chat | Completion) -> dict[str, Any]:
     return options
 
 
-def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
-    body = read(_chat, raw)
+def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
+    body, ignored = _chat.read(raw, caps)
     model = require_model(body.model)
     if not body.messages:
         raise bad_request("[] is too short - 'messages'", "messages")
     options = sampling(body)
     if body.max_tokens is None and body.max_completion_tokens is not None:
         options["num_predict"] = body.max_completion_tokens
-    chat = bodies.Chat(model=model, messages=messages(body.messages), options=options)
+    chat = bodies.Chat(model=model, messages=messages(body.messages, raw, caps), options=options)
     if body.tools:
         chat.tools = body.tools
     form = response_format(body.response_format)
@@ -178,8 +178,8 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
     if body.logprobs:
         chat.logprobs = True
         chat.top_logprobs = body.top_logprobs or 0
-    estimate = native.check_chat(chat, raw)
-    max_tokens = native.prepare(chat, policy_of)
+    estimate = native.check_chat(chat, raw, caps)
+    max_tokens = native.prepare(chat, policy_of, caps)
     usage = body.stream_options is not None and body.stream_options.include_usage
     identity = f"chatcmpl-{short_id(request_id)}"
     stream = bool(body.stream)
@@ -191,6 +191,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
         estimate,
         max_tokens,
         responder,
+        ignored=ignored,
     )
 
 
@@ -204,13 +205,15 @@ def response_format(form: ResponseFormat | None) -> Any:
     return None
 
 
-def messages(given: list[Message]) -> list[bodies.Message]:
+def messages(given: list[Message], raw: bytes, caps: Caps) -> list[bodies.Message]:
     """Native messages; a message of several parts becomes one each, as Ollama does it. Raises ApiError."""
     out: list[bodies.Message] = []
+    if any(isinstance(message.content, list) for message in given):
+        check_depth(raw, caps.nesting)
     names = {call.id: call.function.name for message in given for call in message.tool_calls or [] if call.id}
     for message in given:
         role = message.role.lower()
-        calls = [_call(call) for call in message.tool_calls or []]
+        calls = [_call(call, caps) for call in message.tool_calls or []]
         if isinstance(message.content, list):
             start = len(out)
             out += [_part(role, part) for part in message.content]
@@ -233,8 +236,8 @@ def messages(given: list[Message]) -> list[bodies.Message]:
     return out
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    check_depth(call.function.arguments.encode())
+def _call(call: ToolCall, caps: Caps) -> dict[str, Any]:
+    check_depth(call.function.arguments.encode(), caps.nesting)
     try:
         arguments = msgspec.json.decode(call.function.arguments)
     except msgspec.DecodeError:
@@ -275,8 +278,8 @@ def inline_image(url: str) -> str:
     raise bad_request("invalid image input", "messages.content")
 
 
-def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
-    body = read(_completion, raw)
+def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
+    body, ignored = _completion.read(raw, caps)
     model = require_model(body.model)
     options = {"frequency_penalty": 0.0, "presence_penalty": 0.0} | sampling(body)
     if body.top_p == 0.0:
@@ -287,7 +290,7 @@ def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
     if body.logprobs:
         generate.logprobs = True
         generate.top_logprobs = body.logprobs
-    max_tokens = native.prepare(generate, policy_of)
+    max_tokens = native.prepare(generate, policy_of, caps)
     usage = body.stream_options is not None and body.stream_options.include_usage
     identity = f"cmpl-{short_id(request_id)}"
     stream = bool(body.stream)
@@ -299,11 +302,12 @@ def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
         len(raw) // native.CHARS_PER_TOKEN,
         max_tokens,
         responder,
+        ignored=ignored,
     )
 
 
-def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decoded:
-    body = read(_embeddings, raw)
+def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
+    body, ignored = _embeddings.read(raw, caps)
     model = require_model(body.model)
     if body.encoding_format is not None and body.encoding_format.lower() not in ("float", "base64"):
         raise bad_request(
@@ -312,10 +316,11 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
         )
     if body.input is None or body.input == "" or body.input == []:
         raise bad_request("invalid input", "input")
+    native.check_inputs(body.input, caps)
     embed = bodies.Embed(model=model, input=body.input, truncate=False, keep_alive=native.KEEP_ALIVE)
     if body.dimensions:
         embed.dimensions = body.dimensions
-    embed.options = opts.check({}, policy_of(model) or opts.NO_POLICY) or None
+    embed.options = opts.check({}, policy_of(model) or opts.NO_POLICY, caps.stops) or None
     responder = EmbeddingList(model, (body.encoding_format or "float").lower() == "base64")
     return Decoded(
         b"/api/embed",
@@ -324,4 +329,5 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf) -> Decod
         len(raw) // native.CHARS_PER_TOKEN,
         None,
         responder,
+        ignored=ignored,
     )

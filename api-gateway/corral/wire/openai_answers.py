@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from corral.wire import answers
-from corral.wire.common import Lines, count, decode_line, encode, text
-from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.common import Lines, Responder, count, decode_line, encode, text
+from corral.wire.errors import UpstreamNonsense
 
 FINGERPRINT = "fp_ollama"
 
@@ -53,28 +53,13 @@ def message_of(part: dict[str, Any], role: str, calls: list[dict[str, Any]]) -> 
     return message
 
 
-class Stream:
+class Stream(Responder):
     """What both streamed forms share: lines in, server-sent events out."""
 
-    __slots__ = (
-        "_lines",
-        "_usage",
-        "content_type",
-        "done",
-        "error",
-        "identity",
-        "prompt_tokens",
-        "started",
-        "stream",
-        "tokens",
-    )
+    content_type = "text/event-stream"
+    stream = True
 
     def __init__(self, identity: str, usage: bool) -> None:
-        self.content_type = "text/event-stream"
-        self.stream = True
-        self.started = self.done = False
-        self.error: ApiError | None = None
-        self.prompt_tokens = self.tokens = 0
         self.identity = identity
         self._usage = usage
         self._lines = Lines()
@@ -113,8 +98,6 @@ class Stream:
 class ChatStream(Stream):
     """`chat.completion.chunk` events."""
 
-    __slots__ = ("_called",)
-
     def __init__(self, identity: str, usage: bool) -> None:
         super().__init__(identity, usage)
         self._called = False
@@ -146,8 +129,6 @@ class ChatStream(Stream):
 class CompletionStream(Stream):
     """`text_completion` events."""
 
-    __slots__ = ()
-
     def chunk(self, value: dict[str, Any]) -> dict[str, Any]:
         response = value.get("response")
         if not isinstance(response, str):
@@ -175,8 +156,6 @@ def created_of(line: dict[str, Any]) -> int:
 
 class ChatWhole(answers.Whole):
     """One `chat.completion`."""
-
-    __slots__ = ("identity",)
 
     def __init__(self, identity: str) -> None:
         super().__init__("message")
@@ -210,8 +189,6 @@ class ChatWhole(answers.Whole):
 class CompletionWhole(answers.Whole):
     """One `text_completion`."""
 
-    __slots__ = ("identity",)
-
     def __init__(self, identity: str) -> None:
         super().__init__("response")
         self.content_type = "application/json"
@@ -240,8 +217,6 @@ class CompletionWhole(answers.Whole):
 
 class EmbeddingList(answers.Object):
     """A list of embeddings, as numbers or as base64 of little-endian float32."""
-
-    __slots__ = ("_base64", "_model")
 
     def __init__(self, model: str, as_base64: bool) -> None:
         super().__init__()

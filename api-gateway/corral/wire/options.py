@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from corral.config.options import BOOL, FLOAT, INT, REFUSE, RELOADING, STRINGS, TYPES
 from corral.wire.errors import bad_request
 
-INT, FLOAT, BOOL, STRINGS = "integer", "float32", "boolean", "array"
-
-TYPES: dict[str, str] = {
-    "num_keep": INT,
-    "seed": INT,
-    "num_predict": INT,
-    "top_k": INT,
-    "top_p": FLOAT,
-    "min_p": FLOAT,
-    "typical_p": FLOAT,
-    "repeat_last_n": INT,
-    "temperature": FLOAT,
-    "repeat_penalty": FLOAT,
-    "presence_penalty": FLOAT,
-    "frequency_penalty": FLOAT,
-    "stop": STRINGS,
-    "num_ctx": INT,
-    "num_batch": INT,
-    "num_gpu": INT,
-    "main_gpu": INT,
-    "use_mmap": BOOL,
-    "num_thread": INT,
-}
-RELOADING = frozenset(("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"))
-"""Options that belong to the runner: another value reloads the model."""
-
 STOP_MAX = 16
+INT_MAX = (1 << 31) - 1
+SEED_MAX = 1 << 53
+FLOAT_MAX = 3.4e38
 
-_PLAIN = {
+_PLAIN: dict[str, Any] = {
     name: {INT: int, FLOAT: float}[kind]
     for name, kind in TYPES.items()
     if kind in (INT, FLOAT) and name not in RELOADING
@@ -49,12 +28,13 @@ class ModelPolicy:
     """What a model's catalogue entry says of options.
 
     ``num_ctx`` is sent with every request; ``pinned`` options have that value whatever the caller asks;
-    ``refused`` ones are a 400.
+    ``refused`` ones are a 400; ``clamped`` ones are moved to the nearest value within (lowest, highest).
     """
 
     num_ctx: int | None = None
     pinned: Mapping[str, Any] = field(default_factory=dict)
     refused: frozenset[str] = frozenset()
+    clamped: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> ModelPolicy:
@@ -62,15 +42,20 @@ class ModelPolicy:
         options: Mapping[str, Any] = entry.get("options") or {}
         return cls(
             num_ctx=entry.get("num_ctx"),
-            pinned={name: value for name, value in options.items() if value != "refuse"},
-            refused=frozenset(name for name, value in options.items() if value == "refuse"),
+            pinned={name: rule for name, rule in options.items() if rule != REFUSE and not isinstance(rule, dict)},
+            refused=frozenset(name for name, rule in options.items() if rule == REFUSE),
+            clamped={
+                name: (rule.get("min", -math.inf), rule.get("max", math.inf))
+                for name, rule in options.items()
+                if isinstance(rule, dict)
+            },
         )
 
 
 NO_POLICY = ModelPolicy()
 
 
-def check(options: dict[str, Any], policy: ModelPolicy) -> dict[str, Any]:
+def check(options: dict[str, Any], policy: ModelPolicy, stop_max: int = STOP_MAX) -> dict[str, Any]:
     """The options to send: checked as Ollama checks them, then held to the policy.
 
     Unknown names are left out, as Ollama ignores them; a runner's option is left out too where it is not the
@@ -79,7 +64,9 @@ def check(options: dict[str, Any], policy: ModelPolicy) -> dict[str, Any]:
     Raises:
         ApiError: 400 for a wrong type, with Ollama's own words, or an option that the policy refuses.
     """
-    if policy is NO_POLICY and all(type(value) is _PLAIN.get(name) for name, value in options.items()):
+    if policy is NO_POLICY and all(
+        type(value) is _PLAIN.get(name) and -INT_MAX <= value <= INT_MAX for name, value in options.items()
+    ):
         return options
     checked: dict[str, Any] = {}
     for name, value in options.items():
@@ -88,7 +75,7 @@ def check(options: dict[str, Any], policy: ModelPolicy) -> dict[str, Any]:
             continue
         if name in policy.refused:
             raise bad_request(f'option "{name}" is refused for this model', f"options.{name}")
-        if not _fits(kind, value):
+        if not _fits(name, kind, value, stop_max):
             word = "of type array" if kind is STRINGS else f"of type {kind}"
             raise bad_request(f'option "{name}" must be {word}', f"options.{name}")
         if name in RELOADING:
@@ -96,17 +83,35 @@ def check(options: dict[str, Any], policy: ModelPolicy) -> dict[str, Any]:
         checked[name] = int(value) if kind is INT else value
     if policy.num_ctx is not None:
         checked["num_ctx"] = policy.num_ctx
+    if policy.clamped:
+        _clamp(checked, policy)
     checked.update(policy.pinned)
     return checked
 
 
-def _fits(kind: str, value: Any) -> bool:
+def _clamp(options: dict[str, Any], policy: ModelPolicy) -> None:
+    for name, (lowest, highest) in policy.clamped.items():
+        value = options.get(name)
+        if name == "num_predict" and (value is None or value < 0):
+            value = highest  # none and -1 are no bound, -2 is the rest of the context
+        if value is not None:
+            value = min(max(value, lowest), highest)
+            if math.isfinite(value):
+                options[name] = int(value) if TYPES[name] == INT else value
+
+
+def _fits(name: str, kind: str, value: Any, stop_max: int) -> bool:
     if kind is BOOL:
         return isinstance(value, bool)
     if kind is STRINGS:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             return False
-        if len(value) > STOP_MAX:
-            raise bad_request(f"at most {STOP_MAX} stop strings", "options.stop")
+        if len(value) > stop_max:
+            raise bad_request(f"at most {stop_max} stop strings", "options.stop")
         return True
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    most = FLOAT_MAX if kind is FLOAT else SEED_MAX if name == "seed" else INT_MAX
+    if not -most <= value <= most:
+        raise bad_request(f'option "{name}" is out of range', f"options.{name}")
+    return True

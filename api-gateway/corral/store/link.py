@@ -1,0 +1,91 @@
+"""What waits, of the client for Valkey: making its connection, keeping it, and a call that is awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import hiredis
+
+if TYPE_CHECKING:
+    from corral.store.valkey import Valkey
+
+CONNECT = 1.0
+RECONNECT_MIN, RECONNECT_MAX = 0.1, 1.0
+
+
+async def request(store: Valkey, command: bytes) -> Any:
+    """`Valkey.request`."""
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    store.call(command, _Waiter(future).hand_over)
+    return await _reply(future)
+
+
+async def run(store: Valkey) -> None:
+    """`Valkey.run`."""
+    store.loop = asyncio.get_running_loop()
+    pause = RECONNECT_MIN
+    while True:
+        lost: asyncio.Event = asyncio.Event()
+        try:
+            # Not wait_for: in Python 3.11 it may swallow a cancellation that meets its end.
+            async with asyncio.timeout(CONNECT):
+                await _connect(store, lost)
+            pause = 0.0
+            await lost.wait()
+        except (OSError, TimeoutError, hiredis.HiredisError):
+            pass
+        finally:
+            store.lose()
+        # At once after a loss, with growing pauses while there is nobody.
+        if pause:
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(RECONNECT_MAX, max(RECONNECT_MIN, pause * 2))
+
+
+async def _connect(store: Valkey, lost: asyncio.Event) -> None:
+    from corral.store.valkey import Connection, ValkeyDown, encode  # it imports this module
+
+    loop = asyncio.get_running_loop()
+    store.reader = hiredis.Reader()
+    made: Callable[[], Any] = lambda: Connection(store, lost)  # noqa: E731
+    store.transport, _ = await loop.create_connection(made, store.host, store.port)
+    commands: list[tuple[bytes, ...]] = []
+    if store.password:
+        user = (unquote(store.user).encode(),) if store.user else ()
+        commands.append((b"AUTH", *user, unquote(store.password).encode()))
+    if store.database != "0":
+        commands.append((b"SELECT", store.database.encode()))
+    commands.append((b"PING",))
+    commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in store.scripts]
+    for parts in commands:
+        future: asyncio.Future[Any] = loop.create_future()
+        store.enqueue(encode(*parts), _Waiter(future).hand_over)
+        try:
+            await _reply(future)
+        except (hiredis.HiredisError, ValkeyDown) as error:
+            raise ConnectionError(str(error)) from None
+    store.connected = True
+    if store.on_connect is not None:
+        store.on_connect()
+
+
+async def _reply(future: asyncio.Future[Any]) -> Any:
+    reply = await future
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+class _Waiter:
+    """Hands a reply to who awaits it, if somebody still does."""
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self._future = future
+
+    def hand_over(self, reply: Any) -> None:
+        if not self._future.done():
+            self._future.set_result(reply)

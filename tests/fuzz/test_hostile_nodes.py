@@ -1,0 +1,68 @@
+"""Nodes that send anything at all, behind a real HAProxy and a real gateway: callers hear of it, and others do not."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import strategies as st
+from support.fuzz import changes, cuts, fuzz, mutated
+from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway
+
+WHOLE = HEAD + chunk(LINE % b"one") + chunk(LINE % b"two") + chunk(LAST % 2) + END
+ERROR = b"HTTP/1.1 500 No\r\nContent-Length: 15\r\n\r\n" + b'{"error":"boom"}'[:15]
+TOKENS = [
+    *(b"\r\n", b"\n", b"\0", b"{", b'"', b"0\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"Content-Length: 9\r\n", b"5\r\n"),
+    *(
+        b'"done":true',
+        b'"error":"x"',
+        b"X-Corral-Proxy: no-such-node\r\n",
+        b"HTTP/1.1 101 S\r\n\r\n",
+        b"Connection: close\r\n",
+    ),
+]
+PATHS = ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages", "/api/embed", "/api/show"]
+
+
+@pytest.fixture(scope="module")
+def gw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    settings: dict[str, Any] = {"gateway": {"first_token": "1s", "between_tokens": "1s"}}
+    with gateway(tmp_path_factory.mktemp("hostile"), **settings) as started:
+        yield started
+
+
+def test_hostile_nodes(gw: Gateway) -> None:
+    # A gateway closes after an error within a stream: a connection kept for the next request would race with that.
+    client = httpx.Client(headers=gw.auth, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
+    seen: set[int] = set()
+
+    def check(path: str, stream: bool, first: bytes, edits: Any, places: list[int]) -> None:
+        data = mutated(first, edits)
+
+        def send(connection: socket.socket) -> None:
+            for piece in cuts(data, places):
+                connection.sendall(piece)
+            connection.shutdown(socket.SHUT_RDWR)
+
+        for node in gw.nodes:
+            node.script = [send] * 3
+        body = gw.chat(stream=stream) | {"prompt": "a", "input": "a", "max_tokens": 5}
+        try:
+            seen.add(client.post(gw.url + path, json=body).status_code)
+        except httpx.RemoteProtocolError as cut:
+            raise AssertionError("an answer without its end") from cut
+        assert gw.process.alive
+
+    picks = st.sampled_from([WHOLE, ERROR])
+    places = st.lists(st.integers(0, 1 << 12), max_size=3)
+    assert fuzz(check, st.sampled_from(PATHS), st.booleans(), picks, changes(*TOKENS), places) > 10
+    assert seen <= {200, 400, 404, 502, 503, 504}
+    client.close()
+    for node in gw.nodes:
+        node.script = []
+    assert [gw.post().status_code for _ in range(20)] == [200] * 20
+    assert "Traceback" not in Path(gw.process.log).read_text()
