@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner, Result
 from support.control import FakeNode, Running, make_key
 
+from corral.cli.main import cli
 from corral.store.spool import encode_frame
 
 
@@ -77,6 +80,22 @@ def test_the_limits_of_a_tenant_are_the_administrators_to_change(control: Runnin
     rows = control.admin.get("/admin/audit", params={"limit": 1000}).json()["audit"]
     [row] = [row for row in rows if row["method"] == "PATCH" and row["status"] == 200]
     assert (row["before"]["rpm"], row["after"]["rpm"], row["tenant"]) == (None, 60, "blue")
+
+
+def test_the_limits_of_a_tenant_on_the_command_line(control: Running) -> None:
+    env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": (control.state / "admin.key").read_text().strip()}
+
+    def corral(*arguments: str) -> Result:
+        return CliRunner().invoke(cli, ["tenants", *arguments], env=env)
+
+    assert corral("create", "blue", "--tpm", "5000", "--concurrency", "4").exit_code == 0
+    made = corral("limit", "blue", "--tpm", "none", "--daily-tokens", "90000", "--json")
+    shown = json.loads(made.stdout)
+    assert (shown["tpm"], shown["concurrency"], shown["daily_tokens"]) == (None, 4, 90_000)
+    assert "90000" in corral("list").stdout
+    wrong = corral("limit", "blue")
+    assert (wrong.exit_code, "name at least one limit" in wrong.output) == (2, True)
+    assert corral("limit", "blue", "--rpm", "0").exit_code == 2
 
 
 def test_an_operator_sees_and_ends_its_own_tenants_keys_alone(control: Running, red: httpx.Client) -> None:

@@ -25,7 +25,7 @@ def unused() -> str:
 class Gateway:
     """Limits, and the budgets of keys by name."""
 
-    def __init__(self, url: str, name: str, denied: tuple[str, ...] = (), timeout: float = 0.5) -> None:
+    def __init__(self, url: str, name: str, denied: tuple[str, ...] = (), timeout: float = 5.0) -> None:
         # A property test may load this machine; what the time-out does is tested in tests/faults.
         self.store = Valkey(url, scripts=leases.SCRIPTS, timeout=timeout)
         self.limits = Limits(self.store, name, denied)
@@ -63,7 +63,7 @@ async def flush(port: int) -> None:
 
 @asynccontextmanager
 async def gateways(
-    url: str, count: int, denied: tuple[str, ...] = (), patience: float = 0.5
+    url: str, count: int, denied: tuple[str, ...] = (), patience: float = 5.0
 ) -> AsyncIterator[list[Gateway]]:
     """So many gateways, connected to a store that is empty but grants."""
     await flush(int(url.rpartition(":")[2].partition("/")[0]))

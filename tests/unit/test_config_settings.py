@@ -137,6 +137,24 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert loaded.gateway.trusted_proxies == ("10.0.0.0/8", "127.0.0.1/32")
 
 
+@pytest.mark.parametrize(
+    ("text", "env", "denied"),
+    [
+        ("", {}, []),
+        ("limits: {on_store_failure: deny}", {}, ["rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens"]),
+        ("limits: {on_store_failure: {monthly_tokens: deny}}", {}, ["monthly_tokens"]),
+        ("", {"CORRAL_LIMITS__ON_STORE_FAILURE__TPM": "deny"}, ["tpm"]),
+        ("limits: {on_store_failure: deny}", {"CORRAL_LIMITS__ON_STORE_FAILURE": "local"}, []),
+    ],
+)
+def test_what_becomes_of_a_limit_without_its_store(
+    tmp_path: Path, text: str, env: dict[str, str], denied: list[str]
+) -> None:
+    file = tmp_path / "corral.yaml"
+    file.write_text(text)
+    assert model.load(file, env).limits.denied() == denied
+
+
 def test_ollama_url_and_redis_url_are_understood() -> None:
     loaded = model.load(None, {"OLLAMA_URL": "http://a:1, http://b:2", "REDIS_URL": "redis://r:1/0"})
     assert [(node.name, node.url) for node in loaded.nodes] == [("node-1", "http://a:1"), ("node-2", "http://b:2")]

@@ -44,7 +44,7 @@ nodes:
 models:
   - {name: "llama3.2:3b", copies: 2, num_ctx: 8192}
 limits:
-  default: {rpm: 600, concurrency: 32}
+  default: {rpm: 600, tpm: 200000, concurrency: 32}
 ```
 """
 
