@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from corral.config.options import BOOL, FLOAT, INT, REFUSE, RELOADING, STRINGS, TYPES
 from corral.wire.errors import bad_request
 
 STOP_MAX = 16
-INT_MAX = (1 << 31) - 1
+INT_MAX: Final = 2_147_483_647
 SEED_MAX = 1 << 53
 FLOAT_MAX = 3.4e38
 
