@@ -14,7 +14,7 @@ from corral.wire.decode import DECODERS
 from corral.wire.errors import ApiError
 from corral.wire.options import ModelPolicy
 
-REFUSED = frozenset(bodies.Body.__struct_fields__)
+REFUSED = frozenset(bodies.UPSTREAM_FIELDS)
 RUNNER = ("num_ctx", "num_gpu", "num_thread", "num_batch", "main_gpu", "use_mmap")
 NAMES = st.sampled_from(
     [

@@ -19,41 +19,42 @@ Refused = msgspec.UnsetType
 """The type of a field that no value fits."""
 
 
+UPSTREAM_FIELDS = (
+    "api_base",
+    "api_url",
+    "api_host",
+    "api_key",
+    "api_version",
+    "base_url",
+    "base_uri",
+    "endpoint",
+    "azure_endpoint",
+    "host",
+    "hostname",
+    "remote_host",
+    "remote_model",
+    "server",
+    "server_url",
+    "upstream",
+    "upstream_url",
+    "node",
+    "target_url",
+    "proxy",
+    "proxy_url",
+    "url",
+    "uri",
+    "webhook",
+    "webhook_url",
+    "callback_url",
+    "aws_bedrock_runtime_endpoint",
+    "model_list",
+    "fallbacks",
+)
+"""Fields by which some gateways let a caller name where a request goes. Here none does: they are refused by name."""
+
+
 class Body(msgspec.Struct, omit_defaults=True):
-    """A request's body. Its own fields are those by which some gateways let a caller name where a request goes.
-
-    Here none does. As fields of a type without values they are found while the body is read, at no cost.
-    """
-
-    api_base: Refused = msgspec.UNSET
-    api_url: Refused = msgspec.UNSET
-    api_host: Refused = msgspec.UNSET
-    api_key: Refused = msgspec.UNSET
-    api_version: Refused = msgspec.UNSET
-    base_url: Refused = msgspec.UNSET
-    base_uri: Refused = msgspec.UNSET
-    endpoint: Refused = msgspec.UNSET
-    azure_endpoint: Refused = msgspec.UNSET
-    host: Refused = msgspec.UNSET
-    hostname: Refused = msgspec.UNSET
-    remote_host: Refused = msgspec.UNSET
-    remote_model: Refused = msgspec.UNSET
-    server: Refused = msgspec.UNSET
-    server_url: Refused = msgspec.UNSET
-    upstream: Refused = msgspec.UNSET
-    upstream_url: Refused = msgspec.UNSET
-    node: Refused = msgspec.UNSET
-    target_url: Refused = msgspec.UNSET
-    proxy: Refused = msgspec.UNSET
-    proxy_url: Refused = msgspec.UNSET
-    url: Refused = msgspec.UNSET
-    uri: Refused = msgspec.UNSET
-    webhook: Refused = msgspec.UNSET
-    webhook_url: Refused = msgspec.UNSET
-    callback_url: Refused = msgspec.UNSET
-    aws_bedrock_runtime_endpoint: Refused = msgspec.UNSET
-    model_list: Refused = msgspec.UNSET
-    fallbacks: Refused = msgspec.UNSET
+    """A request's body. Of the fields that it does not have, `Reader` knows which are refused."""
 
 
 class Message(msgspec.Struct, omit_defaults=True):

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from corral.wire.bodies import Body
+from corral.wire.bodies import UPSTREAM_FIELDS, Refused
 from corral.wire.errors import ApiError, UpstreamNonsense, bad_request
 from corral.wire.options import ModelPolicy
 
@@ -43,8 +43,6 @@ _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _UNKNOWN = "Object contains unknown field"
-
-_UPSTREAM_FIELDS = frozenset(Body.__struct_fields__)
 
 
 class Responder:
@@ -101,10 +99,13 @@ class Reader(Generic[T]):
     """Reads the bodies of one type; of what it does not know, only how much there was is known."""
 
     def __init__(self, kind: type[T]) -> None:
-        self._lenient = msgspec.json.Decoder(kind).decode
-        # Most bodies have no unknown field: they are read once, by a type that has none.
+        # Most bodies have no unknown field: they are read once, by a type that has none. The other type has the fields
+        # that are refused, with a type that no value fits.
         strict: Any = msgspec.defstruct(kind.__name__, [], bases=(kind,), forbid_unknown_fields=True)
+        refused = [(name, Refused, msgspec.UNSET) for name in UPSTREAM_FIELDS]
+        lenient: Any = msgspec.defstruct(kind.__name__, refused, bases=(kind,))
         self._strict: Callable[[bytes], T] = msgspec.json.Decoder(strict).decode
+        self._lenient: Callable[[bytes], T] = msgspec.json.Decoder(lenient).decode
         self._known = frozenset(kind.__struct_encode_fields__)
 
     def read(self, raw: bytes, caps: Caps) -> tuple[T, int]:
@@ -127,7 +128,7 @@ class Reader(Generic[T]):
         except msgspec.ValidationError as invalid:
             text = str(invalid)
             path = text.rpartition(" - at `$")[2].rstrip("`").lstrip(".") if " - at `$" in text else ""
-            if path in _UPSTREAM_FIELDS:
+            if path in UPSTREAM_FIELDS:
                 message = f"the field `{path}` is not accepted: the gateway alone chooses where a request goes"
             else:
                 message = f"invalid request: {text.replace('`$.', '`')}"

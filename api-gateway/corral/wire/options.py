@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from corral.config.options import BOOL, FLOAT, INT, REFUSE, RELOADING, STRINGS, TYPES
 from corral.wire.errors import bad_request
 
 STOP_MAX = 16
-INT_MAX = (1 << 31) - 1
+INT_MAX: Final = 2_147_483_647
 SEED_MAX = 1 << 53
 FLOAT_MAX = 3.4e38
 
@@ -64,9 +64,7 @@ def check(options: dict[str, Any], policy: ModelPolicy, stop_max: int = STOP_MAX
     Raises:
         ApiError: 400 for a wrong type, with Ollama's own words, or an option that the policy refuses.
     """
-    if policy is NO_POLICY and all(
-        type(value) is _PLAIN.get(name) and -INT_MAX <= value <= INT_MAX for name, value in options.items()
-    ):
+    if policy is NO_POLICY and _plain(options):
         return options
     checked: dict[str, Any] = {}
     for name, value in options.items():
@@ -87,6 +85,14 @@ def check(options: dict[str, Any], policy: ModelPolicy, stop_max: int = STOP_MAX
         _clamp(checked, policy)
     checked.update(policy.pinned)
     return checked
+
+
+def _plain(options: dict[str, Any]) -> bool:
+    value: Any
+    for name, value in options.items():
+        if type(value) is not _PLAIN.get(name) or value > INT_MAX or value < -INT_MAX:
+            return False
+    return True
 
 
 def _clamp(options: dict[str, Any], policy: ModelPolicy) -> None:
