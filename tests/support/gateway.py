@@ -20,6 +20,7 @@ from corral.config.haproxy import HaproxyPlan, render
 from corral.stack import binaries
 from corral.store import keys
 from corral.store.spool import decode_frames
+from support.metrics import page
 from support.process import Process, free_port, until
 from support.servers import Server, python_env, valkey
 
@@ -237,8 +238,8 @@ class Gateway:
         self.valkey: Server = stack.enter_context(valkey(folder))
         self.key_id, self.key = keys.generate()
         self._keys = [self.entry(self.key_id, self.key, rpm=100_000, concurrency=1000)]
-        self._ports = [free_port() for _ in range(4)]
-        self.port, edge, nodes, stats = self._ports
+        self._ports = [free_port() for _ in range(5)]
+        self.port, edge, nodes, stats, self._metrics = self._ports
         self.url = f"http://127.0.0.1:{self.port}"
         self.edge = f"http://127.0.0.1:{edge}"
         self.states = {"node-1": "ready", "node-2": "ready"}
@@ -261,7 +262,7 @@ class Gateway:
         base = {
             "gateway": {
                 "listen": f"127.0.0.1:{self.port}",
-                "metrics": "",
+                "metrics": f"127.0.0.1:{self._metrics}",
                 "nodes_url": f"http://127.0.0.1:{nodes}",
                 "control_url": f"http://127.0.0.1:{self.control.port}",
                 "spool": str(folder / "spool"),
@@ -295,6 +296,10 @@ class Gateway:
             return httpx.get(self.url + "/health/ready").status_code == 200
         except httpx.TransportError:
             return False
+
+    def admitted_locally(self) -> float:
+        """Requests that were admitted without the store: on a machine that halts for 50 ms, some are."""
+        return page(f"http://127.0.0.1:{self._metrics}/metrics").value("corral_local_admissions_total")
 
     def entry(self, key_id: str, text: str, **more: Any) -> dict[str, Any]:
         """A key as the snapshot has it."""
