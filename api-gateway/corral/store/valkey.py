@@ -28,7 +28,10 @@ class ValkeyDown(Exception):
 
 def encode(*parts: bytes) -> bytes:
     """A command in RESP2."""
-    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+    out = [b"*", str(len(parts)).encode(), b"\r\n"]
+    for part in parts:
+        out += (b"$", str(len(part)).encode(), b"\r\n", part, b"\r\n")
+    return b"".join(out)
 
 
 class Valkey:
