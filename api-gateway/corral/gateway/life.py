@@ -31,14 +31,14 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     gateway.feed.load()
     await gateway.exposition.start()
     tasks = [
-        loop.create_task(work)
-        for work in (
-            gateway.store.run(),
-            gateway.changes.run(),
-            gateway.feed.run(),
-            leases.keep(gateway.limits),
-            gateway.shipper.run(),
-            _sweep(gateway),
+        loop.create_task(work, name=name)
+        for name, work in (
+            ("store", gateway.store.run()),
+            ("changes", gateway.changes.run()),
+            ("feed", gateway.feed.run()),
+            ("leases", leases.keep(gateway.limits)),
+            ("shipper", gateway.shipper.run()),
+            ("sweep", _sweep(gateway)),
         )
     ]
     gateway.changes.on_message = gateway.changed
@@ -52,6 +52,10 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     ended: asyncio.Future[Any] = asyncio.gather(*tasks)
     waiting: asyncio.Future[Any] = loop.create_task(stop.wait())
     await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task.done():
+            why = "cancelled" if task.cancelled() else repr(task.exception())
+            log.critical("%s drains and ends, as a part of it has ended: %s: %s", gateway.name, task.get_name(), why)
     gateway.stopping = True
     server.close()
     waiting.cancel()
