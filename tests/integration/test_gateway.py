@@ -434,6 +434,21 @@ def test_a_silent_node_is_given_up(gw: Gateway) -> None:
     assert response.headers["X-Corral-Attempts"] == "2"
 
 
+def test_a_request_moves_on_from_a_node_that_goes_down(tmp_path: Path) -> None:
+    with gateway(tmp_path, gateway={"first_token": "1m"}) as gw, ThreadPoolExecutor(1) as pool:
+        over = threading.Event()
+        first(gw, lambda connection: over.wait(20))
+        waiting = pool.submit(gw.post)
+        until(lambda: requests(gw), "a node has it")
+        used = next(node.name for node in gw.nodes if node.requests)
+        gw.states[used] = "down"
+        gw.publish()
+        answered = waiting.result()
+        over.set()
+        assert (answered.status_code, answered.headers["X-Corral-Attempts"]) == (200, "2")
+        assert answered.headers["X-Corral-Node"] != used
+
+
 def test_blank_lines_are_no_tokens(gw: Gateway) -> None:
     cut = threading.Event()
 

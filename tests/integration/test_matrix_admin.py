@@ -30,6 +30,7 @@ WHO = {
     ("GET", "/admin/tenants"): OPERATOR,
     ("POST", "/admin/tenants"): ADMIN,
     ("GET", "/admin/tenants/{tenant}"): OPERATOR,
+    ("PATCH", "/admin/tenants/{tenant}"): ADMIN,
     ("DELETE", "/admin/tenants/{tenant}"): ADMIN,
     ("GET", "/admin/nodes"): OPERATOR,
     ("POST", "/admin/nodes"): OPERATOR,

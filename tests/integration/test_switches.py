@@ -42,7 +42,8 @@ def test_a_disabled_model_is_in_the_snapshot_until_it_is_enabled(
         assert control.snapshot().json()["disabled"] == ["m:latest", "tpyo:latest"]
         left = control.admin.post("/admin/models/enable", json={"models": ["tpyo"]}).json()["disabled"]
         assert [one["name"] for one in left] == ["m:latest"]
-        assert control.admin.post("/admin/models/enable", json={"models": ["m", "nobody"]}).json()["disabled"] == []
+        done = control.admin.post("/admin/models/enable", json={"models": ["m", "nobody"]}).json()
+        assert (done["disabled"], done["unknown"]) == ([], ["nobody:latest"])
         assert control.snapshot().json()["disabled"] == []
         rows = control.admin.get("/admin/audit").json()["audit"]
         changes = [row for row in rows if row["route"].startswith("/admin/models/")]

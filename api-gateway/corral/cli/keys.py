@@ -59,7 +59,7 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
         if given[name]:
             body[name] = [part.strip() for part in given[name].split(",") if part.strip()]
     made = Admin(common.folder(state))("POST", "/keys", body)
-    common.emit(made, as_json, lambda: f"{made['key']}\n(id {made['id']}; it is not shown again)")
+    _show_once(made, as_json, "")
 
 
 @command.command("list")
@@ -86,7 +86,8 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 def rotate(id: str, overlap: float, as_json: bool, state: str | None) -> None:
     """Give a key a new secret; it is shown once."""
     made = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/rotate", {"overlap": overlap})
-    common.emit(made, as_json, lambda: f"{made['key']}\n(id {made['id']}; it is not shown again)")
+    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + overlap))
+    _show_once(made, as_json, f"; the old text works until {until}, `--overlap 0s` ends it now" if overlap else "")
 
 
 @command.command("revoke")
@@ -96,6 +97,13 @@ def revoke(id: str, as_json: bool, state: str | None) -> None:
     """End a key; every gateway knows within a second."""
     done = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/revoke")
     common.emit(done, as_json, lambda: f"revoked {id}{common.late(done)}")
+
+
+def _show_once(made: dict[str, Any], as_json: bool, more: str) -> None:
+    # The key alone on standard output: it goes into a variable.
+    common.emit(made, as_json, lambda: str(made["key"]))
+    if not as_json:
+        click.echo(f"(the key {made['id']}; its text is not shown again{more})", err=True)
 
 
 def _shown(key: dict[str, Any]) -> dict[str, Any]:

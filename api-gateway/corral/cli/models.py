@@ -146,7 +146,9 @@ def disable(names: tuple[str, ...], reason: str | None, as_json: bool, state: st
 def enable(names: tuple[str, ...], as_json: bool, state: str | None) -> None:
     """Take requests for disabled models again."""
     done = Admin(common.folder(state))("POST", "/models/enable", {"models": names})
-    common.emit(done, as_json, lambda: f"enabled {', '.join(names)}{common.late(done)}")
+    text = [f"enabled {', '.join(names)}{common.late(done)}"]
+    text += [f"note: {name} was not disabled" for name in done["unknown"]]
+    common.emit(done, as_json, lambda: "\n".join(text))
 
 
 @command.command("operations")

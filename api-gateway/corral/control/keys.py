@@ -201,9 +201,10 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
     row = connection.execute(select(keys).where((keys.c.id == key) & _seen(who))).first()
     if row is not None:
         return row
-    named = connection.execute(select(keys).where((keys.c.name == key) & _seen(who)).limit(2)).all()
+    named = connection.execute(select(keys).where((keys.c.name == key) & _seen(who)).limit(6)).all()
     if len(named) > 1:
-        raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id")
+        ids = ", ".join([row.id for row in named[:5]] + ["…"] * (len(named) > 5))
+        raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id ({ids})")
     if not named:
         raise Problem(404, "not_found", f"there is no key {key!r}")
     return named[0]

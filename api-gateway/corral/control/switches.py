@@ -57,9 +57,9 @@ async def disable_models(control: Here, caller: Caller, wanted: Disabled) -> dic
 
 @router.post("/admin/models/enable")
 async def enable_models(control: Here, caller: Caller, wanted: Enabled) -> dict[str, Any]:
-    """Take requests for models again; says which gateways have taken note within a second."""
-    after = await control.database.write(_enable, caller, _names(wanted.models))
-    return await _told(control, after)
+    """Take requests for models again; says which gateways have taken note within a second, and who was not disabled."""
+    after, strange = await control.database.write(_enable, caller, _names(wanted.models))
+    return {**await _told(control, after), "unknown": strange}
 
 
 async def _told(control: Control, disabled: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,10 +87,11 @@ def _disable(connection: Connection, who: Principal, names: list[str], reason: s
     return _recorded(connection, who, "disable", before)
 
 
-def _enable(connection: Connection, who: Principal, names: list[str]) -> list[dict[str, Any]]:
+def _enable(connection: Connection, who: Principal, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
     before = _listed(connection)
     connection.execute(delete(disabled_models).where(disabled_models.c.name.in_(names)))
-    return _recorded(connection, who, "enable", before)
+    off = {row["name"] for row in before}
+    return _recorded(connection, who, "enable", before), [name for name in names if name not in off]
 
 
 def _recorded(connection: Connection, who: Principal, verb: str, before: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,8 +40,7 @@ NOTHING, RESPOND, STREAM, END = range(4)
 class Exchange(Waiter):
     """One request as it was read, and its state. Times are monotonic seconds, ``wall`` is epoch seconds.
 
-    ``headers`` has lower-case names; ``modern``: HTTP/1.1, so that chunks may be used. What most requests never set
-    stands on the class, so that making one costs little.
+    ``headers`` has lower-case names; ``modern``: HTTP/1.1. What most requests never set stands on the class.
     """
 
     body = b""
@@ -370,7 +369,11 @@ class Exchange(Waiter):
                 attempt.abandon()
                 self._attempt = None
             self._expire()
-        elif attempt is not None and not self._paused and now >= self.deadline:
+        elif attempt is None:
+            pass
+        elif not self.first_token and schedule.is_down(attempt.node, self.gateway.snapshot, self.model, now):
+            attempt.orphaned()
+        elif not self._paused and now >= self.deadline:
             attempt.timed_out()
 
     def _expire(self) -> None:

@@ -154,6 +154,11 @@ class Attempt(Handler):
         if not self._over:
             self._fail(Failure.TIMEOUT)
 
+    def orphaned(self) -> None:
+        """The node is down, though its connection stands: it may be stopped, or cut off."""
+        if not self._over:
+            self._fail(Failure.RESET)
+
     # -- back-pressure, end
 
     def pause(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from corral.fleet.choose import choose
-from corral.fleet.node import Node, canonical_name
+from corral.fleet.node import Node, NodeState, canonical_name
 from corral.gateway.snapshot import Snapshot
 from corral.wire.errors import ApiError
 
@@ -26,3 +26,10 @@ def schedule(snapshot: Snapshot, model: str, now: float, tried: Collection[str] 
         message = f"no node that holds '{model}' is ready" if name in snapshot.held else "no node is ready"
         raise ApiError(503, "overloaded", message, retry_after=RETRY_AFTER)
     raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")
+
+
+def is_down(node: Node, snapshot: Snapshot, model: str, now: float) -> bool:
+    """Whether a node that has a request is down, and another one would take it."""
+    if node.state is not NodeState.DOWN:
+        return False
+    return choose(snapshot.nodes.values(), canonical_name(model), now) is not None
