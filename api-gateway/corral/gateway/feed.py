@@ -76,6 +76,8 @@ class Feed:
                     if not silent:
                         log.warning("control gives no snapshot, the last one holds: %r", error)
                     silent = True
+                except Exception:  # a fault of ours: the gateway goes on with what it has
+                    log.exception("the snapshot was not read, the last one holds")
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
                         await self._wake.wait()

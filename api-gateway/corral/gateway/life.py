@@ -90,4 +90,7 @@ async def _drain(gateway: Gateway) -> None:
 async def _sweep(gateway: Gateway) -> None:
     while True:
         await asyncio.sleep(SWEEP)
-        gateway.sweep(time.monotonic())
+        try:
+            gateway.sweep(time.monotonic())
+        except Exception:  # one request's fault is not the end of all
+            log.exception("deadlines were not looked at")

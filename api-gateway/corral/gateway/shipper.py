@@ -47,6 +47,9 @@ class Shipper:
                         log.warning("control takes no records, they stay in the spool: %r", error)
                     silent = True
                     await asyncio.sleep(PAUSE_FAILED)
+                except Exception:  # a fault of ours, or of control's: requests go on, their records stay
+                    log.exception("the spool was not shipped")
+                    await asyncio.sleep(PAUSE_FAILED)
 
     async def ship_all(self, client: httpx.AsyncClient) -> int:
         """Ship what is in the spool now; how many bytes that was.

@@ -84,6 +84,8 @@ async def keep(limits: Limits) -> None:
             await _read_use(limits, store, known)
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("leases were not renewed: %s", error)
+        except Exception:  # a fault of ours, or a store of another kind: requests go on
+            log.exception("leases were not renewed")
 
 
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
