@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from corral.fleet.node import canonical_name
-from corral.stack import http, models, nodes, supervisor
+from corral.stack import haproxy, http, models, nodes, supervisor
 from corral.stack.plan import Plan, log_file
 from corral.stack.state import StackError, StateFolder
 from corral.wire.options import ModelPolicy, check
@@ -59,20 +59,31 @@ def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progr
     settings = plan.settings
     step("control", lambda: _ok(settings.gateway.control_url, "/internal/snapshot", key=token))
     step("gateway", lambda: _ok(plan.url, "/health"))
+    answering = []
     for node in settings.nodes:
         timeout = 10.0 if plan.fleet.kind == "attached" else PATIENCE
         try:
             step(f"{node.name} at {node.url}", lambda url=node.url: _ok(url, "/api/version"), timeout)  # type: ignore[misc]
+            answering.append(node.name)
         except StackError:
             if plan.fleet.kind != "attached" or len(settings.nodes) == 1:
                 raise
             progress(f"{node.name} at {node.url} does not answer: left for later")
     _models(plan, progress)
-    step("edge to nodes", lambda: _ok(plan.url, "/health/ready"))
+    step("edge to nodes", lambda: _ok(plan.url, "/health/ready") and _proxied(state, answering))
     admin = state.admin_key.read_text(encoding="utf-8").strip()
     step("edge to control", lambda: _ok(plan.url, "/admin/status", key=admin))
     for name, known in (plan.monitoring.describe() if plan.monitoring is not None else {}).items():
         step(f"{name} at {known['url']}", lambda url=known["url"]: _ok(url, "/-/ready"))  # type: ignore[misc]
+
+
+def _proxied(state: StateFolder, nodes: list[str]) -> bool:
+    """Whether HAProxy has seen since that these nodes answer; it checks each second, and began before they did."""
+    try:
+        seen = haproxy.server_states(state)
+    except OSError:
+        return False
+    return all(seen.get(name) != "DOWN" for name in nodes)
 
 
 def first_model(plan: Plan) -> str | None:
