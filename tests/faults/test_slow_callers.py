@@ -38,7 +38,9 @@ def enough_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def gw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with gateway(tmp_path_factory.mktemp("slow")) as started:
+    # What is asked here is more than the tokens that a key may have by default.
+    limits = {"default": {"tpm": None}}
+    with gateway(tmp_path_factory.mktemp("slow"), limits=limits) as started:
         yield started
 
 
