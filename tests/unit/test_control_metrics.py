@@ -184,6 +184,18 @@ def test_the_load_that_a_request_waited_for() -> None:
     assert measured.load_seconds == {"a": 7.5}, "it was there before control was"
 
 
+def test_a_record_may_come_before_its_model_is_seen() -> None:
+    measured = Measured()
+    measured.resident(set(), 1.0)
+    now = time.time()
+    measured.waited("a", now - 0.5, now - 0.2)
+    measured.resident({"a"}, 2.0)
+    assert measured.load_seconds["a"] == pytest.approx(0.3)
+    measured.waited("b", now - 60.0, now - 50.0)
+    measured.resident({"a", "b"}, 3.0)
+    assert "b" not in measured.load_seconds, "it was not that one's load"
+
+
 def test_one_hung_runner_is_enough() -> None:
     measured = Measured()
     measured.resident({"a", "b"}, 1.0)

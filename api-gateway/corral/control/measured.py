@@ -35,6 +35,8 @@ class Measured:
     loads: dict[str, int] = field(default_factory=dict)
     unloads: dict[str, int] = field(default_factory=dict)
     load_seconds: dict[str, float] = field(default_factory=dict)
+    unseen: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By model, of the last request to one that was not seen in memory yet: when it was sent, its first token."""
     rates: dict[str, float] = field(default_factory=dict)
     canary_duration: float | None = None
     canary_success: float | None = None
@@ -57,6 +59,8 @@ class Measured:
             self.residents[name] = Residence(now, self.asked, time.time())
             if self.asked:
                 self.loads[name] += 1
+            if name in self.unseen:
+                self.waited(name, *self.unseen.pop(name))
         self.asked = True
 
     def waited(self, model: str, begun: float, first: float) -> None:
@@ -66,6 +70,8 @@ class Measured:
         Epoch seconds.
         """
         residence = self.residents.get(model)
+        if residence is None:
+            self.unseen[model] = begun, first  # its record may be here before control looks again
         if residence is None or not residence.fresh or not begun < residence.appeared < first + GLANCE:
             return
         residence.load = max(residence.load, min(residence.appeared, first) - begun)
