@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import strategies as st
-from support.fuzz import PLACES, changes, cuts, fuzz, mutated
+from support.fuzz import PLACES, PUNCTUATION, changes, cuts, fuzz, mutated
 
 from corral.gateway.upstream import UpstreamConnection, Upstreams
 from corral.wire.common import CAPS
@@ -28,13 +28,7 @@ EMBED = [b'{"model":"m","embeddings":[[0.1,0.2]],"prompt_eval_count":1}']
 LINES = {"/api/chat": CHAT, "/api/generate": GENERATE, "/api/embed": EMBED}
 TOKENS = [
     *(
-        b'"',
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b",",
-        b":",
+        *PUNCTUATION,
         b"\n",
         b"null",
         b"1e999",

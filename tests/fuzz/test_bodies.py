@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from hypothesis import strategies as st
-from support.fuzz import changes, fuzz, mutated
+from support.fuzz import PUNCTUATION, changes, fuzz, mutated
 
 from corral.wire import bodies
 from corral.wire.common import CAPS
@@ -89,13 +89,7 @@ VALID: dict[str, Any] = {
     "stream": False,
 }
 TOKENS = [
-    b'"',
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b":",
+    *PUNCTUATION,
     b"\\",
     b"\\ud800",
     b"null",

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,6 @@ from support.control import WITHIN, FakeNode, Running, free_port, haproxy, make_
 from corral.config.settings import Settings
 from corral.control.bootstrap import bootstrap
 from corral.store.spool import encode_frame
-
-
-@pytest.fixture
-def node() -> Iterator[FakeNode]:
-    made = FakeNode()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def control(tmp_path: Path, node: FakeNode, database_url: str) -> Iterator[Running]:
-    made = Running(tmp_path / "state", nodes=[{"url": node.url}], store={"database": database_url})
-    yield made
-    made.close()
-
 
 # -- start
 

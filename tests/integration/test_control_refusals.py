@@ -30,13 +30,6 @@ from corral.store.tables import audit, keys
 
 
 @pytest.fixture
-def node() -> Iterator[FakeNode]:
-    made = FakeNode()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def control(tmp_path: Path, node: FakeNode) -> Iterator[Running]:
     made = Running(tmp_path / "state", nodes=[{"url": node.url}])
     yield made

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from support.control import FakeNode, Running, make_key, until
-
-
-@pytest.fixture
-def node() -> Iterator[FakeNode]:
-    made = FakeNode()
-    yield made
-    made.close()
 
 
 def test_a_disabled_model_is_in_the_snapshot_until_it_is_enabled(

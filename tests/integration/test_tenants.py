@@ -5,30 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner, Result
-from support.control import FakeNode, Running, make_key
+from support.control import Running, make_key
 
 from corral.cli.main import cli
 from corral.store.spool import encode_frame
-
-
-@pytest.fixture
-def node() -> Iterator[FakeNode]:
-    made = FakeNode()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def control(tmp_path: Path, node: FakeNode, database_url: str) -> Iterator[Running]:
-    made = Running(tmp_path / "state", nodes=[{"url": node.url}], store={"database": database_url})
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 TARGETS = 5
 SECONDS = float(os.environ.get("CORRAL_FUZZ_SECONDS", "60"))
+PUNCTUATION = (b'"', b"{", b"}", b"[", b"]", b",", b":")
+"""What JSON is made of, for edits of it."""
+
 _PHASES = (Phase.explicit, Phase.generate, Phase.target, Phase.shrink)
 
 

@@ -169,11 +169,8 @@ def _spool(writer: Writer, folder: Path, root: Path) -> int:
 def _whole(path: Path) -> bytes:
     """A segment up to the last whole frame: one that is written to now may end within one."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size or path.suffix != ".seg":
-            return file.read(size)
-        data = file.read(size)
-        return data[: spool.whole_frames(data)]
+        data = file.read(os.fstat(file.fileno()).st_size)
+    return data[: spool.whole_frames(data)] if path.suffix == ".seg" else data
 
 
 def _database(connection: Connection, writer: Writer) -> tuple[dict[str, Any], dict[str, str]]:

@@ -84,7 +84,12 @@ DEFAULT = HaproxyPlan(
 
 def edge_hosts(edge: EdgeSettings) -> tuple[str, ...]:
     """The plan's ``hosts``: where nobody named any, local names on loopback, and any beyond."""
-    return edge.hosts or (() if loopback(edge.host) else ("*",))
+    return edge.hosts or _names_at(edge.host)
+
+
+def _names_at(host: str) -> tuple[str, ...]:
+    # Of an address that this machine alone reaches, local names; of others nobody knows the names here.
+    return () if loopback(host) else ("*",)
 
 
 def render(plan: HaproxyPlan) -> str:
@@ -156,7 +161,7 @@ def _statistics(plan: HaproxyPlan) -> list[str]:
     return [
         "frontend stats",
         f"    bind {_address(plan.stats_host, plan.stats_port)}",
-        *for_hosts(() if loopback(plan.stats_host) else ("*",)),
+        *for_hosts(_names_at(plan.stats_host)),
         "    timeout client 30s",
         "    http-request use-service prometheus-exporter if { path /metrics }",
         "    stats enable",
@@ -247,7 +252,7 @@ def _node_front_end(plan: HaproxyPlan) -> list[str]:
         "# The gateway names the node and owns its deadlines and retries; here nothing is tried twice.",
         "frontend nodes",
         f"    bind {_address(plan.nodes_host, plan.nodes_port)}",
-        *for_hosts(() if loopback(plan.nodes_host) else ("*",)),
+        *for_hosts(_names_at(plan.nodes_host)),
         *known,
         "    default_backend no_such_node",
         "",

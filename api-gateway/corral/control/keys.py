@@ -19,7 +19,6 @@ from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.scope import ROLES, Scope, excess
-from corral.control.snapshot import ACKNOWLEDGE
 from corral.store import keys as keytext
 from corral.store import tenants
 from corral.store.tables import key_verifiers, keys
@@ -110,7 +109,7 @@ async def create_key(control: Here, caller: Caller, wanted: NewKey, response: Re
     key_id, text = keytext.generate()
     proof = keytext.verifier(control.pepper, text)
     made = await control.database.write(_create, caller, wanted, _defaults(control), key_id, proof)
-    await _known(control)
+    await control.hub.spread()
     response.headers["Cache-Control"] = "no-store"
     return {**made, "key": text}
 
@@ -131,7 +130,7 @@ async def rotate_key(
     text = keytext.secret_for(row.id)
     proof = keytext.verifier(control.pepper, text)
     made = await control.database.write(_rotate, caller, row.id, _defaults(control), proof, overlap)
-    await _known(control)
+    await control.hub.spread()
     response.headers["Cache-Control"] = "no-store"
     return {**made, "key": text}
 
@@ -150,14 +149,7 @@ async def delete_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
 
 async def _revoke_everywhere(control: Control, caller: Principal, key: str, method: str) -> dict[str, Any]:
     made = await control.database.write(_revoke, caller, key, method)
-    number = await control.hub.reload()
-    has, has_not = await control.hub.acknowledged(number, ACKNOWLEDGE)
-    return {**made, "gateways": {"acknowledged": has, "pending": has_not}}
-
-
-async def _known(control: Control) -> None:
-    """A text works everywhere by the time that its owner reads it, unless a gateway is cut off."""
-    await control.hub.acknowledged(await control.hub.reload(), ACKNOWLEDGE)
+    return {**made, "gateways": await control.hub.spread()}
 
 
 def _defaults(control: Control) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class Measured:
         residence = self.residents.get(model)
         if residence is None:
             self.unseen[model] = begun, first  # its record may be here before control looks again
-        if residence is None or not residence.fresh or not begun < residence.appeared < first + GLANCE:
+            return
+        if not residence.fresh or not begun < residence.appeared < first + GLANCE:
             return
         residence.load = max(residence.load, min(residence.appeared, first) - begun)
         self.load_seconds[model] = residence.load

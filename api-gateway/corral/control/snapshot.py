@@ -153,6 +153,14 @@ class Hub:
         """The tenant of a key; None where there is no such key."""
         return self._owners.get(key_id)
 
+    async def spread(self) -> dict[str, list[str]]:
+        """Read again what changed and wait a second: gateways that have ``acknowledged`` it, and ``pending`` ones.
+
+        What was changed is in force everywhere by then, unless a gateway is cut off.
+        """
+        has, has_not = await self.acknowledged(await self.reload(), ACKNOWLEDGE)
+        return {"acknowledged": has, "pending": has_not}
+
     async def acknowledged(self, number: int, within: float) -> tuple[list[str], list[str]]:
         """Wait until every gateway has snapshot `number` or a later one: names of those that have, and have not.
 

@@ -11,9 +11,8 @@ from sqlalchemy import Connection, delete, select
 
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
-from corral.control.context import Control, Here
+from corral.control.context import Here
 from corral.control.models import ModelName
-from corral.control.snapshot import ACKNOWLEDGE
 from corral.fleet.node import canonical_name
 from corral.store.database import insert
 from corral.store.tables import disabled_models
@@ -52,19 +51,14 @@ async def disable_models(control: Here, caller: Caller, wanted: Disabled) -> dic
     catalogue = control.catalogue.entries
     held = {str(entry["name"]) for node in control.fleet.members.values() for entry in node.tags}
     unknown = [name for name in names if name not in held and name not in catalogue]
-    return {**await _told(control, after), "unknown": unknown}
+    return {"disabled": after, "gateways": await control.hub.spread(), "unknown": unknown}
 
 
 @router.post("/admin/models/enable")
 async def enable_models(control: Here, caller: Caller, wanted: Enabled) -> dict[str, Any]:
     """Take requests for models again; says which gateways have taken note within a second, and who was not disabled."""
     after, strange = await control.database.write(_enable, caller, _names(wanted.models))
-    return {**await _told(control, after), "unknown": strange}
-
-
-async def _told(control: Control, disabled: list[dict[str, Any]]) -> dict[str, Any]:
-    has, has_not = await control.hub.acknowledged(await control.hub.reload(), ACKNOWLEDGE)
-    return {"disabled": disabled, "gateways": {"acknowledged": has, "pending": has_not}}
+    return {"disabled": after, "gateways": await control.hub.spread(), "unknown": strange}
 
 
 def _names(models: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,11 +12,9 @@ from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.control.keys import Limit
+from corral.control.keys import Limit, Text
 from corral.store import tenants as store
 from corral.store.tables import tenants
-
-TenantName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 router = APIRouter(tags=["tenants"])
 
@@ -36,7 +34,7 @@ class Shared(BaseModel):
 class NewTenant(Shared):
     """A tenant to make."""
 
-    name: TenantName
+    name: Text
 
 
 @router.get("/admin/tenants")

@@ -369,12 +369,11 @@ class Exchange(Waiter):
                 attempt.abandon()
                 self._attempt = None
             self._expire()
-        elif attempt is None:
-            pass
-        elif not self.first_token and schedule.is_down(attempt.node, self.gateway.snapshot, self.model, now):
-            attempt.orphaned()
-        elif not self._paused and now >= self.deadline:
-            attempt.timed_out()
+        elif attempt is not None:
+            if not self.first_token and schedule.is_down(attempt.node, self.gateway.snapshot, self.model, now):
+                attempt.give_up(Failure.RESET)
+            elif not self._paused and now >= self.deadline:
+                attempt.give_up(Failure.TIMEOUT)
 
     def _expire(self) -> None:
         error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")

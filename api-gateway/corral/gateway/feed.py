@@ -85,14 +85,16 @@ class Feed:
 
     async def leave(self) -> None:
         """Tell control that this gateway ends: nobody need wait for it, or wonder whether it heard."""
-        headers = self._headers | self._tell() | {"X-Corral-Leaving": "1"}
         with contextlib.suppress(httpx.HTTPError, OSError):
             async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
-                await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
+                await self._ask(client, {"X-Corral-Leaving": "1"})
+
+    async def _ask(self, client: httpx.AsyncClient, more: dict[str, str]) -> httpx.Response:
+        headers = self._headers | self._tell() | more
+        return await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
 
     async def _poll(self, client: httpx.AsyncClient) -> bool:
-        headers = self._headers | self._tell()
-        response = await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
+        response = await self._ask(client, {})
         now = time.time()
         if response.status_code == 200:
             self._snapshot.apply(msgspec.json.decode(response.content))

@@ -149,15 +149,10 @@ class Attempt(Handler):
         else:
             self._fail(Failure.RESET)
 
-    def timed_out(self) -> None:
-        """The deadline to the first token or between tokens has passed."""
+    def give_up(self, failure: Failure) -> None:
+        """Nothing more is expected of the node, though its connection stands."""
         if not self._over:
-            self._fail(Failure.TIMEOUT)
-
-    def orphaned(self) -> None:
-        """The node is down, though its connection stands: it may be stopped, or cut off."""
-        if not self._over:
-            self._fail(Failure.RESET)
+            self._fail(failure)
 
     # -- back-pressure, end
 

@@ -118,9 +118,9 @@ class Gateway:
             record_id = self._prefix + str(self._number)
         shown = headers.get(b"x-request-id")
         # Some clients take their key for an id: it would be shown and recorded.
-        fit = shown is not None and b"crl_" not in shown and _REQUEST_ID(shown)
-        request_id = shown.decode() if shown is not None and fit else record_id
-        return record_id, request_id, address
+        if shown is None or b"crl_" in shown or not _REQUEST_ID(shown):
+            return record_id, record_id, address
+        return record_id, shown.decode(), address
 
     def snapshot_now(self, wall: float) -> Snapshot:
         """The snapshot, if it may still be used.

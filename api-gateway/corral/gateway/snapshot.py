@@ -40,11 +40,7 @@ class Snapshot:
         for entry in data["keys"]:
             key = build_key(entry, self._defaults, tenants.get(entry.get("tenant") or ""))
             old = self.keys.get(key.id)
-            if old is not None:
-                if old.budget.same(key.budget):
-                    key.budget = old.budget
-                else:
-                    key.budget.inherit(old.budget)
+            key.budget = key.budget.after(old.budget if old is not None else None)
             keys[key.id] = key
         nodes: dict[str, Node] = {}
         for entry in data["nodes"]:
@@ -67,11 +63,7 @@ class Snapshot:
         for entry in entries:
             rpm, concurrency, tpm, daily, monthly = (entry.get(name) for name in LIMITS)
             budget = Budget(TENANT + entry["name"], rpm, concurrency, tpm, daily, monthly)
-            old = self.tenants.get(entry["name"])
-            if old is not None and old.same(budget):
-                budget = old
-            elif old is not None:
-                budget.inherit(old)
+            budget = budget.after(self.tenants.get(entry["name"]))
             if any(budget.limits()):
                 tenants[entry["name"]] = budget
         return tenants

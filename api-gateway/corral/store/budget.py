@@ -189,13 +189,15 @@ class Budget:
         if month > self.month:
             self.month, self.month_used, self.month_spent = month, 0, 0
 
-    def same(self, other: Budget) -> bool:
-        """Whether another one's limits are these."""
-        return self.limits() == other.limits() and self.tenant is other.tenant
-
-    def inherit(self, old: Budget) -> None:
-        """Go on with what an earlier one of the same key knows."""
+    def after(self, old: Budget | None) -> Budget:
+        """What takes the place of an earlier one: that itself where the limits are the same, else this, which goes on
+        with what that knows."""
+        if old is None:
+            return self
+        if self.limits() == old.limits() and self.tenant is old.tenant:
+            return old
         self.in_flight, self.arrival, self.said_arrival = old.in_flight, old.arrival, old.said_arrival
         self.tokens_arrival, self.window = old.tokens_arrival, old.window
         self.day, self.day_used, self.day_spent = old.day, old.day_used, old.day_spent
         self.month, self.month_used, self.month_spent = old.month, old.month_used, old.month_spent
+        return self

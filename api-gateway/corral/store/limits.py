@@ -189,8 +189,7 @@ class Limits:
             else:
                 done(self._unheard(budget, request_id, now, tokens, reply))
 
-        identity, cost = request_id.encode(), b"%d" % tokens
-        store.call(b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost), replied)
+        store.call(_reservation(budget, request_id, b"%d" % tokens), replied)
 
     def _note(self, budget: Budget, now: float, reply: list[int]) -> None:
         place = 11
@@ -242,10 +241,7 @@ class Limits:
                 else:
                     self._unadopted[budget] = None
 
-            identity, cost = request_id.encode(), b"-%d" % reserved
-            store.call(
-                b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost), heard
-            )
+            store.call(_reservation(budget, request_id, b"-%d" % reserved), heard)
 
         del self._unadopted[budget]
         for request_id, reserved in list(budget.in_flight.items()):
@@ -366,6 +362,12 @@ class Limits:
                 if not tokens_limit or rest < tokens_left:
                     tokens_limit, tokens_left, tokens_reset = most, rest, whole
         return Verdict(refused, left, reset, retry, limit, tokens_limit, tokens_left, tokens_reset)
+
+
+def _reservation(budget: Budget, request_id: str, cost: bytes) -> bytes:
+    """The command that reserves tokens for a request of a metered key."""
+    identity = request_id.encode()
+    return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost)
 
 
 def _nothing() -> None:

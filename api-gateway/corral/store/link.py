@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import hiredis
 
@@ -21,7 +20,10 @@ async def request(store: Valkey, command: bytes) -> Any:
     """`Valkey.request`."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     store.call(command, _Waiter(future).hand_over)
-    return await _reply(future)
+    reply = await future
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
 
 
 async def run(store: Valkey) -> None:
@@ -47,37 +49,19 @@ async def run(store: Valkey) -> None:
 
 
 async def _connect(store: Valkey, lost: asyncio.Event) -> None:
-    from corral.store.valkey import Connection, ValkeyDown, encode  # it imports this module
-
     loop = asyncio.get_running_loop()
     store.reader = hiredis.Reader()
-    made: Callable[[], Any] = lambda: Connection(store, lost)  # noqa: E731
+    made: Callable[[], Any] = lambda: store.protocol(lost)  # noqa: E731
     store.transport, _ = await loop.create_connection(made, store.host, store.port)
-    commands: list[tuple[bytes, ...]] = []
-    if store.password:
-        user = (unquote(store.user).encode(),) if store.user else ()
-        commands.append((b"AUTH", *user, unquote(store.password).encode()))
-    if store.database != "0":
-        commands.append((b"SELECT", store.database.encode()))
-    commands.append((b"PING",))
-    commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in store.scripts]
-    for parts in commands:
+    for command in store.greeting():
         future: asyncio.Future[Any] = loop.create_future()
-        store.enqueue(encode(*parts), _Waiter(future).hand_over)
-        try:
-            await _reply(future)
-        except (hiredis.HiredisError, ValkeyDown) as error:
-            raise ConnectionError(str(error)) from None
+        store.enqueue(command, _Waiter(future).hand_over)
+        reply = await future
+        if isinstance(reply, Exception):
+            raise ConnectionError(str(reply))
     store.connected = True
     if store.on_connect is not None:
         store.on_connect()
-
-
-async def _reply(future: asyncio.Future[Any]) -> Any:
-    reply = await future
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
 
 
 class _Waiter:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from corral.store import link
 
@@ -138,6 +138,22 @@ class Valkey:
             self._watch_for(self._timeout)
 
     # -- the connection
+
+    def protocol(self, lost: asyncio.Event) -> Connection:
+        """What a connection is made with; `lost` is set when that has ended."""
+        return Connection(self, lost)
+
+    def greeting(self) -> list[bytes]:
+        """The commands that come before any call."""
+        commands: list[tuple[bytes, ...]] = []
+        if self.password:
+            user = (unquote(self.user).encode(),) if self.user else ()
+            commands.append((b"AUTH", *user, unquote(self.password).encode()))
+        if self.database != "0":
+            commands.append((b"SELECT", self.database.encode()))
+        commands.append((b"PING",))
+        commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in self.scripts]
+        return [encode(*parts) for parts in commands]
 
     def received(self, data: bytes) -> None:
         """Hand each reply to who waits for it."""
