@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -230,7 +232,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     def connected(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say, below
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(cursor)
         # A gateway deletes a segment once control confirms it, so a commit must be on the disk.
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.execute("PRAGMA foreign_keys=ON")
@@ -241,6 +243,19 @@ def _prepare_sqlite(engine: Engine) -> None:
         # A writer that begins as a reader fails when another writes in between; IMMEDIATE waits its turn.
         write = connection.get_execution_options().get("corral_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _write_ahead(cursor: sqlite3.Cursor) -> None:
+    # A new database is switched once, and SQLite does not wait for another that does it: its time-out is not for this.
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _prepare_postgresql(engine: Engine, password_file: Path | None) -> None:
