@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from support.control import WITHIN, FakeNode, Running, free_port, haproxy, make_key, until
+from support.control import WITHIN, FakeNode, Running, haproxy, make_key, until
+from support.process import free_port
 
 from corral.config.settings import Settings
 from corral.control.bootstrap import bootstrap

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.control import FakeNode, Running, free_port, make_key, until
+from support.control import FakeNode, Running, make_key, until
 from support.postgres import PASSWORD, USER, Postgres, name_of
 from support.postgres import postgres as run_postgres
+from support.process import free_port
 from support.servers import python_env
 
 from corral.config.settings import Settings

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.control import FakeNode, Running, free_port, make_key, until
+from support.control import FakeNode, Running, make_key, until
+from support.process import free_port
 
 MODEL = '{"name":"m:latest","digest":"d","size":1}'
 HONEST = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ from corral.config.settings import Settings
 from corral.control.bootstrap import bootstrap
 from corral.control.haproxy import binary
 from corral.control.main import server
+from support.process import free_port
 
 WITHIN = 10.0
 
@@ -33,12 +33,6 @@ def until(what: str, holds: Callable[[], Any], within: float = WITHIN) -> Any:
         assert time.monotonic() < deadline, f"not within {within:g} s: {what}"
         time.sleep(0.02)
     return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class FakeNode:

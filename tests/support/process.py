@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -18,9 +19,15 @@ class NotReady(AssertionError):
     """A condition did not come true in time."""
 
 
+_given: deque[int] = deque(maxlen=1000)
+
+
 def free_port() -> int:
-    """A loopback port nobody listens on, outside the range of outgoing connections."""
-    return ports.choose(["port"], {})["port"]
+    """A loopback port nobody listens on, outside the range of outgoing connections; not one of the last thousand."""
+    # Ports are asked for before anybody listens: chosen at random, two of one test were the same now and then.
+    port = ports.choose(["port"], {}, _given)["port"]
+    _given.append(port)
+    return port
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 10.0, every: float = 0.05) -> None:
