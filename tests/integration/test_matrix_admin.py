@@ -53,6 +53,10 @@ WHO = {
     ("POST", "/admin/operations/{operation}/cancel"): OPERATOR,
     ("GET", "/admin/status"): OPERATOR,
     ("GET", "/admin/audit"): OPERATOR,
+    ("GET", "/admin/audit/chain"): ADMIN,
+    ("GET", "/admin/audit/records"): ADMIN,
+    ("GET", "/admin/audit/checkpoints"): ADMIN,
+    ("GET", "/admin/usage"): OPERATOR,
     ("GET", "/internal/snapshot"): INTERNAL,
     ("POST", "/internal/spool/{gateway}/{segment}"): INTERNAL,
 }

@@ -144,6 +144,8 @@ class FakeControl:
     def __init__(self, token: str) -> None:
         self.snapshot: dict[str, Any] = {"version": "0", "keys": [], "nodes": [], "models": []}
         self.records: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
+        """What is not of one request: that a gateway began, how far requests are."""
         self.offsets: dict[str, int] = {}
         self.polls = 0
         self.stopped = False
@@ -185,7 +187,8 @@ class FakeControl:
                 if control.offsets.get(path, 0) != int(query):
                     self._send(409, json.dumps({"offset": control.offsets.get(path, 0)}).encode())
                     return
-                control.records += [record for _, record in decode_frames(data)]
+                for _, record in decode_frames(data):
+                    (control.records if "id" in record else control.notes).append(record)
                 control.offsets[path] = int(query) + len(data)
                 self._send(200, json.dumps({"offset": control.offsets[path]}).encode())
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from corral.config import values
-from corral.config.settings import Settings
+from corral.config.settings import PriceSettings, Settings
 
 _INTRODUCTION = """\
 # Configuration
@@ -64,6 +64,7 @@ _KINDS: list[tuple[Any, str]] = [
     (Path, "path"),
     (str, "text"),
     (bool, "true or false"),
+    (PriceSettings, "`{prompt, generated}`"),
     (Any, "any value"),
 ]
 

@@ -12,6 +12,7 @@ from corral.config.settings import Settings
 from corral.control.alerts import Alerts
 from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
+from corral.control.ledger import Ledger
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
 from corral.control.usage import Usage
@@ -41,6 +42,7 @@ class Control:
     operations: Operations
     preloader: Preloader
     usage: Usage
+    ledger: Ledger
     alerts: Alerts
 
 

@@ -19,6 +19,7 @@ from corral.gateway.feed import Feed
 from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
+from corral.gateway.records import Begun, Progress
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
@@ -28,6 +29,11 @@ from corral.store.limits import Limits
 from corral.store.valkey import Valkey
 from corral.wire.common import Caps
 from corral.wire.errors import ApiError
+
+PROGRESS = 1.0
+"""How often it is recorded how far requests are; what ends sooner needs no such record."""
+
+PROGRESS_ROWS = 4000
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
@@ -72,6 +78,8 @@ class Gateway:
         self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
         self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
         self._number = 0
+        self._progressed = time.monotonic()
+        self.journal.record(Begun(self.name, time.time()), NOBODY)
 
     # -- for connections and exchanges
 
@@ -154,6 +162,15 @@ class Gateway:
         for exchange in list(self.running):
             exchange.check(now)
         self.upstreams.sweep(now)
+        if now - self._progressed >= PROGRESS:
+            self._progressed = now
+            self._record_progress(now)
+
+    def _record_progress(self, now: float) -> None:
+        """Write how far requests are that have run for a while: where this process is killed, they count so much."""
+        rows = [settle.far(exchange, now) for exchange in self.running if now - exchange.arrived >= PROGRESS]
+        for start in range(0, len(rows), PROGRESS_ROWS):
+            self.journal.record(Progress(rows[start : start + PROGRESS_ROWS]), NOBODY)
 
     def _tell(self) -> dict[str, str]:
         """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""
