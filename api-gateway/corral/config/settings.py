@@ -122,6 +122,9 @@ class GatewaySettings(Section):
     nodes_url: BaseUrl = Field("http://127.0.0.1:8082", description="HAProxy's front end before the nodes.")
     control_url: BaseUrl = Field("http://127.0.0.1:8090", description="Control's own address, for /internal.")
     spool: Path = Field(Path("spool"), description="Folder of spools; this gateway's is <name> in it.")
+    spool_max: Size = Field(
+        4 << 30, gt=0, description="Most bytes of a spool that control has not taken; above, requests get a 503."
+    )
     cache: Path = Field(Path("cache"), description="Folder of snapshots; this gateway's is <name> in it.")
     metrics: ListenOrNone = Field("127.0.0.1:9101", description='Where /metrics is served, without a key; "": nowhere.')
     access_log: str = Field("-", description="File of the access log; - is standard output.")

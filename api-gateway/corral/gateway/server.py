@@ -66,7 +66,8 @@ class Gateway:
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.answer_tokens = settings.limits.answer_tokens
-        self.journal = Journal(spool, gateway.access_log, loop)
+        self.journal = Journal(spool, gateway.access_log, loop, settings.audit.durability == "synced")
+        self.spool_max = gateway.spool_max
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()
@@ -164,6 +165,7 @@ class Gateway:
         self.upstreams.sweep(now)
         if now - self._progressed >= PROGRESS:
             self._progressed = now
+            self.journal.full = self.shipper.backlog() >= self.spool_max
             self._record_progress(now)
 
     def _record_progress(self, now: float) -> None:

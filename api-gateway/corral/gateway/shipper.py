@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -84,6 +85,11 @@ class Shipper:
     def behind(self) -> float:
         """How long the oldest of them wait, in seconds; 0 where there are none."""
         return max(0.0, time.time() - self._caught_up) if self._reader.backlog() else 0.0
+
+    def free(self) -> int:
+        """Bytes that the spool's disk has left for it."""
+        disk = os.statvfs(self._folder)
+        return disk.f_bavail * disk.f_frsize
 
     async def drain(self) -> None:
         """Ship the rest before the process ends; what control does not take stays for the next start."""

@@ -110,13 +110,14 @@ def opened(segment: str) -> float:
 class SpoolWriter:
     """Appends to the newest segment of a folder; not thread-safe, one writer per folder.
 
-    ``append`` only buffers; ``flush`` hands the whole group to the kernel in one write (durability `written`:
-    what was flushed survives the death of this process).  A new writer always opens a new segment, so that a
-    tail torn by a crash is never followed by good frames.
+    ``append`` only buffers; ``flush`` hands the whole group to the kernel in one write (durability `written`: what
+    was flushed survives the death of this process; `synced`: the caller syncs ``descriptor`` as well). A new writer
+    always opens a new segment, so that a tail torn by a crash is never followed by good frames.
     """
 
-    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, synced: bool = False) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._synced = synced
         self._folder = folder
         self._limit = segment_bytes
         self._records: list[bytes] = []
@@ -133,6 +134,10 @@ class SpoolWriter:
     def segment(self) -> Path:
         """The segment that is written to now."""
         return self._folder / f"{self._number:016d}.seg"
+
+    def descriptor(self) -> int:
+        """A descriptor of the segment for the caller to sync and to close."""
+        return os.dup(self._fd)
 
     def append(self, payload: bytes) -> None:
         """Put an encoded record into the group that the next `flush` writes."""
@@ -210,6 +215,12 @@ class SpoolWriter:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         previous, self._fd = self._fd, descriptor
         self._number, self._size = number, 0
+        if self._synced:
+            if previous >= 0:
+                os.fsync(previous)
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
         if previous >= 0:
             with contextlib.suppress(OSError):  # what it held was written by then
                 os.close(previous)
