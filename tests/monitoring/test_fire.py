@@ -132,6 +132,9 @@ GOOD: dict[str, dict[str, float]] = {
         f"corral_slots{{{NODE}}}": 4,
         f"corral_spool_failing{{{GATEWAY}}}": 0,
         f"corral_spool_oldest_seconds{{{GATEWAY}}}": 0,
+        f"corral_spool_bytes{{{GATEWAY}}}": 0,
+        f"corral_spool_max_bytes{{{GATEWAY}}}": 100,
+        f"corral_spool_disk_free_bytes{{{GATEWAY}}}": 1000,
         f"corral_snapshot_age_seconds{{{GATEWAY}}}": 1,
     },
     "control": {
@@ -139,6 +142,7 @@ GOOD: dict[str, dict[str, float]] = {
         "corral_control_leader": 1,
         "corral_database_up": 1,
         "corral_backup_last_success_timestamp_seconds": 4e9,
+        "corral_audit_signed_timestamp_seconds": 4e9,
         f"corral_ingest_lag_seconds{{{GATEWAY}}}": 0,
     },
     "redis": {"corral_valkey_memory_bytes": 100, "corral_valkey_memory_max_bytes": 256},
@@ -186,6 +190,8 @@ TOLD = [
              {"api-gateway": {f"corral_spool_oldest_seconds{{{GATEWAY}}}": 600}}),
         Told("IngestBehind", "said: control 10 minutes behind",
              {"control": {f"corral_ingest_lag_seconds{{{GATEWAY}}}": 600}}),
+        Told("SpoolFilling", "said: 60 of 100 bytes", {"api-gateway": {f"corral_spool_bytes{{{GATEWAY}}}": 60}}),
+        Told("CheckpointLate", "said: none since 1970", {"control": {"corral_audit_signed_timestamp_seconds": 0}}),
         Told("ScrapeMissing", "a target that answers 503", {"redis": None}),
     ],
 ]  # fmt: skip
