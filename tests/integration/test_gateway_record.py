@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pytest
-from support.gateway import HEAD, LINE, Gateway, chunk, gateway
+from msgspec.json import encode
+from support.gateway import HEAD, LINE, FakeControl, Gateway, chunk, gateway
 from support.metrics import page
 from support.process import until
+
+from corral.gateway import adopt
+from corral.store.spool import SpoolWriter, hold
 
 
 def test_a_killed_gateway_leaves_how_far_its_streams_were_and_says_that_it_began_anew(tmp_path: Path) -> None:
@@ -124,3 +131,47 @@ def test_synced_records_are_on_the_disk_before_a_node_hears(tmp_path: Path) -> N
         until(lambda: len([r for r in gw.control.records if r["t"] == "settle"]) == 30, "all are recorded")
         assert kinds.count("admit") <= 30
         assert gw.process.end() == 0
+
+
+def test_the_spool_of_a_gateway_that_is_gone_is_shipped_under_its_name(tmp_path: Path) -> None:
+    left = tmp_path / "spool/gateway-9"
+    writer = SpoolWriter(left)
+    writer.append(encode({"t": "admit", "id": "left-1", "request_id": "left"}))
+    writer.flush()
+    name = writer.segment.name
+    lock = hold(left)
+    old = time.time() - 2 * adopt.GONE
+    os.utime(writer.segment, (old, old))
+    shipped = []
+
+    async def look(gone: float) -> None:
+        with patch.object(adopt, "GONE", gone):
+            await adopt._adopt(left, f"http://127.0.0.1:{control.port}", "t0ken")
+
+    control = FakeControl("t0ken")
+    try:
+        asyncio.run(look(adopt.GONE))
+        assert control.records == [], "its owner lives"
+        os.close(lock)
+        control.busy = True
+        with pytest.raises(ValueError, match="503"):
+            asyncio.run(look(adopt.GONE))
+        control.busy = False
+        assert control.records == []
+        asyncio.run(look(1e9))
+        assert control.records == [], "somebody wrote to it a while ago"
+        asyncio.run(look(adopt.GONE))
+        shipped = [record["id"] for record in control.records]
+    finally:
+        control.stop()
+    assert (shipped, [note["t"] for note in control.notes]) == (["left-1"], ["begin"])
+    assert f"/internal/spool/gateway-9/{name}" in control.offsets
+    assert not left.exists()
+
+
+def test_a_second_gateway_of_the_same_name_does_not_start(tmp_path: Path) -> None:
+    lock = hold(tmp_path)
+    with patch.object(adopt, "PATIENCE", 0.2), pytest.raises(OSError, match="another process"):
+        adopt.own(tmp_path)
+    os.close(lock)
+    os.close(adopt.own(tmp_path))

@@ -38,6 +38,7 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
             ("feed", gateway.feed.run()),
             ("leases", leases.keep(gateway.limits)),
             ("shipper", gateway.shipper.run()),
+            ("adopter", gateway.adopter.run()),
             ("sweep", _sweep(gateway)),
         )
     ]

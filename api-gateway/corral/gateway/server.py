@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
-from corral.gateway import settle
+from corral.gateway import adopt, settle
 from corral.gateway.authenticate import authenticate
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
@@ -66,8 +66,10 @@ class Gateway:
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.answer_tokens = settings.limits.answer_tokens
+        self.held = adopt.own(spool)
         self.journal = Journal(spool, gateway.access_log, loop, settings.audit.durability == "synced")
         self.spool_max = gateway.spool_max
+        self.adopter = adopt.Adopter(gateway.spool, self.name, gateway.control_url, token)
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from corral.store.spool import SpoolReader, SpoolWriter, opened
+from corral.store.spool import SpoolReader, SpoolWriter, opened, salvage
 
 PAUSE = 0.2
 PAUSE_BUSY = 0.5
@@ -108,8 +108,22 @@ class Shipper:
         aside = path.with_suffix(suffix or ".torn")
         size = path.stat().st_size
         path.replace(aside)
+        rescued = self._rescue(aside, offset)
         what = "a corrupt frame" if aside.suffix == ".corrupt" else "a torn frame"
-        log.error("%s has %s at byte %d of %d: the rest is not shipped; kept as %s", path, what, offset, size, aside)
+        said = "%s has %s at byte %d of %d; kept as %s. %d records behind it are shipped all the same"
+        log.error(said, path, what, offset, size, aside, rescued)
+
+    def _rescue(self, aside: Path, offset: int) -> int:
+        """Write the good records behind a bad frame anew; how many. That an earlier life began is no news any more."""
+        with aside.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+        records = [one for payload in salvage(data) for one in payload.split(b"\n")]
+        records = [one for one in records if not one.startswith(b'{"t":"begin"')]
+        for record in records:
+            self._writer.append(record)
+        self._writer.flush()
+        return len(records)
 
 
 def _is_corrupt(response: httpx.Response) -> bool:

@@ -34,13 +34,17 @@ def due(connection: Connection, until: float) -> dict[str, int]:
 
 def drop(connection: Connection, until: float) -> int:
     """Delete a batch of what may go; how many rows. Rows that are older than the chain go by their time."""
+    column = audit.c
     for stream, dropped in connection.execute(select(audit_streams.c.stream, audit_streams.c.dropped)).all():
-        column = audit.c
         if stream:
-            wanted = select(column.seq).where(column.gw == stream, column.pos <= dropped).order_by(column.pos)
+            first = connection.execute(select(func.min(column.pos)).where(column.gw == stream)).scalar()
+            if first is None or first > dropped:
+                continue
+            which = (column.gw == stream) & column.pos.between(first, min(first + BATCH - 1, dropped))
         else:
-            wanted = select(column.seq).where(column.pos.is_(None), column.ts < until).order_by(column.ts)
-        count = connection.execute(delete(audit).where(column.seq.in_(wanted.limit(BATCH)))).rowcount
+            old = select(column.seq).where(column.pos.is_(None), column.ts < until).order_by(column.ts).limit(BATCH)
+            which = column.seq.in_(old)
+        count = connection.execute(delete(audit).where(which)).rowcount
         if count:
             return count
     return 0

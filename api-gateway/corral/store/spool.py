@@ -13,6 +13,7 @@ crash cut, ``.corrupt`` has a frame that is not what was written.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -30,6 +31,12 @@ SEGMENT_BYTES = 64 << 20
 FRAME_MAX = 1 << 20
 SHIP_MAX = 4 << 20
 """Most bytes of frames that are shipped at once."""
+
+LOCK = "lock"
+"""The file of a spool that its owner has locked."""
+
+_BEGIN = b'{"t":"'
+"""How a payload begins."""
 
 ASIDE = (".torn", ".corrupt")
 
@@ -95,6 +102,49 @@ def whole_frames(data: bytes) -> int:
             break
         position = end
     return position
+
+
+def salvage(data: bytes) -> Iterator[bytes]:
+    """The payloads of the good frames of `data`, whatever stands between them."""
+    position, size = 0, len(data)
+    while position + HEADER.size <= size:
+        length, checksum = HEADER.unpack_from(data, position)
+        end = position + HEADER.size + length
+        fits = length <= FRAME_MAX and end <= size
+        if fits and zlib.crc32(data[position + HEADER.size : end]) == checksum:
+            yield data[position + HEADER.size : end]
+            position = end
+        elif fits and _is_frame(data, end):
+            position = end  # something within was damaged, not its length
+        else:
+            begin = data.find(_BEGIN, position + 1 + HEADER.size)
+            if begin < 0:
+                return
+            position = begin - HEADER.size
+
+
+def _is_frame(data: bytes, position: int) -> bool:
+    if position + HEADER.size > len(data):
+        return position == len(data)
+    length, checksum = HEADER.unpack_from(data, position)
+    payload = data[position + HEADER.size : position + HEADER.size + length]
+    return length <= FRAME_MAX and len(payload) == length and zlib.crc32(payload) == checksum
+
+
+def hold(folder: Path) -> int:
+    """Be the one process that writes to a spool, until the descriptor is closed or the process ends.
+
+    Raises:
+        OSError: another one is (BlockingIOError), or there can be no such file.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def segments(folder: Path) -> list[Path]:
