@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, text, update
 
 from corral.config.settings import AuditSettings
 from corral.control import audit as trail
@@ -18,7 +18,7 @@ from corral.control.auth import Principal
 from corral.control.ledger import Ledger
 from corral.store import seal
 from corral.store.chain import ZERO, Signer, Span, content, leaf_of, link_after, read_checkpoint
-from corral.store.database import Database, resolve
+from corral.store.database import Database, resolve, upgrade
 from corral.store.ingest import ingest
 from corral.store.spool import encode_frame
 from corral.store.tables import audit, audit_checkpoints, audit_streams
@@ -283,3 +283,30 @@ def test_retention_drops_whole_checkpoints_and_keeps_their_roots(made: Trail, mo
     assert len(made.file.read_bytes().splitlines()) == 4
     made.drop(11, 11)
     found(made, "record 11 is missing")
+
+
+def test_records_of_the_previous_version_stay_and_are_told_apart(tmp_path: Path, database_url: str) -> None:
+    older = Database(resolve(database_url, tmp_path))
+
+    def begin(connection: Connection) -> None:
+        upgrade(connection, "0005")
+        done = "'gateway-1', 1.5, 'ok', 6"
+        connection.execute(text(f"INSERT INTO audit (id, gw, ts, outcome, tokens) VALUES ('old', {done})"))
+        connection.execute(text("INSERT INTO audit (id, gw, ts) VALUES ('open', 'gateway-1', 1.5)"))
+
+    older.write_now(begin)
+    older.migrate()
+    older.close()
+    made = Trail(tmp_path, database_url)
+    made.ship(100, id="open")
+    report = made.verify()
+    assert report.problems == []
+    assert report.notes == ["1 records are older than the chain and not covered by it"]
+    kept = made.database.read_now(lambda c: c.execute(select(audit.c.tokens).where(audit.c.id == "old")).scalar())
+    assert kept == 6
+    made.write(lambda connection: connection.execute(insert(audit).values(id="forged", ts=2.0, outcome="ok")))
+    found(made, "1 records stand beside the chain")
+    asyncio.run(made.new_ledger(retention="1h").forget())
+    ids = made.database.read_now(lambda connection: set(connection.execute(select(audit.c.id)).scalars()))
+    assert "old" not in ids and "open" in ids
+    made.database.close()
