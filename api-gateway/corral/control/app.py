@@ -59,12 +59,12 @@ class Application:
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
         control = _assemble(self._settings)
         app.state.control = control
-        refusals = audit.Refusals(control.database)
-        self._gate = Gate(app, control, refusals.note)
+        notes = audit.Notes(control.database)
+        self._gate = Gate(app, control, notes.note)
         monitor = Monitor(control, self._listener) if self._listener is not None else None
         tasks = [
             asyncio.create_task(control.valkey.run()),
-            asyncio.create_task(refusals.run()),
+            asyncio.create_task(notes.run()),
             asyncio.create_task(audit.forget(control.database, self._settings.audit.retention)),
         ]
         try:
@@ -88,7 +88,7 @@ class Application:
             await control.preloader.close()
             await control.operations.close()
             await control.fleet.close()
-            await refusals.flush()
+            await notes.flush()
             control.database.close()
 
 
