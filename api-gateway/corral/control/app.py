@@ -28,6 +28,7 @@ from corral.control.operations import Operations
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
+from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.store.database import configured
 from corral.store.keys import read_pepper
@@ -113,6 +114,7 @@ def _assemble(settings: Settings) -> Control:
         operations=operations,
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
+        spent=Spent(database),
         alerts=Alerts(),
     )
 
