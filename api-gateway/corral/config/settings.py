@@ -26,6 +26,7 @@ from corral.config.values import (
     Network,
     Origin,
     RedisUrl,
+    Registry,
     Size,
     Whole,
     loopback,
@@ -80,6 +81,10 @@ class MirrorSettings(Section):
         None, description="Private registry (host:port) in place of Ollama's library, for names that name no host."
     )
     insecure: bool = Field(False, description="It speaks plain HTTP.")
+    registries: tuple[Registry, ...] = Field(
+        ("registry.ollama.ai",),
+        description="Registries that a model's name may name beside it, such as hf.co; no node is sent to any other.",
+    )
 
 
 class PreloadSettings(Section):
