@@ -107,7 +107,7 @@ def _assemble(settings: Settings) -> Control:
         pepper=read_pepper(state / settings.auth.pepper_file),
         token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
         fleet=fleet,
-        hub=Hub(database, fleet, valkey, settings.models, settings.auth.stale),
+        hub=Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes),
         haproxy=_reloader(settings, state),
         valkey=valkey,
         catalogue=catalogue,
