@@ -114,7 +114,7 @@ class Exchange(Waiter):
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
             budget = key.budget
-            tokens = admit.reserve(self.decoded, gateway.answer_tokens) if budget.most else 0
+            tokens = admit.reserve(self.decoded, gateway.answer_tokens, key.density) if budget.most else 0
             gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens)
         except ApiError as error:
             if not self.path:

@@ -51,6 +51,8 @@ class Snapshot:
             key = build_key(entry, self._defaults, tenants.get(entry.get("tenant") or ""))
             old = self.keys.get(key.id)
             key.budget = key.budget.after(old.budget if old is not None else None)
+            if old is not None:
+                key.density = old.density
             keys[key.id] = key
         nodes: dict[str, Node] = {}
         for entry in data["nodes"]:
