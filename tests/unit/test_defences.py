@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.defences import DEFENCES, ROOT, Defence
+from defences import DEFENCES, ROOT, Defence
 
 PAGE = (ROOT / "docs/security.md").read_text()
 ROWS = {int(row): line for line in PAGE.splitlines() for row in re.findall(r"^\| (\d+) \|", line)}

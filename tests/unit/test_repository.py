@@ -126,7 +126,9 @@ def test_nothing_is_installed_without_its_hash(texts: dict[str, str]) -> None:
         lines = re.sub(r"\\\n\s*", " ", text).splitlines()
         arrays = {line.split("=(")[0].split()[-1] for line in lines if "--require-hashes" in line and "=(" in line}
         for line in lines:
-            if not re.search(r"\bpip3?\b.*\b(install|download)\b", line) or line.lstrip().startswith(("#", "say")):
+            if not re.search(r"\bpip3?\b.*\b(install|download)\b|=\(install\b", line) or line.lstrip().startswith(
+                ("#", "say")
+            ):
                 continue
             if "--require-hashes" not in line and not any(f"${{{array}[@]}}" in line for array in arrays):
                 found.append(f"{name}: {line.strip()}")

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "api-gateway/corral/"
 
 
@@ -121,13 +121,8 @@ DEFENCES = (
     ),
     Defence(12, "config/haproxy.py", '        "    http-request set-header X-Forwarded-For %[src]",\n', "", EDGE),
     Defence(12, "config/haproxy_rules.py", '        "    option http-restrict-req-hdr-names reject",\n', "", EDGE),
-    Defence(
-        13,
-        "wire/options.py",
-        'checked["num_ctx"] = policy.num_ctx',
-        'checked.setdefault("num_ctx", policy.num_ctx)',
-        LIMITS,
-    ),
+    Defence(13, "wire/options.py", "if name in RELOADING:", "if False:", LIMITS),
+    Defence(13, "wire/options.py", "checked.update(policy.pinned)", "pass", LIMITS),
     Defence(
         13,
         "store/scripts/reserve.lua",
