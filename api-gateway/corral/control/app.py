@@ -90,6 +90,7 @@ class Application:
             await control.operations.close()
             await control.fleet.close()
             await notes.flush()
+            control.spent.close()
             control.database.close()
 
 

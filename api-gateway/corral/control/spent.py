@@ -54,6 +54,11 @@ class Spent:
         used = {name: [of_day[name], tokens] for name, tokens in of_month.items()}
         return {"day": today, "month": month_of(today * DAY), "used": used, "complete": complete}
 
+    def close(self) -> None:
+        """Read no more."""
+        if self._reading is not None:
+            self._reading.cancel()
+
     async def _read(self, today: int) -> None:
         days = _days_of_month(today)
         self._days = {day: known for day, known in self._days.items() if day in days}
