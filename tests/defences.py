@@ -68,7 +68,13 @@ DEFENCES = (
         "tests/integration/test_gateway_keys.py " + ADMIN,
     ),
     Defence(6, "gateway/authenticate.py", "if other is not None and other != found:", "if False:", GATEWAY),
-    Defence(6, "control/auth.py", "if bearer and other and found != other:", "if False:", ADMIN),
+    Defence(
+        6,
+        "control/auth.py",
+        "if bearer and other and found != other:",
+        "if False:",
+        "tests/integration/test_control_refusals.py",
+    ),
     Defence(6, "control/scope.py", "if child.expires > maker.expires:", "if False:", "tests/unit/test_scope.py"),
     Defence(
         6,
@@ -119,7 +125,20 @@ DEFENCES = (
         "time.monotonic() + BODY_DEADLINE",
         "tests/unit/test_listen.py",
     ),
-    Defence(12, "config/haproxy.py", '        "    http-request set-header X-Forwarded-For %[src]",\n', "", EDGE),
+    Defence(
+        12,
+        "config/haproxy.py",
+        """        "    http-request del-header x-forwarded- -m beg",
+        "    http-request del-header forwarded",
+        "    http-request del-header x-real-ip",
+        "    http-request set-header X-Forwarded-For %[src]",
+""",
+        "",
+        EDGE,
+    ),
+    Defence(
+        12, "gateway/server.py", "return any(address in network for network in self._trusted)", "return True", EDGE
+    ),
     Defence(12, "config/haproxy_rules.py", '        "    option http-restrict-req-hdr-names reject",\n', "", EDGE),
     Defence(13, "wire/options.py", "if name in RELOADING:", "if False:", LIMITS),
     Defence(13, "wire/options.py", "checked.update(policy.pinned)", "pass", LIMITS),
