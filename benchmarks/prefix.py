@@ -32,9 +32,9 @@ LENGTH = 30
 """Words of a secret; about two tokens each."""
 
 
-def secret(chance: random.Random) -> str:
+def secret(chance: random.Random, length: int) -> str:
     """A text that no cache knows."""
-    return " ".join(chance.choice(WORDS) for _ in range(LENGTH))
+    return " ".join(chance.choice(WORDS) for _ in range(length))
 
 
 def asked(client: httpx.Client, key: str, prompt: str) -> tuple[float, str]:
@@ -53,14 +53,16 @@ def auc(right: list[float], wrong: list[float]) -> float:
     return sum(pairs) / len(pairs)
 
 
-def attack(here: Stack, keys: tuple[str, str], trials: int) -> tuple[float, float, float, set[str], set[str]]:
+def attack(
+    here: Stack, keys: tuple[str, str], trials: int, length: int
+) -> tuple[float, float, float, set[str], set[str]]:
     """AUC, median times of right and wrong guesses (seconds), and the nodes that served victim and attacker."""
     chance = random.Random(20_260_101)
     times: dict[bool, list[float]] = {True: [], False: []}
     nodes: tuple[set[str], set[str]] = set(), set()
     with httpx.Client(base_url=here.url, timeout=60, trust_env=False) as client:
         for _ in range(trials):
-            one, other = secret(chance), secret(chance)
+            one, other = secret(chance, length), secret(chance, length)
             right = chance.random() < 0.5
             nodes[0].add(asked(client, keys[0], one)[1])
             took, node = asked(client, keys[1], one if right else other)
@@ -70,7 +72,7 @@ def attack(here: Stack, keys: tuple[str, str], trials: int) -> tuple[float, floa
     return auc(times[True], times[False]), *medians, *nodes
 
 
-def run(exits: ExitStack, dedicated: bool, trials: int) -> float:
+def run(exits: ExitStack, dedicated: bool, trials: int, length: int) -> float:
     """Start a stack, attack, and print the line."""
     folder = Path(exits.enter_context(tempfile.TemporaryDirectory()))
     settings: dict[str, Any] = {"limits": {"default": {"rpm": None, "tpm": None}}}
@@ -80,7 +82,7 @@ def run(exits: ExitStack, dedicated: bool, trials: int) -> float:
     arguments = ["--config", str(folder / "corral.yaml"), "--nodes", "2" if dedicated else "1"]
     here = exits.enter_context(stack(folder / "state", *arguments, "--node-backend", "llama"))
     keys = tuple(here.corral("keys", "create", name, "--tenant", name)["key"] for name in ("victim", "attacker"))
-    found, right, wrong, victims, attackers = attack(here, (keys[0], keys[1]), trials)
+    found, right, wrong, victims, attackers = attack(here, (keys[0], keys[1]), trials, length)
     kind = "dedicated" if dedicated else "shared"
     served = f"victim on {','.join(sorted(victims))}, attacker on {','.join(sorted(attackers))}"
     told = f"right guess {right * 1e3:4.0f} ms   wrong {wrong * 1e3:4.0f} ms   {served}"
@@ -91,11 +93,11 @@ def run(exits: ExitStack, dedicated: bool, trials: int) -> float:
 
 def main() -> int:
     """Both fleets; 1 where dedicated nodes leak (AUC above 0.55)."""
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    trials, length = (int(given) for given in [*sys.argv[1:], *("1000", str(LENGTH))[len(sys.argv) - 1 :]])
     with ExitStack() as exits:
-        run(exits, False, trials // 10)
+        run(exits, False, trials // 10, length)
     with ExitStack() as exits:
-        return int(run(exits, True, trials) > 0.55)
+        return int(run(exits, True, trials, length) > 0.55)
 
 
 if __name__ == "__main__":
