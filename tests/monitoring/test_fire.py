@@ -78,6 +78,10 @@ FAULTS = [
           each(SimulatedNode.start), {"model": MODEL}, meanwhile=lambda s: s.ask(2), after=lambda s: s.ask(4)),
     Fault("BackupTooOld", "the last backup is 27 hours old", lambda s: s.backup(27 * 3600.0), lambda s: s.backup(60)),
     Fault("BackupMissing", "there is no backup", lambda s: s.backup(None), lambda s: s.backup(60)),
+    Fault("RestoreUnproven", "the last drill is 36 days old", lambda s: s.backup(36 * 86400.0, "drill"),
+          lambda s: s.backup(60, "drill"), {"severity": "warning"}),
+    Fault("RestoreUnproven", "there was never a drill", lambda s: s.backup(None, "drill"),
+          lambda s: s.backup(60, "drill"), {"severity": "info"}),
 ]  # fmt: skip
 
 
@@ -139,6 +143,7 @@ GOOD: dict[str, dict[str, float]] = {
         "corral_control_leader": 1,
         "corral_database_up": 1,
         "corral_backup_last_success_timestamp_seconds": 4e9,
+        "corral_backup_drill_last_success_timestamp_seconds": 4e9,
         f"corral_ingest_lag_seconds{{{GATEWAY}}}": 0,
     },
     "redis": {"corral_valkey_memory_bytes": 100, "corral_valkey_memory_max_bytes": 256},

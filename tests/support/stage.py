@@ -121,9 +121,9 @@ class Stage:
         port = urlsplit(self.valkey.url).port
         self.valkey = self.exits.enter_context(valkey(self.folder, port))
 
-    def backup(self, age: float | None) -> None:
-        """Have the last backup be ``age`` seconds old; None: there is none."""
-        path = self.folder / "state/backup.json"
+    def backup(self, age: float | None, record: str = "backup") -> None:
+        """Have the last backup (or ``drill``) be ``age`` seconds old; None: there is none."""
+        path = self.folder / f"state/{record}.json"
         if age is None:
             path.unlink()
         else:
@@ -166,6 +166,7 @@ def stage(folder: Path) -> Iterator[Stage]:
         prometheus = exits.enter_context(monitoring.prometheus(folder, quick_prometheus(metrics, manager, rules)))
         whole = Stage(made, nodes, store, prometheus, manager, heard, folder, exits)
         whole.backup(age=60)
+        whole.backup(age=60, record="drill")
         whole.ask(8)
         until(lambda: len(whole.query("up == 1")) == 8, "Prometheus has every target", 30, every=0.3)
         yield whole
