@@ -148,7 +148,7 @@ def suppressed(stage: Stage) -> set[str]:
 Doing = Callable[[Stage], object]
 HELD: list[tuple[str, set[str], Doing, Doing]] = [
     ("ControlDown", {"SnapshotStale", "SpoolBacklog"}, stop("control"), go_on("control")),
-    ("DatabaseDown", {"SpoolBacklog", "IngestBehind", "ScrapeMissing"}, lambda s: s.database.stop(),
+    ("DatabaseDown", {"SpoolBacklog", "IngestBehind"}, lambda s: s.database.stop(),
      lambda s: s.database.start()),
 ]  # fmt: skip
 
