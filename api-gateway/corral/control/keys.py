@@ -116,8 +116,11 @@ async def create_key(control: Here, caller: Caller, wanted: NewKey, response: Re
 
 @router.get("/admin/keys/{key}")
 async def show_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
-    """One key, by its id or by a name that only one has."""
-    return await control.database.read(lambda connection: _describe(connection, _find(connection, caller, key)))
+    """One key, by its id or by a name that only one has; ``limits`` are those in force, the defaults included."""
+    found = await control.database.read(lambda connection: _describe(connection, _find(connection, caller, key)))
+    defaults = _defaults(control)
+    own = {name: found[name] for name in defaults if found[name] is not None}
+    return {**found, "limits": {**defaults, **own}}
 
 
 @router.post("/admin/keys/{key}/rotate")
