@@ -155,10 +155,13 @@ class Hub:
             self._arrived.notify_all()
 
     def known(self) -> list[Gateway]:
-        """Gateways that were heard within the last hour, by name; who was away for longer is forgotten."""
+        """Gateways that were heard within the last hour and did not say that they end, by name.
+
+        Nobody is to be alarmed by one that was taken away in order; who was away for longer is forgotten.
+        """
         since = time.time() - FORGOTTEN
         self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.seen >= since}
-        return sorted(self.gateways.values(), key=lambda gateway: gateway.name)
+        return sorted((one for one in self.gateways.values() if not one.left), key=lambda gateway: gateway.name)
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""
