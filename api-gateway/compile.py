@@ -22,11 +22,13 @@ MODULES = (
     "gateway/catalogue.py",
     "gateway/decode.py",
     "gateway/exchange.py",
+    "gateway/heads.py",
     "gateway/journal.py",
     "gateway/listen.py",
     "gateway/metrics.py",
     "gateway/recover.py",
     "gateway/relay.py",
+    "gateway/resume.py",
     "gateway/route.py",
     "gateway/schedule.py",
     "gateway/server.py",
@@ -42,12 +44,14 @@ MODULES = (
     "wire/answers.py",
     "wire/anthropic_answers.py",
     "wire/common.py",
+    "wire/continuation.py",
     "wire/decode.py",
     "wire/errors.py",
     "wire/http1.py",
     "wire/native.py",
     "wire/openai_answers.py",
     "wire/options.py",
+    "wire/transcript.py",
 )
 MYPY = ("--config-file=", "--ignore-missing-imports", "--follow-imports=silent")
 

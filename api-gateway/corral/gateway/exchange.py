@@ -12,7 +12,7 @@ from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
-from corral.gateway import admit, catalogue, schedule, settle
+from corral.gateway import admit, catalogue, heads, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.decode import decode
 from corral.gateway.journal import Waiter
@@ -20,6 +20,7 @@ from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import WHOLE, Pace
 from corral.gateway.recover import SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
+from corral.gateway.resume import Resume, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
 from corral.store.limits import Verdict
 from corral.wire import errors
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from corral.gateway.server import Gateway
 
 log = logging.getLogger(__name__)
-
-JSON = b"Content-Type: application/json\r\n"
 
 NOTHING, RESPOND, STREAM, END = range(4)
 """What is left to send once the last record is written: an answer, a whole stream, or the end of one."""
@@ -63,6 +62,7 @@ class Exchange(Waiter):
     deadline = 0.0
     refusal = ""
     pace: Pace | None = None
+    resumption: Resume | None = None
     _attempt: Attempt | None = None
     _seen = 0
     _paused = False
@@ -125,7 +125,7 @@ class Exchange(Waiter):
             self._broken()
 
     def _broken(self) -> None:
-        # A fault of the gateway's own: the caller is told, and the request is recorded like any other.
+        # A fault of the gateway's own: the caller is told, and it is recorded like any other.
         log.exception("%s: %s could not be answered", self.request_id, self.path)
         self.refuse(ApiError(500, "internal_error", "the gateway failed at this request"))
 
@@ -135,7 +135,7 @@ class Exchange(Waiter):
         else:
             status, body = catalogue.readiness(self.gateway.snapshot, self.wall, self.gateway.stale_after)
         self._settled = True  # health checks are not requests of anybody: no record
-        self.connection.respond(status, JSON, body, self.keep_alive)
+        self.connection.respond(status, heads.JSON, body, self.keep_alive)
 
     # -- admit
 
@@ -181,7 +181,7 @@ class Exchange(Waiter):
         except Exception:
             self._broken()
             return
-        self._finish_whole(200, self._own_head(), body)
+        self._finish_whole(200, heads.own(self.request_id, self._rate_headers), body)
 
     # -- schedule, relay
 
@@ -193,10 +193,17 @@ class Exchange(Waiter):
         except ApiError as error:
             self.refuse(error)
             return
-        self.node_name, self._node_header = node.name, node.header
+        if decoded.resumable:
+            keep(decoded, gateway.snapshot)
+        self._node_header = node.header
         self.attempts += 1
-        self.deadline = now + gateway.first_token
         gateway.running.add(self)
+        self.ask(node, decoded, now)
+
+    def ask(self, node: Node, decoded: Decoded, now: float) -> None:
+        """Send `decoded` to a node; the answer comes back by `progress`, `answered` or `attempt_failed`."""
+        self.node_name = node.name
+        self.deadline = now + self.gateway.first_token
         self._attempt = attempt = Attempt(self, node, decoded)
         attempt.begin()
 
@@ -219,6 +226,9 @@ class Exchange(Waiter):
                 self.pace.piece(now)
         if responder.done:
             self._tail += out  # the last bytes leave when the settle record is written
+            if responder.early and self._attempt is not None:
+                self._attempt.abandon()
+                self.answered()
         elif not out:
             return
         elif self._open:
@@ -233,6 +243,8 @@ class Exchange(Waiter):
         assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
         try:
+            if self.resumption is not None and goes_on(self, attempt.node):
+                return
             rest = self._tail + responder.finish()
         except UpstreamNonsense as error:
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
@@ -271,6 +283,8 @@ class Exchange(Waiter):
             gateway.metrics.retried(failure)
             self._again()
             return
+        if self._open and take_over(self, failure, node):
+            return
         error = final_error(failure, self, cause)
         if self._open:
             self._end_in_band(error, "upstream_error")
@@ -289,35 +303,21 @@ class Exchange(Waiter):
             return
         self._dispatch(monotonic())
 
-    def _head(self, content_type: str) -> bytes:
-        parts = (
-            b"Content-Type: ",
-            content_type.encode(),
-            b"\r\nX-Request-ID: ",
-            self.request_id.encode(),
-            b"\r\n",
-            self._node_header,
-            b"X-Corral-Attempts: ",
-            str(self.attempts).encode(),
-            b"\r\nX-Corral-Queue-Ms: ",
-            str(int(self.queue_ms)).encode(),
-            b"\r\n",
-            self._rate_headers,
-        )
-        return b"".join(parts)
+    def resumes(self, resume: Resume) -> None:
+        """Another node goes on with the answer."""
+        self.resumption = resume
+        self.attempts += 1
+        self._tail, self._paused = b"", False
 
-    def _own_head(self) -> bytes:
-        return b"".join((JSON, b"X-Request-ID: ", self.request_id.encode(), b"\r\n", self._rate_headers))
+    def _head(self, content_type: str) -> bytes:
+        rates = self._rate_headers
+        return heads.relayed(content_type, self.request_id, self._node_header, self.attempts, self.queue_ms, rates)
 
     # -- the end
 
     def refuse(self, error: ApiError) -> None:
         """Answer with an error; nothing was sent before."""
-        headers = self._own_head()
-        if error.retry_after is not None:
-            headers += b"Retry-After: %d\r\n" % error.retry_after
-        if error.status == 401:
-            headers += b"WWW-Authenticate: Bearer\r\n"
+        headers = heads.refusal(error, self.request_id, self._rate_headers)
         self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
 
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
@@ -337,6 +337,8 @@ class Exchange(Waiter):
         record = settle.settled(self, status, outcome, self.connection.sent + len(last), monotonic())
         if self._admitted and self.key is not None:
             gateway.limits.release(self.key.budget, self.record_id, record.prompt_tokens + record.tokens)
+        if self.resumption is not None:
+            gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
         gateway.journal.record(record, self, access=True)
 

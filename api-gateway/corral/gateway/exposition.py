@@ -124,6 +124,9 @@ class Page:
         yield from family("corral_refusals_total", COUNTER, "Requests that were refused.", ("reason",), refusals)
         retries = {(reason,): count for reason, count in metrics.retries.items()}
         yield from family("corral_retries_total", COUNTER, "Attempts after a failed one.", ("reason",), retries)
+        continued = {(outcome,): count for outcome, count in metrics.continuations.items()}
+        text = "Answers whose node left after the first token."
+        yield from family("corral_continuations_total", COUNTER, text, ("outcome",), continued)
         ignored = {(route,): count for route, count in metrics.ignored.items()}
         text = "Fields of bodies that mean nothing here."
         yield from family("corral_ignored_fields_total", COUNTER, text, ("route",), ignored)

@@ -32,6 +32,8 @@ EVERY_REASON = (
     "other",
 )
 ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone"))
+CONTINUATIONS = ("ok", "failed", "client_gone", "no_node", "ineligible")
+"""What became of answers that their node left after the first token."""
 WHOLE = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
 """Routes whose answer has no tokens that could be timed."""
 
@@ -109,6 +111,7 @@ class Metrics:
         self.models: dict[str, OfModel] = {}
         self.refusals: dict[str, int] = dict.fromkeys(EVERY_REASON, 0)
         self.ignored: dict[str, int] = dict.fromkeys(DECODERS, 0)
+        self.continuations: dict[str, int] = dict.fromkeys(CONTINUATIONS, 0)
         self.retries: dict[str, int] = dict.fromkeys(("connect", "reset", "node", "timeout", "nonsense"), 0)
 
     def label(self, model: str) -> str:

@@ -25,6 +25,7 @@ class Attempt(Handler):
         "_decoded",
         "_error_body",
         "_exchange",
+        "_kept",
         "_over",
         "_proxied",
         "_renewed",
@@ -35,6 +36,7 @@ class Attempt(Handler):
     def __init__(self, exchange: Exchange, node: Node, decoded: Decoded) -> None:
         self._exchange = exchange
         self._decoded = decoded
+        self._kept = decoded.transcript
         self.node = node
         self._connection: UpstreamConnection | None = None
         self._over = False
@@ -107,6 +109,9 @@ class Attempt(Handler):
             # In band, under status 200: the model's runner died, or refused in mid-answer.
             self._fail(Failure.NODE, responder.error)
             return
+        kept = self._kept
+        if kept is not None:
+            kept.add(data)
         self._exchange.progress(out)
 
     def on_end(self) -> None:

@@ -16,7 +16,8 @@ class Snapshot:
     """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
 
     ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
-    ``known``: some node ever told its models; before that, nothing can be said to be missing.
+    ``known``: some node ever told its models; before that, nothing can be said to be missing. ``continuable`` has the
+    digest of each model whose answers another node can go on with.
     """
 
     def __init__(self, defaults: Mapping[str, int | None], caps: Caps = CAPS) -> None:
@@ -31,6 +32,7 @@ class Snapshot:
         self.policies: dict[str, ModelPolicy] = {}
         self.held: frozenset[str] = frozenset()
         self.disabled: frozenset[str] = frozenset()
+        self.continuable: dict[str, str] = {}
         self.known = False
 
     def apply(self, data: dict[str, Any]) -> None:
@@ -54,6 +56,7 @@ class Snapshot:
         }
         self.held = frozenset(name for node in nodes.values() for name in node.held)
         self.disabled = frozenset(data.get("disabled") or ())
+        self.continuable = data.get("continuable") or {}
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
 
