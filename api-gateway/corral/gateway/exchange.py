@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from corral.fleet.node import Node
 from corral.gateway import admit, catalogue, heads, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
+from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
 from corral.gateway.journal import Waiter
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import WHOLE, Pace
-from corral.gateway.recover import SHUN, Failure, final_error, may_retry
+from corral.gateway.recover import CRASHES, SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
-from corral.gateway.resume import Resume, goes_on, keep, take_over
+from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
 from corral.store.limits import Verdict
 from corral.wire import errors
@@ -65,7 +66,7 @@ class Exchange(Waiter):
     resumption: Resume | None = None
     _attempt: Attempt | None = None
     _seen = 0
-    _paused = False
+    paused = False
     _node_header = b""
     _rate_headers = b""
     _tail = b""
@@ -112,6 +113,9 @@ class Exchange(Waiter):
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
+                if gateway.crashing.refused and gateway.crashing.refuses(decoded, self.arrived):
+                    self.refusal = "crashing"
+                    raise refused()
             budget = key.budget
             tokens = admit.reserve(self.decoded, gateway.answer_tokens) if budget.most else 0
             gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens)
@@ -216,19 +220,19 @@ class Exchange(Waiter):
         # Bytes alone are no progress: a node that sends blank lines is as silent as one that sends nothing.
         if first or tokens != self._seen or self.path in WHOLE:
             self._seen = tokens
-            now = monotonic()
-            if not self._paused:
-                self.deadline = now + self.gateway.between_tokens
+            gateway, now = self.gateway, monotonic()
             if first:
                 self.first_token = now
-                self.pace = self.gateway.metrics.first_token(self, now)
+                gateway.health.first_token(self, now)
+                self.pace = gateway.metrics.first_token(self, now)
             elif self.pace is not None:
                 self.pace.piece(now)
+            if not self.paused:
+                self.deadline = now + gateway.between_tokens
         if responder.done:
             self._tail += out  # the last bytes leave when the settle record is written
-            if responder.early and self._attempt is not None:
-                self._attempt.abandon()
-                self.answered()
+            if responder.early:
+                end_early(self, self._attempt)
         elif not out:
             return
         elif self._open:
@@ -274,8 +278,9 @@ class Exchange(Waiter):
             return
         if failure is Failure.CONNECT:
             self.connects += 1
-        elif failure is Failure.RESET:
+        elif failure in CRASHES:
             self.crashes += 1
+            blame(self, failure, node)
         if failure is not Failure.CALLER:
             node.shunned_until = monotonic() + SHUN
             self.tried += (node.name,)
@@ -286,10 +291,7 @@ class Exchange(Waiter):
         if self._open and take_over(self, failure, node):
             return
         error = final_error(failure, self, cause)
-        if self._open:
-            self._end_in_band(error, "upstream_error")
-        else:
-            self.refuse(error)
+        self._give_up(error, "upstream_error")
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.
@@ -307,7 +309,7 @@ class Exchange(Waiter):
         """Another node goes on with the answer."""
         self.resumption = resume
         self.attempts += 1
-        self._tail, self._paused = b"", False
+        self._tail, self.paused = b"", False
 
     def _head(self, content_type: str) -> bytes:
         rates = self._rate_headers
@@ -323,7 +325,10 @@ class Exchange(Waiter):
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
         self._settle(status, settle.outcome_of(status), RESPOND, headers, body)
 
-    def _end_in_band(self, error: ApiError, outcome: str) -> None:
+    def _give_up(self, error: ApiError, outcome: str) -> None:
+        if not self._open:
+            self.refuse(error)
+            return
         self.keep_alive = False
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))
 
@@ -366,36 +371,30 @@ class Exchange(Waiter):
     def check(self, now: float) -> None:
         """End what is past its deadline."""
         attempt = self._attempt
-        if now - self.arrived >= self.gateway.max_duration:
+        most = self.gateway.max_duration
+        if now - self.arrived >= most:
             if attempt is not None:
                 attempt.abandon()
                 self._attempt = None
-            self._expire()
+            self._give_up(ApiError(504, "timeout", f"the request took longer than {most:g} s"), "timeout")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, self.gateway.snapshot, self.model, now):
                 attempt.give_up(Failure.RESET)
-            elif not self._paused and now >= self.deadline:
+            elif not self.paused and now >= self.deadline:
                 attempt.give_up(Failure.TIMEOUT)
-
-    def _expire(self) -> None:
-        error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")
-        if self._open:
-            self._end_in_band(error, "timeout")
-        else:
-            self.refuse(error)
 
     def pause(self) -> None:
         """The caller's connection is full."""
         # From here the node waits for the caller, whose own deadline is WRITE_DEADLINE.
         if self._attempt is not None:
-            self._paused = True
+            self.paused = True
             self._attempt.pause()
 
     def resume(self) -> None:
         """The caller's connection takes bytes again."""
         if self._attempt is not None:
-            if self._paused:
-                self._paused = False
+            if self.paused:
+                self.paused = False
                 gateway = self.gateway
                 self.deadline = monotonic() + (gateway.between_tokens if self.first_token else gateway.first_token)
             self._attempt.resume()

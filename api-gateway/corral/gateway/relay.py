@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
-from corral.gateway.recover import Failure, classify
+from corral.gateway.recover import Failure, classify, crashed
 from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.wire.common import Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
@@ -107,7 +107,8 @@ class Attempt(Handler):
             return
         if responder.error is not None:
             # In band, under status 200: the model's runner died, or refused in mid-answer.
-            self._fail(Failure.NODE, responder.error)
+            told = responder.error
+            self._fail(Failure.CRASH if crashed(told.message) else Failure.NODE, told)
             return
         kept = self._kept
         if kept is not None:

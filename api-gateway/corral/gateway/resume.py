@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node, canonical_name
 from corral.gateway import schedule
-from corral.gateway.recover import Failure, may_retry
+from corral.gateway.recover import CRASHES_MAX, Failure, may_retry
 from corral.gateway.snapshot import Snapshot
 from corral.wire.common import Decoded, Responder
 from corral.wire.continuation import GENERATE, Rendering, Rest, Resumed, rest_of
@@ -20,6 +20,7 @@ from corral.wire.transcript import Transcript
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
+    from corral.gateway.relay import Attempt
 
 CHAT = b"/api/chat"
 
@@ -33,10 +34,10 @@ def keep(decoded: Decoded, snapshot: Snapshot) -> None:
 
 
 class Resume:
-    """An answer that other nodes go on with. ``nodes`` are those that wrote it, in order, joined by commas."""
+    """An answer that other nodes go on with. ``first`` is the request; ``nodes`` wrote it, joined by commas."""
 
     def __init__(self, first: Decoded, digest: str, rest: Rest, node: str) -> None:
-        self._first, self._digest, self._rest = first, digest, rest
+        self.first, self._digest, self._rest = first, digest, rest
         self.nodes = node
         self._inner: Responder = first.responder
         self._rendering: Rendering | None = None
@@ -50,12 +51,12 @@ class Resume:
 
     def node(self, snapshot: Snapshot, now: float, tried: tuple[str, ...]) -> Node | None:
         """The node to go on with: one whose model is the same file."""
-        return schedule.elsewhere(snapshot, self._first.model, self._digest, now, tried)
+        return schedule.elsewhere(snapshot, self.first.model, self._digest, now, tried)
 
     def begin(self, node: Node) -> Decoded:
         """The first of the two requests."""
         self.nodes += f",{node.name}"
-        first = self._first
+        first = self.first
         self._rendering = rendering = Rendering(self._rest.tokens)
         body = self._rest.rendering
         return Decoded(first.upstream_path, first.model, body, first.estimate, first.max_tokens, rendering)
@@ -66,12 +67,22 @@ class Resume:
         if rendering is None:
             return None
         rendering.finish()
-        first, rest = self._first, self._rest
+        first, rest = self.first, self._rest
         mark = {"continued": self.nodes.split(",")}
         chat = first.upstream_path == CHAT
         self._resumed = resumed = Resumed(self._inner, chat, rest, first.estimate, mark)
         body = rest.request(rendering.prompt)
         return Decoded(GENERATE, first.model, body, first.estimate, first.max_tokens, resumed)
+
+
+def blame(exchange: Exchange, failure: Failure, node: Node) -> None:
+    """A request was there when a node or its runner crashed; it may be why."""
+    decoded = exchange.resumption.first if exchange.resumption is not None else exchange.decoded
+    assert decoded is not None
+    # Who was there too has failed before, and had the node left alone, or is still to fail.
+    alone = not node.in_flight and node.shunned_until <= monotonic()
+    if exchange.gateway.crashed(decoded, exchange.crashes, failure is Failure.CRASH, alone):
+        exchange.crashes = CRASHES_MAX
 
 
 def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
@@ -97,6 +108,13 @@ def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
     exchange.resumes(resume)
     exchange.ask(other, decoded, now)
     return True
+
+
+def end_early(exchange: Exchange, attempt: Attempt | None) -> None:
+    """The answer is whole, though its node would go on."""
+    if attempt is not None:
+        attempt.abandon()
+        exchange.answered()
 
 
 def goes_on(exchange: Exchange, node: Node) -> bool:
