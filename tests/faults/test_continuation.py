@@ -141,17 +141,21 @@ def test_what_is_more_than_text_ends_with_an_error_of_its_api(ready: Fleet, rout
 
 
 def test_it_can_be_gone_on_with_twice_but_not_for_ever(ready: Fleet) -> None:
-    undisturbed = ask(ready, "/api/chat", body("/api/chat"), "undisturbed")
+    # Of its own: a prompt at two crashes is refused from then on.
+    content = body("/api/chat", messages=[{"role": "user", "content": "Who is at two crashes?"}])
+    undisturbed = ask(ready, "/api/chat", content, "undisturbed")
     for node in ready.nodes.values():
         node.fault(kind="fail", after_tokens=5)
     try:
-        answer = ask(ready, "/api/chat", body("/api/chat"), "twice")
+        answer = ask(ready, "/api/chat", content, "twice")
         assert answer.fate == TOLD
         assert text(undisturbed).startswith(text(answer))
         (record,) = ready.records("twice")
         assert record["continued"].startswith("node-1,node-2")
         assert record["attempts"] <= 3
-        assert 10 <= record["tokens"] <= 15
+        assert 5 <= record["tokens"] <= 15
+        again = ask(ready, "/api/chat", content, "refused")
+        assert (again.status, b"refused" in again.body) == (400, True)
     finally:
         for node in ready.nodes.values():
             node.well()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace n
 Matrix = Callable[[str, str, str], None]
 
 
-def tested(fleet: Fleet) -> None:
+def until_tested(fleet: Fleet) -> None:
     """Wait until answers can be gone on with."""
     until(lambda: {m["continuation"] for m in fleet.stack.corral("models", "list")} == {"passed"}, "tested", 30)
     time.sleep(0.6)  # a gateway asks each 500 ms
@@ -31,7 +31,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Remot
     with namespace() as network:
         node = RemoteNode("node-1", folder, network)
         with run_fleet(folder, "3s", node) as made:
-            tested(made)
+            until_tested(made)
             yield made, node
         node.kill()
 
