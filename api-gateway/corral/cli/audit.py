@@ -13,7 +13,7 @@ from corral.cli.common import Admin, rows
 from corral.cli.keys import Span
 
 _COLUMNS = (
-    *("time", "request_id", "id", "key", "addr", "route", "model", "node", "status", "outcome"),
+    *("time", "request_id", "id", "key", "addr", "method", "route", "model", "node", "status", "outcome"),
     *("prompt_tokens", "tokens", "ms"),
 )
 

@@ -29,6 +29,7 @@ from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
+from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.store.database import configured
 from corral.store.keys import read_pepper
@@ -60,12 +61,12 @@ class Application:
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
         control = _assemble(self._settings)
         app.state.control = control
-        refusals = audit.Refusals(control.database)
-        self._gate = Gate(app, control, refusals.note)
+        notes = audit.Notes(control.database)
+        self._gate = Gate(app, control, notes.note)
         monitor = Monitor(control, self._listener) if self._listener is not None else None
         tasks = [
             asyncio.create_task(control.valkey.run()),
-            asyncio.create_task(refusals.run()),
+            asyncio.create_task(notes.run()),
             asyncio.create_task(audit.forget(control.database, self._settings.audit.retention)),
         ]
         try:
@@ -91,7 +92,8 @@ class Application:
             await control.preloader.close()
             await control.operations.close()
             await control.fleet.close()
-            await refusals.flush()
+            await notes.flush()
+            control.spent.close()
             control.database.close()
 
 
@@ -102,7 +104,7 @@ def _assemble(settings: Settings) -> Control:
     valkey = Valkey(settings.valkey_address(), timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
-    hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale)
+    hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
     haproxy = _reloader(settings, state)
     return Control(
         settings=settings,
@@ -119,6 +121,7 @@ def _assemble(settings: Settings) -> Control:
         selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), operations.at_work, hub.continues),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
+        spent=Spent(database),
         alerts=Alerts(),
     )
 

@@ -15,6 +15,7 @@ from corral.control.haproxy import HaproxyReloader
 from corral.control.prober import Fleet
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
+from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.store.database import Database
 from corral.store.valkey import Valkey
@@ -43,6 +44,7 @@ class Control:
     selftest: SelfTest
     preloader: Preloader
     usage: Usage
+    spent: Spent
     alerts: Alerts
 
 

@@ -198,7 +198,7 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
         ids = ", ".join([row.id for row in named[:5]] + ["…"] * (len(named) > 5))
         raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id ({ids})")
     if not named:
-        raise Problem(404, "not_found", f"there is no key {key!r}")
+        raise Problem(404, "not_found", f"there is no key {keytext.masked(key)!r}")
     return named[0]
 
 

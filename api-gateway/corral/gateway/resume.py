@@ -49,9 +49,9 @@ class Resume:
         if resumed is not None:
             self._rest = self._rest.more(resumed.sent(), resumed.tokens)
 
-    def node(self, snapshot: Snapshot, now: float, tried: tuple[str, ...]) -> Node | None:
+    def node(self, snapshot: Snapshot, tenant: str, now: float, tried: tuple[str, ...]) -> Node | None:
         """The node to go on with: one whose model is the same file."""
-        return schedule.elsewhere(snapshot, self.first.model, self._digest, now, tried)
+        return schedule.elsewhere(snapshot, tenant, self.first.model, self._digest, now, tried)
 
     def begin(self, node: Node) -> Decoded:
         """The first of the two requests."""
@@ -98,7 +98,7 @@ def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
             told["ineligible"] += 1
             return False
     now = monotonic()
-    other = resume.node(gateway.snapshot, now, exchange.tried)
+    other = resume.node(gateway.snapshot, exchange.tenant, now, exchange.tried)
     if other is None or not may_retry(failure, exchange, len(gateway.snapshot.nodes), gateway.retries):
         if exchange.resumption is None:
             told["no_node"] += 1
