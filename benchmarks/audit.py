@@ -33,7 +33,7 @@ from sqlalchemy import Connection, func, insert, select, text, update  # noqa: E
 from support.postgres import postgres  # noqa: E402
 
 from corral.cli.progress import Bar  # noqa: E402
-from corral.config.settings import AuditSettings  # noqa: E402
+from corral.config.record import AuditSettings  # noqa: E402
 from corral.config.values import database_url  # noqa: E402
 from corral.control.ledger import Ledger  # noqa: E402
 from corral.store import retention, seal  # noqa: E402

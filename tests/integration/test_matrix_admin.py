@@ -58,6 +58,7 @@ WHO = {
     ("GET", "/admin/audit/checkpoints"): ADMIN,
     ("GET", "/admin/usage"): OPERATOR,
     ("GET", "/internal/snapshot"): INTERNAL,
+    ("GET", "/internal/spent"): INTERNAL,
     ("POST", "/internal/spool/{gateway}/{segment}"): INTERNAL,
 }
 OPEN = {("GET", "/health"), ("GET", "/docs"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, delete, insert, select, text, update
 
-from corral.config.settings import AuditSettings
+from corral.config.record import AuditSettings
 from corral.control import audit as trail
 from corral.control import ledger as ledgers
 from corral.control.auth import Principal
@@ -289,7 +289,7 @@ def test_records_of_the_previous_version_stay_and_are_told_apart(tmp_path: Path,
     older = Database(resolve(database_url, tmp_path))
 
     def begin(connection: Connection) -> None:
-        upgrade(connection, "0005")
+        upgrade(connection, "0006")
         done = "'gateway-1', 1.5, 'ok', 6"
         connection.execute(text(f"INSERT INTO audit (id, gw, ts, outcome, tokens) VALUES ('old', {done})"))
         connection.execute(text("INSERT INTO audit (id, gw, ts) VALUES ('open', 'gateway-1', 1.5)"))

@@ -21,7 +21,7 @@ from corral.store.chain import Signer
 from corral.store.verify import Head, State, verify
 
 _COLUMNS = (
-    *("time", "request_id", "id", "key", "addr", "route", "model", "node", "status", "outcome"),
+    *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "node", "status", "outcome"),
     *("prompt_tokens", "tokens", "ms"),
 )
 
@@ -44,8 +44,12 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
     query = {name: value for name, value in given.items() if value is not None}
     if since is not None:
         query["since"] = time.time() - since
-    listed = rows(Admin(common.folder(state))("GET", "/audit?" + urlencode(query)), "audit")
-    common.emit(listed, as_json, lambda: common.table([_shown(item) for item in listed], _COLUMNS, "no records"))
+    admin = Admin(common.folder(state))
+    listed = rows(admin("GET", "/audit?" + urlencode(query)), "audit")
+    # For people alone: that keys were read is in the trail, too.
+    names = {} if as_json or not listed else {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
+    shown = [{**_shown(item), "key_name": names.get(item.get("key"))} for item in listed]
+    common.emit(listed, as_json, lambda: common.table(shown, _COLUMNS, "no records"))
 
 
 @command.command("verify")

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from corral.config import values
-from corral.config.settings import PriceSettings, Settings
+from corral.config.record import PriceSettings
+from corral.config.settings import Settings
 
 _INTRODUCTION = """\
 # Configuration
@@ -57,6 +58,7 @@ _KINDS: list[tuple[Any, str]] = [
     (values.ListenOrNone, '`host:port` or `""`'),
     (values.Name, "name"),
     (values.Network, "network"),
+    (values.Registry, "registry"),
     (values.HostPattern, "host name"),
     (values.Origin, "origin"),
     (values.DatabaseUrl, "`sqlite:///…` or `postgresql://…`"),
@@ -80,7 +82,8 @@ def kind(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{word}`" for word in inner)
     if origin is tuple:
-        return f"list of {kind(inner[0])}s"
+        words = kind(inner[0])
+        return f"list of {words[:-1]}ies" if words.endswith("y") else f"list of {words}s"
     if origin is dict:
         return f"mapping of {kind(inner[0])} to {kind(inner[1])}"
     raise TypeError(f"no words for {hint!r}")

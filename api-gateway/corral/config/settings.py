@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from corral.config.errors import ConfigError
 from corral.config.options import REFUSE, policy
+from corral.config.record import AuditSettings, Section, UsageSettings
 from corral.config.values import (
     BaseUrl,
     DatabaseUrl,
@@ -27,16 +27,11 @@ from corral.config.values import (
     Network,
     Origin,
     RedisUrl,
+    Registry,
     Size,
     Whole,
     loopback,
 )
-
-
-class Section(BaseModel):
-    """A mapping of the file: unknown fields are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NodeSettings(Section):
@@ -81,6 +76,27 @@ class MirrorSettings(Section):
         None, description="Private registry (host:port) in place of Ollama's library, for names that name no host."
     )
     insecure: bool = Field(False, description="It speaks plain HTTP.")
+    registries: tuple[Registry, ...] = Field(
+        ("registry.ollama.ai",),
+        description="Registries that a model's name may name beside it, such as hf.co; no node is sent to any other.",
+    )
+
+
+class TenantsSettings(Section):
+    """Nodes that serve certain tenants alone, so that no other tenant can tell from the time that a cache saves."""
+
+    nodes: dict[str, tuple[Name, ...]] = Field(
+        default_factory=dict,
+        description="A tenant's nodes: it is served by no other, and they serve no tenant that does not name them.",
+    )
+
+    @field_validator("nodes")
+    @classmethod
+    def _some(cls, nodes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for tenant, names in nodes.items():
+            if not names:
+                raise ValueError(f"{tenant}: name at least one node")
+        return nodes
 
 
 class PreloadSettings(Section):
@@ -117,6 +133,7 @@ class GatewaySettings(Section):
     queue: QueueSettings = QueueSettings()
     first_token: Duration = Field(60.0, gt=0, description="Longest wait for a node's first token.")
     between_tokens: Duration = Field(20.0, gt=0, description="Longest silence within a stream.")
+    continuation: bool = Field(True, description="An answer that its node left is gone on with on another one.")
     listen: Listen = Field("127.0.0.1:8081", description="Where this gateway listens.")
     name: Name = Field("gateway-1", description="Unique in the fleet; names its spool.")
     nodes_url: BaseUrl = Field("http://127.0.0.1:8082", description="HAProxy's front end before the nodes.")
@@ -194,50 +211,6 @@ class StoreSettings(Section):
     valkey_password_file: Path | None = Field(
         None, description="Has its password, read at the start; a relative file is in control.state."
     )
-
-
-class AuditSettings(Section):
-    """The audit trail."""
-
-    durability: Literal["written", "synced"] = Field(
-        "written", description="A record survives a killed process, or a power cut as well."
-    )
-    retention: Duration = Field(400 * 86400.0, description="How long records are kept.")
-    content: Literal["none", "hash"] = Field("hash", description="What is kept of a prompt.")
-    checkpoint: Duration = Field(60.0, gt=0, description="How often what came is signed.")
-    checkpoints: Path = Field(
-        Path("audit/checkpoints.jsonl"),
-        description="File of the signed checkpoints; a relative one is in control.state.",
-    )
-    signing_key_file: Path = Field(
-        Path("audit.key"), description="Has the Ed25519 key that signs them, made at the first start."
-    )
-    webhook: str | None = Field(
-        None, pattern=r"^https?://\S+$", description="Gets each checkpoint by POST, so that it is kept elsewhere."
-    )
-
-
-class PriceSettings(Section):
-    """What a million tokens of a model cost."""
-
-    prompt: float = Field(0.0, ge=0, description="Of prompts.")
-    generated: float = Field(0.0, ge=0, description="Generated.")
-
-
-class UsageSettings(Section):
-    """What `corral usage report` shows beside counts."""
-
-    currency: str = Field("USD", pattern=r"^[A-Za-z]{1,8}$", description="Shown with costs.")
-    prices: dict[str, PriceSettings] = Field(
-        default_factory=dict, description="Per model, or pattern such as qwen2.5:*; the first that fits counts."
-    )
-
-    def price_of(self, model: str) -> tuple[float, float]:
-        """Of a million tokens of a model, of prompts and generated; 0 where nothing fits."""
-        for pattern, price in self.prices.items():
-            if fnmatchcase(model, pattern):
-                return price.prompt, price.generated
-        return 0.0, 0.0
 
 
 class EdgeSettings(Section):
@@ -323,6 +296,7 @@ class Settings(Section):
     nodes: tuple[NodeSettings, ...] = ()
     models: tuple[ModelSettings, ...] = ()
     mirror: MirrorSettings = MirrorSettings()
+    tenants: TenantsSettings = TenantsSettings()
     preload: PreloadSettings = PreloadSettings()
     gateway: GatewaySettings = GatewaySettings()
     limits: LimitsSettings = LimitsSettings()
@@ -369,6 +343,8 @@ class Settings(Section):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {what}s are called {name!r}: names must differ")
+        if self.tenants.nodes and self.edge.ollama is not None:
+            raise ValueError("edge.ollama asks for no key and so knows no tenant: not together with tenants.nodes")
         return self
 
 

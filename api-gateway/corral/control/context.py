@@ -14,7 +14,9 @@ from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
 from corral.control.ledger import Ledger
 from corral.control.prober import Fleet
+from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
+from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.store.database import Database
 from corral.store.valkey import Valkey
@@ -40,9 +42,11 @@ class Control:
     valkey: Valkey
     catalogue: Catalogue
     operations: Operations
+    selftest: SelfTest
     preloader: Preloader
     usage: Usage
     ledger: Ledger
+    spent: Spent
     alerts: Alerts
 
 

@@ -16,7 +16,7 @@ import httpx
 from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from corral.config.settings import AuditSettings
+from corral.config.record import AuditSettings
 from corral.store import recovery
 from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
 from corral.store.database import Database

@@ -16,8 +16,9 @@ from corral.control.ollama import NodeFailed, Ollama
 from corral.control.operations import Operation, StepFailed, Work
 from corral.control.prober import Fleet, Member
 from corral.fleet import catalogue as decide
-from corral.fleet.catalogue import aside, digest_of, mirrored
+from corral.fleet.catalogue import aside, digest_of, mirrored, permitted
 
+UNLISTED = "{}: its registry is not one of mirror.registries in corral.yaml"
 STALLED = 300.0
 """Seconds without one more byte after which a pull is given up: Ollama itself tries for ever."""
 
@@ -93,6 +94,8 @@ class Worker:
         if operation.kind != "pull" and before is not None and before == work.step.digest:
             work.detail = "held already"
             return
+        if not permitted(name, self._mirror.registry, self._mirror.registries):
+            raise StepFailed(UNLISTED.format(name))
         source = mirrored(name, self._mirror.registry)
         kept = aside(name, "aside")
         try:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Gateway:
 class Hub:
     """Holds what the snapshot is made of and tells when it changes.
 
+    ``dedicated`` has the nodes of tenants that have some to themselves.
     ``stale``: for so many seconds a gateway serves by what it last heard.
 
     The version is a hash of what matters: keys, nodes, their states and tags, and which models are resident,
@@ -61,11 +62,18 @@ class Hub:
     """
 
     def __init__(
-        self, database: Database, fleet: Fleet, valkey: Valkey, catalogue: Iterable[ModelSettings], stale: float
+        self,
+        database: Database,
+        fleet: Fleet,
+        valkey: Valkey,
+        catalogue: Iterable[ModelSettings],
+        stale: float,
+        dedicated: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         self.version = ""
         self.gateways: dict[str, Gateway] = {}
         self._database, self._fleet, self._valkey, self._stale = database, fleet, valkey, stale
+        self._dedicated = {tenant: list(names) for tenant, names in (dedicated or {}).items()}
         self.replace(catalogue)
         self._keys: list[dict[str, Any]] = []
         self._keys_digest = b""
@@ -73,6 +81,7 @@ class Hub:
         self._verifier_ends = math.inf
         self._tenants: list[dict[str, Any]] = []
         self.disabled: list[str] = []
+        self.continuable: dict[str, str] = {}
         self._owners: dict[str, str] = {}
         self.number = 0
         self._numbers: OrderedDict[str, int] = OrderedDict()
@@ -99,11 +108,12 @@ class Hub:
         """Look whether what matters has changed, and tell if so."""
         if time.time() >= self._verifier_ends:
             self._build_keys()
-        matters = [
+        matters: list[Any] = [
             [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
             for node in self._fleet.members.values()
         ]
-        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue, self._tenants, self.disabled])
+        matters += [self._catalogue, self._tenants, self.disabled, self._dedicated, self.continuable]
+        content = self._keys_digest + msgspec.json.encode(matters)
         version = hashlib.sha256(content).hexdigest()[:16]
         if version != self.version:
             self.number += 1
@@ -113,6 +123,12 @@ class Hub:
             if len(self._numbers) > VERSIONS_KEPT:
                 self._numbers.popitem(last=False)
             self._publish()
+
+    def continues(self, continuable: dict[str, str]) -> None:
+        """Note the models whose answers another node can go on with: the digest by name."""
+        if continuable != self.continuable:
+            self.continuable = continuable
+            self.refresh()
 
     def content(self) -> bytes:
         """The snapshot as JSON."""
@@ -125,6 +141,8 @@ class Hub:
                 "nodes": nodes,
                 "models": self._catalogue,
                 "disabled": self.disabled,
+                "continuable": self.continuable,
+                "dedicated": self._dedicated,
             }
         )
 
@@ -144,10 +162,13 @@ class Hub:
             self._arrived.notify_all()
 
     def known(self) -> list[Gateway]:
-        """Gateways that were heard within the last hour, by name; who was away for longer is forgotten."""
+        """Gateways that were heard within the last hour and did not say that they end, by name.
+
+        Nobody is to be alarmed by one that was taken away in order; who was away for longer is forgotten.
+        """
         since = time.time() - FORGOTTEN
         self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.seen >= since}
-        return sorted(self.gateways.values(), key=lambda gateway: gateway.name)
+        return sorted((one for one in self.gateways.values() if not one.left), key=lambda gateway: gateway.name)
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""

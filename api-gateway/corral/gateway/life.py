@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from corral.gateway import crashing
 from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
 from corral.store import leases
@@ -36,14 +37,19 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
             ("store", gateway.store.run()),
             ("changes", gateway.changes.run()),
             ("feed", gateway.feed.run()),
-            ("leases", leases.keep(gateway.limits)),
             ("shipper", gateway.shipper.run()),
             ("adopter", gateway.adopter.run()),
             ("sweep", _sweep(gateway)),
         )
     ]
+    # What was used before this process comes first: then the store can be told of it, and callers be let in.
+    await gateway.recall.first()
+    tasks.append(loop.create_task(leases.keep(gateway.limits), name="leases"))
+    recalling = loop.create_task(gateway.recall.again())
     gateway.changes.on_message = gateway.changed
-    gateway.changes.on_connect = lambda: gateway.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
+    gateway.changes.on_connect = lambda: gateway.changes.call(
+        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL), lambda reply: None
+    )
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)
     log.info("%s listens on %s:%d", gateway.name, host, port)
@@ -63,7 +69,7 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     try:
         await _drain(gateway)
     finally:
-        for task in tasks:
+        for task in (*tasks, recalling):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ended

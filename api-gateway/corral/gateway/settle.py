@@ -9,6 +9,9 @@ from corral.gateway.records import Admitted, Settled
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
+LEARN = 0.3
+DENSITY_MAX = 4.0
+
 OUTCOMES = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
 
 
@@ -21,6 +24,11 @@ def outcome_of(status: int) -> str:
     if status == 501:
         return "refused"  # a route that this version does not serve
     return "overloaded" if status == 503 else "upstream_error"
+
+
+def continued(outcome: str) -> str:
+    """How a continuation ended, as the metrics name it, by the outcome of its request."""
+    return outcome if outcome in ("ok", "client_gone") else "failed"
 
 
 def admitted(exchange: Exchange) -> Admitted:
@@ -73,11 +81,23 @@ def far(exchange: Exchange, now: float) -> tuple[str, str, int, int, int, int, f
     )
 
 
+def learn(density: float, guessed: int, counted: int) -> float:
+    """The density of a key's prompts after one more: what a model counted, for what was guessed of it.
+
+    Languages and kinds of text differ more than models do, and a key's prompts less than those of all. It is no less
+    than 1, so that nobody can make the next guess too small by sending what has few tokens.
+    """
+    return max(1.0, density + (min(counted / guessed, DENSITY_MAX) - density) * LEARN)
+
+
 def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> Settled:
     """The last record of a request. `sent` is bytes of answer, `now` monotonic seconds."""
     arrived = exchange.arrived
     first = exchange.first_token
     prompt_tokens, tokens, estimated = usage(exchange, outcome)
+    key, decoded = exchange.key, exchange.decoded
+    if prompt_tokens and not estimated and key is not None and decoded is not None and decoded.estimate:
+        key.density = learn(key.density, decoded.estimate, prompt_tokens)
     return Settled(
         exchange.record_id,
         exchange.request_id,
@@ -102,4 +122,5 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
         int(exchange.queue_ms * 1e3) / 1e3,
         int((first - arrived) * 1e6) / 1e3 if first else None,
         int((now - arrived) * 1e6) / 1e3,
+        exchange.resumption.nodes if exchange.resumption is not None else None,
     )

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model")
 SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
-    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms"),
+    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued"),
 )
 LOOK_UP = 1000
 """Rows that are asked for by their ids at once."""
