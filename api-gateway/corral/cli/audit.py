@@ -20,6 +20,8 @@ from corral.stack.state import StackError
 from corral.store.chain import Signer
 from corral.store.verify import Head, State, verify
 
+PAGE = 1000
+
 _COLUMNS = (
     *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "node", "status", "outcome"),
     *("prompt_tokens", "tokens", "ms"),
@@ -108,9 +110,13 @@ def export(as_json: bool, state: str | None, form: str, output: str | None, **gi
 
 def _all(admin: Admin, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
     after = 0
-    while listed := rows(admin("GET", "/audit?" + urlencode({**query, "after": after, "limit": 1000})), "audit"):
+    whole = True
+    # A page that is not full is the last: that it was read is a record too.
+    while whole:
+        listed = rows(admin("GET", "/audit?" + urlencode({**query, "after": after, "limit": PAGE})), "audit")
         yield from listed
-        after = listed[-1]["seq"]
+        whole = len(listed) == PAGE
+        after = listed[-1]["seq"] if listed else after
 
 
 class _Api:
