@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILED = ROOT / ".venv" / "compiled" / "api-gateway"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "api-gateway")]
 
 import yaml  # noqa: E402
@@ -45,6 +46,7 @@ from corral.store import keys  # noqa: E402
 
 MEASURED, LOAD = 0, 1
 CONNECTIONS = 32
+SYNCED = "gateway, synced"
 LINES = (
     b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.000000Z","message":{"role":"assistant","content":"Hello"},'
     b'"done":false}\n'
@@ -215,6 +217,7 @@ def gateways(
                 "access_log": str(folder / f"access-{number}.log"),
             },
             "store": {"valkey": store},
+            "audit": {"durability": "synced" if name == SYNCED else "written"},
             "auth": {"pepper_file": str(folder / "pepper"), "internal_token_file": str(folder / "internal.token")},
         }
         file = folder / f"corral-{number}.yaml"
@@ -226,7 +229,9 @@ def gateways(
 
 
 @contextlib.contextmanager
-def subjects(folder: Path, framework: bool, python: str) -> Iterator[tuple[list[Subject], list[Process], str]]:
+def subjects(
+    folder: Path, framework: bool, python: str, more: dict[str, Path]
+) -> Iterator[tuple[list[Subject], list[Process], str]]:
     """All processes: the subjects (the gateway last), the others with Valkey first, the gateway's key."""
     with contextlib.ExitStack() as stack:
 
@@ -258,7 +263,8 @@ def subjects(folder: Path, framework: bool, python: str) -> Iterator[tuple[list[
             found.append(Subject("FastAPI and httpx", port, start(argv, "framework", MEASURED)))
         packages = {
             "gateway, not compiled": ROOT / "api-gateway",
-            "gateway": ROOT / ".venv" / "compiled" / "api-gateway",
+            "gateway": COMPILED,
+            **more,
         }
         started, key = gateways(folder, node, f"redis://127.0.0.1:{store}/0", server.server_port, python, packages)
         for name, (port, process) in started.items():
@@ -312,6 +318,8 @@ def main() -> int:
     parser.add_argument("--rate", type=int, default=12_000, help="requests a second of the paced load")
     parser.add_argument("--framework", action="store_true", help="a FastAPI and httpx proxy too")
     parser.add_argument("--python", default=sys.executable, help="the gateway's interpreter")
+    parser.add_argument("--synced", action="store_true", help="a gateway with audit.durability: synced too")
+    parser.add_argument("--beside", type=Path, help="a gateway of another checkout too: its folder with the package")
     options = parser.parse_args()
     if (os.cpu_count() or 1) < 2:
         parser.error("two cores are needed: one for what is measured, one for the load")
@@ -319,7 +327,9 @@ def main() -> int:
         parser.error("wrk is not installed: apt-get install wrk")
     pad = "lorem ipsum dolor " * 50
     body = {"model": "m", "messages": [{"role": "user", "content": pad}], "stream": False}
-    with tempfile.TemporaryDirectory() as name, subjects(Path(name), options.framework, options.python) as made:
+    more = {SYNCED: COMPILED} if options.synced else {}
+    more |= {"gateway, the other": options.beside.resolve()} if options.beside else {}
+    with tempfile.TemporaryDirectory() as name, subjects(Path(name), options.framework, options.python, more) as made:
         found, others, key = made
         script = Path(name) / "load.lua"
         script.write_text(WRK)

@@ -212,6 +212,9 @@ GOOD: dict[str, dict[str, float]] = {
         f"corral_slots{{{NODE}}}": 4,
         f"corral_spool_failing{{{GATEWAY}}}": 0,
         f"corral_spool_oldest_seconds{{{GATEWAY}}}": 0,
+        f"corral_spool_bytes{{{GATEWAY}}}": 0,
+        f"corral_spool_max_bytes{{{GATEWAY}}}": 100,
+        f"corral_spool_disk_free_bytes{{{GATEWAY}}}": 1000,
         f"corral_snapshot_age_seconds{{{GATEWAY}}}": 1,
     },
     "control": {
@@ -219,6 +222,7 @@ GOOD: dict[str, dict[str, float]] = {
         "corral_control_leader": 1,
         "corral_database_up": 1,
         "corral_backup_last_success_timestamp_seconds": 4e9,
+        "corral_audit_signed_timestamp_seconds": 4e9,
         "corral_backup_drill_last_success_timestamp_seconds": 4e9,
         f"corral_ingest_lag_seconds{{{GATEWAY}}}": 0,
     },

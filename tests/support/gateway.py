@@ -144,9 +144,13 @@ class FakeControl:
     def __init__(self, token: str) -> None:
         self.snapshot: dict[str, Any] = {"version": "0", "keys": [], "nodes": [], "models": []}
         self.records: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
+        """What is not of one request: that a gateway began, how far requests are."""
         self.offsets: dict[str, int] = {}
         self.polls = 0
         self.stopped = False
+        self.busy = False
+        """Takes no records for now."""
         control = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -181,11 +185,15 @@ class FakeControl:
                 if control.stopped:
                     self.close_connection = True
                     return
+                if control.busy:
+                    self._send(503, b"{}")
+                    return
                 path, _, query = self.path.partition("?offset=")
                 if control.offsets.get(path, 0) != int(query):
                     self._send(409, json.dumps({"offset": control.offsets.get(path, 0)}).encode())
                     return
-                control.records += [record for _, record in decode_frames(data)]
+                for _, record in decode_frames(data):
+                    (control.records if "id" in record else control.notes).append(record)
                 control.offsets[path] = int(query) + len(data)
                 self._send(200, json.dumps({"offset": control.offsets[path]}).encode())
 
@@ -284,9 +292,13 @@ class Gateway:
         self.start()
         until(lambda: httpx.get(self.edge + "/health").status_code == 200, "the edge sees the gateway")
 
-    def start(self) -> None:
-        """Start the gateway's process."""
+    def start(self, small_disk: str = "") -> None:
+        """Start the gateway's process; `small_disk`: its spool is on a disk of this size of its own (`mount`)."""
         argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", str(self._file)]
+        if small_disk:
+            (self.folder / "spool").mkdir(exist_ok=True)
+            mount = f"mount -t tmpfs -o size={small_disk} spool '{self.folder}/spool' && exec \"$@\""
+            argv = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh", *argv]
         self.process = Process(argv, self.folder / "gateway.log", python_env())
         self._stack.callback(self.process.end)
         self.process.wait_until(self._up)

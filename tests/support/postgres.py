@@ -70,16 +70,27 @@ class Postgres:
         """End it as a crash would."""
         self._end(signal.SIGQUIT)
 
+    def kill_each(self) -> None:
+        """kill -9 of each of its processes."""
+        assert self._process is not None
+        for pid in self._pids():
+            os.kill(pid, signal.SIGKILL)
+        self._end(signal.SIGKILL)
+
     def stop(self) -> None:
         """End it in order."""
         self._end(signal.SIGINT)
 
     def hold(self, on: bool) -> None:
         """Stop every one of its processes, or let them go on."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
+
+    def _pids(self) -> list[int]:
+        """The server's first process, and the others."""
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        for pid in [self._process.pid, *(int(child) for child in children)]:
-            os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
+        return [self._process.pid, *(int(child) for child in children)]
 
     def remove(self) -> None:
         self.stop()

@@ -44,8 +44,9 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         running=set(),
         connections=[1, 2],
         limits=SimpleNamespace(local=3),
-        shipper=SimpleNamespace(backlog=lambda: 5, behind=lambda: 1.5),
-        journal=SimpleNamespace(failing=True),
+        shipper=SimpleNamespace(backlog=lambda: 5, behind=lambda: 1.5, free=lambda: 9),
+        spool_max=10,
+        journal=SimpleNamespace(failing=True, shed=2),
         store=SimpleNamespace(connected=False),
         health=SimpleNamespace(canaries={}, ejections=2, frozen=1),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.json import encode
+from msgspec.json import decode, encode
 
 from corral.store.spool import (
     FRAME_MAX,
@@ -19,6 +19,8 @@ from corral.store.spool import (
     SpoolWriter,
     decode_frames,
     encode_frame,
+    hold,
+    salvage,
     segments,
     whole_frames,
 )
@@ -203,3 +205,24 @@ def test_the_largest_frame_there_may_be_is_handed_out(tmp_path: Path) -> None:
     writer.close()
     assert piece is not None
     assert len(piece[2]) == FRAME_MAX + HEADER.size
+
+
+def test_what_stands_behind_a_bad_frame_is_found() -> None:
+    frames = [encode_frame({"t": "settle", "id": f"r{number}", "text": '{"t":"no frame"}'}) for number in range(4)]
+    whole = b"".join(frames)
+    assert [decode(payload)["id"] for payload in salvage(whole)] == ["r0", "r1", "r2", "r3"]
+    for position in range(len(frames[0]), len(frames[0]) + len(frames[1])):
+        changed = bytearray(whole)
+        changed[position] ^= 0xFF
+        found = [decode(payload)["id"] for payload in salvage(bytes(changed))]
+        assert found == ["r0", "r2", "r3"], position
+    assert [decode(payload)["id"] for payload in salvage(whole[5:-3])] == ["r1", "r2"]
+    assert list(salvage(b"\0" * 100)) == [b""] * 12
+
+
+def test_a_spool_has_one_owner(tmp_path: Path) -> None:
+    first = hold(tmp_path)
+    with pytest.raises(BlockingIOError):
+        hold(tmp_path)
+    os.close(first)
+    os.close(hold(tmp_path))

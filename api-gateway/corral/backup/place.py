@@ -29,7 +29,10 @@ class Place:
     def secrets(self) -> dict[str, Path]:
         """The secrets that cannot be made again, by their names in a backup."""
         auth = self.settings.auth
-        return {"pepper": self.root / auth.pepper_file, "internal.token": self.root / auth.internal_token_file}
+        found = {"pepper": self.root / auth.pepper_file, "internal.token": self.root / auth.internal_token_file}
+        # An installation of an earlier version has none until its control was started once.
+        signing = self.root / self.settings.audit.signing_key_file
+        return found | ({"audit.key": signing} if signing.exists() else {})
 
 
 def find(config: str | None, state: str | None, env: Mapping[str, str]) -> Place:

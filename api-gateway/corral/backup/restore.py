@@ -27,6 +27,7 @@ from corral.store.replace import KEPT, Replacement
 SQLITE = "sqlite:///corral.db"
 RESTORED = "restored"
 PEPPER = "pepper"
+SIGNING = "audit.key"
 
 Say = Callable[[str], None]
 
@@ -237,7 +238,8 @@ class _Restore:
     def _secret(self, name: str, data: bytes, replacement: Replacement, staging: Path) -> None:
         """A secret within the state folder, or in a place outside of it that the settings name."""
         root = self._place.root
-        place = self._place.secrets.get(name, root / name)
+        made = root / (self._place.settings.audit.signing_key_file if name == SIGNING else name)
+        place = self._place.secrets.get(name, made)
         if place.is_relative_to(root):
             _write_bytes(staging / place.relative_to(root), data)
             return

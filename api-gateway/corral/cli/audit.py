@@ -1,16 +1,26 @@
-"""`corral audit`: who asked what, when, and how it ended."""
+"""`corral audit`: who asked what, when, and how it ended; whether the record of it is what was signed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import click
+import msgspec
 
-from corral.cli import common
+from corral import __version__
+from corral.cli import common, siem
 from corral.cli.common import Admin, rows
 from corral.cli.keys import Span
+from corral.cli.progress import Bar
+from corral.stack.state import StackError
+from corral.store.chain import Signer
+from corral.store.verify import Head, State, verify
+
+PAGE = 1000
 
 _COLUMNS = (
     *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "node", "status", "outcome"),
@@ -20,7 +30,7 @@ _COLUMNS = (
 
 @click.group("audit")
 def command() -> None:
-    """Read the audit trail."""
+    """Read, check and export the audit trail."""
 
 
 @command.command("list")
@@ -42,6 +52,110 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
     names = {} if as_json or not listed else {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
     shown = [{**_shown(item), "key_name": names.get(item.get("key"))} for item in listed]
     common.emit(listed, as_json, lambda: common.table(shown, _COLUMNS, "no records"))
+
+
+@command.command("verify")
+@click.option("--checkpoints", type=click.Path(exists=True, dir_okay=False), help="A copy that was kept elsewhere.")
+@click.option(
+    "--public-key", multiple=True, help="Of the signer (hex, or a file with it); control's is not asked then."
+)
+@common.options
+def verify_records(as_json: bool, state: str | None, checkpoints: str | None, public_key: tuple[str, ...]) -> None:
+    """Check every record against the chain and the signed checkpoints.
+
+    For an independent result give both a copy of the checkpoints and the public key that you noted.
+    """
+    folder = common.folder(state)
+    admin = Admin(folder)
+    source = _Api(admin)
+    publics = [_public(one) for one in public_key] or [source.public_key]
+    data = Path(checkpoints).read_bytes() if checkpoints else admin.raw("/audit/checkpoints")
+    bar = Bar("verified", "records")
+    begun = time.monotonic()
+    report = verify(source, data.splitlines(), publics, bar.show)
+    seconds = time.monotonic() - begun
+    told = {**vars(report), "ok": not report.problems, "public_keys": publics, "seconds": round(seconds, 3)}
+    lines = [f"PROBLEM: {one}" for one in report.problems] + [f"note: {one}" for one in report.notes]
+    if not public_key:
+        lines.append("note: the public key is what control says: give --public-key to be independent of it")
+    counts = f"{report.records} records of {report.streams} streams, {report.checkpoints} checkpoints"
+    verdict = f"{len(report.problems)} problems" if report.problems else "whole"
+    lines.append(f"{verdict}: {counts}, {report.unsigned} records not signed yet, {seconds:.1f} s")
+    common.emit(told, as_json, lambda: "\n".join(lines))
+    if report.problems:
+        raise SystemExit(1)
+
+
+@command.command("export")
+@click.option("--format", "form", type=click.Choice(siem.FORMATS), default="json", show_default=True)
+@click.option("--since", type=Span(), help="Of the last 10m, 24h, …")
+@click.option("--key", help="Of this key's id alone.")
+@click.option("--model", help="For this model alone.")
+@click.option("--output", type=click.Path(dir_okay=False), help="Into this file instead of standard output.")
+@common.options
+def export(as_json: bool, state: str | None, form: str, output: str | None, **given: Any) -> None:
+    """Write records for a SIEM: JSON Lines, CSV, CEF, or OCSF (JSON Lines of API Activity, class 6003)."""
+    query = {name: value for name, value in given.items() if value is not None}
+    if "since" in query:
+        query["since"] = time.time() - query["since"]
+    lines = siem.lines(_all(Admin(common.folder(state)), query), form, __version__)
+    if output is None:
+        for line in lines:
+            click.echo(line)
+        return
+    with Path(output).open("w", encoding="utf-8") as file:
+        count = sum(file.write(line + "\n") > 0 for line in lines)
+    common.emit({"file": output, "lines": count}, as_json, lambda: f"{count} lines in {output}")
+
+
+def _all(admin: Admin, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    after = 0
+    whole = True
+    # A page that is not full is the last: that it was read is a record too.
+    while whole:
+        listed = rows(admin("GET", "/audit?" + urlencode({**query, "after": after, "limit": PAGE})), "audit")
+        yield from listed
+        whole = len(listed) == PAGE
+        after = listed[-1]["seq"] if listed else after
+
+
+class _Api:
+    """Records by the admin API, as `verify` asks for them."""
+
+    def __init__(self, admin: Admin) -> None:
+        self._admin = admin
+        told = admin("GET", "/audit/chain", timeout=120.0)
+        self.public_key = str(told["public_key"])
+        self._fields = tuple(told["fields"])
+        heads = {
+            name: Head(head["pos"], bytes.fromhex(head["link"]), head["signed"], head["highest"])
+            for name, head in told["streams"].items()
+        }
+        self._state = State(heads, told["outside"], told["older"])
+
+    def state(self) -> State:
+        return self._state
+
+    def records(self, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
+        asked = urlencode({"stream": stream, "after": after, "limit": limit})
+        found = msgspec.json.decode(self._admin.raw(f"/audit/records?{asked}"))["records"]
+        names = (*self._fields, "leaf")
+        listed = [dict(zip(names, row, strict=True)) for row in found]
+        for row in listed:
+            row["leaf"] = bytes.fromhex(row["leaf"])
+        return listed
+
+
+def _public(text: str) -> str:
+    """A public key in hex: as given, or in a file; of a signing key's file, its public part."""
+    path = Path(text)
+    found = path.read_text(encoding="ascii").strip() if path.is_file() else text.strip()
+    try:
+        if len(bytes.fromhex(found)) != 32:
+            raise ValueError
+        return Signer(found).public if path.name == "audit.key" else found
+    except ValueError:
+        raise StackError(f"{text}: expected a file, or the 64 hexadecimal digits of an Ed25519 public key") from None
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:

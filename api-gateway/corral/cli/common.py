@@ -132,13 +132,20 @@ class Admin:
 
     def __call__(self, method: str, path: str, body: object = None, timeout: float = 30.0) -> Any:
         """The answer's JSON. StackError with the API's own words for a status of 400 and above."""
+        return self._asked(method, path, body, timeout).json()
+
+    def raw(self, path: str, timeout: float = 60.0) -> bytes:
+        """The body of what is at a path. StackError as above."""
+        return self._asked("GET", path, None, timeout).body
+
+    def _asked(self, method: str, path: str, body: object, timeout: float) -> http.Answer:
         answer = http.request(self.url, method, "/admin" + path, body=body, key=self.key, timeout=timeout)
-        value = answer.json()
         if answer.status >= 400:
+            value = answer.json()
             error = value.get("error") if isinstance(value, dict) else None
             message = error.get("message") if isinstance(error, dict) else error
             raise StackError(str(message or f"{method} {path}: status {answer.status}"))
-        return value
+        return answer
 
 
 def _read_key(path: Path) -> str:

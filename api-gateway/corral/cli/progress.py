@@ -106,6 +106,33 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+class Bar:
+    """How much of something is done: a bar that is redrawn on a terminal, a line for each tenth elsewhere."""
+
+    WIDTH = 30
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
+        self._live = sys.stderr.isatty()
+        self._tenth = -1
+        self._begun = time.monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        """Take how much is done, of how much."""
+        part = done / total if total else 1.0
+        rate = done / max(1e-9, time.monotonic() - self._begun)
+        text = f"{self._what} {int(part * 100):3d}%  {done:,} of {total:,} {self._unit}  {rate:,.0f}/s"
+        if self._live:
+            filled = int(part * self.WIDTH)
+            sys.stderr.write(f"\r\x1b[2K[{'#' * filled}{'.' * (self.WIDTH - filled)}] {text}")
+            if done >= total:
+                sys.stderr.write("\n")
+            sys.stderr.flush()
+        elif int(part * 10) != self._tenth:
+            self._tenth = int(part * 10)
+            click.echo(text, err=True)
+
+
 class _Screen:
     """Draws steps: over what was drawn before on a terminal, else what is new since."""
 

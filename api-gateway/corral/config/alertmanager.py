@@ -104,16 +104,19 @@ _INHIBITIONS = [
     _quiet(['alertname="GatewayDown"'], ['alertname="ScrapeMissing"', 'job="api-gateway"'], ["gateway"]),
     _quiet(
         ['alertname="ControlDown"'],
-        ['alertname=~"SnapshotStale|SpoolBacklog|IngestBehind|DatabaseDown|BackupTooOld|BackupMissing|RestoreUnproven"'],
+        [
+            'alertname=~"SnapshotStale|SpoolBacklog|IngestBehind|CheckpointLate|DatabaseDown|BackupTooOld|BackupMissing|'
+            'RestoreUnproven"'
+        ],
     ),
     _quiet(['alertname="ControlDown"'], ['alertname="HaproxyBackendDown"', 'proxy="control"']),
     _quiet(['alertname="ControlDown"'], ['alertname="ScrapeMissing"', 'job=~"control|ollama|redis|postgres"']),
     _quiet(['alertname="EdgeDown"'], ['alertname=~"HaproxyBackendDown|HighErrorRate|SlowFirstToken|ModelUnavailable"']),
     _quiet(['alertname="EdgeDown"'], ['alertname="ScrapeMissing"', 'job="haproxy"']),
     _quiet(['alertname="LimitStoreDown"'], ['alertname="ScrapeMissing"', 'job="redis"']),
-    _quiet(['alertname="DatabaseDown"'], ['alertname=~"SpoolBacklog|IngestBehind"']),
+    _quiet(['alertname="DatabaseDown"'], ['alertname=~"SpoolBacklog|IngestBehind|CheckpointLate"']),
     _quiet(['alertname="DatabaseDown"'], ['alertname="ScrapeMissing"', 'job="postgres"']),
-    _quiet(['alertname="SpoolFailing"'], ['alertname="SpoolBacklog"', 'gateway!=""'], ["gateway"]),
+    _quiet(['alertname="SpoolFailing"'], ['alertname=~"SpoolBacklog|SpoolFilling"', 'gateway!=""'], ["gateway"]),
 ]  # fmt: skip
 
 

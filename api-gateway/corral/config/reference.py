@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from corral.config import values
+from corral.config.record import PriceSettings
 from corral.config.settings import Settings
 
 _INTRODUCTION = """\
@@ -65,6 +66,7 @@ _KINDS: list[tuple[Any, str]] = [
     (Path, "path"),
     (str, "text"),
     (bool, "true or false"),
+    (PriceSettings, "`{prompt, generated}`"),
     (Any, "any value"),
 ]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from corral.config.errors import ConfigError
 from corral.config.options import REFUSE, policy
+from corral.config.record import AuditSettings, Section, UsageSettings
 from corral.config.values import (
     BaseUrl,
     DatabaseUrl,
@@ -31,12 +32,6 @@ from corral.config.values import (
     Whole,
     loopback,
 )
-
-
-class Section(BaseModel):
-    """A mapping of the file: unknown fields are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NodeSettings(Section):
@@ -144,6 +139,9 @@ class GatewaySettings(Section):
     nodes_url: BaseUrl = Field("http://127.0.0.1:8082", description="HAProxy's front end before the nodes.")
     control_url: BaseUrl = Field("http://127.0.0.1:8090", description="Control's own address, for /internal.")
     spool: Path = Field(Path("spool"), description="Folder of spools; this gateway's is <name> in it.")
+    spool_max: Size = Field(
+        4 << 30, gt=0, description="Most bytes of a spool that control has not taken; above, requests get a 503."
+    )
     cache: Path = Field(Path("cache"), description="Folder of snapshots; this gateway's is <name> in it.")
     metrics: ListenOrNone = Field("127.0.0.1:9101", description='Where /metrics is served, without a key; "": nowhere.')
     access_log: str = Field("-", description="File of the access log; - is standard output.")
@@ -213,16 +211,6 @@ class StoreSettings(Section):
     valkey_password_file: Path | None = Field(
         None, description="Has its password, read at the start; a relative file is in control.state."
     )
-
-
-class AuditSettings(Section):
-    """The audit trail."""
-
-    durability: Literal["written", "synced"] = Field(
-        "written", description="A record survives a killed process, or a power cut as well."
-    )
-    retention: Duration = Field(400 * 86400.0, description="How long records are kept.")
-    content: Literal["none", "hash"] = Field("hash", description="What is kept of a prompt.")
 
 
 class EdgeSettings(Section):
@@ -314,6 +302,7 @@ class Settings(Section):
     limits: LimitsSettings = LimitsSettings()
     store: StoreSettings = StoreSettings()
     audit: AuditSettings = AuditSettings()
+    usage: UsageSettings = UsageSettings()
     edge: EdgeSettings = EdgeSettings()
     control: ControlSettings = ControlSettings()
     haproxy: HaproxySettings = HaproxySettings()

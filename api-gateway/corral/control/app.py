@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from corral import __version__
 from corral.config.settings import Settings
-from corral.control import audit, errors, internal, keys, models, nodes, openapi, status, switches, tenants
+from corral.control import audit, errors, internal, keys, models, nodes, openapi, record, status, switches, tenants
 from corral.control.alerts import Alerts
 from corral.control.auth import Gate
 from corral.control.canary import Canary
@@ -22,6 +22,7 @@ from corral.control.catalogue import Catalogue
 from corral.control.context import Control
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
+from corral.control.ledger import Ledger
 from corral.control.modelops import Worker
 from corral.control.monitor import Monitor
 from corral.control.operations import Operations
@@ -67,7 +68,7 @@ class Application:
         tasks = [
             asyncio.create_task(control.valkey.run()),
             asyncio.create_task(notes.run()),
-            asyncio.create_task(audit.forget(control.database, self._settings.audit.retention)),
+            asyncio.create_task(control.ledger.run()),
         ]
         try:
             members = await control.database.write(nodes.load, self._settings.nodes)
@@ -121,6 +122,7 @@ def _assemble(settings: Settings) -> Control:
         selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), operations.at_work, hub.continues),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
+        ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration),
         spent=Spent(database),
         alerts=Alerts(),
     )
@@ -196,7 +198,7 @@ def _api(life: object) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    for module in (keys, tenants, nodes, models, switches, status, audit, internal):
+    for module in (keys, tenants, nodes, models, switches, status, audit, record, internal):
         app.include_router(module.router)
     openapi.install(app)
 

@@ -1,8 +1,9 @@
-"""The audit trail: rows for admin actions, the list, and the end of what is older than its retention."""
+"""The audit trail: rows for admin actions, and the list."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.values import duration
@@ -20,11 +21,9 @@ from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
 from corral.store.database import Database
+from corral.store.seal import seal
 from corral.store.tables import audit
 
-SWEEP = 3600.0
-BREATH = 0.1
-BATCH = 5000
 MINUTE = 60.0
 NOTES_MAX = 20
 
@@ -53,24 +52,24 @@ def record(
     global entered
     entered += 1
     action = str(uuid.uuid4())
-    connection.execute(
-        insert(audit).values(
-            id=action,
-            request_id=who.request_id or action,
-            ts=time.time(),
-            gw="control",
-            key=who.key_id or None,
-            tenant=tenant or who.tenant or None,
-            addr=who.address,
-            api="admin",
-            route=route,
-            method=method,
-            status=status,
-            outcome="ok" if status < 400 else "refused" if status < 500 else "failed",
-            before=before,
-            after=after,
-        )
-    )
+    row = {
+        "id": action,
+        "request_id": who.request_id or action,
+        "ts": time.time(),
+        "key": who.key_id or None,
+        "tenant": tenant or who.tenant or None,
+        "addr": who.address,
+        "api": "admin",
+        "route": route,
+        "method": method,
+        "status": status,
+        "outcome": "ok" if status < 400 else "refused" if status < 500 else "failed",
+        # As the database will give them back.
+        "before": None if before is None else json.loads(json.dumps(before)),
+        "after": None if after is None else json.loads(json.dumps(after)),
+    }
+    seal(connection, "control", [row])
+    connection.execute(insert(audit).values(row))
 
 
 class Notes:
@@ -170,7 +169,8 @@ async def list_audit(
     if since is not None:
         wanted.append(column.ts >= moment(since, "since"))
     order = column.seq.asc() if after is not None else column.seq.desc()
-    statement = select(audit).where(*wanted).order_by(order).limit(limit)
+    shown = [one for one in audit.columns if one.name != "leaf"]
+    statement = select(*shown).where(*wanted).order_by(order).limit(limit)
     rows = await control.database.read(lambda c: [dict(row) for row in c.execute(statement).mappings()])
     rows.sort(key=lambda row: row["seq"])
     return {"audit": rows, "next": rows[-1]["seq"] if rows else after}
@@ -194,20 +194,3 @@ def moment(text: str, field: str) -> float:
     except (ValueError, OverflowError):
         wanted = "expected epoch seconds, a duration such as 1h, or a time such as 2026-01-31T12:00:00Z"
         raise Problem(400, "bad_request", f"{field}: {wanted}") from None
-
-
-async def forget(database: Database, retention: float) -> None:
-    """Delete what is older than `retention` seconds, each hour, until cancelled."""
-    while True:
-        try:
-            more = await database.write(_forget, time.time() - retention) == BATCH
-        except SQLAlchemyError as error:
-            log.warning("old audit rows stay for now: %s", error)
-            more = False
-        await asyncio.sleep(BREATH if more else SWEEP)
-
-
-def _forget(connection: Connection, until: float) -> int:
-    column = audit.c
-    old = select(column.seq).where(column.ts < until).order_by(column.ts).limit(BATCH)
-    return connection.execute(delete(audit).where(column.seq.in_(old))).rowcount

@@ -33,7 +33,7 @@ class BootstrapError(Exception):
 
 
 def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None:
-    """Bring the database up to date, and make pepper, internal token and admin key where there are none.
+    """Bring the database up to date, and make pepper, internal token, signing and admin key where there are none.
 
     Can be called at any time and by two at once: what is there stays as it is. A pepper that is gone is replaced
     only if no key depends on it, or with `new_pepper`, which then revokes them all.
@@ -44,6 +44,7 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     pepper_file = state / settings.auth.pepper_file
     make_private(state / settings.auth.internal_token_file, secrets.token_urlsafe(32))
+    make_private(state / settings.audit.signing_key_file, secrets.token_hex(32))
     database = configured(settings.store, state)
     try:
         database.migrate()

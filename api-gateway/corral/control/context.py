@@ -12,6 +12,7 @@ from corral.config.settings import Settings
 from corral.control.alerts import Alerts
 from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
+from corral.control.ledger import Ledger
 from corral.control.prober import Fleet
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
@@ -44,6 +45,7 @@ class Control:
     selftest: SelfTest
     preloader: Preloader
     usage: Usage
+    ledger: Ledger
     spent: Spent
     alerts: Alerts
 

@@ -98,6 +98,12 @@ def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> 
     yield labelled(CounterMetricFamily, "corral_key_tokens", text, ("key", "tenant", "kind"), usage.tokens)
     text = "Notifications from Alertmanager."
     yield labelled(CounterMetricFamily, "corral_alerts_received", text, ("status",), control.alerts.received)
+    ledger = control.ledger
+    text = "When all records of the time had a signed checkpoint."
+    yield gauge("corral_audit_signed_timestamp_seconds", text, ledger.signed_at)
+    yield gauge("corral_audit_checkpoint", "Number of the last checkpoint.", ledger.number)
+    text = "Requests that control settled for gateways that were killed."
+    yield CounterMetricFamily("corral_audit_recovered", text, ledger.recovered)
     for record, name, text in (
         (BACKUP, "corral_backup_last_success_timestamp_seconds", "When the last backup was made."),
         (DRILL, "corral_backup_drill_last_success_timestamp_seconds", "When a backup was last restored as a drill."),

@@ -1,18 +1,23 @@
 """The gateway's written record: the spool (audit, usage) and the access log, both committed in groups.
 
 All records of one turn of the event loop are one write; what depends on a record (the upstream connect, the
-last bytes of an answer) runs right after that write.
+last bytes of an answer) runs right after that write; with ``audit.durability: synced``, once the disk has it.
+
+While the spool is full, or the disk takes nothing, requests are shed with a 503 before any node hears of them. Those
+have no record, or a full disk would become a full memory; they are counted. What was admitted before is recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 import msgspec
 
 from corral.gateway.access import AccessLog
+from corral.gateway.records import Admitted, Progress, Settled
 from corral.store.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
@@ -30,14 +35,25 @@ NOBODY = Waiter()
 
 
 class Journal:
-    """Spool and access log of one gateway. ``failing`` is set while the disk takes no records."""
+    """Spool and access log of one gateway.
 
-    def __init__(self, folder: Path, access_log: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.spool = SpoolWriter(folder)
+    ``failing`` is set while the disk takes no records, ``full`` while the spool holds as much as it may; ``shed``
+    counts requests that were refused for that and have no record.
+    """
+
+    def __init__(self, folder: Path, access_log: str, loop: asyncio.AbstractEventLoop, synced: bool = False) -> None:
+        self.spool = SpoolWriter(folder, synced=synced)
         self._loop = loop
+        self._synced = synced
+        self._syncing = -1
         self._waiting: list[Waiter] = []
+        self._written: list[Waiter] = []
+        self._shed: list[Waiter] = []
+        self._telling = False
         self.access = AccessLog(access_log, loop)
         self.failing = False
+        self.full = False
+        self.shed = 0
 
     def record(self, record: msgspec.Struct, waiter: Waiter, access: bool = False) -> None:
         """Append a record; `waiter` hears, after the group's write, whether it is in the spool.
@@ -45,16 +61,31 @@ class Journal:
         `access`: it is a line of the access log too.
         """
         payload = _encode(record)
-        self.spool.append(payload)
         waiting = self._waiting
-        if not waiting:
+        if not waiting and not self._shed:
             self._loop.call_soon(self._commit)
-        waiting.append(waiter)
+        if (self.failing or self.full) and self._sheds(record):
+            self._shed.append(waiter)
+        else:
+            self.spool.append(payload)
+            waiting.append(waiter)
         if access:
             self.access.line(payload)
 
+    def _sheds(self, record: msgspec.Struct) -> bool:
+        """Whether a record is of a request that no node has heard of. Of one whose admission is kept, it is needed."""
+        if isinstance(record, Settled):
+            if record.attempts or self._telling:
+                return False
+            self.shed += 1
+            return True
+        return isinstance(record, (Admitted, Progress))
+
     def _commit(self) -> None:
+        if self._syncing >= 0:
+            return  # one group after the other: this one is written when that one is on the disk
         waiting, self._waiting = self._waiting, []
+        shed, self._shed = self._shed, []
         try:
             self.spool.flush()
         except OSError as error:
@@ -63,7 +94,29 @@ class Journal:
             self.failing = True
         else:
             self.failing = False
-        written = not self.failing
+        if shed:
+            self._tell(shed, False)
+        if self._synced and not self.failing:
+            self._written, self._syncing = waiting, self.spool.descriptor()
+            self._loop.run_in_executor(None, os.fdatasync, self._syncing).add_done_callback(self._on_disk)
+            return
+        self._telling = self.failing
+        self._tell(waiting, not self.failing)
+        self._telling = False
+
+    def _on_disk(self, done: asyncio.Future[None]) -> None:
+        os.close(self._syncing)
+        self._syncing = -1
+        written, self._written = self._written, []
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            log.error("the spool is not on its disk: %s", error)
+            self.failing = True
+        self._tell(written, error is None)
+        if self._waiting or self._shed:
+            self._commit()
+
+    def _tell(self, waiting: list[Waiter], written: bool) -> None:
         for waiter in waiting:
             try:
                 waiter.recorded(written)
@@ -73,6 +126,13 @@ class Journal:
 
     def close(self) -> None:
         """Write what waits and close."""
+        if self._syncing >= 0:
+            written, self._written = self._written, []
+            os.fdatasync(self._syncing)
+            self._tell(written, True)
+            os.close(self._syncing)
+            self._syncing = -1
+        self._synced = False
         self._commit()
         self.access.close()
         try:

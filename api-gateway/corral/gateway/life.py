@@ -38,6 +38,7 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
             ("changes", gateway.changes.run()),
             ("feed", gateway.feed.run()),
             ("shipper", gateway.shipper.run()),
+            ("adopter", gateway.adopter.run()),
             ("sweep", _sweep(gateway)),
         )
     ]

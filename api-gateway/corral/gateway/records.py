@@ -1,8 +1,24 @@
-"""The two records of a request as they stand in the spool; the second is a line of the access log too."""
+"""The records of requests as they stand in the spool: admitted, far, settled. The last is a line of the access log too.
+
+The first record of a gateway's life says that it began: what those before it left open will not be settled.
+"""
 
 from __future__ import annotations
 
 import msgspec
+
+
+class Begun(msgspec.Struct, tag_field="t", tag="begin"):
+    """A gateway began. ``ts`` is epoch seconds."""
+
+    gw: str
+    ts: float
+
+
+class Progress(msgspec.Struct, tag_field="t", tag="progress"):
+    """How far requests are: each row is the id and what store/progress.py names behind it."""
+
+    rows: list[tuple[str, str, int, int, int, int, float, float | None, float]]
 
 
 class Admitted(msgspec.Struct, tag_field="t", tag="admit"):

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
-from corral.gateway import crashing, settle
+from corral.gateway import adopt, crashing, settle
 from corral.gateway.authenticate import authenticate
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
@@ -22,6 +22,7 @@ from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
 from corral.gateway.recall import Recall
+from corral.gateway.records import Begun, Progress
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
@@ -33,6 +34,11 @@ from corral.wire.common import Caps, Decoded
 from corral.wire.errors import ApiError
 
 log = logging.getLogger(__name__)
+
+PROGRESS = 1.0
+"""How often it is recorded how far requests are; what ends sooner needs no such record."""
+
+PROGRESS_ROWS = 4000
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
@@ -66,7 +72,10 @@ class Gateway:
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.recall = Recall(self.snapshot, self.limits, gateway.control_url, token)
         self.answer_tokens = settings.limits.answer_tokens
-        self.journal = Journal(spool, gateway.access_log, loop)
+        self.held = adopt.own(spool)
+        self.journal = Journal(spool, gateway.access_log, loop, settings.audit.durability == "synced")
+        self.spool_max = gateway.spool_max
+        self.adopter = adopt.Adopter(gateway.spool, self.name, gateway.control_url, token)
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()
@@ -80,6 +89,8 @@ class Gateway:
         self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
         self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
         self._number = 0
+        self._progressed = time.monotonic()
+        self.journal.record(Begun(self.name, time.time()), NOBODY)
 
     # -- for connections and exchanges
 
@@ -163,6 +174,16 @@ class Gateway:
         for exchange in list(self.running):
             exchange.check(now)
         self.upstreams.sweep(now)
+        if now - self._progressed >= PROGRESS:
+            self._progressed = now
+            self.journal.full = self.shipper.backlog() >= self.spool_max
+            self._record_progress(now)
+
+    def _record_progress(self, now: float) -> None:
+        """Write how far requests are that have run for a while: where this process is killed, they count so much."""
+        rows = [settle.far(exchange, now) for exchange in self.running if now - exchange.arrived >= PROGRESS]
+        for start in range(0, len(rows), PROGRESS_ROWS):
+            self.journal.record(Progress(rows[start : start + PROGRESS_ROWS]), NOBODY)
 
     def _tell(self) -> dict[str, str]:
         """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""

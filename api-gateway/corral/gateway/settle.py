@@ -64,6 +64,23 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     return decoded.estimate, responder.tokens, True
 
 
+def far(exchange: Exchange, now: float) -> tuple[str, str, int, int, int, int, float, float | None, float]:
+    """How far a request is, as a row of a progress record. `now` is monotonic seconds."""
+    prompt_tokens, tokens, _ = usage(exchange, "client_gone")
+    arrived, first = exchange.arrived, exchange.first_token
+    return (
+        exchange.record_id,
+        exchange.node_name,
+        exchange.attempts,
+        prompt_tokens,
+        tokens,
+        exchange.connection.sent,
+        int(exchange.queue_ms * 1e3) / 1e3,
+        int((first - arrived) * 1e6) / 1e3 if first else None,
+        int((now - arrived) * 1e6) / 1e3,
+    )
+
+
 def learn(density: float, guessed: int, counted: int) -> float:
     """The density of a key's prompts after one more: what a model counted, for what was guessed of it.
 

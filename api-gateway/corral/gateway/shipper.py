@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from pathlib import Path
 
 import httpx
 
-from corral.store.spool import SpoolReader, SpoolWriter, opened
+from corral.store.spool import SpoolReader, SpoolWriter, opened, salvage
 
 PAUSE = 0.2
 PAUSE_BUSY = 0.5
@@ -89,6 +90,11 @@ class Shipper:
         """How long the oldest of them wait, in seconds; 0 where there are none."""
         return max(0.0, time.time() - self._caught_up) if self._reader.backlog() else 0.0
 
+    def free(self) -> int:
+        """Bytes that the spool's disk has left for it."""
+        disk = os.statvfs(self._folder)
+        return disk.f_bavail * disk.f_frsize
+
     async def drain(self) -> None:
         """Ship the rest before the process ends; what control does not take stays for the next start."""
         async with httpx.AsyncClient(timeout=3.0, trust_env=False) as client:
@@ -106,8 +112,22 @@ class Shipper:
         aside = path.with_suffix(suffix or ".torn")
         size = path.stat().st_size
         path.replace(aside)
+        rescued = self._rescue(aside, offset)
         what = "a corrupt frame" if aside.suffix == ".corrupt" else "a torn frame"
-        log.error("%s has %s at byte %d of %d: the rest is not shipped; kept as %s", path, what, offset, size, aside)
+        said = "%s has %s at byte %d of %d; kept as %s. %d records behind it are shipped all the same"
+        log.error(said, path, what, offset, size, aside, rescued)
+
+    def _rescue(self, aside: Path, offset: int) -> int:
+        """Write the good records behind a bad frame anew; how many. That an earlier life began is no news any more."""
+        with aside.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+        records = [one for payload in salvage(data) for one in payload.split(b"\n")]
+        records = [one for one in records if not one.startswith(b'{"t":"begin"')]
+        for record in records:
+            self._writer.append(record)
+        self._writer.flush()
+        return len(records)
 
 
 def _is_corrupt(response: httpx.Response) -> bool:

@@ -231,9 +231,7 @@ def _backlog(state: StateFolder) -> Iterator[Finding]:
             yield Finding(check, "ok", text)
         for path, size in sizes.items():
             if path.suffix in ASIDE:
-                seen = (
-                    f"{path} ({size} bytes) could not be read to its end: its last records are not in the audit trail"
-                )
+                seen = f"{path} ({size} bytes) has records that could not be read: those are not in the audit trail"
                 advice = (
                     f"`corral logs --program {folder.name}` says from which byte on; check the disk, then remove it"
                 )

@@ -1,16 +1,18 @@
-"""Spool frames into the audit table, each exactly once: rows and watermark move in one transaction."""
+"""Spool frames into the audit table, each exactly once: rows, chain, usage and watermark move in one transaction."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Boolean, Connection, Double, Integer, func, select, update
+from sqlalchemy import Connection, RowMapping, select, update
 
+from corral.store import progress, usage
+from corral.store.clean import CLEAN
 from corral.store.database import insert
+from corral.store.seal import seal
 from corral.store.spool import SpoolCorrupt, decode_frames
 from corral.store.tables import audit, keys, spool_watermarks
 
@@ -21,6 +23,8 @@ SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
     *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued"),
 )
+LOOK_UP = 1000
+"""Rows that are asked for by their ids at once."""
 
 
 class WrongOffset(Exception):
@@ -32,7 +36,7 @@ class WrongOffset(Exception):
 
 
 class Taken(NamedTuple):
-    """What was taken: the segment's new watermark, and the rows by kind of record, for who counts them."""
+    """What was taken: the segment's new watermark, the rows admitted, and those settled now, for who counts them."""
 
     watermark: int
     admits: list[dict[str, Any]]
@@ -74,31 +78,38 @@ def _store(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     admits: dict[str, dict[str, Any]] = {}
     settles: dict[str, dict[str, Any]] = {}
+    moved: dict[str, dict[str, Any]] = {}
     for record in records:
+        kind = record.get("t")
+        if kind == "begin":
+            progress.begun(connection, gateway)
+            continue
+        if kind == "progress":
+            moved.update(progress.read(record))
+            continue
         row = _row(record, gateway)
         if row is None:
             log.error("a record of %s without an id or a known type is left out: %.200r", gateway, record)
-        elif record["t"] == "admit":
+        elif kind == "admit":
             admits.setdefault(row["id"], row)
         else:
             settles.setdefault(row["id"], row)
-    read = list(admits.values()), list(settles.values())
     _own(connection, [*admits.values(), *settles.values()])
+    read = list(admits.values())
     for known in settles:
         admits.pop(known, None)  # its settle record says all that it says
     if admits:
+        # Who was asked last has the request: the edge replays one to another gateway, under the same id.
         statement = insert(connection, audit)
-        connection.execute(statement.on_conflict_do_nothing(index_elements=["id"]), list(admits.values()))
-    if settles:
-        # The first settle stands: a replay of the same request by the edge counts once.
-        statement = insert(connection, audit)
-        completed = {name: func.coalesce(statement.excluded[name], audit.c[name]) for name in _COMPLETED}
+        taken = audit.c.outcome.is_(None) & (audit.c.ts < statement.excluded.ts)
+        theirs = {"gw": statement.excluded.gw}
         connection.execute(
-            statement.on_conflict_do_update(index_elements=["id"], set_=completed, where=audit.c.outcome.is_(None)),
-            list(settles.values()),
+            statement.on_conflict_do_update(index_elements=["id"], set_=theirs, where=taken), list(admits.values())
         )
+    progress.note(connection, [row for known, row in moved.items() if known not in settles])
+    done = complete(connection, gateway, list(settles.values()))
     _note_use(connection, [*admits.values(), *settles.values()])
-    return read
+    return read, done
 
 
 def _own(connection: Connection, rows: list[dict[str, Any]]) -> None:
@@ -108,6 +119,37 @@ def _own(connection: Connection, rows: list[dict[str, Any]]) -> None:
     tenants = {row.id: row.tenant for row in connection.execute(found)} if named else {}
     for row in rows:
         row["tenant"] = tenants.get(row["key"])
+
+
+def complete(connection: Connection, gateway: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Settle requests: their rows are completed, sealed in the gateway's chain, and counted.
+
+    The first settle stands: a replay of the same request by the edge counts once. Those that were settled now.
+    """
+    known = _known(connection, [row["id"] for row in rows])
+    fresh = []
+    for row in rows:
+        before = known.get(row["id"])
+        if before is None:
+            fresh.append(row)
+        elif before["outcome"] is None:
+            fresh.append(row | {name: before[name] for name in _COMPLETED if row[name] is None})
+    seal(connection, gateway, fresh)
+    if fresh:
+        statement = insert(connection, audit)
+        completed = {name: statement.excluded[name] for name in (*_COMPLETED, "gw", "pos", "leaf")}
+        connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=completed), fresh)
+        usage.add(connection, fresh)
+    return fresh
+
+
+def _known(connection: Connection, ids: list[str]) -> dict[str, RowMapping]:
+    found = {}
+    columns = [audit.c[name] for name in ("id", *_COMPLETED)]
+    for start in range(0, len(ids), LOOK_UP):
+        some = select(*columns).where(audit.c.id.in_(ids[start : start + LOOK_UP]))
+        found.update({row["id"]: row for row in connection.execute(some).mappings()})
+    return found
 
 
 def _note_use(connection: Connection, rows: list[dict[str, Any]]) -> None:
@@ -126,7 +168,7 @@ def _row(record: Mapping[str, Any], gateway: str) -> dict[str, Any] | None:
     kind = record.get("t")
     if kind not in ("admit", "settle") or not isinstance(record.get("id"), str) or not record["id"]:
         return None
-    row = {name: _CLEAN[name](record.get(name)) for name in (*ADMITTED, *SETTLED)}
+    row = {name: CLEAN[name](record.get(name)) for name in (*ADMITTED, *SETTLED)}
     if kind == "settle":
         row["outcome"] = row["outcome"] or "unknown"
     row["gw"] = gateway
@@ -134,40 +176,4 @@ def _row(record: Mapping[str, Any], gateway: str) -> dict[str, Any] | None:
     return row
 
 
-def _text(value: object) -> str | None:
-    # PostgreSQL takes neither NUL nor lone surrogates.
-    if not isinstance(value, str):
-        return None
-    return value.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-def _whole(bits: int) -> Callable[[object], int | None]:
-    def clean(value: object) -> int | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << (bits - 1)
-        return value if fits else None  # type: ignore[return-value]
-
-    return clean
-
-
-def _real(value: object) -> float | None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _cleaner(kind: object) -> Callable[[object], Any]:
-    if isinstance(kind, Boolean):
-        return _flag
-    if isinstance(kind, Double):
-        return _real
-    if isinstance(kind, BigInteger):
-        return _whole(64)
-    return _whole(32) if isinstance(kind, Integer) else _text
-
-
-_CLEAN = {name: _cleaner(audit.c[name].type) for name in (*ADMITTED, *SETTLED)}
-_COMPLETED = (*ADMITTED[1:], "tenant", *SETTLED)
+_COMPLETED = tuple(name for name in (*ADMITTED[1:], "tenant", *SETTLED) if name != "gw")

@@ -13,6 +13,7 @@ crash cut, ``.corrupt`` has a frame that is not what was written.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -30,6 +31,12 @@ SEGMENT_BYTES = 64 << 20
 FRAME_MAX = 1 << 20
 SHIP_MAX = 4 << 20
 """Most bytes of frames that are shipped at once."""
+
+LOCK = "lock"
+"""The file of a spool that its owner has locked."""
+
+_BEGIN = b'{"t":"'
+"""How a payload begins."""
 
 ASIDE = (".torn", ".corrupt")
 
@@ -97,6 +104,49 @@ def whole_frames(data: bytes) -> int:
     return position
 
 
+def salvage(data: bytes) -> Iterator[bytes]:
+    """The payloads of the good frames of `data`, whatever stands between them."""
+    position, size = 0, len(data)
+    while position + HEADER.size <= size:
+        length, checksum = HEADER.unpack_from(data, position)
+        end = position + HEADER.size + length
+        fits = length <= FRAME_MAX and end <= size
+        if fits and zlib.crc32(data[position + HEADER.size : end]) == checksum:
+            yield data[position + HEADER.size : end]
+            position = end
+        elif fits and _is_frame(data, end):
+            position = end  # something within was damaged, not its length
+        else:
+            begin = data.find(_BEGIN, position + 1 + HEADER.size)
+            if begin < 0:
+                return
+            position = begin - HEADER.size
+
+
+def _is_frame(data: bytes, position: int) -> bool:
+    if position + HEADER.size > len(data):
+        return position == len(data)
+    length, checksum = HEADER.unpack_from(data, position)
+    payload = data[position + HEADER.size : position + HEADER.size + length]
+    return length <= FRAME_MAX and len(payload) == length and zlib.crc32(payload) == checksum
+
+
+def hold(folder: Path) -> int:
+    """Be the one process that writes to a spool, until the descriptor is closed or the process ends.
+
+    Raises:
+        OSError: another one is (BlockingIOError), or there can be no such file.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def segments(folder: Path) -> list[Path]:
     """The segment files of a folder, oldest first."""
     return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
@@ -110,13 +160,14 @@ def opened(segment: str) -> float:
 class SpoolWriter:
     """Appends to the newest segment of a folder; not thread-safe, one writer per folder.
 
-    ``append`` only buffers; ``flush`` hands the whole group to the kernel in one write (durability `written`:
-    what was flushed survives the death of this process).  A new writer always opens a new segment, so that a
-    tail torn by a crash is never followed by good frames.
+    ``append`` only buffers; ``flush`` hands the whole group to the kernel in one write (durability `written`: what
+    was flushed survives the death of this process; `synced`: the caller syncs ``descriptor`` as well). A new writer
+    always opens a new segment, so that a tail torn by a crash is never followed by good frames.
     """
 
-    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, synced: bool = False) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._synced = synced
         self._folder = folder
         self._limit = segment_bytes
         self._records: list[bytes] = []
@@ -133,6 +184,10 @@ class SpoolWriter:
     def segment(self) -> Path:
         """The segment that is written to now."""
         return self._folder / f"{self._number:016d}.seg"
+
+    def descriptor(self) -> int:
+        """A descriptor of the segment for the caller to sync and to close."""
+        return os.dup(self._fd)
 
     def append(self, payload: bytes) -> None:
         """Put an encoded record into the group that the next `flush` writes."""
@@ -210,6 +265,12 @@ class SpoolWriter:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         previous, self._fd = self._fd, descriptor
         self._number, self._size = number, 0
+        if self._synced:
+            if previous >= 0:
+                os.fsync(previous)
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
         if previous >= 0:
             with contextlib.suppress(OSError):  # what it held was written by then
                 os.close(previous)

@@ -14,6 +14,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -113,7 +114,8 @@ disabled_models = Table(
     Column("disabled", Double, nullable=False),
 )
 
-# One row for each request of the data plane (admit inserts, settle completes) and for each admin action.
+# One row for each request of the data plane (admit inserts, settle completes) and for each admin action. A row that is
+# complete is sealed: `pos` is its place in the chain of its `gw`, `leaf` the hash of its content (store/chain.py).
 audit = Table(
     "audit",
     metadata,
@@ -144,7 +146,10 @@ audit = Table(
     Column("ms", Double),
     Column("before", JSON(none_as_null=True)),
     Column("after", JSON(none_as_null=True)),
+    Column("pos", BigInteger),
+    Column("leaf", LargeBinary(32)),
     Index(None, "ts"),
+    Index(None, "gw", "pos", unique=True),
     Index(None, "key", "seq"),
     Index(None, "tenant", "seq"),
     Index(None, "model", "seq"),
@@ -159,4 +164,53 @@ spool_watermarks = Table(
     Column("segment", String(64), primary_key=True),
     Column("position", BigInteger, nullable=False),
     Column("updated", Double, nullable=False),
+)
+
+# How far each chain is: the last record's place and the link after it; `dropped`: retention has removed up to there.
+# The row without a name says up to which `seq` records are older than the chain.
+audit_streams = Table(
+    "audit_streams",
+    metadata,
+    Column("stream", Text, primary_key=True),
+    Column("pos", BigInteger, nullable=False),
+    Column("link", LargeBinary(32), nullable=False),
+    Column("signed", BigInteger, nullable=False),
+    Column("signed_link", LargeBinary(32), nullable=False),
+    Column("dropped", BigInteger, nullable=False),
+)
+
+# The signed checkpoints, as they stand in the file outside of the database.
+audit_checkpoints = Table(
+    "audit_checkpoints",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("ts", Double, nullable=False),
+    Column("line", Text, nullable=False),
+)
+
+# Gateways that began anew: requests of theirs up to `seq` that nobody has settled are recovered, a while after `since`.
+spool_begun = Table(
+    "spool_begun",
+    metadata,
+    Column("gateway", String(63), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("since", Double, nullable=False),
+)
+
+# What requests of a day (UTC, by their arrival) add up to; "" where a request had no key, tenant or model.
+usage = Table(
+    "usage",
+    metadata,
+    Column("day", String(10), primary_key=True),
+    Column("tenant", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("refused", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("estimated", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("queue_seconds", Double, nullable=False),
+    Column("node_seconds", Double, nullable=False),
 )

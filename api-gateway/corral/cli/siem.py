@@ -1,0 +1,118 @@
+"""Audit records as others read them: JSON Lines, CSV, ArcSight's CEF, and OCSF's API Activity. Pure functions.
+
+CEF: Implementing ArcSight Common Event Format, revision 25. OCSF: schema 1.3.0, class 6003.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+FORMATS = ("json", "csv", "cef", "ocsf")
+COLUMNS = (
+    *("seq", "id", "request_id", "ts", "gw", "pos", "key", "tenant", "addr", "api", "route", "method", "model"),
+    *("status", "outcome", "node", "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "estimated"),
+    *("queue_ms", "ttft_ms", "ms", "before", "after"),
+)
+SEVERITY = {"ok": 1, "client_gone": 2, "refused": 4, "limited": 4, "overloaded": 5}
+"""CEF's, 0 to 10; 6 for what is not here."""
+
+_OCSF_ACTIVITY = {"POST": 1, "GET": 2, "PUT": 3, "PATCH": 3, "DELETE": 4}
+_CEF_KEYS = {
+    **{"request_id": "externalId", "addr": "src", "key": "suid", "route": "request", "method": "requestMethod"},
+    **{"outcome": "outcome", "req_bytes": "in", "resp_bytes": "out", "gw": "dvchost", "node": "dhost"},
+}
+_CEF_CUSTOM = {
+    **{"tenant": "cs1", "model": "cs2", "prompt_tokens": "cn1", "tokens": "cn2", "status": "cn3"},
+    **{"before": "cs3", "after": "cs4"},
+}
+
+
+def lines(records: Iterable[Mapping[str, Any]], form: str, version: str) -> Iterator[str]:
+    """The records as lines of one of FORMATS; `version` is Corral's."""
+    if form == "csv":
+        yield ",".join(COLUMNS)
+    for record in records:
+        if form == "csv":
+            yield _csv(record)
+        elif form == "cef":
+            yield _cef(record, version)
+        elif form == "ocsf":
+            yield json.dumps(ocsf(record, version), ensure_ascii=False)
+        else:
+            shown = {name: value for name, value in record.items() if name != "leaf"}
+            yield json.dumps(shown, ensure_ascii=False)
+
+
+def _csv(record: Mapping[str, Any]) -> str:
+    cells = []
+    for name in COLUMNS:
+        value = record.get(name)
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+        # A spreadsheet takes such a text for a formula.
+        cells.append(f"'{text}" if isinstance(text, str) and text[:1] in ("=", "+", "-", "@", "\t", "\r") else text)
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(cells)
+    # A cell's own line breaks are within quotes, but a line here is a record.
+    return out.getvalue().replace("\r", " ").replace("\n", " ")
+
+
+def _cef(record: Mapping[str, Any], version: str) -> str:
+    kind = "admin" if record.get("api") == "admin" else "inference"
+    name = f"{record.get('method') or ''} {record.get('route') or ''}".strip()
+    severity = SEVERITY.get(str(record.get("outcome")), 6)
+    head = ("CEF:0", "Corral", "Corral", version, kind, name, str(severity))
+    pairs = [("rt", str(int(float(record.get("ts") or 0) * 1000)))]
+    for field, key in _CEF_KEYS.items():
+        if (value := record.get(field)) is not None:
+            pairs.append((key, str(value)))
+    for field, key in _CEF_CUSTOM.items():
+        if (value := record.get(field)) is not None:
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+            pairs += [(f"{key}Label", field), (key, text)]
+    return "|".join([head[0], *map(_cef_head, head[1:])]) + "|" + " ".join(f"{k}={_cef_value(v)}" for k, v in pairs)
+
+
+def _cef_head(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", " ").replace("\n", " ")
+
+
+def _cef_value(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("=", "\\=").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """A record as an event of OCSF's class API Activity."""
+    outcome = record.get("outcome")
+    activity = _OCSF_ACTIVITY.get(str(record.get("method")), 99)
+    moment = int(float(record.get("ts") or 0) * 1000)
+    known = {
+        "activity_id": activity,
+        "category_uid": 6,
+        "class_uid": 6003,
+        "type_uid": 600300 + activity,
+        "time": moment,
+        "severity_id": 1 if outcome in ("ok", "client_gone") else 2 if outcome in ("refused", "limited") else 3,
+        "status_id": 0 if outcome is None else 1 if outcome == "ok" else 2,
+        "status_code": str(record["status"]) if record.get("status") is not None else "",
+        "status_detail": outcome or "",
+        "metadata": {
+            "version": "1.3.0",
+            "uid": record.get("id"),
+            "correlation_uid": record.get("request_id"),
+            "product": {"name": "Corral", "vendor_name": "Corral", "version": version},
+        },
+        "actor": {"user": {"uid": record.get("key") or "", "org": {"uid": record.get("tenant") or ""}}},
+        "src_endpoint": {"ip": record.get("addr") or ""},
+        "dst_endpoint": {"name": record.get("node") or ""},
+        "api": {"operation": record.get("route") or "", "service": {"name": record.get("api") or ""}},
+        "http_request": {"http_method": record.get("method") or "", "url": {"path": record.get("route") or ""}},
+        "duration": int(record.get("ms") or 0),
+        "traffic": {"bytes_in": record.get("req_bytes") or 0, "bytes_out": record.get("resp_bytes") or 0},
+    }
+    named = ("gw", "pos", "model", "attempts", "prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms")
+    more = {name: record[name] for name in (*named, "before", "after") if record.get(name) is not None}
+    return {**known, "unmapped": more}

@@ -1,0 +1,240 @@
+"""The audit trail's own upkeep: signed checkpoints, requests that nobody settled, and the end of what is too old.
+
+A checkpoint is entered in the database first and written to the file next; a start writes what the file lacks. The
+file is what an auditor keeps elsewhere: nothing that the database says can change it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+
+import httpx
+from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from corral.config.record import AuditSettings
+from corral.store import recovery
+from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
+from corral.store.database import Database
+from corral.store.retention import drop, due
+from corral.store.tables import audit, audit_checkpoints, audit_streams
+
+ROUND = 5.0
+BREATH = 0.1
+SWEEP = 3600.0
+SPAN_MAX = 200_000
+"""Most records of a stream in one checkpoint; the next one follows at once."""
+
+WEBHOOK_TIMEOUT = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class ChainBroken(Exception):
+    """The database's own chain does not fit together: nothing more is signed."""
+
+
+class Ledger:
+    """Keeps the record. ``signed_at``: epoch seconds of the last round after which all there was had its checkpoint.
+
+    ``delivered``: the last checkpoint that the webhook took; ``recovered``: requests settled here.
+    """
+
+    def __init__(self, database: Database, settings: AuditSettings, state: Path, longest: float) -> None:
+        self._database, self._settings, self._longest = database, settings, longest
+        self.path = state / settings.checkpoints
+        self._key = state / settings.signing_key_file
+        self._sent = self.path.with_name(self.path.name + ".sent")
+        self.signer = Signer(self._key.read_text(encoding="ascii"))
+        self.signed_at = time.time()
+        self.number = 0
+        self.recovered = 0
+        self._silent: set[str] = set()
+
+    async def run(self) -> None:
+        """Work until cancelled; what fails is tried again in the next round."""
+        signed = swept = time.monotonic()
+        await self._try("the file of checkpoints is not complete", self._complete_file)
+        while True:
+            await self._try("requests of killed gateways are not settled yet", self._recover)
+            if time.monotonic() - signed >= self._settings.checkpoint:
+                signed = time.monotonic()
+                await self._try("there is no new checkpoint", self.sign)
+                await self._try("checkpoints wait for the webhook", self._deliver)
+            if time.monotonic() - swept >= min(SWEEP, self._settings.retention):
+                swept = time.monotonic()
+                await self._try("old audit rows stay for now", self.forget)
+            await asyncio.sleep(min(ROUND, self._settings.checkpoint))
+
+    async def _try(self, trouble: str, work: object) -> None:
+        try:
+            await work()  # type: ignore[operator]
+        except (SQLAlchemyError, OSError, ValueError, ChainBroken, httpx.HTTPError) as error:
+            if trouble not in self._silent:
+                log.error("%s: %s", trouble, str(getattr(error, "orig", None) or error).splitlines()[0])
+            self._silent.add(trouble)
+        except Exception:
+            log.exception("%s", trouble)
+        else:
+            self._silent.discard(trouble)
+
+    # -- checkpoints
+
+    async def sign(self) -> None:
+        """Sign what came since the last checkpoint. Raises ChainBroken, SQLAlchemyError, OSError."""
+        await self._complete_file()
+        while (signed := await self._database.write(self._sign, None)) is not None:
+            await asyncio.to_thread(self._append, [signed])
+        self.signed_at = time.time()
+
+    async def forget(self) -> None:
+        """Delete the records of checkpoints older than the retention: first it is signed that they go."""
+        until = time.time() - self._settings.retention
+        dropped = await self._database.read(due, until)
+        if dropped:
+            signed = await self._database.write(self._sign, dropped)
+            if signed is not None:
+                await asyncio.to_thread(self._append, [signed])
+        count = 1
+        while count:
+            count = await self._database.write(drop, until)
+            await asyncio.sleep(BREATH)
+
+    def _sign(self, connection: Connection, dropped: dict[str, int] | None) -> Signed | None:
+        spans = [span for span in (self._span(connection, *row, dropped) for row in _unsigned(connection)) if span]
+        if dropped:
+            spans += [
+                self._drop_alone(connection, stream, dropped) for stream in dropped if stream not in _names(spans)
+            ]
+        if not spans:
+            return None
+        last = connection.execute(
+            select(audit_checkpoints).order_by(audit_checkpoints.c.number.desc()).limit(1)
+        ).first()
+        number, previous = (last.number, read_checkpoint(last.line).digest()) if last is not None else (0, ZERO.hex())
+        signed = self.signer.sign(number + 1, time.time(), previous, spans)
+        checkpoint = signed.checkpoint
+        row = {"number": checkpoint.number, "ts": checkpoint.ts, "line": signed.line().decode()}
+        connection.execute(insert(audit_checkpoints).values(row))
+        for span in spans:
+            moved = {"signed": span.last, "signed_link": bytes.fromhex(span.link)}
+            if span.dropped:
+                moved["dropped"] = span.dropped
+            connection.execute(update(audit_streams).where(audit_streams.c.stream == span.stream).values(moved))
+        return signed
+
+    def _span(
+        self, connection: Connection, stream: str, pos: int, head: bytes, after: int, link: bytes, dropped: object
+    ) -> Span | None:
+        last = min(pos, after + SPAN_MAX)
+        leaves = select(audit.c.leaf).where(audit.c.gw == stream, audit.c.pos > after, audit.c.pos <= last)
+        tree, count = Merkle(), 0
+        for (leaf,) in connection.execute(leaves.order_by(audit.c.pos)):
+            tree.add(leaf)
+            link = link_after(link, leaf)
+            count += 1
+        if count != last - after or (last == pos and link != head):
+            raise ChainBroken(
+                f"the records of {stream} from {after + 1} to {last} are not those that were entered: "
+                "`corral audit verify` says more"
+            )
+        drops = dropped.get(stream, 0) if isinstance(dropped, dict) else 0
+        return Span(stream, after + 1, last, link.hex(), tree.root().hex(), drops)
+
+    def _drop_alone(self, connection: Connection, stream: str, dropped: dict[str, int]) -> Span:
+        head = connection.execute(select(audit_streams).where(audit_streams.c.stream == stream)).one()
+        return Span(
+            stream, head.signed + 1, head.signed, head.signed_link.hex(), Merkle().root().hex(), dropped[stream]
+        )
+
+    # -- the file
+
+    async def _complete_file(self) -> None:
+        """Write the checkpoints that the database has and the file lacks."""
+        last = await asyncio.to_thread(last_number, self.path)
+        newest = await self._database.read(_newest)
+        self.number = max(last, newest)
+        if last > newest:
+            raise ValueError(
+                f"{self.path} has checkpoint {last}, the database {newest} at most: it is not the database that was "
+                "signed (after a restore, put the file aside)"
+            )
+        while last < newest:
+            lines = await self._database.read(lines_after, last, 100)
+            await asyncio.to_thread(self._append, [read_checkpoint(line) for line in lines])
+            last += len(lines)
+
+    def _append(self, checkpoints: list[Signed]) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            # A line that a crash cut is written anew: it has no end.
+            file.seek(whole_lines(file.read()))
+            file.truncate()
+            file.write(b"".join(one.line() + b"\n" for one in checkpoints))
+            file.flush()
+            os.fsync(file.fileno())
+        self.number = checkpoints[-1].checkpoint.number
+
+    # -- the webhook
+
+    async def _deliver(self) -> None:
+        """Send what the webhook has not taken yet, oldest first, a line in each call. Raises httpx.HTTPError."""
+        if self._settings.webhook is None:
+            return
+        sent = int(self._sent.read_text()) if self._sent.exists() else 0
+        async with httpx.AsyncClient(timeout=WEBHOOK_TIMEOUT, trust_env=False) as client:
+            while lines := await self._database.read(lines_after, sent, 100):
+                for line in lines:
+                    headers = {"Content-Type": "application/json"}
+                    (await client.post(self._settings.webhook, content=line, headers=headers)).raise_for_status()
+                    sent += 1
+                    self._sent.write_text(f"{sent}\n")
+
+    # -- requests that nobody settled
+
+    async def _recover(self) -> None:
+        while count := await self._database.write(recovery.recover, time.time(), self._longest):
+            self.recovered += count
+            log.warning("%d requests whose gateway was killed are settled at their last progress", count)
+
+
+def whole_lines(data: bytes) -> int:
+    """The length of what ends with a line end."""
+    return data.rfind(b"\n") + 1
+
+
+def last_number(path: Path) -> int:
+    """The number of the last checkpoint of a file, 0 where there is none. Raises ValueError where it is damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    lines = data[: whole_lines(data)].splitlines()
+    return read_checkpoint(lines[-1]).checkpoint.number if lines else 0
+
+
+def lines_after(connection: Connection, number: int, limit: int) -> list[str]:
+    """Checkpoints as lines, those behind a number."""
+    column = audit_checkpoints.c
+    wanted = select(column.line).where(column.number > number).order_by(column.number).limit(limit)
+    return list(connection.execute(wanted).scalars())
+
+
+def _newest(connection: Connection) -> int:
+    return connection.execute(select(func.max(audit_checkpoints.c.number))).scalar() or 0
+
+
+def _unsigned(connection: Connection) -> list[tuple[str, int, bytes, int, bytes]]:
+    heads = audit_streams.c
+    waiting = select(heads.stream, heads.pos, heads.link, heads.signed, heads.signed_link).where(
+        heads.pos > heads.signed, heads.stream != ""
+    )
+    return [(row[0], row[1], row[2], row[3], row[4]) for row in connection.execute(waiting.order_by(heads.stream))]
+
+
+def _names(spans: list[Span]) -> set[str]:
+    return {span.stream for span in spans}

@@ -1,0 +1,93 @@
+"""The record as others check and count it: sealed records, checkpoints, and usage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+
+from corral.control.audit import moment
+from corral.control.auth import Caller
+from corral.control.context import Here
+from corral.control.errors import Problem
+from corral.control.ledger import whole_lines
+from corral.store import seal, usage
+from corral.store.verify import PAGE
+
+MONTH = 30 * 86400.0
+
+router = APIRouter()
+_encode = msgspec.json.Encoder().encode
+
+
+def _json(value: object) -> Response:
+    # Without FastAPI's own way, which looks at each value: a page has thousands of rows.
+    return Response(_encode(value), media_type="application/json")
+
+
+@router.get("/admin/audit/chain", tags=["audit"])
+async def chain(control: Here) -> Response:
+    """Each stream's end and what of it is signed, the public key, and the names of a record's fields."""
+    state = await control.database.read(seal.state)
+    streams = {
+        name: {"pos": head.pos, "link": head.link.hex(), "signed": head.signed, "highest": head.highest}
+        for name, head in state.heads.items()
+    }
+    found = {"streams": streams, "outside": state.outside, "older": state.older, "fields": seal.FIELDS}
+    return _json({**found, "public_key": control.ledger.signer.public})
+
+
+@router.get("/admin/audit/records", tags=["audit"])
+async def sealed(
+    control: Here,
+    stream: Annotated[str, Query(max_length=63, description="Of this gateway, or `control`.")],
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Behind this place.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
+) -> Response:
+    """Sealed records in the order of the chain: values in the order of `fields`, then the leaf (hex)."""
+    rows = await control.database.read(seal.records, stream, after, limit)
+    return _json({"records": [[*(row[name] for name in seal.FIELDS), row["leaf"].hex()] for row in rows]})
+
+
+@router.get("/admin/audit/checkpoints", tags=["audit"])
+async def checkpoints(control: Here) -> Response:
+    """The file of checkpoints as it is: a signed checkpoint a line."""
+    path = control.ledger.path
+    data = await asyncio.to_thread(lambda: path.read_bytes() if path.exists() else b"")
+    return Response(data[: whole_lines(data)], media_type="application/x-ndjson")
+
+
+@router.get("/admin/usage", tags=["usage"])
+async def report(
+    control: Here,
+    caller: Caller,
+    by: Annotated[str, Query(max_length=40, description="Columns to sum by: day, tenant, key, model.")] = "key,model",
+    since: Annotated[str | None, Query(description="From this day on; 30 days ago by default.")] = None,
+    until: Annotated[str | None, Query(description="To this day; today by default.")] = None,
+    tenant: str | None = None,
+    key: str | None = None,
+    model: str | None = None,
+) -> dict[str, Any]:
+    """Requests, tokens, time and cost of whole days (UTC). An operator is shown those of its tenant."""
+    columns = [name.strip() for name in by.split(",") if name.strip()]
+    if not columns or len(set(columns)) < len(columns) or set(columns) - set(usage.BY):
+        raise Problem(400, "bad_request", f"by: expected some of {', '.join(usage.BY)}, each once")
+    now = time.time()
+    begin = now - MONTH if since is None else moment(since, "since")
+    end = now if until is None else moment(until, "until")
+    if caller.bound is not None:
+        if tenant not in (None, caller.bound):
+            raise Problem(403, "forbidden", f"tenant: a key of tenant {caller.bound!r} sees that tenant alone")
+        tenant = caller.bound
+    only = {"tenant": tenant, "key": key, "model": model}
+    costs = control.settings.usage
+    # Prices are a model's: summed by model first, whatever is asked for.
+    inner = columns if "model" in columns or not costs.prices else [*columns, "model"]
+    rows = await control.database.read(lambda c: usage.report(c, begin, end, inner, **only))
+    rows = usage.priced(rows, columns, costs.price_of if costs.prices else None)
+    told = {"usage": rows, "since": usage.day_of(begin), "until": usage.day_of(end), "by": columns}
+    return told | ({"currency": costs.currency} if costs.prices else {})

@@ -1,0 +1,50 @@
+"""The end of audit rows: whole checkpoints go, oldest first, in small batches; their roots stay."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, delete, func, select
+
+from corral.store.chain import read_checkpoint
+from corral.store.tables import audit, audit_checkpoints, audit_streams
+
+BATCH = 5000
+PAGE = 100
+
+
+def due(connection: Connection, until: float) -> dict[str, int]:
+    """By stream, up to which place its records may go: those of checkpoints made before `until` (epoch seconds).
+
+    A stream that has nothing to lose is left out.
+    """
+    heads = connection.execute(select(audit_streams).where(audit_streams.c.stream != "")).all()
+    known = {row.stream: row.dropped for row in heads if row.signed > row.dropped}
+    found: dict[str, int] = {}
+    # The newest checkpoint of that age says it for its streams; one that was silent then has it in an older one.
+    column = audit_checkpoints.c
+    below = connection.execute(select(func.max(column.number)).where(column.ts < until)).scalar() or 0
+    while below > 0 and found.keys() < known.keys():
+        lines = select(column.line).where(column.number.between(below - PAGE + 1, below))
+        for line in connection.execute(lines.order_by(column.number.desc())).scalars().all():
+            for span in read_checkpoint(line).checkpoint.streams:
+                if span.stream in known:
+                    found.setdefault(span.stream, span.last)
+        below -= PAGE
+    return {stream: last for stream, last in found.items() if last > known[stream]}
+
+
+def drop(connection: Connection, until: float) -> int:
+    """Delete a batch of what may go; how many rows. Rows that are older than the chain go by their time."""
+    column = audit.c
+    for stream, dropped in connection.execute(select(audit_streams.c.stream, audit_streams.c.dropped)).all():
+        if stream:
+            first = connection.execute(select(func.min(column.pos)).where(column.gw == stream)).scalar()
+            if first is None or first > dropped:
+                continue
+            which = (column.gw == stream) & column.pos.between(first, min(first + BATCH - 1, dropped))
+        else:
+            old = select(column.seq).where(column.pos.is_(None), column.ts < until).order_by(column.ts).limit(BATCH)
+            which = column.seq.in_(old)
+        count = connection.execute(delete(audit).where(which)).rowcount
+        if count:
+            return count
+    return 0

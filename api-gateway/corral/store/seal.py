@@ -1,0 +1,73 @@
+"""Sealing: audit rows that are complete get their place in the chain of their writer, in the caller's transaction.
+
+The database lets one writer in at a time (store/database.py), so that a chain has one end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, case, func, select
+
+from corral.store.chain import FIELDS, ZERO, content, leaf_of, link_after
+from corral.store.database import insert
+from corral.store.tables import audit, audit_streams
+from corral.store.verify import Head, State
+
+_EMPTY = dict.fromkeys(FIELDS)
+
+
+def seal(connection: Connection, stream: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Give each row ``gw``, ``pos`` and ``leaf``, in this order; it is the caller's to write them.
+
+    A row lacks what is null in it.
+    """
+    if not rows:
+        return
+    heads = audit_streams.c
+    head = connection.execute(select(heads.pos, heads.link).where(heads.stream == stream)).first()
+    pos, link = (head.pos, head.link) if head is not None else (0, ZERO)
+    for row in rows:
+        pos += 1
+        row["gw"], row["pos"] = stream, pos
+        row["leaf"] = leaf = leaf_of(content(_EMPTY | row))
+        link = link_after(link, leaf)
+    statement = insert(connection, audit_streams)
+    moved = {"pos": pos, "link": link}
+    fresh = {"stream": stream, **moved, "signed": 0, "signed_link": ZERO, "dropped": 0}
+    connection.execute(statement.values(fresh).on_conflict_do_update(index_elements=["stream"], set_=moved))
+
+
+def state(connection: Connection) -> State:
+    """The chains as they are; reads the audit table once from end to end."""
+    column = audit.c
+    heads = {row.stream: row for row in connection.execute(select(audit_streams)).all()}
+    first = heads.pop("").pos if "" in heads else 0
+    done = column.outcome.is_not(None) & column.pos.is_(None)
+    counted = select(
+        column.gw,
+        func.max(column.pos),
+        func.sum(case((done & (column.seq <= first), 1), else_=0)),
+        func.sum(case((done & (column.seq > first), 1), (column.pos < 1, 1), else_=0)),
+    ).group_by(column.gw)
+    highest: dict[str, int] = {}
+    older = outside = 0
+    for name, most, before, beside in connection.execute(counted):
+        older += int(before or 0)
+        outside += int(beside or 0)
+        if most is not None:
+            highest[name or ""] = most
+    for name, most in highest.items():
+        if name not in heads:
+            outside += most
+    found = {name: Head(head.pos, head.link, head.signed, highest.get(name, 0)) for name, head in sorted(heads.items())}
+    return State(found, outside, older)
+
+
+def records(connection: Connection, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
+    """Sealed records of a stream behind a place, in order: the fields that are hashed, and ``leaf``."""
+    columns = [*(audit.c[name] for name in FIELDS), audit.c.leaf]
+    wanted = select(*columns).where(audit.c.gw == stream, audit.c.pos > after).order_by(audit.c.pos).limit(limit)
+    names = (*FIELDS, "leaf")
+    return [dict(zip(names, row, strict=True)) for row in connection.execute(wanted)]

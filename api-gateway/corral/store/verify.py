@@ -1,0 +1,249 @@
+"""Whether the audit trail is what was signed: reads every record once, and needs no database of its own.
+
+Each record is hashed anew. What is found is named by stream and place: a changed, missing or moved record, one beside
+the chain, a cut tail, a chain that fits together but is not the signed one, a checkpoint that is not the signer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from corral.store.chain import (
+    ZERO,
+    Merkle,
+    Signed,
+    Span,
+    content,
+    key_id,
+    leaf_of,
+    link_after,
+    read_checkpoint,
+    signed_by,
+)
+
+PAGE = 5000
+SHOWN = 20
+"""Changed records of a stream that are named one by one."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A stream as the database has it: its end, the last place that is signed, rows with a place, their highest."""
+
+    pos: int
+    link: bytes
+    signed: int
+    highest: int
+
+
+@dataclass(frozen=True)
+class State:
+    """The streams, rows that are complete but in no chain, and rows that are older than the chain."""
+
+    heads: Mapping[str, Head]
+    outside: int
+    older: int
+
+
+class Source(Protocol):
+    """Where records come from: the admin API, or a database."""
+
+    def state(self) -> State:
+        """The streams as they are now, in one look."""
+
+    def records(self, stream: str, after: int, limit: int) -> Sequence[Mapping[str, Any]]:
+        """The next records of a stream behind a place, in order; each has the fields that are hashed, and ``leaf``."""
+
+
+@dataclass
+class Report:
+    """What was found. No ``problems``: the trail is what was signed."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    records: int = 0
+    unsigned: int = 0
+    checkpoints: int = 0
+    streams: int = 0
+
+
+Say = Callable[[int, int], None]
+"""Hears how many records are checked, of how many."""
+
+
+def verify(
+    source: Source, lines: Iterable[bytes], publics: Sequence[str], say: Say = lambda done, total: None
+) -> Report:
+    """Check everything. `lines` are the checkpoints as they were signed, `publics` the keys (hex) that may sign."""
+    report = Report()
+    good = _checkpoints(lines, publics, report)
+    report.checkpoints = len(good)
+    state = source.state()
+    if state.older:
+        report.notes.append(f"{state.older} records are older than the chain and not covered by it")
+    if state.outside:
+        report.problems.append(f"{state.outside} records stand beside the chain: they were inserted")
+    spans: dict[str, list[tuple[int, Span]]] = {name: [] for name in sorted(state.heads)}
+    for signed in good:
+        for span in signed.checkpoint.streams:
+            spans.setdefault(span.stream, []).append((signed.checkpoint.number, span))
+    report.streams = len(spans)
+    total = sum(head.pos for head in state.heads.values())
+    for stream, signed_spans in spans.items():
+        _Stream(stream, signed_spans, state.heads.get(stream), report, total, say).check(source)
+    say(report.records, report.records)
+    return report
+
+
+def _checkpoints(lines: Iterable[bytes], publics: Sequence[str], report: Report) -> list[Signed]:
+    keys = {key_id(public): public for public in publics}
+    good: list[Signed] = []
+    number, previous = 0, ZERO.hex()
+    for at, line in enumerate(lines, 1):
+        try:
+            signed = read_checkpoint(line)
+        except ValueError:
+            report.problems.append(f"line {at} of the checkpoints is none")
+            continue
+        checkpoint = signed.checkpoint
+        name = f"checkpoint {checkpoint.number}"
+        if checkpoint.number != number + 1:
+            missing = f"{number + 1} to {checkpoint.number - 1}" if checkpoint.number > number + 1 else "an order"
+            report.problems.append(f"{name} follows {number}: {missing} is missing")
+        elif checkpoint.previous != previous:
+            report.problems.append(f"{name} does not continue checkpoint {number}")
+        number, previous = checkpoint.number, signed.digest()
+        public = keys.get(checkpoint.key)
+        if public is None:
+            report.problems.append(f"{name} is signed by another key ({checkpoint.key})")
+        elif not signed_by(signed, public):
+            report.problems.append(f"{name} has a wrong signature: it was changed")
+        else:
+            good.append(signed)
+    return good
+
+
+class _Stream:
+    """One stream's pass over its records."""
+
+    def __init__(
+        self, name: str, spans: list[tuple[int, Span]], head: Head | None, report: Report, total: int, say: Say
+    ) -> None:
+        self._name, self._spans, self._head = name, spans, head
+        self._report, self._total, self._say = report, total, say
+        self._changed: list[Mapping[str, Any]] = []
+        self._changes = 0
+        self._rebuilt = False
+
+    def check(self, source: Source) -> None:
+        link, at = self._dropped()
+        rows = _Rows(source, self._name, at, self._head.pos if self._head is not None else 0)
+        for number, span in self._spans:
+            if span.last < span.first or span.last <= at:
+                continue
+            if span.first != at + 1:
+                self._problem(f"checkpoint {number} begins at record {span.first}, not at {at + 1}")
+            whole, root, end = self._range(rows, span.first, span.last, link)
+            if whole and (root, end.hex()) != (span.root, span.link):
+                self._rebuilt = True
+                self._problem(
+                    f"checkpoint {number}: records {span.first} to {span.last} fit together, but are not those that "
+                    "were signed: the chain was rebuilt"
+                )
+            link, at = bytes.fromhex(span.link), span.last
+        self._unsigned(rows, at, link)
+        self._name_changed()
+
+    def _dropped(self) -> tuple[bytes, int]:
+        """Where the records begin that retention has left, and the link before them."""
+        dropped = max((span.dropped for _, span in self._spans), default=0)
+        if not dropped:
+            return ZERO, 0
+        for _, span in self._spans:
+            if span.last == dropped:
+                return bytes.fromhex(span.link), dropped
+        self._problem(f"records up to {dropped} are said to be dropped, which is no checkpoint's end")
+        return ZERO, dropped
+
+    def _range(self, rows: _Rows, first: int, last: int, link: bytes) -> tuple[bool, str, bytes]:
+        """Read records `first` to `last`: whether each is there as it was entered, their root, the link after them."""
+        tree, whole, expected = Merkle(), True, first
+        while expected <= last:
+            row = rows.next(last)
+            pos = row["pos"] if row is not None else last + 1
+            if pos != expected:
+                what = f"record {expected} is" if pos == expected + 1 else f"records {expected} to {pos - 1} are"
+                end = row is None and last >= self._end()
+                self._problem(f"{what} missing" + (": the tail was cut" if end else ""))
+                whole = False
+            if row is None:
+                break
+            leaf = leaf_of(content(row))
+            if leaf != row["leaf"]:
+                self._changes += 1
+                if len(self._changed) < SHOWN:
+                    self._changed.append(row)
+                whole = False
+            tree.add(leaf)
+            link = link_after(link, leaf)
+            expected = pos + 1
+            self._report.records += 1
+            if not self._report.records % PAGE:
+                self._say(self._report.records, self._total)
+        return whole, tree.root().hex(), link
+
+    def _end(self) -> int:
+        """The last place that anything knows of."""
+        return max([span.last for _, span in self._spans] + [self._head.pos if self._head is not None else 0])
+
+    def _unsigned(self, rows: _Rows, at: int, link: bytes) -> None:
+        head = self._head
+        if head is None:
+            self._problem("the database no longer knows this stream")
+            return
+        if head.signed > at:
+            self._problem(f"checkpoints are missing: records {at + 1} to {head.signed} were signed")
+        if head.highest > head.pos:
+            self._problem(f"records {head.pos + 1} to {head.highest} stand behind the end: they were inserted")
+        if head.pos < at:
+            self._problem(f"the database ends at record {head.pos}, {at} were signed: the tail was cut")
+        elif head.pos > at:
+            whole, _, end = self._range(rows, at + 1, head.pos, link)
+            self._report.unsigned += head.pos - at
+            if whole and end != head.link and not self._rebuilt:
+                self._problem(f"records {at + 1} to {head.pos}, not signed yet, do not lead to the chain's end")
+
+    def _name_changed(self) -> None:
+        """Name the records that are not what was hashed; those that stand in each other's place as such."""
+        places = [row["pos"] for row in self._changed]
+        for row in self._changed:
+            pos = row["pos"]
+            was = next((one for one in places if leaf_of(content({**row, "pos": one})) == row["leaf"]), None)
+            how = "was changed" if was is None else f"was moved: it was record {was}"
+            self._problem(f"record {pos} ({row['id']}) {how}")
+        if self._changes > len(self._changed):
+            self._problem(f"{self._changes - len(self._changed)} more records were changed")
+
+    def _problem(self, text: str) -> None:
+        self._report.problems.append(f"{self._name}: {text}")
+
+
+class _Rows:
+    """A stream's records behind a place, up to the stream's end, page by page."""
+
+    def __init__(self, source: Source, stream: str, after: int, end: int) -> None:
+        self._source, self._stream, self._end = source, stream, end
+        self._page: list[Mapping[str, Any]] = []
+        self._after = after
+
+    def next(self, last: int) -> Mapping[str, Any] | None:
+        """The next record up to `last`, None where there is none."""
+        if not self._page and self._after < self._end:
+            found = self._source.records(self._stream, self._after, PAGE)
+            self._page = [row for row in reversed(found) if row["pos"] <= self._end]
+            self._after = found[-1]["pos"] if found else self._end
+        if not self._page or self._page[-1]["pos"] > last:
+            return None
+        return self._page.pop()

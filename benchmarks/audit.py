@@ -1,0 +1,210 @@
+"""The audit trail's own figures: ingest, checkpoints, verification and retention, on SQLite or PostgreSQL.
+
+    benchmarks/audit verify [--records 1000000] [--postgresql]
+    benchmarks/audit retention [--records 5000000] [--postgresql]
+
+``verify`` enters records as control does, signs them, and checks every one as `corral audit verify` does, without the
+way over HTTP. ``retention`` makes rows by one statement of the database's own, and deletes the older half as control
+does, while another writer enters records: it prints the plan of the statement, rows a second, and how long that other
+writer waited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import secrets
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "api-gateway"), str(ROOT / "tests")]
+
+from sqlalchemy import Connection, func, insert, select, text, update  # noqa: E402
+from support.postgres import postgres  # noqa: E402
+
+from corral.cli.progress import Bar  # noqa: E402
+from corral.config.record import AuditSettings  # noqa: E402
+from corral.config.values import database_url  # noqa: E402
+from corral.control.ledger import Ledger  # noqa: E402
+from corral.store import retention, seal  # noqa: E402
+from corral.store.chain import ZERO, Span  # noqa: E402
+from corral.store.database import Database, resolve  # noqa: E402
+from corral.store.ingest import ingest  # noqa: E402
+from corral.store.spool import HEADER  # noqa: E402
+from corral.store.tables import audit, audit_checkpoints, audit_streams  # noqa: E402
+from corral.store.verify import State, verify  # noqa: E402
+
+GROUP = 2000
+NOW = 1_800_000_000.0
+_encode = msgspec.json.Encoder().encode
+
+
+class Direct:
+    """Records straight from the database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def state(self) -> State:
+        return self._database.read_now(seal.state)
+
+    def records(self, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
+        return self._database.read_now(seal.records, stream, after, limit)
+
+
+def frame(first: int, count: int) -> bytes:
+    """A frame of settle records like a gateway's."""
+    records = []
+    for number in range(first, first + count):
+        name = f"gateway-1-0123456789ab-{number}"
+        records.append(
+            _encode(
+                {"t": "settle", "id": name, "request_id": name, "ts": NOW + number / 100, "key": "k" * 10}
+                | {"addr": "192.0.2.7", "api": "openai", "route": "/v1/chat/completions", "method": "POST"}
+                | {"model": f"model-{number % 6}:latest", "status": 200, "outcome": "ok", "node": "node-1"}
+                | {"attempts": 1, "req_bytes": 900, "resp_bytes": 1800, "prompt_tokens": 230, "tokens": number % 500}
+                | {"estimated": False, "queue_ms": 0.125, "ttft_ms": 120.5, "ms": 2400.75}
+            )
+        )
+    payload = b"\n".join(records)
+    return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def fill(database: Database, records: int) -> None:
+    """Enter records as a gateway's spool comes in."""
+    bar, offset = Bar("entered", "records"), 0
+    for first in range(0, records, GROUP):
+        data = frame(first, min(GROUP, records - first))
+        offset = database.write_now(ingest, "gateway-1", "0000000000000001.seg", offset, data).watermark
+        bar.show(min(first + GROUP, records), records)
+
+
+ROWS = """
+INSERT INTO audit (id, request_id, ts, gw, key, tenant, addr, api, route, method, model, status, outcome, node,
+  attempts, req_bytes, resp_bytes, prompt_tokens, tokens, estimated, queue_ms, ttft_ms, ms, pos, leaf)
+WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n WHERE i < {last})
+SELECT 'gateway-1-0123456789ab-' || i, 'gateway-1-0123456789ab-' || i, {now} + i / 100.0, 'gateway-1', 'key-' || i % 50,
+  'team-' || i % 9, '192.0.2.7', 'openai', '/v1/chat/completions', 'POST', 'model-' || i % 6, 200, 'ok', 'node-1', 1,
+  900, 1800, 230, i % 500, {false}, 0.125, 120.5, 2400.75, i, {leaf} FROM n"""
+
+
+def make(database: Database, ledger: Ledger, records: int) -> None:
+    """Rows as they are after ingest, and two checkpoints that have half of them each."""
+    bar = Bar("made", "rows")
+    lite = database.dialect == "sqlite"
+    leaf, false = ("randomblob(32)", "0") if lite else ("decode(md5(i::text) || md5(i::text), 'hex')", "false")
+    for first in range(1, records + 1, 250_000):
+        last = min(first + 249_999, records)
+        statement = text(ROWS.format(first=first, last=last, now=NOW, leaf=leaf, false=false).replace("::", "\\:\\:"))
+        database.write_now(lambda connection, one=statement: connection.execute(one))
+        bar.show(last, records)
+    half, link = records // 2, "00" * 32
+
+    def sign(connection: Connection) -> None:
+        head = {"stream": "gateway-1", "pos": records, "link": ZERO, "signed": records, "signed_link": ZERO}
+        connection.execute(insert(audit_streams).values(**head, dropped=0))
+        previous = link
+        for number, span in enumerate(
+            (Span("gateway-1", 1, half, link, link), Span("gateway-1", half + 1, records, link, link)), 1
+        ):
+            signed = ledger.signer.sign(number, NOW, previous, [span])
+            previous = signed.digest()
+            connection.execute(insert(audit_checkpoints).values(number=number, ts=NOW, line=signed.line().decode()))
+
+    database.write_now(sign)
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))
+
+
+def verified(database: Database, ledger: Ledger, records: int) -> int:
+    """Enter, sign and check; the exit status."""
+    fill(database, records)
+    begun = time.monotonic()
+    asyncio.run(ledger.sign())
+    print(f"signed in {time.monotonic() - begun:.1f} s: {ledger.number} checkpoints")
+    begun = time.monotonic()
+    lines = ledger.path.read_bytes().splitlines()
+    report = verify(Direct(database), lines, [ledger.signer.public], Bar("verified", "records").show)
+    seconds = time.monotonic() - begun
+    print(f"{database.dialect}: {report.records} records verified in {seconds:.1f} s, {len(report.problems)} problems")
+    return 0 if report.records == records and not report.problems else 1
+
+
+def forgotten(database: Database, ledger: Ledger, records: int) -> int:
+    """Make rows, and delete the older half beside another writer; the exit status."""
+    make(database, ledger, records)
+    until = time.time() - 86400
+    old = update(audit_checkpoints).where(audit_checkpoints.c.number == 1).values(ts=until - 1)
+    database.write_now(lambda connection: connection.execute(old))
+    dropped = database.read_now(retention.due, until)
+    print(f"due: {dropped}")
+    print(database.read_now(plan, dropped["gateway-1"]))
+    waits: list[float] = []
+    over = threading.Event()
+
+    def other() -> None:
+        offset = 0
+        while not over.wait(0.05):
+            data, begun = frame(10**9 + len(waits), 1), time.monotonic()
+            offset = database.write_now(ingest, "gateway-2", "0000000000000001.seg", offset, data).watermark
+            waits.append(time.monotonic() - begun)
+
+    writer = threading.Thread(target=other)
+    writer.start()
+    begun = time.monotonic()
+    asyncio.run(Ledger.forget(ledger))
+    seconds = time.monotonic() - begun
+    over.set()
+    writer.join()
+    left = database.read_now(lambda c: c.execute(select(func.count()).where(audit.c.gw == "gateway-1")).scalar_one())
+    gone = records - left
+    print(
+        f"{database.dialect}: {gone} of {records} rows deleted in {seconds:.1f} s ({gone / seconds:,.0f}/s); another "
+        f"writer waited {statistics.median(waits) * 1e3:.1f} ms (median), {max(waits) * 1e3:.0f} ms at most, "
+        f"{len(waits)} times"
+    )
+    return 0 if gone == dropped["gateway-1"] else 1
+
+
+def plan(connection: Connection, last: int) -> str:
+    """How the database finds a batch of what goes."""
+    explain = "EXPLAIN QUERY PLAN " if connection.dialect.name == "sqlite" else "EXPLAIN "
+    where = f"gw = 'gateway-1' AND pos BETWEEN {last - retention.BATCH + 1} AND {last}"
+    rows = connection.execute(text(f"{explain}DELETE FROM audit WHERE {where}")).all()
+    return "\n".join("  " + str(row[-1]) for row in rows)
+
+
+def main() -> int:
+    """Run; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("verify", "retention"))
+    parser.add_argument("--records", type=int)
+    parser.add_argument("--postgresql", action="store_true", help="on a server of its own, without fsync")
+    given = parser.parse_args()
+    records = given.records or {"verify": 1_000_000, "retention": 5_000_000}[given.what]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as exits:
+        state = Path(folder)
+        url = exits.enter_context(postgres()).database() if given.postgresql else "sqlite:///corral.db"
+        (state / "audit.key").write_text(secrets.token_hex(32))
+        database = Database(resolve(database_url(url), state))
+        try:
+            database.migrate()
+            settings = AuditSettings(retention=86400.0)
+            ledger = Ledger(database, settings, state, 1800.0)
+            return (verified if given.what == "verify" else forgotten)(database, ledger, records)
+        finally:
+            database.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

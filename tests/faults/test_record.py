@@ -1,0 +1,118 @@
+"""`kill -9` of gateways (and with them their shippers), control and PostgreSQL at random moments under load.
+
+Each request that a client saw answered has its record and is counted once; none is twice, and none stays open.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from support.fleet import MODEL, QUICK, SimulatedNode
+from support.load import APIS, TOLD, WHOLE, Load
+from support.postgres import Postgres
+from support.postgres import postgres as run_postgres
+from support.process import until
+from support.stack import Stack
+from support.stack import stack as run_stack
+
+from corral.cli.main import cli
+from corral.stack import supervisor
+from corral.stack.state import StateFolder
+
+KILLS = int(os.environ.get("CORRAL_KILLS", "100"))
+BETWEEN = 0.1, 1.2
+"""Seconds from one kill to the next."""
+
+INFERENCE = "FROM audit WHERE api <> 'admin'"
+
+
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    with run_postgres() as made:
+        yield made
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[SimulatedNode]]:
+    made = [SimulatedNode(name, tmp_path) for name in ("node-1", "node-2")]
+    yield made
+    for node in made:
+        node.process.end(signal.SIGKILL)
+
+
+def pid_of(up: Stack, name: str) -> int:
+    known = supervisor.processes(StateFolder(up.state)).get(name)
+    return int(known["pid"]) if known and known["statename"] in ("RUNNING", "STARTING") else 0
+
+
+@pytest.mark.slow
+def test_every_answer_is_recorded_and_counted_once(
+    tmp_path: Path, server: Postgres, nodes: list[SimulatedNode]
+) -> None:
+    url = server.database()
+    name = url.rpartition("/")[2]
+    settings = {
+        "gateway": {"processes": 2},
+        "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
+        "store": {"database": url},
+        "audit": {"checkpoint": "2s"},
+    }
+    (tmp_path / "corral.yaml").write_text(yaml.safe_dump(settings))
+    attach = [f"--attach={node.url}" for node in nodes]
+    with run_stack(tmp_path / "state", "--config", str(tmp_path / "corral.yaml"), *attach) as up:
+        seed = random.randrange(1 << 32)
+        print(f"seed {seed}", file=sys.stderr)
+        dice = random.Random(seed)
+        killed: Counter[str] = Counter()
+        loads = [Load(up.url, up.key, QUICK, 5, APIS, (3, 16, 40), "quick")]
+        loads.append(Load(up.url, up.key, MODEL, 4, APIS, (60, 120), "slow"))
+        with loads[0], loads[1]:
+            loads[0].more(20, seconds=60)
+            while sum(killed.values()) < KILLS:
+                time.sleep(dice.uniform(*BETWEEN))
+                victim = dice.choice(("gateway-1", "gateway-2", "control", "postgres"))
+                if victim == "postgres":
+                    server.kill_each()
+                    time.sleep(dice.uniform(0, 1))
+                    server.start()
+                elif pid := pid_of(up, victim):
+                    os.kill(pid, signal.SIGKILL)
+                else:
+                    continue  # it is not back from the last time
+                killed[victim] += 1
+            loads[0].more(50, seconds=60)
+        answers = [answer for load in loads for answer in load.answers]
+
+        def rows(what: str) -> list[tuple[Any, ...]]:
+            return server.execute(what, name)
+
+        until(lambda: rows(f"SELECT count(*) {INFERENCE} AND outcome IS NULL") == [(0,)], "all are settled", 90, 0.5)
+        recorded = Counter(row[0] for row in rows(f"SELECT request_id {INFERENCE}"))
+        whole = [answer for answer in answers if answer.fate == WHOLE]
+        begun = [answer for answer in answers if answer.fate in (WHOLE, TOLD) or answer.first]
+        outcomes = Counter(dict(rows(f"SELECT outcome, count(*) {INFERENCE} GROUP BY outcome")))
+        fates = Counter(f"{answer.fate} {answer.status or ''}".strip() for answer in answers)
+        print(f"killed {dict(killed)}; answers {dict(fates)}; records {dict(outcomes)}", file=sys.stderr)
+        assert [answer.request_id for answer in begun if recorded[answer.request_id] == 0] == []
+        assert [one for one, count in recorded.items() if count > 1] == []
+        fine = {row[0] for row in rows(f"SELECT request_id {INFERENCE} AND outcome = 'ok'")}
+        assert [answer.request_id for answer in whole if answer.request_id not in fine] == []
+        sums = "count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(tokens), 0)"
+        (of_records,) = rows(f"SELECT {sums} {INFERENCE}")
+        (of_usage,) = rows("SELECT sum(requests), sum(prompt_tokens), sum(tokens) FROM usage")
+        assert tuple(map(int, of_usage)) == tuple(map(int, of_records))
+        assert outcomes["interrupted"] > 0, "none was killed in the middle of an answer"
+        env = {"CORRAL_URL": up.url, "CORRAL_ADMIN_KEY": up.admin_key}
+        verified = CliRunner().invoke(cli, ["audit", "verify"], env=env)
+        assert verified.exit_code == 0, verified.output

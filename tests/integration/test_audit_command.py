@@ -1,0 +1,166 @@
+"""`corral audit verify` and `export`, `corral usage report`: against a control, over its API."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy import update
+from support.control import FakeNode, Running, make_key, until
+
+from corral.cli.main import cli
+from corral.store.database import Database, resolve
+from corral.store.spool import encode_frame
+from corral.store.tables import audit
+
+
+class Webhook:
+    """Takes checkpoints, once it is told to."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, Any]] = []
+        self.broken = True
+        hook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if not hook.broken:
+                    hook.taken.append(json.loads(body))
+                self.send_response(503 if hook.broken else 204)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Quiet."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/checkpoints"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def hook() -> Iterator[Webhook]:
+    made = Webhook()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def control(tmp_path: Path, node: FakeNode, database_url: str, hook: Webhook) -> Iterator[Running]:
+    made = Running(
+        tmp_path / "state",
+        nodes=[{"url": node.url}],
+        store={"database": database_url},
+        audit={"checkpoint": "200ms", "webhook": hook.url},
+        usage={"currency": "EUR", "prices": {"m:*": {"prompt": 1.0, "generated": 4.0}}},
+    )
+    yield made
+    made.close()
+
+
+def run(control: Running, *arguments: str, key: str = "") -> Result:
+    env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": key or (control.state / "admin.key").read_text().strip()}
+    return CliRunner().invoke(cli, list(arguments), env=env)
+
+
+def ship(control: Running, key: str, count: int) -> None:
+    record = {"t": "settle", "request_id": "s", "ts": time.time(), "key": key, "api": "openai", "addr": "192.0.2.7"}
+    what = {"route": "/v1/chat/completions", "method": "POST", "model": "m:latest", "status": 200, "outcome": "ok"}
+    counted = {"node": "node-1", "attempts": 1, "prompt_tokens": 10, "tokens": 5, "queue_ms": 0.0, "ms": 1000.0}
+    frames = b"".join(encode_frame({**record, **what, **counted, "id": f"r{number}"}) for number in range(count))
+    path = "/internal/spool/gateway-1/0000000000000001.seg"
+    assert control.internal.post(path, params={"offset": 0}, content=frames).status_code == 200
+
+
+def signed(control: Running) -> None:
+    def all_of_it() -> bool:
+        streams = control.admin.get("/admin/audit/chain").json()["streams"].values()
+        return bool(streams) and all(one["signed"] == one["pos"] for one in streams)
+
+    until("all is signed", all_of_it)
+
+
+def test_verify_says_whole_and_names_what_is_not(control: Running, hook: Webhook, tmp_path: Path) -> None:
+    key = make_key(control)["id"]
+    ship(control, key, 7)
+    signed(control)
+    public = control.admin.get("/admin/audit/chain").json()["public_key"]
+    done = run(control, "audit", "verify", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["ok"], told["problems"], told["public_keys"]) == (True, [], [public])
+    assert told["records"] >= 8 and told["streams"] == 2
+    assert "verified 100%" in done.stderr
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(control.admin.get("/admin/audit/checkpoints").content)
+    own = ("--checkpoints", str(copy), "--public-key", public)
+    assert run(control, "audit", "verify", *own).exit_code == 0
+    wrong = run(control, "audit", "verify", "--public-key", "00" * 32)
+    assert (wrong.exit_code, "PROBLEM: checkpoint 1 is signed by another key" in wrong.stdout) == (1, True)
+    assert run(control, "audit", "verify", "--public-key", "abc").exit_code == 1
+    database = Database(resolve(control.settings.store.database, control.state))
+    database.write_now(lambda c: c.execute(update(audit).where(audit.c.id == "r3").values(tokens=1)))
+    database.close()
+    changed = run(control, "audit", "verify", *own)
+    assert (changed.exit_code, "PROBLEM: gateway-1: record 4 (r3) was changed" in changed.stdout) == (1, True)
+    assert hook.taken == []
+    hook.broken = False
+    until("the webhook gets what waited for it", lambda: hook.taken)
+    assert [one["checkpoint"]["number"] for one in hook.taken][:1] == [1]
+    assert json.loads(copy.read_text().splitlines()[0]) == hook.taken[0]
+
+
+def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> None:
+    key = make_key(control, tenant="team")["id"]
+    ship(control, key, 3)
+    told = json.loads(run(control, "usage", "report", "--json").stdout)
+    (row,) = [row for row in told["usage"] if row["key"] == key]
+    assert (row["requests"], row["prompt_tokens"], row["tokens"], row["node_seconds"]) == (3, 30, 15, 3.0)
+    assert (row["cost"], told["currency"]) == (pytest.approx((30 * 1.0 + 15 * 4.0) / 1e6), "EUR")
+    table = run(control, "usage", "report", "--by", "day,tenant").stdout
+    assert table.splitlines()[0].split()[:3] == ["DAY", "TENANT", "REQUESTS"] and " EUR" in table
+    (first,) = csv.DictReader(run(control, "usage", "report", "--csv", "--key", key).stdout.splitlines())
+    assert (first["model"], first["requests"]) == ("m:latest", "3")
+    assert run(control, "usage", "report", "--by", "node").exit_code == 1
+    mine = make_key(control, tenant="team", role="operator")["key"]
+    other = make_key(control, tenant="others", role="operator")["key"]
+    assert len(json.loads(run(control, "usage", "report", "--json", key=mine).stdout)["usage"]) == 1
+    assert json.loads(run(control, "usage", "report", "--json", key=other).stdout)["usage"] == []
+    assert run(control, "usage", "report", "--tenant", "team", key=other).exit_code == 1
+
+
+def test_export_has_every_record_in_each_form(control: Running, tmp_path: Path) -> None:
+    key = make_key(control, name="=cmd|' /C calc'!A0")["id"]
+    ship(control, key, 1500)
+    lines = run(control, "audit", "export").stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len([one for one in records if one["gw"] == "gateway-1"]) == 1500
+    assert len({one["seq"] for one in records}) == len(records)
+    (made,) = [one for one in records if one["api"] == "admin" and one["method"] == "POST"]
+    table = list(csv.DictReader(run(control, "audit", "export", "--format", "csv", "--key", key).stdout.splitlines()))
+    assert (len(table), table[0]["model"], table[0]["tokens"]) == (1500, "m:latest", "5")
+    cef = run(control, "audit", "export", "--format", "cef").stdout.splitlines()
+    assert len(cef) >= 1501 and all(line.startswith("CEF:0|Corral|Corral|") for line in cef)
+    (line,) = [line for line in cef if f"externalId={made['request_id']} " in line]
+    assert "|admin|POST /admin/keys" in line and "cs4Label=after" in line
+    of_requests = [line for line in cef if "src=192.0.2.7" in line]
+    assert len(of_requests) == 1500 and all("cn2Label=tokens cn2=5" in line for line in of_requests)
+    file = tmp_path / "events.jsonl"
+    done = run(control, "audit", "export", "--format", "ocsf", "--output", str(file), "--json")
+    assert json.loads(done.stdout)["lines"] == len(file.read_text().splitlines())
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    event = next(one for one in events if "tokens" in one["unmapped"])
+    assert (event["class_uid"], event["type_uid"], event["activity_id"]) == (6003, 600301, 1)
+    assert (event["actor"]["user"]["uid"], event["unmapped"]["tokens"]) == (key, 5)

@@ -1,0 +1,177 @@
+"""What a gateway writes of a request that goes on, and what is left of it when it is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import httpx
+import pytest
+from msgspec.json import encode
+from support.gateway import HEAD, LINE, FakeControl, Gateway, chunk, gateway
+from support.metrics import page
+from support.process import until
+
+from corral.gateway import adopt
+from corral.store.spool import SpoolWriter, hold
+
+
+def test_a_killed_gateway_leaves_how_far_its_streams_were_and_says_that_it_began_anew(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        held = threading.Event()
+
+        def slowly(connection: socket.socket) -> None:
+            connection.sendall(HEAD + chunk(LINE % b"one") + chunk(LINE % b"two"))
+            held.wait(20)
+
+        for node in gw.nodes:
+            node.script = [slowly]
+        until(lambda: [note["t"] for note in gw.control.notes] == ["begin"], "it says that it began")
+        with (
+            pytest.raises(httpx.HTTPError),
+            httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            until(lambda: gw.control.notes[-1]["t"] == "progress", "how far it is, is recorded")
+            os.kill(gw.process.pid, signal.SIGKILL)
+            list(lines)
+        held.set()
+        gw.process.end()
+        (admitted,) = [record for record in gw.control.records if record["t"] == "admit"]
+        (row,) = gw.control.notes[1]["rows"]
+        request, node, attempts, prompt_tokens, tokens, sent, queue_ms, ttft_ms, ms = row
+        assert (request, node in ("node-1", "node-2"), attempts) == (admitted["id"], True, 1)
+        assert prompt_tokens > 0, "the prompt is guessed, as the node has not said it"
+        assert (tokens, sent > 200, 0 <= queue_ms < ttft_ms < ms, ms >= 1000) == (2, True, True, True)
+        gw.start()
+        until(lambda: gw.control.notes[-1]["t"] == "begin", "the next life says so too")
+        assert not [record for record in gw.control.records if record["t"] == "settle"]
+
+
+def value(gw: Gateway, name: str) -> float:
+    return page(f"http://127.0.0.1:{gw._metrics}/metrics").value(name)
+
+
+def is_shed(gw: Gateway) -> bool:
+    answer = gw.post()
+    assert answer.status_code in (200, 503)
+    if answer.status_code == 503:
+        assert "audit record" in answer.text
+        assert int(answer.headers["retry-after"]) >= 1
+    return answer.status_code == 503
+
+
+def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> None:
+    with gateway(tmp_path, gateway={"spool_max": "20KB"}) as gw:
+        gw.control.busy = True
+        until(lambda: is_shed(gw), "requests are shed", 30)
+        asked = [len(node.requests) for node in gw.nodes]
+        shed = value(gw, "corral_spool_shed_total")
+        held = value(gw, "corral_spool_bytes")
+        assert held >= value(gw, "corral_spool_max_bytes") == 20_000
+        for _ in range(20):
+            assert is_shed(gw)
+        assert [len(node.requests) for node in gw.nodes] == asked, "a node heard of a request that has no record"
+        assert value(gw, "corral_spool_shed_total") == shed + 20
+        assert value(gw, "corral_spool_bytes") == held
+        gw.control.busy = False
+        until(lambda: not is_shed(gw), "requests are taken again")
+        served = sum(len(node.requests) for node in gw.nodes)
+        until(lambda: len({r["id"] for r in gw.control.records if r["t"] == "settle"}) == served, "each has its record")
+        admitted = {r["id"] for r in gw.control.records if r["t"] == "admit"}
+        assert admitted == {r["id"] for r in gw.control.records if r["t"] == "settle"}
+
+
+def test_a_full_disk_sheds_requests_and_is_taken_into_use_again(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        gw.process.end()
+        gw.start(small_disk="1m")
+        inside = Path(f"/proc/{gw.process.pid}/root{tmp_path}/spool")
+        assert gw.post().status_code == 200
+        filler = inside / "filler"
+        with filler.open("wb", buffering=0) as file:
+            with pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(b"x" * 65536)
+            with pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(b"x" * 64)
+        gw.control.busy = True
+        until(lambda: is_shed(gw), "requests are shed", 60)
+        until(lambda: value(gw, "corral_spool_failing") == 1, "it says so")
+        asked = [len(node.requests) for node in gw.nodes]
+        assert [is_shed(gw) for _ in range(20)] == [True] * 20
+        assert [len(node.requests) for node in gw.nodes] == asked
+        filler.unlink()
+        gw.control.busy = False
+        until(lambda: not is_shed(gw), "requests are taken again")
+        assert value(gw, "corral_spool_failing") == 0
+        served = sum(len(node.requests) for node in gw.nodes)
+
+        def settled() -> set[str]:
+            return {r["id"] for r in gw.control.records if r["t"] == "settle" and r["attempts"]}
+
+        until(lambda: len(settled()) == served, "each request that a node heard of has its record")
+        admitted = {r["id"] for r in gw.control.records if r["t"] == "admit"}
+        assert admitted <= {r["id"] for r in gw.control.records if r["t"] == "settle"}, "one stays open"
+
+
+def test_synced_records_are_on_the_disk_before_a_node_hears(tmp_path: Path) -> None:
+    with gateway(tmp_path, audit={"durability": "synced"}) as gw:
+        for _ in range(30):
+            assert gw.post().status_code == 200
+        kinds = [record["t"] for record in gw.control.records]
+        until(lambda: len([r for r in gw.control.records if r["t"] == "settle"]) == 30, "all are recorded")
+        assert kinds.count("admit") <= 30
+        assert gw.process.end() == 0
+
+
+def test_the_spool_of_a_gateway_that_is_gone_is_shipped_under_its_name(tmp_path: Path) -> None:
+    left = tmp_path / "spool/gateway-9"
+    writer = SpoolWriter(left)
+    writer.append(encode({"t": "admit", "id": "left-1", "request_id": "left"}))
+    writer.flush()
+    name = writer.segment.name
+    lock = hold(left)
+    old = time.time() - 2 * adopt.GONE
+    os.utime(writer.segment, (old, old))
+    shipped = []
+
+    async def look(gone: float) -> None:
+        with patch.object(adopt, "GONE", gone):
+            await adopt._adopt(left, f"http://127.0.0.1:{control.port}", "t0ken")
+
+    control = FakeControl("t0ken")
+    try:
+        asyncio.run(look(adopt.GONE))
+        assert control.records == [], "its owner lives"
+        os.close(lock)
+        control.busy = True
+        with pytest.raises(ValueError, match="503"):
+            asyncio.run(look(adopt.GONE))
+        control.busy = False
+        assert control.records == []
+        asyncio.run(look(1e9))
+        assert control.records == [], "somebody wrote to it a while ago"
+        asyncio.run(look(adopt.GONE))
+        shipped = [record["id"] for record in control.records]
+    finally:
+        control.stop()
+    assert (shipped, [note["t"] for note in control.notes]) == (["left-1"], ["begin"])
+    assert f"/internal/spool/gateway-9/{name}" in control.offsets
+    assert not left.exists()
+
+
+def test_a_second_gateway_of_the_same_name_does_not_start(tmp_path: Path) -> None:
+    lock = hold(tmp_path)
+    with patch.object(adopt, "PATIENCE", 0.2), pytest.raises(OSError, match="another process"):
+        adopt.own(tmp_path)
+    os.close(lock)
+    os.close(adopt.own(tmp_path))

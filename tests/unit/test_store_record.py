@@ -1,0 +1,184 @@
+"""What becomes of gateways' records: the chain, usage that counts each request once, and requests nobody settled."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import Connection, insert, select, text, update
+
+from corral.store import recovery, usage
+from corral.store.chain import ZERO, Merkle, content, leaf_of, link_after
+from corral.store.database import Database, resolve
+from corral.store.ingest import ingest
+from corral.store.spool import encode_frame
+from corral.store.tables import audit, audit_streams, keys, spool_begun, spool_watermarks
+
+NOON = 1_800_000_000.0
+
+
+@pytest.fixture
+def database(tmp_path: Path, database_url: str) -> Any:
+    made = Database(resolve(database_url, tmp_path))
+    made.migrate()
+    key = {"id": "k", "name": "n", "tenant": "team", "role": "inference", "models": ["*"], "class": "batch"}
+    made.write_now(lambda connection: connection.execute(insert(keys).values(**key, created=1.0)))
+    yield made
+    made.close()
+
+
+def admit(number: int, **fields: Any) -> dict[str, Any]:
+    record = {"t": "admit", "id": f"edge-{number}", "request_id": "shown", "ts": NOON, "gw": "g", "key": "k"}
+    return {**record, "addr": "::1", "api": "native", "route": "/api/chat", "model": "m:latest", **fields}
+
+
+def settle(number: int, **fields: Any) -> dict[str, Any]:
+    done = {"method": "POST", "status": 200, "outcome": "ok", "node": "node-1", "attempts": 1, "req_bytes": 9}
+    measured = {"resp_bytes": 8, "prompt_tokens": 7, "tokens": 6, "estimated": False}
+    times = {"queue_ms": 500.0, "ttft_ms": 700.0, "ms": 2500.0}
+    return {**admit(number), "t": "settle", **done, **measured, **times, **fields}
+
+
+class Spool:
+    """A gateway's segment as control gets it."""
+
+    def __init__(self, database: Database, gateway: str = "gateway-1") -> None:
+        self._database, self._gateway, self._offset = database, gateway, 0
+
+    def ship(self, *records: dict[str, Any]) -> None:
+        data = b"".join(encode_frame(record) for record in records)
+        taken = self._database.write_now(ingest, self._gateway, "0000000000000001.seg", self._offset, data)
+        self._offset = taken.watermark
+
+
+def rows(database: Database) -> list[dict[str, Any]]:
+    statement = select(audit).order_by(audit.c.seq)
+    return database.read_now(lambda connection: [dict(row) for row in connection.execute(statement).mappings()])
+
+
+def recovered(database: Database, now: float) -> int:
+    return database.write_now(recovery.recover, now, 1800.0)
+
+
+@given(st.lists(st.binary(max_size=4), max_size=70))
+def test_the_root_is_that_of_rfc_6962(contents: list[bytes]) -> None:
+    leaves = [leaf_of(data) for data in contents]
+
+    def whole(part: list[bytes]) -> bytes:
+        if len(part) < 2:
+            return (
+                part[0] if part else bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
+            )
+        half = 1 << (len(part) - 1).bit_length() - 1
+
+        return hashlib.sha256(b"\1" + whole(part[:half]) + whole(part[half:])).digest()
+
+    assert Merkle(leaves).root() == whole(leaves)
+
+
+def test_the_root_of_rfc_6962s_reference_tree() -> None:
+    # The tree of Certificate Transparency's own tests.
+    inputs = ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")
+    root = Merkle(leaf_of(bytes.fromhex(one)) for one in inputs).root()
+    assert root.hex() == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+
+
+def test_what_is_complete_is_sealed_and_comes_back_as_it_was_hashed(database: Database) -> None:
+    spool = Spool(database)
+    nasty = {"model": 'a"b\\ü\u2028\x00', "request_id": "😀", "ms": 0.1 + 0.2, "ttft_ms": 3, "resp_bytes": 2**62}
+    spool.ship(admit(1), settle(1, **nasty), admit(2))
+    spool.ship(settle(3, tokens="many", ts=1e300), settle(2))
+    found = sorted(rows(database), key=lambda row: str(row["id"]))
+    assert [(row["id"], row["gw"], row["pos"]) for row in found] == [
+        *(("edge-1", "gateway-1", 1), ("edge-2", "gateway-1", 3), ("edge-3", "gateway-1", 2))
+    ]
+    link = ZERO
+    for row in sorted(found, key=lambda row: row["pos"]):
+        assert row["leaf"] == leaf_of(content(row))
+        link = link_after(link, row["leaf"])
+    head = database.read_now(lambda connection: connection.execute(select(audit_streams)).mappings().one())
+    assert (head["stream"], head["pos"], head["link"]) == ("gateway-1", 3, link)
+
+
+def test_usage_counts_each_request_once(database: Database) -> None:
+    spool, other = Spool(database), Spool(database, "gateway-2")
+    spool.ship(admit(1), settle(1), settle(2, outcome="limited", attempts=0, tokens=0, prompt_tokens=0, ms=500.0))
+    other.ship(settle(1, tokens=600))
+    spool.ship(settle(3, ts=NOON + 86400, model="b", estimated=True, outcome="upstream_error"), settle(4, key=""))
+    found = database.read_now(usage.report, NOON - 86400, NOON + 86400)
+    got = {(row["day"], row["tenant"], row["key"], row["model"]): row for row in found}
+    day, next_day = usage.day_of(NOON), usage.day_of(NOON + 86400)
+    assert set(got) == {(day, "team", "k", "m:latest"), (next_day, "team", "k", "b"), (day, "", "", "m:latest")}
+    first = got[day, "team", "k", "m:latest"]
+    assert {name: first[name] for name in usage.COUNTS} == {
+        **{"requests": 2, "refused": 1, "failed": 0, "estimated": 0, "prompt_tokens": 7, "tokens": 6},
+        **{"queue_seconds": 1.0, "node_seconds": 2.0},
+    }
+    assert got[next_day, "team", "k", "b"]["failed"] == got[next_day, "team", "k", "b"]["estimated"] == 1
+    (both,) = database.read_now(lambda connection: usage.report(connection, 0.0, NOON + 86400, ["tenant"], key="k"))
+    assert (both["tenant"], both["requests"], both["tokens"]) == ("team", 3, 12)
+    assert database.read_now(usage.report, NOON + 2 * 86400, NOON + 3 * 86400) == []
+
+
+def test_what_nobody_settled_is_settled_at_its_last_progress(database: Database) -> None:
+    spool = Spool(database)
+    far = ["node-2", 1, 40, 5, 900, 1.5, 20.0, 1000.0]
+    spool.ship(admit(1), admit(2), admit(3))
+    spool.ship({"t": "progress", "rows": [["edge-1", *far], ["edge-3", *far]]}, settle(3))
+    spool.ship({"t": "progress", "rows": [["edge-1", "node-2", 1, 40, 9, 1800, 1.5, 20.0, 2000.0], ["edge-2", 1], 7]})
+    assert recovered(database, time.time() + 3600) == 0, "their gateway may live"
+    spool.ship({"t": "begin", "gw": "gateway-1", "ts": NOON}, admit(4))
+    assert recovered(database, time.time() + recovery.GRACE - 5) == 0, "the edge may have asked another gateway"
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 2
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0
+    by_id = {row["id"]: row for row in rows(database)}
+    one, two, three, four = (by_id[f"edge-{number}"] for number in (1, 2, 3, 4))
+    assert (one["outcome"], one["estimated"], one["tokens"], one["node"]) == ("interrupted", True, 9, "node-2")
+    assert (one["ms"], one["prompt_tokens"], one["resp_bytes"]) == (2000.0, 40, 1800)
+    assert (two["outcome"], two["estimated"], two["tokens"]) == ("interrupted", True, None)
+    assert (three["outcome"], three["tokens"], four["outcome"]) == ("ok", 6, None)
+    assert all(row["leaf"] == leaf_of(content(row)) for row in (one, two, three))
+    spool.ship(settle(1, tokens=70))
+    (sums,) = database.read_now(usage.report, NOON, NOON, ["key"])
+    assert (sums["requests"], sums["failed"], sums["estimated"], sums["tokens"]) == (3, 2, 2, 15)
+
+
+def test_a_request_that_the_edge_gave_to_another_gateway_is_its(database: Database) -> None:
+    killed, other = Spool(database), Spool(database, "gateway-2")
+    other.ship(admit(1, ts=NOON + 1))
+    killed.ship(admit(1), admit(2))
+    other.ship(admit(2, ts=NOON + 1))
+    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON + 2})
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0
+    assert database.read_now(lambda connection: connection.execute(select(spool_begun)).all()) == []
+    other.ship(settle(1), settle(2))
+    assert [(row["gw"], row["outcome"]) for row in rows(database)] == [("gateway-2", "ok")] * 2
+
+
+def test_a_gateway_that_never_comes_back_is_given_up(database: Database) -> None:
+    spool, lives = Spool(database), Spool(database, "gateway-2")
+    now = time.time()
+    spool.ship(admit(1, ts=now - 10 * 86400))
+    lives.ship(admit(2, ts=now - 10 * 86400))
+    assert recovered(database, now) == 0, "it has just shipped"
+    gone = update(spool_watermarks).where(spool_watermarks.c.gateway == "gateway-1").values(updated=now - 2 * 86400)
+    database.write_now(lambda connection: connection.execute(gone))
+    assert recovered(database, now) == 1
+    assert [(row["id"], row["outcome"]) for row in rows(database)] == [("edge-1", "interrupted"), ("edge-2", None)]
+
+
+def test_open_requests_are_found_by_an_index(database: Database) -> None:
+    query = "SELECT id FROM audit WHERE gw = 'g' AND pos IS NULL AND outcome IS NULL AND ts < 1"
+
+    def plan(connection: Connection) -> str:
+        if connection.dialect.name == "sqlite":
+            return str(connection.execute(text("EXPLAIN QUERY PLAN " + query)).all())
+        connection.execute(text("SET LOCAL enable_seqscan = off"))
+        return str(connection.execute(text("EXPLAIN " + query)).all())
+
+    assert "ix_audit_gw_pos" in database.read_now(plan)
