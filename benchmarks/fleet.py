@@ -10,18 +10,21 @@ Zipf draw; a conversation keeps its model where the trace shows one (Mooncake's)
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "api-gateway")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "api-gateway")]
 
 from balancers import Balanced, least_connections, residency, round_robin  # noqa: E402
+from support.servers import valkey  # noqa: E402
 
 from corral.fleet.ledger import Ledger  # noqa: E402
 from corral.fleet.simulation import Asked, Outcome, Shape, Simulation  # noqa: E402
@@ -30,6 +33,9 @@ from corral.fleet.tickets import Request  # noqa: E402
 from corral.loadtest.charts import Axis, Line, lines  # noqa: E402
 from corral.loadtest.schedule import zipf  # noqa: E402
 from corral.loadtest.traces import load  # noqa: E402
+from corral.store import slots  # noqa: E402
+from corral.store.slots import Slots, Wanted  # noqa: E402
+from corral.store.valkey import Valkey  # noqa: E402
 
 MODELS = 6
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee")
@@ -186,7 +192,47 @@ def dispatch() -> bool:
         print(f"  {nodes:5} nodes, 100 models{'':10}{slot:10.1f}{ticket:10.1f}", flush=True)
         worst = max(worst, slot, ticket)
     print(f"  bar: {worst:.1f} us, at most 50: {verdict(worst <= 50)}")
+    with tempfile.TemporaryDirectory() as folder, valkey(Path(folder)) as server:
+        for nodes in (10, 1000):
+            us = asyncio.run(in_store(server.url, nodes))
+            print(f"  in Valkey, {nodes:4} nodes, 100 models {us[0]:12.1f}{us[1]:10.1f}", flush=True)
     return worst <= 50
+
+
+async def in_store(url: str, nodes: int) -> tuple[float, float]:
+    """What Valkey spends (us, as it accounts it) on a slot asked for and given back, and on a ticket."""
+    store = Valkey(url, scripts=slots.SCRIPTS, timeout=30.0)
+    mine = Slots(store, Valkey(url), "g")
+    running = asyncio.create_task(store.run())
+    while not store.connected:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await store.request(b"FLUSHALL")
+    await store.request(b"SET", slots.GRANTS, b"1")
+    for node in range(nodes):
+        for number in range(node % 10, 100, 10):
+            await mine.place(f"node-{node}", f"model-{number}", "resident", 1, 4, step_of(4, 0, 0))
+    draw = random.Random(0)
+    found = []
+    for full in (False, True):
+        for number in range(nodes * 40 if full else 0):
+            mine.ask(Wanted(f"full{number}", f"model-{number % 100}"), lambda answer: None)
+        await store.request(b"PING")
+        await store.request(b"CONFIG", b"RESETSTAT")
+        for number in range(2000):
+            name = f"r{number}-{full}"
+            model, node = f"model-{draw.randrange(100)}", f"node-{draw.randrange(nodes)}"
+            mine.ask(Wanted(name, model, key=f"key{number % 50}", preferred=(node,)), lambda answer: None)
+            if not full:
+                mine.end(name)
+            if number % 100 == 0:
+                await store.request(b"PING")
+        await store.request(b"PING")
+        text = (await store.request(b"INFO", b"commandstats")).decode()
+        spent = re.search(r"cmdstat_evalsha:calls=\d+,usec=(\d+)", text)
+        assert spent is not None
+        found.append(int(spent[1]) / 2000)
+    running.cancel()
+    return found[0], found[1]
 
 
 def main() -> int:
