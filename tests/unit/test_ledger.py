@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.scheduler import Promises, Spot, Told
 
 from corral.fleet.ledger import LEASE, Grant, Ledger
-from corral.fleet.slots import ABORTED, ABORTED_MAX, PlaceState, cool_down, step_of
+from corral.fleet.slots import ABORTED, ABORTED_MAX, PlaceState, cool_down, own_slots, step_of
 from corral.fleet.tickets import AHEAD_MAX, BATCH_LATER, LONG, Request, Ticket, estimate, wait_bound
 
 NODES = ("n1", "n2", "n3")
@@ -294,6 +294,20 @@ def test_the_least_loaded_by_speed_is_taken() -> None:
 )
 def test_a_slot_of_an_aborted_request_cools_down(decoding: bool, left: float, prefill: float, seconds: float) -> None:
     assert cool_down(decoding, left, prefill) == seconds
+
+
+def test_without_the_store_each_gateway_has_slots_of_its_own() -> None:
+    gateways = [f"gateway-{number}" for number in range(4)]
+    shares = [[own_slots(gateways, one, f"n{node}", "m", 8) for one in gateways] for node in range(200)]
+    # All slots are somebody's, and beyond them there are those that a gateway has at least.
+    assert all(8 <= sum(of) <= 8 + of.count(1) for of in shares)
+    for number in range(4):
+        assert 1.6 <= sum(of[number] for of in shares) / 200 <= 2.6, "and nobody has more than the others"
+    assert own_slots(gateways, "gateway-9", "n1", "m", 0) == 1
+    fewer = [own_slots(gateways[:3], gateways[0], f"n{node}", "m", 8) for node in range(200)]
+    assert all(after >= before[0] for after, before in zip(fewer, shares, strict=True)), (
+        "one that goes leaves its share"
+    )
 
 
 def test_what_is_told_to_who_waits() -> None:

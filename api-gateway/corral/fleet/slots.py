@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
+from zlib import crc32
 
 STEP = 1_000_000.0
 FULL = 1e12
@@ -77,3 +79,18 @@ def cool_down(decoding: bool, prompt_left: float, prefill: float) -> float:
     if prefill <= 0:
         return ABORTED_MAX
     return min(ABORTED_MAX, max(ABORTED, prompt_left / prefill))
+
+
+def own_slots(gateways: Iterable[str], gateway: str, node: str, model: str, slots: int) -> int:
+    """How many slots of a place a gateway may give away by itself, while the store that counts for all is away.
+
+    Whole slots, each to the gateway that ranks highest for it (rendezvous hashing: Thaler and Ravishankar, 1998), so
+    that all agree without a word as long as they know of the same gateways; and one at least, or else a gateway could
+    serve no request for the model at all.
+    """
+    names = sorted({gateway, *gateways})
+    mine = 0
+    for number in range(slots):
+        ranks = [(crc32(f"{name} {node} {model} {number}".encode()) * 2654435761 & 0xFFFFFFFF, name) for name in names]
+        mine += max(ranks)[1] == gateway
+    return max(1, mine)

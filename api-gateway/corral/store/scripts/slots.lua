@@ -9,6 +9,7 @@
 --   wait:MODEL:K   sorted set of the tickets of a kind (0 short, 1 long, 2 embeddings): "gateway id" by start time, us
 --   queued         set of models with tickets
 --   finish:MODEL   sorted set: when the last ticket of each key would be done, us
+--   asked          hash, model -> requests that have asked for it
 --   held:GATEWAY   hash, id -> "t model kind score preferred" a ticket, "g model kind node generation reads" a slot
 --   live           sorted set, gateway -> when its lease ends, us
 -- A name has no space: gateways, nodes and ids are made by Corral, and no model's name holds one.
@@ -160,6 +161,7 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
   end
   local slots = tonumber(redis.call('GET', P .. 'total:' .. model) or 0)
   if not held then
+    redis.call('HINCRBY', P .. 'asked', model, 1)
     -- One of its kind that waits may use no slot, else it had one: nor may this.
     if redis.call('EXISTS', queue) == 0 then
       local node = find(model, kind, preferred)
