@@ -34,6 +34,7 @@ def test_the_image_has_no_tools_to_build_with_and_is_nobody_s_root(site: Site) -
     assert found.split()[0] == "10001"
     assert not {"pip", "gcc", "cc", "make"} & {Path(word).name for word in found.split()}
     assert site.shell("docker compose exec -T control touch /opt/corral/x").returncode != 0
+    assert site.do("docker compose exec -T control find /opt/corral -name '*.pth'") == ""
 
 
 def test_containers_have_no_more_than_they_need(site: Site) -> None:

@@ -305,6 +305,16 @@ def test_the_backups_are_checked(site: Site, passphrase: str) -> None:
         assert len(list((site.folder / "backups").glob("corral-*.backup"))) == count
 
 
+def test_a_restore_is_tried(site: Site, passphrase: str) -> None:
+    heading = "Before anything is lost"
+    said = site.block(block(DISASTER, heading), CORRAL_BACKUP_PASSPHRASE_FILE=passphrase)
+    assert ": restores" in said and "into postgresql, in " in said and " is taken" in said
+    left = site.do("docker compose exec -T control ls /var/lib/corral/run")
+    assert "corral-drill-" not in left
+    databases = "docker compose exec -T postgres psql -U corral -d corral -Atc 'SELECT datname FROM pg_database'"
+    assert "corral_drill_" not in site.do(databases)
+
+
 def test_disk_space(site: Site) -> None:
     said = site.block(block(MAINTENANCE, "Disk space"))
     assert f"{PROJECT}_postgres-data" in said and MODEL in said and " MB" in said

@@ -12,12 +12,13 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from support.fleet import QUICK, Fleet
 from support.limits import Gateway, eventually, flush, gateways, granting, unused
 from support.load import CHAT, body_of
-from support.process import free_port
-from support.servers import Server, valkey
+from support.process import free_port, until
+from support.servers import STORES, Server, valkey
 
 from corral.store.budget import Budget
 from corral.store.limits import Verdict
@@ -73,10 +74,10 @@ class Line:
 class Faulty:
     """A store that can fail, and come back."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, program: str) -> None:
+        self._folder, self._program = folder, program
         self._stack = ExitStack()
-        self.server: Server = self._stack.enter_context(valkey(folder))
+        self.server: Server = self._stack.enter_context(valkey(folder, program=program))
         self.port = int(str(urlsplit(self.server.url).port))
         self.line: Line | None = None
 
@@ -96,7 +97,7 @@ class Faulty:
 
     async def mend(self, how: str) -> None:
         if how == "killed":
-            started = valkey(self._folder, self.port)
+            started = valkey(self._folder, self.port, self._program)
             self.server = await asyncio.to_thread(self._stack.enter_context, started)
         elif how == "stopped":
             os.kill(self.server.process.pid, signal.SIGCONT)
@@ -105,9 +106,9 @@ class Faulty:
             self.line.open.set()
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Faulty]:
-    made = Faulty(tmp_path)
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Faulty]:
+    made = Faulty(tmp_path, request.param)
     yield made
     made.close()
 
@@ -258,3 +259,32 @@ def test_no_budget_begins_anew_with_an_empty_store(fleet: Fleet) -> None:
     assert spend(fleet, key, 50) == 0
     fleet.valkey = fleet.enter(valkey(fleet.folder, urlsplit(fleet.valkey.url).port))
     assert spend(fleet, key, 50) == 0
+
+
+def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet) -> None:
+    """Nobody is left who was there: what was used is known from the records alone."""
+    daily = fleet.key("daily", "--daily-tokens", "1500")
+    monthly = fleet.key("monthly", "--monthly-tokens", "1500")
+    fleet.stack.corral("tenants", "create", "spent", "--daily-tokens", "1500")
+    shared = fleet.key("shared", "--tenant", "spent", "--daily-tokens", "100000")
+    keys = (daily, monthly, shared)
+    for key in keys:
+        assert 5 <= spend(fleet, key, 200) < 200, "it is used up"
+    gateways = fleet.stack.corral("status")["gateways"]
+    with fleet.valkey_client() as plain:
+        for gateway in gateways:
+            os.kill(gateway["pid"], signal.SIGSTOP)  # nobody is left to tell the store anything
+        plain.sendall(b"FLUSHALL\r\n")
+        assert plain.recv(16) == b"+OK\r\n"
+        for gateway in gateways:
+            os.kill(gateway["pid"], signal.SIGKILL)
+    for gateway in gateways:
+        until(lambda gateway=gateway: _ready(gateway["url"]), "the gateway is back", 15)  # type: ignore[misc]
+    assert [spend(fleet, key, 30) for key in keys] == [0, 0, 0]
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(url + "/health/ready", timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False

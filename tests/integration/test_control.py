@@ -74,6 +74,8 @@ def test_a_key_is_shown_once_and_reaches_the_snapshot(control: Running) -> None:
     made = make_key(control, models=["llama*"], rpm=7, expires="30d", **{"class": "batch"})
     assert made["key"].startswith(f"crl_{made['id']}_")
     shown = control.admin.get(f"/admin/keys/{made['id']}").json()
+    limits = shown.pop("limits")
+    assert (limits["rpm"], limits["tpm"], limits["daily_tokens"]) == (made["rpm"] or 600, made["tpm"] or 200_000, None)
     assert "key" not in shown
     assert made["key"] not in control.admin.get("/admin/audit").text
     (entry,) = [key for key in control.snapshot().json()["keys"] if key["id"] == made["id"]]
@@ -187,7 +189,9 @@ def test_the_version_follows_what_matters(control: Running, node: FakeNode) -> N
 def test_a_node_that_fails_is_down_and_comes_back(control: Running, node: FakeNode) -> None:
     node.broken = True
     until("it is down", lambda: control.node()["state"] == "down")
-    assert "500" in control.node()["error"]
+    assert "500" in control.node()["error"] and control.node()["reason"] == control.node()["error"]
+    told = control.admin.get("/admin/status").json()["nodes"][0]
+    assert (told["state"], "500" in told["reason"]) == ("down", True)
     node.tags, node.broken = ["m:latest", "new:1b"], False
     until("it is ready", lambda: control.node()["state"] == "ready")
     assert control.node()["models"] == ["m:latest", "new:1b"]
@@ -253,8 +257,10 @@ def test_admin_actions_are_in_the_audit_trail(control: Running) -> None:
     assert (made["before"], made["after"]["name"]) == (None, "seen")
     assert (revoked["before"]["revoked"], revoked["after"]["revoked"]) == (False, True)
     params = {"after": made["seq"]}
-    assert [row["seq"] for row in control.admin.get("/admin/audit", params=params).json()["audit"]] == [revoked["seq"]]
-    assert control.admin.get("/admin/audit", params={"since": "1h", "limit": 1}).json()["audit"] == [revoked]
+    rows = control.admin.get("/admin/audit", params=params).json()["audit"]
+    assert [row["seq"] for row in rows if row["method"] != "GET"] == [revoked["seq"]]
+    (newest,) = control.admin.get("/admin/audit", params={"since": "1h", "limit": 1}).json()["audit"]
+    assert (newest["method"], newest["after"]) == ("GET", {"query": f"after={made['seq']}"})
     assert control.admin.get("/admin/audit", params={"before": str(revoked["seq"])}).json()["audit"] == [made]
     assert control.admin.get("/admin/audit", params={"request": "mine"}).json()["audit"] == [made]
     assert control.admin.get("/admin/audit", params={"request": "nobody's"}).json()["audit"] == []

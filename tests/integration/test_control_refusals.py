@@ -7,18 +7,17 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner
 from sqlalchemy import select
-from support.control import FakeNode, Running, make_key, until
+from support.control import FakeNode, Running, make_key, recorded, until
 from support.servers import valkey
 
 from corral.cli.main import cli
 from corral.config.settings import Settings
-from corral.control.audit import REFUSALS_MAX, Refusals
+from corral.control.audit import NOTES_MAX, Notes
 from corral.control.auth import BODY_MAX, Principal
 from corral.control.bootstrap import BootstrapError, bootstrap
 from corral.gateway.shipper import Shipper
@@ -142,10 +141,6 @@ def test_an_overlap_that_cannot_be_is_a_400_that_names_it(control: Running) -> N
 # -- the audit trail of what was refused
 
 
-def entries(control: Running) -> list[dict[str, Any]]:
-    return list(control.admin.get("/admin/audit", params={"limit": 1000}).json()["audit"])
-
-
 def test_refused_changes_are_in_the_audit_trail(control: Running) -> None:
     operator = make_key(control, role="operator")
     seen = {"X-Request-ID": "mine", "X-Forwarded-For": "10.1.2.3"}
@@ -156,9 +151,9 @@ def test_refused_changes_are_in_the_audit_trail(control: Running) -> None:
     with control.client() as nobody:
         nobody.delete("/admin/nodes/node-1", headers=seen)
         nobody.get("/admin/keys")
-    _, forbidden, bad, unknown = entries(control)
-    assert [row["status"] for row in (forbidden, bad, unknown)] == [403, 400, 401]
-    assert {row["outcome"] for row in (forbidden, bad, unknown)} == {"refused"}
+    _, forbidden, bad, unknown, read = recorded(control.admin)
+    assert [row["status"] for row in (forbidden, bad, unknown, read)] == [403, 400, 401, 401]
+    assert {row["outcome"] for row in (forbidden, bad, unknown, read)} == {"refused"}
     assert (forbidden["key"], forbidden["request_id"], forbidden["addr"]) == (operator["id"], "mine", "10.1.2.3")
     assert (unknown["key"], unknown["method"], unknown["route"]) == (None, "DELETE", "/admin/nodes/node-1")
 
@@ -166,22 +161,47 @@ def test_refused_changes_are_in_the_audit_trail(control: Running) -> None:
 def test_a_flood_without_a_key_is_bounded_and_counted(tmp_path: Path) -> None:
     database = Database(resolve("sqlite:///corral.db", tmp_path))
     database.migrate()
-    refusals = Refusals(database)
+    notes = Notes(database)
     nobody, someone = Principal("", "", "10.1.2.3", ""), Principal("abc", "operator", "10.1.2.4", "")
 
     async def flood() -> None:
-        for _ in range(REFUSALS_MAX + 7):
-            await refusals.note(nobody, "POST", "/admin/keys", 401)
-        await refusals.note(someone, "POST", "/admin/keys", 403)
-        await refusals.flush()
-        await refusals.flush()
+        for _ in range(NOTES_MAX + 7):
+            await notes.note(nobody, "POST", "/admin/keys", 401)
+        for _ in range(NOTES_MAX + 2):
+            await notes.note(someone, "GET", "/admin/audit", 200, "limit=5")
+        await notes.note(someone, "POST", "/admin/keys", 403)
+        await notes.flush()
+        await notes.flush()
 
     asyncio.run(flood())
     rows = database.read_now(lambda c: [dict(row) for row in c.execute(select(audit)).mappings()])
     database.close()
-    assert [row["status"] for row in rows].count(401) == REFUSALS_MAX
+    assert [row["status"] for row in rows].count(401) == NOTES_MAX
     assert [row["key"] for row in rows if row["status"] == 403] == ["abc"]
-    assert [row["after"] for row in rows if row["after"]] == [{"more_refused": 7}]
+    assert [row["after"] for row in rows].count({"query": "limit=5"}) == NOTES_MAX
+    assert [row["after"] for row in rows if row["method"] == ""] == [{"more_refused": 7}, {"more_read": 2}]
+
+
+def test_reads_of_records_and_keys_are_recorded_before_they_are_answered(control: Running) -> None:
+    operator = make_key(control, role="operator")
+    seen = {"X-Request-ID": "mine", "X-Forwarded-For": "10.1.2.3"}
+    with control.client(operator["key"]) as client:
+        client.get("/admin/audit", params={"since": "1h", "model": operator["key"]}, headers=seen)
+        client.get(f"/admin/keys/{operator['id']}")
+        client.get("/admin/tenants")
+        for state in ("status", "nodes", "models", "models/plan", "operations"):
+            client.get(f"/admin/{state}")
+        client.post(f"/admin/keys/{operator['key']}/revoke")
+    rows = [row for row in control.admin.get("/admin/audit").json()["audit"] if row["key"] == operator["id"]]
+    routes = ["/admin/audit", f"/admin/keys/{operator['id']}", "/admin/tenants"]
+    *reads, refused = rows
+    assert [(row["method"], row["route"], row["status"], row["outcome"]) for row in reads] == [
+        ("GET", route, 200, "ok") for route in routes
+    ]
+    assert (reads[0]["request_id"], reads[0]["addr"], reads[0]["tenant"]) == ("mine", "10.1.2.3", "default")
+    # Which records were read; a key that was written there by mistake is no more than its id.
+    assert reads[0]["after"] == {"query": f"since=1h&model=crl_{operator['id']}_…"}
+    assert (refused["status"], refused["route"]) == (404, f"/admin/keys/crl_{operator['id']}_…/revoke")
 
 
 # -- what cannot be shipped

@@ -46,6 +46,13 @@ def test_an_operator_that_fails_to_begin_leaves_nothing_running(
     assert not [command for command in running if str(tmp_path).encode() in command]
 
 
+def test_before_anything_is_lost(operator: Operator) -> None:
+    said = operator.run(blocks("Before anything is lost"))
+    assert said.count(": restores\n") == 2 and said.count(" is taken") == 2, said
+    assert not list((operator.state / "run").glob("corral-drill-*"))
+    assert operator.works(), "what serves is not disturbed"
+
+
 def test_lost_control_machine(operator: Operator) -> None:
     operator.run("corral down")
     shutil.rmtree(operator.state)

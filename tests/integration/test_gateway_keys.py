@@ -152,3 +152,13 @@ def test_nothing_is_looked_up_before_shape_and_checksum(text: str) -> None:
             authenticate(headers, known, b"p" * 32, 0.0, {})
         assert refused.value.status == 401
     assert all(keys.parse(value.strip().decode("latin-1")) == key_id for key_id in known.asked)
+
+
+def test_a_mistyped_key_is_not_looked_up() -> None:
+    """Each character behind the id, made another of those that may stand there: the checksum tells."""
+    text = keys.generate()[1]
+    for at in range(text.index("_", 4) + 1, len(text)):
+        known, wrong = Looked(), text[:at] + ("a" if text[at] != "a" else "b") + text[at + 1 :]
+        with pytest.raises(ApiError, match="malformed"):
+            authenticate({b"x-api-key": wrong.encode()}, known, b"p" * 32, 0.0, {})
+        assert known.asked == []

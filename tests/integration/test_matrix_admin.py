@@ -54,6 +54,7 @@ WHO = {
     ("GET", "/admin/status"): OPERATOR,
     ("GET", "/admin/audit"): OPERATOR,
     ("GET", "/internal/snapshot"): INTERNAL,
+    ("GET", "/internal/spent"): INTERNAL,
     ("POST", "/internal/spool/{gateway}/{segment}"): INTERNAL,
 }
 OPEN = {("GET", "/health"), ("GET", "/docs"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}

@@ -117,6 +117,12 @@ def make_key(control: Running, **fields: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
+def recorded(client: httpx.Client) -> list[dict[str, Any]]:
+    """What the audit trail shows to a caller, but for reads of the admin API that were answered."""
+    rows = client.get("/admin/audit", params={"limit": 1000}).json()["audit"]
+    return [row for row in rows if (row["api"], row["method"]) != ("admin", "GET") or row["status"] >= 400]
+
+
 @contextlib.contextmanager
 def haproxy(state: Path, node: FakeNode) -> Iterator[tuple[HaproxyPlan, Path]]:
     """A real HAProxy that knows `node` as node-1, as `corral up` starts it; its plan and master socket."""

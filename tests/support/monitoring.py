@@ -22,6 +22,7 @@ RULE_TESTS = sorted((MONITORING / "prometheus/tests").glob("*.yml"))
 RUNBOOKS = REPOSITORY / "docs/runbooks"
 
 _DURATION = r"(?:\d+(?:ms|[smhdw]))+"
+_AGE = r"(corral_\w+(?<!timestamp)_seconds > )(\d+)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -56,13 +57,15 @@ def seconds(duration: str) -> float:
 def hasten(text: str, factor: float, longest: float = 20.0) -> str:
     """A rule file whose every window and ``for`` is ``factor`` times shorter, between 2 s and ``longest`` seconds.
 
-    Nothing else is changed: what alerts, on which metric, beyond which number.
+    So is an age in seconds beyond which something is too old; it has no bounds. Nothing else is changed: what alerts,
+    on which metric, beyond which number.
     """
 
     def scaled(match: re.Match[str]) -> str:
         short = min(max(seconds(match["duration"]) / factor, 2.0), longest)
         return f"{match['before']}{round(short * 1000)}ms{match['after']}"
 
+    text = re.sub(_AGE, lambda match: f"{match[1]}{float(match[2]) / factor:g}", text)
     text = re.sub(rf"(?P<before>\[)(?P<duration>{_DURATION})(?P<after>\])", scaled, text)
     return re.sub(rf"(?P<before>\n +for: )(?P<duration>{_DURATION})(?P<after>\n)", scaled, text)
 

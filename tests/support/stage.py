@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,17 +23,30 @@ from corral.config.alertmanager import AlertmanagerPlan
 from corral.config.alertmanager import render as render_alertmanager
 from corral.config.prometheus import PrometheusPlan
 from corral.config.prometheus import render as render_prometheus
+from corral.config.values import database_url as address
 from corral.stack.state import StateFolder
 from support import monitoring
 from support.fleet import SimulatedNode
 from support.load import CHAT, Client, body_of
+from support.postgres import Postgres, postgres
 from support.process import until
 from support.receivers import Receivers, receivers
 from support.servers import Server, valkey
 from support.stack import Stack, stack
 
 MODEL = "sim:latest"
-SIMULATION = {"models": [{"name": MODEL, "load": 2.5, "prefill": 5000.0, "decode": 200.0, "slots": 8}]}
+LATE, SMALL = "late:latest", [f"small-{number}:latest" for number in range(12)]
+SIMULATION = {
+    "models": [
+        {"name": MODEL, "load": 2.5, "prefill": 5000.0, "decode": 200.0, "slots": 8},
+        # It reads a prompt so slowly that its first token comes beyond the objective's ten seconds.
+        {"name": LATE, "load": 0.1, "prefill": 2.5, "decode": 200.0, "slots": 64},
+        *({"name": name, "load": 0.02, "prefill": 5000.0, "decode": 5000.0} for name in SMALL),
+    ],
+    "max_loaded": 5,
+}
+CROWD, EVERY = 60, 0.25
+"""Callers that come one after the other, seconds apart: more than the nodes have slots."""
 RUNBOOKS = "https://runbooks.example/corral"
 HASTE, LONGEST = 20.0, 5.0
 """A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds."""
@@ -76,6 +92,35 @@ class Fired:
     resolved: float
 
 
+class Crowd:
+    """Callers of one model, each of whom asks again once answered; ``more`` adds one now and then."""
+
+    def __init__(self, url: str, key: str, model: str) -> None:
+        self._url, self._key, self._body = url, key, body_of(CHAT, model, 4)
+        self._callers: list[threading.Thread] = []
+        self._over = threading.Event()
+        self._latest = 0.0
+
+    def more(self) -> None:
+        """Add a caller, unless one has just come or all are there."""
+        if len(self._callers) < CROWD and time.monotonic() - self._latest >= EVERY:
+            self._latest = time.monotonic()
+            self._callers.append(threading.Thread(target=self._ask, args=(len(self._callers),)))
+            self._callers[-1].start()
+
+    def end(self) -> None:
+        """Have each leave after its answer."""
+        self._over.set()
+        for caller in self._callers:
+            caller.join()
+
+    def _ask(self, number: int) -> None:
+        client = Client(self._url, self._key)
+        while not self._over.is_set():
+            client.ask(CHAT, self._body, f"crowd-{number}-{time.monotonic_ns()}")
+        client.close()
+
+
 @dataclass
 class Stage:
     """What runs. A test leaves it whole."""
@@ -83,11 +128,13 @@ class Stage:
     stack: Stack
     nodes: dict[str, SimulatedNode]
     valkey: Server
+    database: Postgres
     prometheus: Server
     manager: Server
     heard: Receivers
     folder: Path
     exits: ExitStack
+    crowd: Crowd | None = None
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What Prometheus has for an expression now."""
@@ -121,9 +168,62 @@ class Stage:
         port = urlsplit(self.valkey.url).port
         self.valkey = self.exits.enter_context(valkey(self.folder, port))
 
-    def backup(self, age: float | None) -> None:
-        """Have the last backup be ``age`` seconds old; None: there is none."""
-        path = self.folder / "state/backup.json"
+    def come(self, model: str) -> None:
+        """Have callers of a model come, more and more."""
+        self.crowd = Crowd(self.stack.url, self.stack.key, model)
+
+    def grow(self) -> None:
+        """One more of them."""
+        assert self.crowd is not None
+        self.crowd.more()
+
+    def leave(self) -> None:
+        """They leave."""
+        assert self.crowd is not None
+        self.crowd.end()
+
+    def fill_valkey(self) -> None:
+        """Leave Valkey hardly more memory than it uses now; it evicts nothing."""
+        used = re.search(r"used_memory:(\d+)", self._valkey("INFO memory"))
+        assert used is not None
+        assert self._valkey(f"CONFIG SET maxmemory {int(used[1]) * 100 // 96}").startswith("+OK")
+
+    def empty_valkey(self) -> None:
+        """Give it as much as it wants."""
+        assert self._valkey("CONFIG SET maxmemory 0").startswith("+OK")
+
+    def _valkey(self, command: str) -> str:
+        at = urlsplit(self.valkey.url)
+        with socket.create_connection((at.hostname, at.port), timeout=5) as store:
+            store.sendall(f"{command}\r\nQUIT\r\n".encode())
+            return b"".join(iter(lambda: store.recv(65536), b"")).decode()
+
+    def thrash(self, node: str) -> None:
+        """Ask a node itself for more models than it holds."""
+        for name in SMALL:
+            body = {"model": name, "prompt": "a", "stream": False, "options": {"num_predict": 1}}
+            httpx.post(f"{self.nodes[node].url}/api/generate", json=body, timeout=10).raise_for_status()
+
+    def gpu_node(self) -> None:
+        """Add a node that is said to have a GPU, and computes in main memory."""
+        self.nodes["gpu"] = node = SimulatedNode("gpu", self.folder, SIMULATION)
+        self.exits.callback(lambda: node.process.end(signal.SIGKILL))
+        body = {"model": MODEL, "prompt": "a", "stream": False, "keep_alive": -1, "options": {"num_predict": 1}}
+        httpx.post(f"{node.url}/api/generate", json=body, timeout=20).raise_for_status()
+        self._admin("POST", "/admin/nodes", {"url": node.url, "name": "gpu", "accelerator": "gpu"})
+
+    def no_gpu_node(self) -> None:
+        """Take it out again."""
+        self._admin("DELETE", "/admin/nodes/gpu")
+        self.nodes.pop("gpu").kill()
+
+    def _admin(self, method: str, path: str, body: object = None) -> None:
+        headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
+        httpx.request(method, self.stack.url + path, json=body, headers=headers, timeout=60).raise_for_status()
+
+    def backup(self, age: float | None, record: str = "backup") -> None:
+        """Have the last backup (or ``drill``) be ``age`` seconds old; None: there is none."""
+        path = self.folder / f"state/{record}.json"
         if age is None:
             path.unlink()
         else:
@@ -149,11 +249,12 @@ def stage(folder: Path) -> Iterator[Stage]:
         for node in nodes.values():
             exits.callback(lambda node=node: node.process.end(signal.SIGKILL))  # type: ignore[misc]
         store = exits.enter_context(valkey(folder))
+        database = exits.enter_context(postgres())
         settings = {
             "nodes": [{"name": node.name, "url": node.url, "slots": 8, "memory": "24GiB"} for node in nodes.values()],
-            "gateway": {"processes": 2, "first_token": "8s", "between_tokens": "3s"},
+            "gateway": {"processes": 2, "first_token": "25s", "between_tokens": "3s"},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
-            "store": {"valkey": store.url},
+            "store": {"valkey": store.url, "database": address(database.database())},
             "control": {"canary": {"interval": "1s", "timeout": "2s"}},
         }
         config = folder / "corral.yaml"
@@ -164,8 +265,9 @@ def stage(folder: Path) -> Iterator[Stage]:
         metrics = urlsplit((StateFolder(folder / "state").stack() or {})["control"]["metrics"]).netloc
         rules = quick_rules(folder, HASTE, LONGEST)
         prometheus = exits.enter_context(monitoring.prometheus(folder, quick_prometheus(metrics, manager, rules)))
-        whole = Stage(made, nodes, store, prometheus, manager, heard, folder, exits)
+        whole = Stage(made, nodes, store, database, prometheus, manager, heard, folder, exits)
         whole.backup(age=60)
+        whole.backup(age=60, record="drill")
         whole.ask(8)
         until(lambda: len(whole.query("up == 1")) == 8, "Prometheus has every target", 30, every=0.3)
         yield whole

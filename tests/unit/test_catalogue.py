@@ -23,6 +23,7 @@ from corral.fleet.catalogue import (
     digest_of,
     is_own,
     mirrored,
+    permitted,
     plan,
     settled,
     without,
@@ -143,6 +144,19 @@ def test_names() -> None:
     assert mirrored("me/m", "r:5000") == "r:5000/me/m:latest"
     assert mirrored("hf.co/me/m:1", "r:5000") == "hf.co/me/m:1"
     assert mirrored("m", None) == "m"
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *(("m", True), ("me/m:1", True), ("r:5000/me/m", True), ("R:5000/me/m:1", True), ("hf.co/me/m:1", True)),
+        *(("evil.example/me/m", False), ("r:5001/me/m", False), ("r/me/m", False), ("http://r:5000/me/m", False)),
+        *(("user@r:5000/me/m", False), ("169.254.169.254/latest/meta-data", False), ("evil.example/a/b/c", False)),
+    ],
+)
+def test_a_name_sends_a_node_to_a_listed_registry_alone(name: str, where: bool) -> None:
+    assert permitted(name, "r:5000", ("hf.co",)) is where
+    assert permitted(name, None, ()) is (name in ("m", "me/m:1"))
     assert aside("hf.co/me/M:q4", "previous") == "corral-previous/hf.co.me.M:q4"
     assert len(aside("n" * 200, "aside")) < 100 and aside("n" * 200, "aside") != aside("n" * 201, "aside")
     assert is_own(aside("m", "previous")) and not is_own("corral-llm:1b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 from corral.cli.common import Admin
 from corral.cli.main import cli
 from corral.stack.state import StateFolder
+from corral.stack.status import runbook
 
 
 @pytest.fixture
@@ -104,6 +106,81 @@ def test_with_json_the_error_is_json(run: Runner) -> None:
 )  # fmt: skip
 def test_wrong_usage_is_status_2(run: Runner, words: list[str]) -> None:
     assert run(*words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["statsu"], "No such command 'statsu'. Did you mean 'status'?"),
+        (["key", "list"], "Did you mean 'keys'?"),
+        (["list", "keys"], "Did you mean 'keys list'?"),
+        (["backup", "drll"], "Did you mean 'drill'?"),
+        (["zzz"], "No such command 'zzz'.\n"),
+        (
+            ["keys", "create", "x", "--tpm", "abc"],
+            "'abc': expected a whole number of at least 1, such as 1000",
+        ),
+        (["keys", "create", "x", "--tpm", "0"], "'0': expected a whole number of at least 1"),
+        (["keys", "create", "x", "--rpm", "1.5"], "'1.5': expected a whole number of at least 1"),
+        (["tenants", "create", "x", "--rpm", "x"], "such as 1000, or none"),
+        (["backup", "list", "/nope"], "/nope is no folder"),
+    ],
+)
+def test_wrong_usage_says_what_is_expected(run: Runner, words: list[str], said: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+class Told:
+    """An admin API that knows these answers."""
+
+    answers: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, state: StateFolder) -> None:
+        pass
+
+    def __call__(self, method: str, path: str, body: object = None, timeout: float = 30.0) -> Any:
+        return self.answers[path.partition("?")[0]]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The answers of the admin API, to be filled in."""
+    monkeypatch.setattr(Told, "answers", {})
+    for module in ("keys", "tenants", "audit"):
+        monkeypatch.setattr(f"corral.cli.{module}.Admin", Told)
+    return Told.answers
+
+
+def test_a_key_is_shown_with_the_limits_in_force(run: Runner, told: dict[str, Any]) -> None:
+    own = {"rpm": 7, "tpm": None, "concurrency": None, "daily_tokens": None, "monthly_tokens": None}
+    told["/keys/x"] = {"id": "x", **own, "limits": {**own, "tpm": 200000, "concurrency": 32}}
+    lines = {" ".join(line.split()) for line in run("keys", "show", "x").stdout.splitlines()}
+    assert {"rpm 7", "tpm 200000 (default)", "concurrency 32 (default)", "daily_tokens none"} <= lines
+    assert json.loads(run("keys", "show", "x", "--json").stdout) == told["/keys/x"]
+
+
+def test_a_tenant_s_time_is_one_to_read(run: Runner, told: dict[str, Any]) -> None:
+    told["/tenants/t"] = {"name": "t", "created": 1_700_000_000.5}
+    assert "created  2023-11-1" in run("tenants", "show", "t").stdout
+
+
+def test_an_audit_record_has_the_name_of_its_key(run: Runner, told: dict[str, Any]) -> None:
+    told["/audit"] = {"audit": [{"id": "r1", "ts": 1.0, "key": "k1"}, {"id": "r2", "ts": 2.0, "key": "gone"}]}
+    told["/keys"] = {"keys": [{"id": "k1", "name": "my-app"}]}
+    first, second = run("audit", "list").stdout.splitlines()[1:]
+    assert "k1    my-app" in first and "gone  -" in second
+    assert [row["key_name"] for row in json.loads(run("audit", "list", "--json").stdout)] == ["my-app", None]
+
+
+def test_an_alert_s_runbook_is_one_that_is_there(tmp_path: Path) -> None:
+    published = "https://github.com/corral-llm/corral/blob/main/docs/runbooks/NodeDown.md"
+    alert = {"name": "NodeDown", "runbook_url": published}
+    assert Path(runbook(alert)).read_text().startswith("# NodeDown\n")
+    assert runbook(alert, tmp_path) == published
+    assert runbook(alert | {"name": "Other"}) == published
+    assert runbook(alert | {"runbook_url": "https://ours/NodeDown.md"}) == "https://ours/NodeDown.md"
 
 
 def test_down_with_nothing_running_is_done(run: Runner) -> None:

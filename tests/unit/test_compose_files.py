@@ -44,6 +44,14 @@ def test_the_page_names_every_port_secret_and_volume(compose: dict[str, Any]) ->
         assert f"| `{general}` |" in PAGE
 
 
+def test_with_one_gpu_the_second_node_waits_to_be_asked_for(compose: dict[str, Any]) -> None:
+    changed = yaml.safe_load((ROOT / "compose.one-gpu.yml").read_text())["services"]
+    assert changed == {"ollama-2": {"profiles": ["ollama-2"]}}
+    assert not [name for name, service in compose["services"].items() if "ollama-2" in service.get("depends_on", {})]
+    listed = yaml.safe_load((ROOT / "deploy/compose/corral.yaml").read_text())["nodes"]
+    assert [node["name"] for node in listed] == ["ollama-1", "ollama-2"], "so the page says which line goes"
+
+
 def test_without_a_gpu_no_node_reserves_one(compose: dict[str, Any]) -> None:
     reserving = {name for name, service in compose["services"].items() if "deploy" in service}
     freed = re.findall(r"^  (\S+): \{deploy: \{resources: \{reservations: \{devices: !reset \[\]\}\}\}\}$",

@@ -13,7 +13,7 @@ from support.process import free_port
 from corral.gateway.exposition import HEAD_MAX, Exposition
 from corral.gateway.metrics import BETWEEN, EVERY_REASON, Histogram, Metrics
 from corral.gateway.recover import Failure
-from corral.gateway.settle import Settled, outcome_of
+from corral.gateway.settle import Settled, outcome_of, settled
 
 
 def snapshot(held: frozenset[str] = frozenset({"m:latest"})) -> Any:
@@ -233,3 +233,28 @@ def test_a_name_that_needs_escapes_is_read_as_it_is() -> None:
     seen = page(metrics)
     assert one(seen, "corral_tokens_total", model=odd, kind="prompt") == 7
     assert one(seen, "corral_queue_duration_seconds_bucket", model=odd, le="+Inf") == 1
+
+
+@pytest.mark.parametrize(
+    ("counted", "outcome", "density"), [(40, "ok", 1.9), (2, "ok", 1.0), (0, "client_gone", 1.0), (10**6, "ok", 1.9)]
+)
+def test_what_a_model_counts_teaches_the_guess_of_its_keys_next_prompt(
+    counted: int, outcome: str, density: float
+) -> None:
+    key = SimpleNamespace(density=1.0)
+    decoded = SimpleNamespace(estimate=10, responder=SimpleNamespace(prompt_tokens=counted, tokens=5))
+    names = ("record_id", "request_id", "key_id", "address", "api", "path", "model", "node_name")
+    asked = SimpleNamespace(
+        **dict.fromkeys(names, "x"),
+        **{
+            "wall": 1.0,
+            "gateway": SimpleNamespace(name="g"),
+            "method": b"POST",
+            "attempts": 1,
+            "body": b"",
+            "key": key,
+        },
+        **{"queue_ms": 0.0, "arrived": 1.0, "first_token": 2.0, "decoded": decoded},
+    )
+    settled(asked, 200, outcome, 1, 3.0)  # type: ignore[arg-type]
+    assert key.density == pytest.approx(density)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from corral.control.prober import Member
+import asyncio
+import socket
+import time
+
+from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import aside
 
 
@@ -23,5 +27,30 @@ def test_a_node_that_is_preloaded_is_not_in_service() -> None:
     held = member(preloading="preloading m:1 (42%)")
     assert (held.state, held.entry()["state"], held.reason) == ("draining", "draining", "preloading m:1 (42%)")
     held.up = False
-    assert (held.state, held.reason) == ("down", None)
+    held.error = "no connection: connection refused"
+    assert (held.state, held.reason) == ("down", "no connection: connection refused")
     assert (member(warning="preloading failed").state, member().state) == ("ready", "ready")
+
+
+def test_a_node_says_why_it_is_down_in_the_system_s_words() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens: a connection is refused
+        nodes = [Member("a", f"http://127.0.0.1:{taken.getsockname()[1]}"), Member("b", "http://no-such-host.invalid")]
+
+        async def ask() -> None:
+            fleet = Fleet()
+            await fleet.start(nodes)
+            await fleet.close()
+
+        asyncio.run(ask())
+    refused, unknown = (node.describe() for node in nodes)
+    assert (refused["state"], refused["reason"]) == ("down", "no connection: connection refused")
+    assert unknown["state"] == "down" and unknown["reason"].startswith(("no connection: ", "no answer within"))
+
+
+def test_a_node_whose_canary_fails_says_so_while_it_is_up() -> None:
+    held = member()
+    held.measured.resident({"m:1", "new:1"}, time.monotonic())
+    assert held.reason is None
+    held.measured.residents["m:1"].failing = True
+    assert (held.state, held.reason) == ("ready", "its canary gets no token from m:1")

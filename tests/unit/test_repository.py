@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,12 @@ def test_no_secret_is_tracked(texts: dict[str, str]) -> None:
     assert [name for name in found if not name.startswith("tests/")] == []
 
 
-@pytest.mark.parametrize("name", ["runtime", "embedded", "container", "model", "dev"])
-def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
-    text = (ROOT / "api-gateway/requirements" / f"{name}.txt").read_text()
+LOCKED = sorted((ROOT / "api-gateway/requirements").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", LOCKED, ids=lambda path: path.stem)
+def test_every_requirement_is_pinned_and_hashed(path: Path) -> None:
+    text = path.read_text()
     joined = text.replace("\\\n", " ")
     requirements = [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert requirements
@@ -103,6 +107,45 @@ def test_requirement_files_agree() -> None:
         for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", path.read_text(), re.MULTILINE):
             versions.setdefault(name.lower().replace("_", "-"), set()).add(version)
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_every_list_of_requirements_is_locked() -> None:
+    asked = (ROOT / "api-gateway/requirements").glob("*.in")
+    assert {path.stem for path in LOCKED} == {"runtime", *(path.stem for path in asked)}
+
+
+def test_nothing_is_installed_without_its_hash(texts: dict[str, str]) -> None:
+    """Neither by a script nor in the image; pip checks the hash of what it takes from wherever that comes."""
+    found = []
+    for name, text in texts.items():
+        if not name.startswith(("scripts/", ".ci/", "corral")) and not name.endswith(("Dockerfile", ".yml")):
+            continue
+        if name.startswith("tests/"):
+            continue
+        # A command may go on in the next line, and its arguments stand in an array.
+        lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+        arrays = {line.split("=(")[0].split()[-1] for line in lines if "--require-hashes" in line and "=(" in line}
+        for line in lines:
+            if not re.search(r"\bpip3?\b.*\b(install|download)\b|=\(install\b", line) or line.lstrip().startswith(
+                ("#", "say")
+            ):
+                continue
+            if "--require-hashes" not in line and not any(f"${{{array}[@]}}" in line for array in arrays):
+                found.append(f"{name}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+PTH = {"distutils-precedence.pth": "import os; var = 'SETUPTOOLS_USE_DISTUTILS'; enabled = os.environ.get(var, "}
+"""Files that Python reads at each start, by how they begin: setuptools' own, which mypyc needs."""
+
+
+def test_nothing_runs_at_the_start_of_the_interpreter() -> None:
+    """A `.pth` is how a package that nobody imports runs all the same."""
+    installed = Path(sysconfig.get_path("purelib"))
+    assert (installed / "pytest").is_dir()
+    found = {path.name: path.read_text() for path in installed.rglob("*.pth")}
+    assert {name: text for name, text in found.items() if not text.startswith(PTH.get(name, "-"))} == {}
+    assert not [name for name in ("sitecustomize", "usercustomize") if (installed / f"{name}.py").exists()]
 
 
 def test_files_are_short(texts: dict[str, str]) -> None:

@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 def verify(path: Path, secrets: Secrets, say: Say = lambda text: None) -> dict[str, Any]:
     """Decrypt and check all of a backup, and write nothing; what the command prints. Raises BackupError."""
-    return _described(path, _checked(path, secrets, say))
+    return _described(path, checked(path, secrets, say))
 
 
 def extract(path: Path, secrets: Secrets, name: str) -> bytes:
@@ -66,13 +66,22 @@ class Wishes:
     models: Path | None = None
 
 
-def restore(path: Path, secrets: Secrets, place: Place, wishes: Wishes, say: Say = lambda text: None) -> dict[str, Any]:
+def restore(
+    path: Path,
+    secrets: Secrets,
+    place: Place,
+    wishes: Wishes,
+    say: Say = lambda text: None,
+    contents: Contents | None = None,
+) -> dict[str, Any]:
     """Check a backup and restore it into an installation that is stopped; what the command prints.
+
+    `contents` is what `checked` said of it, where it was checked already.
 
     Raises:
         BackupError, DatabaseError, ReplaceError: it cannot be; nothing was changed.
     """
-    contents = _checked(path, secrets, say)
+    contents = contents or checked(path, secrets, say)
     summary = contents.small_json("database/summary.json")
     if (schema := summary["schema"]) not in revisions():
         raise BackupError(
@@ -253,7 +262,8 @@ class _Restore:
         return error
 
 
-def _checked(path: Path, secrets: Secrets, say: Say) -> Contents:
+def checked(path: Path, secrets: Secrets, say: Say) -> Contents:
+    """Read and check all of a backup, and write nothing. Raises BackupError."""
     size = path.stat().st_size if path.is_file() else 0
     progress = models.Progress("check", size, say)
     contents = archive.read(path, secrets, progress=progress.add)

@@ -13,7 +13,7 @@ from corral.cli.common import Admin, rows
 from corral.cli.keys import Span
 
 _COLUMNS = (
-    *("time", "request_id", "id", "key", "addr", "route", "model", "node", "status", "outcome"),
+    *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "node", "status", "outcome"),
     *("prompt_tokens", "tokens", "ms"),
 )
 
@@ -36,7 +36,10 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
     query = {name: value for name, value in given.items() if value is not None}
     if since is not None:
         query["since"] = time.time() - since
-    listed = rows(Admin(common.folder(state))("GET", "/audit?" + urlencode(query)), "audit")
+    admin = Admin(common.folder(state))
+    listed = rows(admin("GET", "/audit?" + urlencode(query)), "audit")
+    names = {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")} if listed else {}
+    listed = [{**item, "key_name": names.get(item.get("key"))} for item in listed]
     common.emit(listed, as_json, lambda: common.table([_shown(item) for item in listed], _COLUMNS, "no records"))
 
 

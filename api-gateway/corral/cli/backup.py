@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,6 +143,48 @@ def restore(
     common.emit(done, as_json, lambda: _restored(done))
 
 
+@command.command("drill")
+@click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE|DIR]")
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A key that has to be taken.  [default: the admin's, if the backup knows it]",
+)
+@click.option("--sqlite", is_flag=True, help="Into SQLite, where the installation has PostgreSQL.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="For the temporary installation.  [default: run/ in the state]",
+)
+@_identity
+@_passphrase
+@_config
+@common.options
+@_failing
+def drill(
+    file: Path | None,
+    key_file: Path | None,
+    sqlite: bool,
+    folder: Path | None,
+    identity: tuple[str, ...],
+    passphrase_file: str | None,
+    config: str | None,
+    as_json: bool,
+    state: str | None,
+) -> None:
+    """Prove a backup (the last one, by default): restore it beside what runs, check it, and remove it again."""
+    from corral.backup import drill as drilling
+
+    # Asked to stop, it removes what it has made first.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    place = _place(config, state)
+    file = drilling.newest(file, place.root)
+    done = drilling.drill(file, _secrets(passphrase_file, (), identity), place, key_file, sqlite, folder, _say)
+    common.emit(done, as_json, lambda: _drilled(done))
+
+
 @command.command("extract")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("member")
@@ -181,6 +225,8 @@ def show(folder: Path | None, as_json: bool, state: str | None) -> None:
     """List the backups of a folder, oldest first (of the state's by default)."""
     from corral.backup import create as making
 
+    if folder is not None and not folder.is_dir():
+        raise click.BadParameter(f"{folder} is no folder", param_hint="FOLDER")
     found = making.listing(folder or making.backups(_place(None, state).root))
     rows = [{**item, "created": _time(item["created"]), "size": _size(item["size"])} for item in found]
     common.emit({"backups": found}, as_json, lambda: common.table(rows, ("file", "size", "created"), "no backups"))
@@ -219,6 +265,12 @@ def _restored(done: dict[str, Any]) -> str:
     if done["aside"]:
         lines.append(f"before    {done['aside']}: what was there; delete it when all is well")
     return "\n".join(lines)
+
+
+def _drilled(done: dict[str, Any]) -> str:
+    shown = {**_shown(done), "restored": f"into {done['database']}, in {done['seconds']:.1f} s"}
+    shown["key"] = f"{done['key']} is taken" if done["key"] else f"not checked: {done['key_unchecked']}"
+    return f"{done['file']}: restores\n" + common.pairs(shown)
 
 
 def _time(epoch: float) -> str:

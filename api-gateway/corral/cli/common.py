@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -16,6 +17,8 @@ import click
 from corral.config.errors import ConfigError
 from corral.stack import http
 from corral.stack.state import StackError, StateFolder, running
+
+LIMITS = ("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,6 +59,29 @@ def folder(state: str | None) -> StateFolder:
 def emit(value: object, as_json: bool, text: Callable[[], str]) -> None:
     """Print ``value`` as JSON, or ``text()``."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text())
+
+
+def moment(epoch: object) -> object:
+    """A time of the API's (epoch seconds) as one reads it, in this machine's zone; anything else as it is."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch)) if isinstance(epoch, int | float) else epoch
+
+
+class Limit(click.ParamType):
+    """A limit: a whole number. With ``none``, that word too, which is 0."""
+
+    name = "n"
+
+    def __init__(self, none: bool = False) -> None:
+        self._none = none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if self._none and text == "none":
+            return 0
+        if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+            words = ", or none" if self._none else "; leave it out for the default"
+            self.fail(f"{text!r}: expected a whole number of at least 1, such as 1000{words}", param, ctx)
+        return int(text)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:

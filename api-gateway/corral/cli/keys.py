@@ -39,11 +39,11 @@ def command() -> None:
 @click.option("--role", type=click.Choice(["inference", "operator", "admin"]), default="inference", show_default=True)
 @click.option("--models", metavar="GLOB,…", help="Models it may use.  [default: all]")
 @click.option("--networks", metavar="CIDR,…", help="Where it may be used from.  [default: anywhere]")
-@click.option("--rpm", type=click.IntRange(1), help="Requests a minute.")
-@click.option("--tpm", type=click.IntRange(1), help="Tokens a minute.")
-@click.option("--concurrency", type=click.IntRange(1), help="Requests at once.")
-@click.option("--daily-tokens", type=click.IntRange(1), help="Tokens a day (UTC).")
-@click.option("--monthly-tokens", type=click.IntRange(1), help="Tokens a month (UTC).")
+@click.option("--rpm", type=common.Limit(), metavar="N", help="Requests a minute.")
+@click.option("--tpm", type=common.Limit(), metavar="N", help="Tokens a minute.")
+@click.option("--concurrency", type=common.Limit(), metavar="N", help="Requests at once.")
+@click.option("--daily-tokens", type=common.Limit(), metavar="N", help="Tokens a day (UTC).")
+@click.option("--monthly-tokens", type=common.Limit(), metavar="N", help="Tokens a month (UTC).")
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(), help="After how long it ends, such as 30d.")
 @click.option("--tenant", help="Whom it belongs to; made where it is new.")
@@ -74,9 +74,9 @@ def list_keys(as_json: bool, state: str | None) -> None:
 @click.argument("id")
 @common.options
 def show(id: str, as_json: bool, state: str | None) -> None:
-    """Show a key."""
+    """Show a key, with the limits in force: its own, or the defaults of corral.yaml."""
     key = Admin(common.folder(state))("GET", f"/keys/{segment(id)}")
-    common.emit(key, as_json, lambda: common.pairs(_shown(key)))
+    common.emit(key, as_json, lambda: common.pairs(_in_force(_shown(key))))
 
 
 @command.command("rotate")
@@ -107,8 +107,14 @@ def _show_once(made: dict[str, Any], as_json: bool, more: str) -> None:
 
 
 def _shown(key: dict[str, Any]) -> dict[str, Any]:
-    shown = dict(key)
-    for name in ("created", "expires", "last_used", "revoked_at", "rotating_until"):
-        if isinstance(moment := key.get(name), int | float):
-            shown[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    times = ("created", "expires", "last_used", "revoked_at", "rotating_until")
+    return {**key, **{name: common.moment(key[name]) for name in times if name in key}}
+
+
+def _in_force(shown: dict[str, Any]) -> dict[str, Any]:
+    limits = shown.pop("limits", {})
+    for name in common.LIMITS:
+        if shown.get(name) is None:
+            default = limits.get(name)
+            shown[name] = "none" if default is None else f"{default} (default)"
     return shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 
@@ -46,6 +47,18 @@ class Commands(click.Group):
         module = importlib.import_module(f"corral.cli.{_COMMANDS[cmd_name]}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of the words; one that is none is refused with what may have been meant."""
+        word = args[0]
+        if word not in _COMMANDS and not word.startswith("-"):
+            near = difflib.get_close_matches(word, _COMMANDS, 1)
+            if len(args) > 1 and args[1] in _COMMANDS:
+                near = [f"{args[1]} {word}"]
+            ctx.fail(f"No such command {word!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -79,8 +79,7 @@ def resume(name: str, preload: bool, as_json: bool, state: str | None) -> None:
     """Use a drained node again. With a catalogue it gets what it lacks first."""
     path = f"/nodes/{segment(name)}/resume{'' if preload else '?preload=false'}"
     done = Admin(common.folder(state))("POST", path)
-    text = f"{name}{_waits(done)}" if done.get("reason") else f"{name} is in use again"
-    common.emit(done, as_json, lambda: text)
+    common.emit(done, as_json, lambda: f"{name}{_waits(done) or ' is in use again'}")
 
 
 def _waits(node: dict[str, Any]) -> str:

@@ -38,6 +38,6 @@ def _text(known: dict[str, Any]) -> str:
         common.table(known["nodes"], columns, "no nodes"),
     ]
     if known["alerts"]:
-        firing = common.table(known["alerts"], ("severity", "name", "since", "summary", "runbook_url"), "")
+        firing = common.table(known["alerts"], ("severity", "name", "since", "summary", "runbook"), "")
         tables.append(f"Alerts firing\n{firing}")
     return "\n\n".join(tables)

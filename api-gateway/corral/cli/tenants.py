@@ -13,24 +13,13 @@ from corral.cli.common import Admin, rows, segment
 _COLUMNS = ("name", "keys", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
 
 
-class Shared(click.ParamType):
-    """A limit that keys share, or `none`."""
-
-    name = "limit"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if str(value) == "none":
-            return 0
-        number: int = click.IntRange(1).convert(value, param, ctx)
-        return number
-
-
+_SHARED = common.Limit(none=True)
 _OPTIONS = (
-    click.option("--rpm", type=Shared(), metavar="N", help="Requests a minute, of all its keys."),
-    click.option("--tpm", type=Shared(), metavar="N", help="Tokens a minute."),
-    click.option("--concurrency", type=Shared(), metavar="N", help="Requests at once."),
-    click.option("--daily-tokens", type=Shared(), metavar="N", help="Tokens a day (UTC)."),
-    click.option("--monthly-tokens", type=Shared(), metavar="N", help="Tokens a month (UTC)."),
+    click.option("--rpm", type=_SHARED, metavar="N", help="Requests a minute, of all its keys."),
+    click.option("--tpm", type=_SHARED, metavar="N", help="Tokens a minute."),
+    click.option("--concurrency", type=_SHARED, metavar="N", help="Requests at once."),
+    click.option("--daily-tokens", type=_SHARED, metavar="N", help="Tokens a day (UTC)."),
+    click.option("--monthly-tokens", type=_SHARED, metavar="N", help="Tokens a month (UTC)."),
 )
 
 
@@ -68,7 +57,7 @@ def limit(name: str, as_json: bool, state: str | None, **limits: int | None) -> 
     if not (changes := _given(limits)):
         raise click.UsageError("name at least one limit, such as --rpm 600 or --tpm none")
     made = Admin(common.folder(state))("PATCH", f"/tenants/{segment(name)}", changes)
-    common.emit(made, as_json, lambda: common.pairs(made))
+    common.emit(made, as_json, lambda: common.pairs(_shown(made)))
 
 
 @command.command("list")
@@ -85,7 +74,7 @@ def list_tenants(as_json: bool, state: str | None) -> None:
 def show(name: str, as_json: bool, state: str | None) -> None:
     """Show a tenant."""
     found = Admin(common.folder(state))("GET", f"/tenants/{segment(name)}")
-    common.emit(found, as_json, lambda: common.pairs(found))
+    common.emit(found, as_json, lambda: common.pairs(_shown(found)))
 
 
 @command.command("remove")
@@ -95,3 +84,7 @@ def remove(name: str, as_json: bool, state: str | None) -> None:
     """Remove a tenant that has no key which still works; its records stay."""
     gone = Admin(common.folder(state))("DELETE", f"/tenants/{segment(name)}")
     common.emit(gone, as_json, lambda: f"removed {name}")
+
+
+def _shown(tenant: dict[str, Any]) -> dict[str, Any]:
+    return {**tenant, "created": common.moment(tenant.get("created"))}

@@ -104,7 +104,7 @@ _INHIBITIONS = [
     _quiet(['alertname="GatewayDown"'], ['alertname="ScrapeMissing"', 'job="api-gateway"'], ["gateway"]),
     _quiet(
         ['alertname="ControlDown"'],
-        ['alertname=~"SnapshotStale|SpoolBacklog|IngestBehind|DatabaseDown|BackupTooOld|BackupMissing"'],
+        ['alertname=~"SnapshotStale|SpoolBacklog|IngestBehind|DatabaseDown|BackupTooOld|BackupMissing|RestoreUnproven"'],
     ),
     _quiet(['alertname="ControlDown"'], ['alertname="HaproxyBackendDown"', 'proxy="control"']),
     _quiet(['alertname="ControlDown"'], ['alertname="ScrapeMissing"', 'job=~"control|ollama|redis|postgres"']),

@@ -15,6 +15,8 @@ ERRORS = {
     408: ("request_timeout", "The request did not arrive in time."),
     410: ("gone", "There is nothing at this address any more."),
     413: ("request_too_large", "The request is too large."),
+    421: ("misdirected", "This is not the server for that."),
+    422: ("unprocessable", "The request cannot be processed."),
     425: ("too_early", "The request came too early."),
     429: ("too_many_requests", "There are too many requests."),
     500: ("proxy_error", "The proxy failed."),

@@ -57,6 +57,7 @@ _KINDS: list[tuple[Any, str]] = [
     (values.ListenOrNone, '`host:port` or `""`'),
     (values.Name, "name"),
     (values.Network, "network"),
+    (values.Registry, "registry"),
     (values.HostPattern, "host name"),
     (values.Origin, "origin"),
     (values.DatabaseUrl, "`sqlite:///…` or `postgresql://…`"),
@@ -79,7 +80,8 @@ def kind(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{word}`" for word in inner)
     if origin is tuple:
-        return f"list of {kind(inner[0])}s"
+        words = kind(inner[0])
+        return f"list of {words[:-1]}ies" if words.endswith("y") else f"list of {words}s"
     if origin is dict:
         return f"mapping of {kind(inner[0])} to {kind(inner[1])}"
     raise TypeError(f"no words for {hint!r}")

@@ -26,6 +26,7 @@ from corral.config.values import (
     Network,
     Origin,
     RedisUrl,
+    Registry,
     Size,
     Whole,
     loopback,
@@ -80,6 +81,27 @@ class MirrorSettings(Section):
         None, description="Private registry (host:port) in place of Ollama's library, for names that name no host."
     )
     insecure: bool = Field(False, description="It speaks plain HTTP.")
+    registries: tuple[Registry, ...] = Field(
+        ("registry.ollama.ai",),
+        description="Registries that a model's name may name beside it, such as hf.co; no node is sent to any other.",
+    )
+
+
+class TenantsSettings(Section):
+    """Nodes that serve certain tenants alone, so that no other tenant can tell from the time that a cache saves."""
+
+    nodes: dict[str, tuple[Name, ...]] = Field(
+        default_factory=dict,
+        description="A tenant's nodes: it is served by no other, and they serve no tenant that does not name them.",
+    )
+
+    @field_validator("nodes")
+    @classmethod
+    def _some(cls, nodes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for tenant, names in nodes.items():
+            if not names:
+                raise ValueError(f"{tenant}: name at least one node")
+        return nodes
 
 
 class PreloadSettings(Section):
@@ -285,6 +307,7 @@ class Settings(Section):
     nodes: tuple[NodeSettings, ...] = ()
     models: tuple[ModelSettings, ...] = ()
     mirror: MirrorSettings = MirrorSettings()
+    tenants: TenantsSettings = TenantsSettings()
     preload: PreloadSettings = PreloadSettings()
     gateway: GatewaySettings = GatewaySettings()
     limits: LimitsSettings = LimitsSettings()
@@ -330,6 +353,8 @@ class Settings(Section):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {what}s are called {name!r}: names must differ")
+        if self.tenants.nodes and self.edge.ollama is not None:
+            raise ValueError("edge.ollama asks for no key and so knows no tenant: not together with tenants.nodes")
         return self
 
 

@@ -107,6 +107,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _registry(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,252}(:\d{1,5})?", value.lower(), re.ASCII):
+        raise ValueError("expected a host, or host:port")
+    return value.lower()
+
+
 def _host_pattern(value: str) -> str:
     if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", value):
         raise ValueError(
@@ -170,6 +176,7 @@ ListenOrNone = Annotated[
 BaseUrl = Annotated[str, AfterValidator(base_url)]
 Name = Annotated[str, AfterValidator(_name)]
 Network = Annotated[str, AfterValidator(_network)]
+Registry = Annotated[str, AfterValidator(_registry)]
 HostPattern = Annotated[str, AfterValidator(_host_pattern)]
 Origin = Annotated[str, AfterValidator(_origin)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]

@@ -28,6 +28,7 @@ from corral.control.operations import Operations
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
+from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.store.database import configured
 from corral.store.keys import read_pepper
@@ -59,12 +60,12 @@ class Application:
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
         control = _assemble(self._settings)
         app.state.control = control
-        refusals = audit.Refusals(control.database)
-        self._gate = Gate(app, control, refusals.note)
+        notes = audit.Notes(control.database)
+        self._gate = Gate(app, control, notes.note)
         monitor = Monitor(control, self._listener) if self._listener is not None else None
         tasks = [
             asyncio.create_task(control.valkey.run()),
-            asyncio.create_task(refusals.run()),
+            asyncio.create_task(notes.run()),
             asyncio.create_task(audit.forget(control.database, self._settings.audit.retention)),
         ]
         try:
@@ -88,7 +89,8 @@ class Application:
             await control.preloader.close()
             await control.operations.close()
             await control.fleet.close()
-            await refusals.flush()
+            await notes.flush()
+            control.spent.close()
             control.database.close()
 
 
@@ -106,13 +108,14 @@ def _assemble(settings: Settings) -> Control:
         pepper=read_pepper(state / settings.auth.pepper_file),
         token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
         fleet=fleet,
-        hub=Hub(database, fleet, valkey, settings.models, settings.auth.stale),
+        hub=Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes),
         haproxy=_reloader(settings, state),
         valkey=valkey,
         catalogue=catalogue,
         operations=operations,
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
+        spent=Spent(database),
         alerts=Alerts(),
     )
 

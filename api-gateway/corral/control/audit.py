@@ -26,7 +26,7 @@ SWEEP = 3600.0
 BREATH = 0.1
 BATCH = 5000
 MINUTE = 60.0
-REFUSALS_MAX = 20
+NOTES_MAX = 20
 
 entered = 0
 """Rows for admin actions since this process started."""
@@ -73,8 +73,9 @@ def record(
     )
 
 
-class Refusals:
-    """Enters refused changes in the audit trail: of each caller REFUSALS_MAX a minute, and then how many more.
+class Notes:
+    """Enters refused calls and reads in the audit trail: of each caller NOTES_MAX of either a minute, and then how many
+    more.
 
     Callers without a key that works are one caller, so that nobody can fill the database from outside.
     """
@@ -82,29 +83,34 @@ class Refusals:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._minute = 0
-        self._counts: dict[tuple[str, str], int] = {}
+        self._counts: dict[tuple[str, str, bool], int] = {}
         self._silent = False
 
-    async def note(self, who: Principal, method: str, route: str, status: int) -> None:
-        """Enter one, unless this caller's rows of this minute are used up. A database that is away stops nothing."""
+    async def note(self, who: Principal, method: str, route: str, status: int, query: str = "") -> None:
+        """Enter one, unless this caller's rows of this minute are used up. A database that is away stops nothing.
+
+        `query` is what was asked for, of a read.
+        """
         minute = int(time.monotonic() // MINUTE)
         if minute != self._minute:
             self._minute = minute
             await self.flush()
-        caller = who.key_id, who.tenant
+        caller = who.key_id, who.tenant, status >= 400
         count = self._counts[caller] = self._counts.get(caller, 0) + 1
-        if count <= REFUSALS_MAX:
-            await self._write(lambda connection: record(connection, who, method, route, None, None, status))
+        if count <= NOTES_MAX:
+            asked = {"query": query} if query else None
+            await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
 
     async def flush(self) -> None:
         """Enter how many were left out of those that were noted, one row a caller, and count anew."""
         counts, self._counts = self._counts, {}
-        more = {caller: count - REFUSALS_MAX for caller, count in counts.items() if count > REFUSALS_MAX}
+        more = {caller: count - NOTES_MAX for caller, count in counts.items() if count > NOTES_MAX}
 
         def enter(connection: Connection) -> None:
-            for (key, tenant), count in more.items():
+            for (key, tenant, refused), count in more.items():
                 who = Principal(key, "", "", "", tenant)
-                record(connection, who, "", "/admin", None, {"more_refused": count}, status=429)
+                told = {"more_refused" if refused else "more_read": count}
+                record(connection, who, "", "/admin", None, told, status=429 if refused else 200)
 
         if more:
             await self._write(enter)
@@ -120,7 +126,7 @@ class Refusals:
             await self._database.write(enter)
         except SQLAlchemyError as error:
             if not self._silent:
-                log.warning("refused admin calls are not in the audit trail: %s", error)
+                log.warning("reads and refused admin calls are not in the audit trail: %s", error)
             self._silent = True
         else:
             self._silent = False

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from string import ascii_letters, digits
 from typing import Annotated, Any, cast
+from urllib.parse import unquote
 
 from fastapi import Depends, Request
 from sqlalchemy import Connection, select
@@ -27,6 +28,8 @@ OPEN = frozenset({"/health", "/docs", "/openapi.json"})
 # are an operator's as far as they are of its own tenant, which the routes see to (`Principal.bound`).
 OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status|keys(/.*)?)")
 OPERATOR_READS = re.compile(r"/admin/(audit|tenants(/.*)?)")
+# What the machines do now, which pages and commands ask for over and over; all other reads are recorded.
+UNRECORDED_READS = re.compile(r"/admin/(status|((nodes|models|operations)(/.*)?))")
 BODY_MAX = 1 << 20
 ROUTE_MAX = 200
 
@@ -54,8 +57,8 @@ class Principal:
         return None if self.role == "admin" else self.tenant
 
 
-Note = Callable[[Principal, str, str, int], Awaitable[None]]
-"""Hears of a refused change: who, method, route, status."""
+Note = Callable[[Principal, str, str, int, str], Awaitable[None]]
+"""Hears of a refused change, or of a read: who, method, route, status, query."""
 
 
 def allowed(role: str, method: str, path: str) -> bool:
@@ -87,7 +90,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_admin(scope["path"]):
+            if _is_admin(scope["path"]):
                 send = self._noting(scope, send)
             try:
                 receive = await self._admit(scope, receive)
@@ -97,12 +100,19 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _noting(self, scope: Scope, send: Send) -> Send:
-        """`send`, but a change that is refused is noted before its caller hears so."""
+        """`send`, but a change that is refused and a read of records are noted before their caller hears anything."""
+        method, path = scope["method"], scope["path"]
+        if method in ("GET", "HEAD", "OPTIONS"):
+            wanted = method != "OPTIONS" and not UNRECORDED_READS.fullmatch(path)
+            # A read that fails in control, as while the database is away, has shown nothing.
+            noted, query = range(200, 500 if wanted else 200), unquote(scope.get("query_string", b"").decode("latin-1"))
+        else:
+            noted, query = range(400, 600), ""  # a change that is done is recorded by who does it
 
         async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
+            if message["type"] == "http.response.start" and message["status"] in noted:
                 who = scope.get("state", {}).get("principal") or self._principal(scope, Headers(scope["headers"]))
-                await self._note(who, scope["method"], scope["path"][:ROUTE_MAX].replace("\0", ""), message["status"])
+                await self._note(who, method, _noted(path), message["status"], _noted(query))
             await send(message)
 
         return noting
@@ -210,6 +220,11 @@ class Headers:
         if not (found or (other and not bearer)):
             raise Problem(401, "unauthorized", "no credential: send `Authorization: Bearer crl_…`")
         return found or other
+
+
+def _noted(text: str) -> str:
+    """A path or query as it is recorded: its beginning, without a key that somebody wrote there by mistake."""
+    return keytext.masked(text.replace("\0", ""))[:ROUTE_MAX]
 
 
 def _is_admin(path: str) -> bool:

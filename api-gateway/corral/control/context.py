@@ -14,6 +14,7 @@ from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
 from corral.control.prober import Fleet
 from corral.control.snapshot import Hub
+from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.store.database import Database
 from corral.store.valkey import Valkey
@@ -41,6 +42,7 @@ class Control:
     operations: Operations
     preloader: Preloader
     usage: Usage
+    spent: Spent
     alerts: Alerts
 
 

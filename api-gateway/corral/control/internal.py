@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -33,6 +33,12 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
     if since == hub.version:
         return Response(status_code=304)
     return Response(hub.content(), media_type="application/json")
+
+
+@router.get("/internal/spent")
+async def spent(control: Here) -> dict[str, Any]:
+    """What keys and tenants have used of their budgets, by the records."""
+    return await control.spent.told()
 
 
 @router.post("/internal/spool/{gateway}/{segment}")

@@ -116,8 +116,11 @@ async def create_key(control: Here, caller: Caller, wanted: NewKey, response: Re
 
 @router.get("/admin/keys/{key}")
 async def show_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
-    """One key, by its id or by a name that only one has."""
-    return await control.database.read(lambda connection: _describe(connection, _find(connection, caller, key)))
+    """One key, by its id or by a name that only one has; ``limits`` are those in force, the defaults included."""
+    found = await control.database.read(lambda connection: _describe(connection, _find(connection, caller, key)))
+    defaults = _defaults(control)
+    own = {name: found[name] for name in defaults if found[name] is not None}
+    return {**found, "limits": {**defaults, **own}}
 
 
 @router.post("/admin/keys/{key}/rotate")
@@ -198,7 +201,7 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
         ids = ", ".join([row.id for row in named[:5]] + ["…"] * (len(named) > 5))
         raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id ({ids})")
     if not named:
-        raise Problem(404, "not_found", f"there is no key {key!r}")
+        raise Problem(404, "not_found", f"there is no key {keytext.masked(key)!r}")
     return named[0]
 
 

@@ -16,8 +16,9 @@ from corral.control.ollama import NodeFailed, Ollama
 from corral.control.operations import Operation, StepFailed, Work
 from corral.control.prober import Fleet, Member
 from corral.fleet import catalogue as decide
-from corral.fleet.catalogue import aside, digest_of, mirrored
+from corral.fleet.catalogue import aside, digest_of, mirrored, permitted
 
+UNLISTED = "{}: its registry is not one of mirror.registries in corral.yaml"
 STALLED = 300.0
 """Seconds without one more byte after which a pull is given up: Ollama itself tries for ever."""
 
@@ -93,6 +94,8 @@ class Worker:
         if operation.kind != "pull" and before is not None and before == work.step.digest:
             work.detail = "held already"
             return
+        if not permitted(name, self._mirror.registry, self._mirror.registries):
+            raise StepFailed(UNLISTED.format(name))
         source = mirrored(name, self._mirror.registry)
         kept = aside(name, "aside")
         try:
@@ -190,9 +193,7 @@ class Worker:
         expected = work.step.digest or operation.accepted.get(name)
         if expected is not None and held != expected:
             raise StepFailed(f"wrong digest: held {held}, expected {expected}: it is not loaded")
-        if any(digest_of(str(entry.get("digest"))) != held for entry in await node.resident(name)):
-            for other in (aside(name, "previous"), name):
-                await node.unload(other)
+        await self._leave(operation, work, node, name, held)
         started = time.monotonic()
         work.progress = {"status": "loading"}
         operation.touch()
@@ -215,10 +216,25 @@ class Worker:
             work.detail = "was not in memory"
             return
         await node.unload(name)
+        await self._gone(operation, work, node, name, None)
+
+    async def _leave(self, operation: Operation, work: Work, node: Ollama, name: str, held: str) -> None:
+        """Other versions of a model leave memory.
+
+        Ollama answers an unload at once and does it later. A load that comes between is given the runner that is
+        about to go: it says "loaded", and nothing is. So the next step waits until they are gone.
+        """
+        if await _others(node, name, held):
+            for other in (aside(name, "previous"), name):
+                await node.unload(other)
+            await self._gone(operation, work, node, name, held)
+
+    async def _gone(self, operation: Operation, work: Work, node: Ollama, name: str, but: str | None) -> None:
+        """Wait until no version of a model, or only that one, is in memory."""
         until = time.monotonic() + UNLOADED
         work.progress = {"status": "waits for its requests"}
         operation.touch()
-        while await node.resident(name):
+        while await _others(node, name, but):
             if time.monotonic() > until:
                 raise StepFailed(f"still in memory after {UNLOADED:.0f} s: requests run on it")
             await asyncio.sleep(POLL)
@@ -232,6 +248,11 @@ class Worker:
             if one in held:
                 await node.unload(one)
                 await node.delete(one)
+
+
+async def _others(node: Ollama, name: str, but: str | None) -> bool:
+    """Whether a version of a model other than that is in memory."""
+    return any(digest_of(str(entry.get("digest"))) != but for entry in await node.resident(name))
 
 
 class _Meter:

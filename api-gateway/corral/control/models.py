@@ -14,6 +14,7 @@ from corral.control.auth import Caller, Principal
 from corral.control.catalogue import view
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
+from corral.control.modelops import UNLISTED
 from corral.control.operations import Operation, Work
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import LOAD, PULL, REMOVE, UNLOAD, Step, digest_of
@@ -127,6 +128,7 @@ async def apply_models(control: Here, caller: Caller, how: Annotated[Apply | Non
 async def pull_models(control: Here, caller: Caller, wanted: Choice) -> dict[str, Any]:
     """Pull models onto nodes; those of the catalogue must come with its digest."""
     names = _names(wanted)
+    _permit(control, names)
     for name in names:
         entry = control.catalogue.entries.get(name)
         if wanted.accept and entry is not None and entry.digest is not None:
@@ -171,6 +173,7 @@ async def preload_models(control: Here, caller: Caller, wanted: Choice) -> dict[
     names = [canonical_name(name) for name in wanted.models] or list(control.catalogue.entries)
     if not names:
         raise Problem(400, "bad_request", "models: the catalogue is empty: name the models")
+    _permit(control, names)
     await control.catalogue.refresh()
     chosen = set(_nodes(control, wanted))
     models = [control.catalogue.want(name) for name in names]
@@ -245,6 +248,14 @@ def _names(wanted: Choice) -> list[str]:
     if not names:
         raise Problem(400, "bad_request", "models: name at least one")
     return names
+
+
+def _permit(control: Control, names: list[str]) -> None:
+    """Refuse names that would send a node to a host that nobody listed."""
+    mirror = control.settings.mirror
+    for name in names:
+        if not decide.permitted(name, mirror.registry, mirror.registries):
+            raise Problem(403, "registry_not_listed", UNLISTED.format(name))
 
 
 def _nodes(control: Control, wanted: Choice) -> list[str]:

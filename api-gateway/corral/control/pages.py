@@ -21,7 +21,7 @@ from corral.control.snapshot import PRESENT
 from corral.store.valkey import ValkeyDown
 
 STATES = ("ready", "suspect", "draining", "down")
-BACKUP = "backup.json"
+BACKUP, DRILL = "backup.json", "drill.json"
 
 _VALKEY = (
     ("memory_bytes", "used_memory", "Memory in use.", GaugeMetricFamily),
@@ -98,15 +98,18 @@ def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> 
     yield labelled(CounterMetricFamily, "corral_key_tokens", text, ("key", "tenant", "kind"), usage.tokens)
     text = "Notifications from Alertmanager."
     yield labelled(CounterMetricFamily, "corral_alerts_received", text, ("status",), control.alerts.received)
-    backup = last_backup(control.state)
-    if backup is not None:
-        yield gauge("corral_backup_last_success_timestamp_seconds", "When the last backup was made.", backup)
+    for record, name, text in (
+        (BACKUP, "corral_backup_last_success_timestamp_seconds", "When the last backup was made."),
+        (DRILL, "corral_backup_drill_last_success_timestamp_seconds", "When a backup was last restored as a drill."),
+    ):
+        if (done := last_success(control.state / record)) is not None:
+            yield gauge(name, text, done)
 
 
-def last_backup(state: Path) -> float | None:
-    """Epoch seconds of the last backup, as it left them in the state folder; None if there was none."""
+def last_success(record: Path) -> float | None:
+    """Epoch seconds of the last backup or drill, as it left them in the state folder; None if there was none."""
     try:
-        value = json.loads((state / BACKUP).read_text(encoding="utf-8"))
+        value = json.loads(record.read_text(encoding="utf-8"))
         return float(value["last_success"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,8 +65,12 @@ class Member:
 
     @property
     def reason(self) -> str | None:
-        """Why it is in this state, where there is more to say."""
-        return (self.preloading if self.up else None) or self.warning
+        """Why it is in this state, where there is more to say; of a node that is up, what else is wrong with it."""
+        if not self.up:
+            return "; ".join(filter(None, (self.error, self.warning))) or None
+        silent = [name for name, residence in self.measured.residents.items() if residence.failing]
+        canary = f"its canary gets no token from {', '.join(sorted(silent))}" if silent else None
+        return self.preloading or self.warning or canary
 
     @property
     def usable(self) -> list[dict[str, Any]]:
@@ -245,12 +250,23 @@ class Fleet:
             raise ValueError(f"{path}: {error}") from None
 
 
+def _system(error: BaseException | None) -> str | None:
+    """The system's own word for why there is no connection, which libraries wrap in theirs."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            # asyncio writes the address where the system's word would be; errors of names have words of their own.
+            known = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+            return known.lower()
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def reason(error: Exception) -> str:
     """Why a node could not be asked, for people."""
     if isinstance(error, TimeoutError | httpx.TimeoutException):
         return f"no answer within {TIMEOUT:g} s"
     if isinstance(error, httpx.ConnectError):
-        return "no connection"
+        return f"no connection: {_system(error) or error}"[:200]
     if type(error) is ValueError:
         return str(error)[:200]
     return f"{type(error).__name__}: {error}"[:200]

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ class Gateway:
 class Hub:
     """Holds what the snapshot is made of and tells when it changes.
 
+    ``dedicated`` has the nodes of tenants that have some to themselves.
     ``stale``: for so many seconds a gateway serves by what it last heard.
 
     The version is a hash of what matters: keys, nodes, their states and tags, and which models are resident,
@@ -61,11 +62,18 @@ class Hub:
     """
 
     def __init__(
-        self, database: Database, fleet: Fleet, valkey: Valkey, catalogue: Iterable[ModelSettings], stale: float
+        self,
+        database: Database,
+        fleet: Fleet,
+        valkey: Valkey,
+        catalogue: Iterable[ModelSettings],
+        stale: float,
+        dedicated: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         self.version = ""
         self.gateways: dict[str, Gateway] = {}
         self._database, self._fleet, self._valkey, self._stale = database, fleet, valkey, stale
+        self._dedicated = {tenant: list(names) for tenant, names in (dedicated or {}).items()}
         self.replace(catalogue)
         self._keys: list[dict[str, Any]] = []
         self._keys_digest = b""
@@ -103,7 +111,9 @@ class Hub:
             [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
             for node in self._fleet.members.values()
         ]
-        content = self._keys_digest + msgspec.json.encode([matters, self._catalogue, self._tenants, self.disabled])
+        content = self._keys_digest + msgspec.json.encode(
+            [matters, self._catalogue, self._tenants, self.disabled, self._dedicated]
+        )
         version = hashlib.sha256(content).hexdigest()[:16]
         if version != self.version:
             self.number += 1
@@ -125,6 +135,7 @@ class Hub:
                 "nodes": nodes,
                 "models": self._catalogue,
                 "disabled": self.disabled,
+                "dedicated": self._dedicated,
             }
         )
 

@@ -256,6 +256,15 @@ def mirrored(model: str, registry: str | None) -> str:
     return "/".join([registry, *(["library"] if len(parts) == 1 else []), *parts])
 
 
+def permitted(model: str, registry: str | None, more: Collection[str]) -> bool:
+    """Whether a node may be sent to where a model's name points: the library or what stands in its place, or a registry
+    that is listed. As Ollama reads names: `host/namespace/model`; one with a scheme is none of ours."""
+    parts = canonical_name(model).split("/")
+    if "://" in model:
+        return False
+    return len(parts) <= 2 or parts[0].lower() in {*more, *([registry.lower()] if registry else [])}
+
+
 def aside(model: str, namespace: str) -> str:
     """The name under which Corral keeps a version of a model beside the one in use."""
     base, _, tag = canonical_name(model).rpartition(":")

@@ -15,17 +15,17 @@ _WORDS = ("requests per minute", "requests at the same time", "tokens per minute
 _NO_ANSWER = frozenset((b"/api/embed", b"/api/embeddings"))
 
 
-def reserve(decoded: Decoded | None, answer_tokens: int) -> int:
+def reserve(decoded: Decoded | None, answer_tokens: int, density: float = 1.0) -> int:
     """The tokens that a request will use at a guess: its prompt's size, and the caller's bound of the answer.
 
-    `answer_tokens` stands for a bound that is not there.
+    `answer_tokens` stands for a bound that is not there, `density` is that of the key (`Key`).
     """
     if decoded is None or decoded.upstream_path == b"/api/show":
         return 0
     if decoded.upstream_path in _NO_ANSWER:
-        return max(1, decoded.estimate)
+        return max(1, int(decoded.estimate * density))
     bound = decoded.max_tokens
-    return decoded.estimate + (answer_tokens if bound is None else bound) or 1
+    return int(decoded.estimate * density) + (answer_tokens if bound is None else bound) or 1
 
 
 def wait(seconds: float) -> int:

@@ -25,6 +25,7 @@ PLACES_MAX = 1000
 class Key:
     """A key as the gateway uses it. ``expires`` is epoch seconds.
 
+    ``density`` is how many tokens its prompts were found to have for each that was guessed (`settle.learn`).
     ``networks`` is None for a key that may be used from anywhere; ``places`` are addresses that were found in them.
     """
 
@@ -37,6 +38,7 @@ class Key:
     revoked: bool
     batch: bool
     budget: Budget
+    density: float = 1.0
     places: set[str] = field(default_factory=set)
 
     def may_use(self, model: str) -> bool:

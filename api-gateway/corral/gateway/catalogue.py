@@ -60,7 +60,7 @@ def readiness(snapshot: Snapshot, wall: float, stale_after: float) -> tuple[int,
 def _merge(snapshot: Snapshot, key: Key, entries: Callable[[Node], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     # One entry a model, from the first node by name that has it; a node that is down lists nothing.
     merged: dict[str, dict[str, Any]] = {}
-    for node in sorted(snapshot.nodes.values(), key=lambda node: node.name):
+    for node in sorted(snapshot.pool(key.tenant).nodes.values(), key=lambda node: node.name):
         if node.state is NodeState.DOWN:
             continue
         for entry in entries(node):

@@ -20,6 +20,6 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
     authorize(key, decoded.model)
     if snapshot.disabled and canonical_name(decoded.model) in snapshot.disabled:
         raise disabled(decoded.model)
-    if snapshot.known and canonical_name(decoded.model) not in snapshot.held:
+    if snapshot.known and canonical_name(decoded.model) not in snapshot.pool(key.tenant).held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
     return decoded

@@ -53,6 +53,7 @@ class Exchange(Waiter):
     model = ""
     key: Key | None = None
     key_id = ""
+    tenant = ""
     decoded: Decoded | None = None
     node_name = ""
     attempts = 0
@@ -106,14 +107,14 @@ class Exchange(Waiter):
                 return
             snapshot = gateway.snapshot_now(self.wall)
             self.key = key = authenticate(self.headers, snapshot.keys, gateway.pepper, self.wall, snapshot.verified)
-            self.key_id = key.id
+            self.key_id, self.tenant = key.id, key.tenant
             if key.networks is not None:
                 locate(key, self.address)
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
             budget = key.budget
-            tokens = admit.reserve(self.decoded, gateway.answer_tokens) if budget.most else 0
+            tokens = admit.reserve(self.decoded, gateway.answer_tokens, key.density) if budget.most else 0
             gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens)
         except ApiError as error:
             if not self.path:
@@ -189,7 +190,7 @@ class Exchange(Waiter):
         gateway, decoded = self.gateway, self.decoded
         assert decoded is not None
         try:
-            node = schedule.schedule(gateway.snapshot, self.model, now, self.tried)
+            node = schedule.schedule(gateway.snapshot, self.tenant, self.model, now, self.tried)
         except ApiError as error:
             self.refuse(error)
             return
@@ -363,14 +364,14 @@ class Exchange(Waiter):
 
     def check(self, now: float) -> None:
         """End what is past its deadline."""
-        attempt = self._attempt
-        if now - self.arrived >= self.gateway.max_duration:
+        attempt, gateway = self._attempt, self.gateway
+        if now - self.arrived >= gateway.max_duration:
             if attempt is not None:
                 attempt.abandon()
                 self._attempt = None
             self._expire()
         elif attempt is not None:
-            if not self.first_token and schedule.is_down(attempt.node, self.gateway.snapshot, self.model, now):
+            if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):
                 attempt.give_up(Failure.RESET)
             elif not self._paused and now >= self.deadline:
                 attempt.give_up(Failure.TIMEOUT)

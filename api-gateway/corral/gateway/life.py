@@ -36,11 +36,14 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
             ("store", gateway.store.run()),
             ("changes", gateway.changes.run()),
             ("feed", gateway.feed.run()),
-            ("leases", leases.keep(gateway.limits)),
             ("shipper", gateway.shipper.run()),
             ("sweep", _sweep(gateway)),
         )
     ]
+    # What was used before this process comes first: then the store can be told of it, and callers be let in.
+    await gateway.recall.first()
+    tasks.append(loop.create_task(leases.keep(gateway.limits), name="leases"))
+    recalling = loop.create_task(gateway.recall.again())
     gateway.changes.on_message = gateway.changed
     gateway.changes.on_connect = lambda: gateway.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
@@ -62,7 +65,7 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     try:
         await _drain(gateway)
     finally:
-        for task in tasks:
+        for task in (*tasks, recalling):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ended

@@ -12,24 +12,24 @@ from corral.wire.errors import ApiError
 RETRY_AFTER = 2
 
 
-def schedule(snapshot: Snapshot, model: str, now: float, tried: Collection[str] = ()) -> Node:
-    """The node for a request; `tried` are the names of nodes that failed it already.
+def schedule(snapshot: Snapshot, tenant: str, model: str, now: float, tried: Collection[str] = ()) -> Node:
+    """The node of a tenant's for a request; `tried` are the names of nodes that failed it already.
 
     Raises:
         ApiError: 503 with Retry-After where no node can take it now, 404 where no node has the model.
     """
-    name = canonical_name(model)
-    node = choose(snapshot.nodes.values(), name, now, tried)
+    pool, name = snapshot.pool(tenant), canonical_name(model)
+    node = choose(pool.nodes.values(), name, now, tried)
     if node is not None:
         return node
-    if name in snapshot.held or not snapshot.held:
-        message = f"no node that holds '{model}' is ready" if name in snapshot.held else "no node is ready"
+    if name in pool.held or not pool.held:
+        message = f"no node that holds '{model}' is ready" if name in pool.held else "no node is ready"
         raise ApiError(503, "overloaded", message, retry_after=RETRY_AFTER)
     raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")
 
 
-def is_down(node: Node, snapshot: Snapshot, model: str, now: float) -> bool:
+def is_down(node: Node, snapshot: Snapshot, tenant: str, model: str, now: float) -> bool:
     """Whether a node that has a request is down, and another one would take it."""
     if node.state is not NodeState.DOWN:
         return False
-    return choose(snapshot.nodes.values(), canonical_name(model), now) is not None
+    return choose(snapshot.pool(tenant).nodes.values(), canonical_name(model), now) is not None

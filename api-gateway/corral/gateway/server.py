@@ -19,6 +19,7 @@ from corral.gateway.feed import Feed
 from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
+from corral.gateway.recall import Recall
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
@@ -59,6 +60,7 @@ class Gateway:
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
+        self.recall = Recall(self.snapshot, self.limits, gateway.control_url, token)
         self.answer_tokens = settings.limits.answer_tokens
         self.journal = Journal(spool, gateway.access_log, loop)
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)

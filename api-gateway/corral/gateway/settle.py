@@ -9,6 +9,9 @@ from corral.gateway.records import Admitted, Settled
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
+LEARN = 0.3
+DENSITY_MAX = 4.0
+
 OUTCOMES = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
 
 
@@ -56,11 +59,23 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     return decoded.estimate, responder.tokens, True
 
 
+def learn(density: float, guessed: int, counted: int) -> float:
+    """The density of a key's prompts after one more: what a model counted, for what was guessed of it.
+
+    Languages and kinds of text differ more than models do, and a key's prompts less than those of all. It is no less
+    than 1, so that nobody can make the next guess too small by sending what has few tokens.
+    """
+    return max(1.0, density + (min(counted / guessed, DENSITY_MAX) - density) * LEARN)
+
+
 def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> Settled:
     """The last record of a request. `sent` is bytes of answer, `now` monotonic seconds."""
     arrived = exchange.arrived
     first = exchange.first_token
     prompt_tokens, tokens, estimated = usage(exchange, outcome)
+    key, decoded = exchange.key, exchange.decoded
+    if prompt_tokens and not estimated and key is not None and decoded is not None and decoded.estimate:
+        key.density = learn(key.density, decoded.estimate, prompt_tokens)
     return Settled(
         exchange.record_id,
         exchange.request_id,

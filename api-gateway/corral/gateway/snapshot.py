@@ -12,6 +12,14 @@ from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
 
+class Pool:
+    """The nodes that serve a tenant, by name, and what they hold."""
+
+    def __init__(self, nodes: dict[str, Node]) -> None:
+        self.nodes = nodes
+        self.held = frozenset(name for node in nodes.values() for name in node.held)
+
+
 class Snapshot:
     """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
 
@@ -30,6 +38,8 @@ class Snapshot:
         self.nodes: dict[str, Node] = {}
         self.policies: dict[str, ModelPolicy] = {}
         self.held: frozenset[str] = frozenset()
+        self._shared = Pool({})
+        self._pools: dict[str, Pool] = {}
         self.disabled: frozenset[str] = frozenset()
         self.known = False
 
@@ -41,6 +51,8 @@ class Snapshot:
             key = build_key(entry, self._defaults, tenants.get(entry.get("tenant") or ""))
             old = self.keys.get(key.id)
             key.budget = key.budget.after(old.budget if old is not None else None)
+            if old is not None:
+                key.density = old.density
             keys[key.id] = key
         nodes: dict[str, Node] = {}
         for entry in data["nodes"]:
@@ -53,6 +65,12 @@ class Snapshot:
             canonical_name(model["name"]): ModelPolicy.from_entry(model) for model in data.get("models") or []
         }
         self.held = frozenset(name for node in nodes.values() for name in node.held)
+        dedicated: dict[str, list[str]] = data.get("dedicated") or {}
+        taken = {name for names in dedicated.values() for name in names}
+        self._shared = Pool({name: node for name, node in nodes.items() if name not in taken})
+        self._pools = {
+            tenant: Pool({name: nodes[name] for name in names if name in nodes}) for tenant, names in dedicated.items()
+        }
         self.disabled = frozenset(data.get("disabled") or ())
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
@@ -67,6 +85,10 @@ class Snapshot:
             if any(budget.limits()):
                 tenants[entry["name"]] = budget
         return tenants
+
+    def pool(self, tenant: str) -> Pool:
+        """The nodes for a tenant: its own, or those that are nobody's own."""
+        return self._pools.get(tenant, self._shared)
 
     def budgets(self) -> Iterable[Budget]:
         """Those of all keys."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from corral.stack import http, plan, supervisor
 from corral.stack.state import StackError, StateFolder
+
+RUNBOOKS = Path(__file__).resolve().parents[3] / "docs/runbooks"
+PUBLISHED = "https://github.com/corral-llm/corral/"
+"""Where the rules say that runbooks are, unless `monitoring.runbooks` names another place."""
 
 
 def status(url: str, ask: Callable[[], Any], state: StateFolder | None) -> dict[str, Any]:
@@ -50,8 +55,16 @@ def status(url: str, ask: Callable[[], Any], state: StateFolder | None) -> dict[
             name: {"state": _state(http_ok(known["url"], "/-/ready")), "pid": pid(name), "url": known["url"]}
             for name, known in stack.get("monitoring", {}).items()
         },
-        "alerts": told.get("alerts") or [],
+        "alerts": [{**alert, "runbook": runbook(alert)} for alert in told.get("alerts") or []],
     }
+
+
+def runbook(alert: Mapping[str, Any], folder: Path = RUNBOOKS) -> str:
+    """Where the runbook of an alert is: its file, where Corral runs from a checkout and no other place is configured,
+    else the address that the alert gives."""
+    file = folder / f"{alert.get('name')}.md"
+    url = str(alert.get("runbook_url") or "")
+    return str(file) if url.startswith(PUBLISHED) and file.is_file() else url
 
 
 def http_ok(url: str, path: str) -> bool:

@@ -181,6 +181,19 @@ class Budget:
         self.day, self.day_used, self.day_spent = day, day_used, 0
         self.month, self.month_used, self.month_spent = month, month_used, 0
 
+    def recall(self, day: int, day_used: int, month: int, month_used: int) -> bool:
+        """Note what the records say of this day and month; whether that is more than was known."""
+        if day > self.day:
+            self.day, self.day_used, self.day_spent = day, 0, 0
+        if month > self.month:
+            self.month, self.month_used, self.month_spent = month, 0, 0
+        more = False
+        if day == self.day and day_used > self.day_used:
+            self.day_used, more = day_used, True
+        if month == self.month and month_used > self.month_used:
+            self.month_used, more = month_used, True
+        return more
+
     def roll(self, wall: float) -> None:
         """Begin a new day or month, where one has begun. `wall` is epoch seconds."""
         day, month = int(wall // DAY), month_of(wall)

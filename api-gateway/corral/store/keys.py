@@ -21,6 +21,7 @@ SECRET_ALPHABET = string.ascii_letters + string.digits
 SECRET_LENGTH = 32
 PEPPER_BYTES = 32
 
+_KEY_LIKE = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}}_)?[A-Za-z0-9_]*", re.ASCII)
 _SHAPE = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}})_[A-Za-z0-9]{{{SECRET_LENGTH}}}([0-9a-f]{{8}})", re.ASCII)
 
 
@@ -50,6 +51,11 @@ def parse(text: str) -> str | None:
     if match is None or f"{zlib.crc32(text[:-8].encode()):08x}" != match[2]:
         return None
     return match[1]
+
+
+def masked(text: str) -> str:
+    """A text in which of whatever may be a key no more stands than its id."""
+    return _KEY_LIKE.sub(lambda match: f"crl_{match[1] or ''}…", text)
 
 
 def verifier(pepper: bytes, text: str) -> str:

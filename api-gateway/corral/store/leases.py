@@ -88,6 +88,17 @@ async def keep(limits: Limits) -> None:
             log.exception("leases were not renewed")
 
 
+async def tell(limits: Limits, scopes: list[Budget]) -> None:
+    """Tell a store that grants what is known of these; it takes the larger number.
+
+    Raises:
+        ValkeyDown: it went away meanwhile.
+    """
+    store = limits.store
+    if store is not None and await store.request(b"EXISTS", GRANTS):
+        await _declare_some(store, scopes, monotonic())
+
+
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
     """See that the store knows what it last said, whatever became of it."""
     epoch = await store.request(b"GET", EPOCH)
@@ -122,7 +133,10 @@ async def _declare(limits: Limits, store: Valkey) -> None:
             scope.roll(wall)
             if scope.in_flight or scope.said_arrival > now or scope.window or scope.day_used or scope.month_used:
                 told[scope.key_id] = scope
-    scopes = list(told.values())
+    await _declare_some(store, list(told.values()), now)
+
+
+async def _declare_some(store: Valkey, scopes: list[Budget], now: float) -> None:
     for first in range(0, len(scopes), AT_ONCE):
         await asyncio.gather(*(_declare_one(store, scope, now) for scope in scopes[first : first + AT_ONCE]))
 

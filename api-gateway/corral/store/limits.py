@@ -156,6 +156,10 @@ class Limits:
             for first in range(0, len(names), TOLD_AT_ONCE):
                 self._tell(store, budget, owed, names[first : first + TOLD_AT_ONCE])
 
+    def owes(self) -> bool:
+        """Whether the store is still to hear of requests that ended."""
+        return bool(self.owed or self._beyond)
+
     # -- with the store
 
     def _reserve(

@@ -25,7 +25,7 @@ from corral.store.database import Database, DatabaseAway, DatabaseError
 MARKER = ".restore.json"
 STAGING = ".restore-"
 CONTROL_LOCK = ".control.lock"
-KEPT = ("run", "logs", "backups", "backup.json", CONTROL_LOCK, MARKER)
+KEPT = ("run", "logs", "backups", "backup.json", "drill.json", CONTROL_LOCK, MARKER)
 """What belongs to the place, not to what is in it."""
 
 _restored = Table("corral_restore", MetaData(), Column("id", String(32), primary_key=True))

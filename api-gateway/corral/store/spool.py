@@ -279,4 +279,6 @@ class SpoolReader:
     def _has_whole_frame(path: Path, offset: int) -> bool:
         with path.open("rb") as file:
             file.seek(offset)
-            return whole_frames(file.read(FRAME_MAX + HEADER.size)) > 0
+            head = file.read(HEADER.size)
+            length = HEADER.unpack(head)[0] if len(head) == HEADER.size else FRAME_MAX + 1
+            return length <= min(FRAME_MAX, path.stat().st_size - offset - HEADER.size)

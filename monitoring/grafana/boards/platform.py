@@ -27,6 +27,12 @@ PLATFORM = Board(
                 "s",
                 "time() - max(corral_backup_last_success_timestamp_seconds)",
             ),
+            stat(
+                "Last drill",
+                "Time since a backup was last restored to see that it can be.",
+                "s",
+                "time() - max(corral_backup_drill_last_success_timestamp_seconds)",
+            ),
         ),
         "Edge": (
             line(

@@ -1,0 +1,246 @@
+"""What stands for each defence of docs/security.md in the code, and the tests that fail when it is taken out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "api-gateway/corral/"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """``there`` stands once in ``file`` (in the package, or in the repository); ``gone`` is what is left without it."""
+
+    row: int
+    file: str
+    there: str
+    gone: str
+    tests: str
+
+    @property
+    def path(self) -> str:
+        """The file's path in the repository."""
+        return self.file if (ROOT / self.file).exists() else PACKAGE + self.file
+
+
+ADMIN = "tests/integration/test_matrix_admin.py"
+EDGE = "tests/integration/test_edge_callers.py"
+GATEWAY = "tests/integration/test_matrix_gateway.py"
+LIMITS = "tests/unit/test_wire_limits.py"
+PULLS = "tests/integration/test_pulls.py"
+SMUGGLING = "tests/integration/test_smuggling.py"
+TENANTS = "tests/integration/test_tenants.py"
+
+DEFENCES = (
+    Defence(
+        1,
+        "gateway/route.py",
+        "_ROUTES.get((method, target))",
+        '_ROUTES.get((method, target.partition(b"?")[0].rstrip(b"/")))',
+        "tests/unit/test_route.py",
+    ),
+    Defence(
+        1,
+        "control/auth.py",
+        'return bool(OPERATOR.fullmatch(path) or (method == "GET" and OPERATOR_READS.fullmatch(path)))',
+        "return True",
+        ADMIN,
+    ),
+    Defence(1, "control/auth.py", 'if not plain(scope.get("raw_path") or path.encode()):', "if False:", ADMIN),
+    Defence(2, "fleet/catalogue.py", "return len(parts) <= 2 or parts[0]", "return bool(parts) or parts[0]", PULLS),
+    Defence(2, "control/modelops.py", "if not permitted(name", "if False and not permitted(name", PULLS),
+    Defence(3, "wire/common.py", "for name in UPSTREAM_FIELDS]", "for name in ()]", LIMITS),
+    Defence(3, "wire/native.py", 'if ":" in image[:64]:', "if False:", LIMITS),
+    Defence(4, "control/auth.py", "if not headers.host_fits():", "if False:", ADMIN),
+    Defence(4, "config/haproxy_rules.py", 'f"{refuse} unless host_fit or hostless old",', "", EDGE),
+    Defence(
+        5,
+        "store/keys.py",
+        'if match is None or f"{zlib.crc32(text[:-8].encode()):08x}" != match[2]:',
+        "if match is None:",
+        "tests/integration/test_gateway_keys.py " + ADMIN,
+    ),
+    Defence(6, "gateway/authenticate.py", "if other is not None and other != found:", "if False:", GATEWAY),
+    Defence(
+        6,
+        "control/auth.py",
+        "if bearer and other and found != other:",
+        "if False:",
+        "tests/integration/test_control_refusals.py",
+    ),
+    Defence(6, "control/scope.py", "if child.expires > maker.expires:", "if False:", "tests/unit/test_scope.py"),
+    Defence(
+        6,
+        "control/keys.py",
+        '    row["networks"] = wanted.networks or None\n    _no_more(who, row, defaults)\n',
+        '    row["networks"] = wanted.networks or None\n',
+        TENANTS,
+    ),
+    Defence(
+        7,
+        "control/keys.py",
+        "return true() if who.bound is None else keys.c.tenant == who.bound",
+        "return true()",
+        TENANTS,
+    ),
+    Defence(7, "control/audit.py", "if caller.bound is not None:", "if False:", TENANTS),
+    Defence(
+        8, "scripts/setup", "install --require-hashes --no-deps", "install --no-deps", "tests/unit/test_repository.py"
+    ),
+    Defence(8, "docker-compose.yml", "valkey/valkey:8.1.8", "valkey/valkey:latest", "tests/unit/test_compose_files.py"),
+    Defence(9, "gateway/listen.py", "if name in _ONCE:", "if False:", SMUGGLING + " " + GATEWAY),
+    Defence(
+        9,
+        "gateway/listen.py",
+        'if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":',
+        "if False:",
+        SMUGGLING,
+    ),
+    Defence(
+        9,
+        "config/haproxy_rules.py",
+        'f"{refuse} if coded !chunked_alone or coded old",',
+        "",
+        "tests/integration/test_stack_haproxy.py",
+    ),
+    Defence(
+        10,
+        "gateway/listen.py",
+        'if headers.get(b"content-encoding", b"identity").lower() != b"identity":',
+        "if False:",
+        SMUGGLING,
+    ),
+    Defence(10, "wire/native.py", "if images > caps.images:", "if False:", LIMITS),
+    Defence(
+        11,
+        "gateway/listen.py",
+        "self._body_since + BODY_DEADLINE",
+        "time.monotonic() + BODY_DEADLINE",
+        "tests/unit/test_listen.py",
+    ),
+    Defence(
+        12,
+        "config/haproxy.py",
+        """        "    http-request del-header x-forwarded- -m beg",
+        "    http-request del-header forwarded",
+        "    http-request del-header x-real-ip",
+        "    http-request set-header X-Forwarded-For %[src]",
+""",
+        "",
+        EDGE,
+    ),
+    Defence(
+        12, "gateway/server.py", "return any(address in network for network in self._trusted)", "return True", EDGE
+    ),
+    Defence(12, "config/haproxy_rules.py", '        "    option http-restrict-req-hdr-names reject",\n', "", EDGE),
+    Defence(13, "wire/options.py", "if name in RELOADING:", "if False:", LIMITS),
+    Defence(13, "wire/options.py", "checked.update(policy.pinned)", "pass", LIMITS),
+    Defence(
+        13,
+        "store/scripts/reserve.lua",
+        "if scope.daily > 0 and use[2] + cost > scope.daily then",
+        "if false then",
+        "tests/unit/test_limits.py",
+    ),
+    Defence(
+        13,
+        "store/scripts/declare.lua",
+        "use[2] = math.max(use[2], tonumber(ARGV[7]))",
+        "use[2] = use[2]",
+        "tests/unit/test_limits_away.py tests/faults/test_limits.py",
+    ),
+    Defence(
+        13,
+        "store/budget.py",
+        "if day == self.day and day_used > self.day_used:",
+        "if False:",
+        "tests/integration/test_spent.py",
+    ),
+    Defence(
+        14,
+        "config/haproxy_rules.py",
+        " unless host_known or {{ req.hdr_cnt(host) eq 0 }}",
+        " if {{ always_false }}",
+        EDGE,
+    ),
+    Defence(14, "config/haproxy_rules.py", 'if origin_sent !origin_own"', 'if origin_sent !origin_once"', EDGE),
+    Defence(15, "gateway/authenticate.py", "if key.revoked:", "if False:", "tests/faults/test_revocation.py"),
+    Defence(
+        15,
+        "gateway/authenticate.py",
+        "    if not keys.allows(key.networks, address):",
+        "    if False:",
+        "tests/integration/test_gateway_keys.py",
+    ),
+    Defence(
+        15,
+        "store/keys.py",
+        "return _KEY_LIKE.sub(",
+        "return text or _KEY_LIKE.sub(",
+        "tests/integration/test_control_refusals.py",
+    ),
+    Defence(
+        17,
+        "gateway/snapshot.py",
+        "return self._pools.get(tenant, self._shared)",
+        "return Pool(self.nodes)",
+        "tests/unit/test_dedicated.py",
+    ),
+)
+
+
+def copied(folder: Path) -> None:
+    """A copy of what git knows of, with this environment."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    # Some tests ask git for the files.
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+
+
+def taken_out(folder: Path, defence: Defence) -> str:
+    """Run the tests without a defence: the first that fails, "" where all pass."""
+    file = folder / defence.path
+    text = file.read_text()
+    file.write_text(text.replace(defence.there, defence.gone))
+    try:
+        argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *defence.tests.split()]
+        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
+    finally:
+        file.write_text(text)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0].split(" - ")[0] if done.returncode == 1 and failed else ""
+
+
+def main(rows: list[str]) -> int:
+    """Print a line for each defence; 1 where one is not watched."""
+    stood = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copied(folder)
+        for defence in DEFENCES:
+            if rows and str(defence.row) not in rows:
+                continue
+            began = time.monotonic()
+            failed = taken_out(folder, defence)
+            stood += not failed
+            told = f"row {defence.row:2} {defence.file}: {defence.there.strip()[:60]!r}"
+            print(f"{told}: {failed or 'NO TEST FAILED'} ({time.monotonic() - began:.0f} s)", flush=True)
+    return int(stood > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
