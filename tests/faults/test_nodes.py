@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.fleet import QUICK, Fleet
@@ -50,6 +50,31 @@ def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
     assert later
     assert [str(answer) for answer in later if answer.fate != WHOLE] == []
     assert {a.node for a in after(load.answers, killed)} == {"node-1", "node-2"}
+
+
+def test_800_requests_under_node_kills_lose_none(fleet: Fleet, matrix: Callable[[str, str, str], None]) -> None:
+    kills = 0
+    with fleet.load(name="kills") as load:
+        load.more(20, "node-1")
+        while len(load.answers) < 800:
+            name = f"node-{kills % 2 + 1}"
+            fleet.nodes[name].kill()
+            kills += 1
+            killed = time.monotonic()
+            load.until(lambda _, at=killed: time.monotonic() > at + 1.5, "the fleet has settled")  # type: ignore[misc]
+            fleet.nodes[name].start()
+            fleet.warm()
+            load.more(8, name, seconds=20)
+    no_request_is_lost(load)
+    assert kills >= 3
+    moved = sum(answer.attempts > 1 for answer in load.answers)
+    gone_on = sum(b'"continued"' in answer.body for answer in load.answers)
+    assert moved
+    told = load.fates[TOLD]
+    measured = (
+        f"{len(load.answers)} requests, {kills} kills: 0 lost, {moved} retried, {gone_on} gone on with, {told} told"
+    )
+    matrix("nodes killed under load", "0 of 800 lost before the first token", measured)
 
 
 def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:

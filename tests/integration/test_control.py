@@ -360,3 +360,14 @@ def test_haproxy_knows_a_node_first_and_forgets_it_last(tmp_path: Path, node: Fa
         finally:
             other.release.set()
             control.close()
+
+
+def test_a_gateway_that_ends_in_order_is_missed_by_nobody(control: Running) -> None:
+    def known(**told: str) -> list[str]:
+        headers = {"X-Corral-Gateway": "gateway-9", **told}
+        control.internal.get("/internal/snapshot", headers=headers).raise_for_status()
+        return [one["name"] for one in control.admin.get("/admin/status").json()["gateways"]]
+
+    assert "gateway-9" in known()
+    assert "gateway-9" not in known(**{"X-Corral-Leaving": "1"})
+    assert "gateway-9" in known(), "it was started again"

@@ -25,7 +25,7 @@ ELSEWHERE = {
     "corral_database_transactions_total": "PostgreSQL's alone",
 }
 """Exported, but not by the stack of this test."""
-NO_METRICS = {"corral_exampleid", "process_exporter", "haproxy_socket"}
+NO_METRICS = {"corral_egress", "corral_exampleid", "process_exporter", "haproxy_socket"}
 
 
 def names(path: Path) -> set[str]:

@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
+from corral.stack.state import StateFolder
 from support.load import Client, Load
+from support.metrics import page
 from support.process import Process, free_port, until
 from support.servers import Server, answers, python_env, valkey
 from support.stack import Stack, stack
@@ -44,10 +46,13 @@ class SimulatedNode:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        argv = [sys.executable, "-m", "corral", "serve", "node", "--listen", f"127.0.0.1:{self.port}"]
-        argv += ["--backend", "simulated", "--simulated", str(self._folder / "simulation.json")]
-        self.process = Process(argv, self._folder / f"{self.name}.log", python_env())
+        self.process = Process(self.command("127.0.0.1"), self._folder / f"{self.name}.log", python_env())
         self.process.wait_until(lambda: answers(self.url + "/api/version"))
+
+    def command(self, host: str) -> list[str]:
+        """What runs it."""
+        argv = [sys.executable, "-m", "corral", "serve", "node", "--listen", f"{host}:{self.port}"]
+        return [*argv, "--backend", "simulated", "--simulated", str(self._folder / "simulation.json")]
 
     def kill(self) -> None:
         """kill -9."""
@@ -65,16 +70,22 @@ class SimulatedNode:
 class Fleet:
     """Edge, two gateways, control, two nodes. A test leaves it as it found it."""
 
-    def __init__(self, folder: Path, exits: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, exits: ExitStack, patience: str = "3s", first: SimulatedNode | None = None
+    ) -> None:
+        """``patience``: longest wait for a token; ``first``: the node that is node-1."""
         self.folder = folder
         self._exits = exits
         self.nodes: dict[str, SimulatedNode] = {}
-        for name in ("node-1", "node-2"):
-            self.node(name)
+        if first is not None:
+            self.take(first)
+        else:
+            self.node("node-1")
+        self.node("node-2")
         self.valkey: Server = exits.enter_context(valkey(folder))
         config = folder / "corral.yaml"
         settings = {
-            "gateway": {"processes": 2, "first_token": "3s", "between_tokens": "3s"},
+            "gateway": {"processes": 2, "first_token": patience, "between_tokens": patience},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": self.valkey.url},
         }
@@ -85,7 +96,11 @@ class Fleet:
 
     def node(self, name: str) -> SimulatedNode:
         """Start one more node; the fleet does not know it yet."""
-        self.nodes[name] = node = SimulatedNode(name, self.folder)
+        return self.take(SimulatedNode(name, self.folder))
+
+    def take(self, node: SimulatedNode) -> SimulatedNode:
+        """Have a node end with the fleet."""
+        self.nodes[node.name] = node
         self._exits.callback(lambda: node.process.end(signal.SIGKILL))
         return node
 
@@ -114,6 +129,12 @@ class Fleet:
                 lambda url=url: httpx.get(url + "/api/tags", headers=headers).status_code == 200, f"{url} has the key"
             )  # type: ignore[misc]
         return str(made["key"])
+
+    def sum_of(self, name: str) -> float:
+        """A metric, of all gateways together."""
+        found = StateFolder(self.folder / "state").stack() or {}
+        pages = [page(gateway["metrics"]) for gateway in found["gateways"]]
+        return sum(each.value(name) for each in pages)
 
     def states(self) -> dict[str, str]:
         """The nodes' states, as control has them."""
@@ -160,7 +181,7 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path) -> Iterator[Fleet]:
+def fleet(folder: Path, patience: str = "3s", first: SimulatedNode | None = None) -> Iterator[Fleet]:
     """The fleet, started; ended with the block."""
     with ExitStack() as exits:
-        yield Fleet(folder, exits)
+        yield Fleet(folder, exits, patience, first)

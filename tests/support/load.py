@@ -60,12 +60,13 @@ class Answer:
         last = json_of(lines[-1]) if lines else {}
         if "error" in last:
             return TOLD
-        ends = {
-            CHAT: last.get("done") is True,
-            COMPLETIONS: bool(lines) and lines[-1] == "data: [DONE]",
-            MESSAGES: last.get("type") == "message_stop",
-        }
-        return WHOLE if ends[self.path] else SILENT
+        if self.path.startswith("/api/"):
+            whole = last.get("done") is True
+        elif self.path == MESSAGES:
+            whole = last.get("type") == "message_stop"
+        else:
+            whole = bool(lines) and lines[-1] == "data: [DONE]"
+        return WHOLE if whole else SILENT
 
     @property
     def text(self) -> str:

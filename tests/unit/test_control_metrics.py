@@ -292,11 +292,11 @@ def test_a_database_that_fails_is_none() -> None:
 
 
 def test_a_backup_that_was_made(tmp_path: Path) -> None:
-    assert pages.last_backup(tmp_path) is None
+    assert pages.last_success(tmp_path / pages.BACKUP) is None
     (tmp_path / pages.BACKUP).write_text(json.dumps({"last_success": 12.5}))
-    assert pages.last_backup(tmp_path) == 12.5
+    assert pages.last_success(tmp_path / pages.BACKUP) == 12.5
     (tmp_path / pages.BACKUP).write_text("[")
-    assert pages.last_backup(tmp_path) is None
+    assert pages.last_success(tmp_path / pages.BACKUP) is None
 
 
 def test_the_backlog_of_a_spool(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         shipper=SimpleNamespace(backlog=lambda: 5, behind=lambda: 1.5),
         journal=SimpleNamespace(failing=True),
         store=SimpleNamespace(connected=False),
+        health=SimpleNamespace(canaries={}, ejections=2, frozen=1),
     )
     text = Exposition(gateway, "").render().decode()  # type: ignore[arg-type]
     return {
@@ -171,7 +172,7 @@ def test_every_retry_has_a_counter() -> None:
     metrics = Metrics(snapshot())
     for failure in set(Failure) - {Failure.CALLER}:
         metrics.retried(failure)
-    assert metrics.retries == {"connect": 1, "reset": 1, "node": 1, "timeout": 1, "nonsense": 1}
+    assert metrics.retries == {"connect": 1, "reset": 1, "crash": 1, "node": 1, "timeout": 1, "nonsense": 1}
 
 
 def test_what_is_now() -> None:

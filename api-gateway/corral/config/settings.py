@@ -138,6 +138,7 @@ class GatewaySettings(Section):
     queue: QueueSettings = QueueSettings()
     first_token: Duration = Field(60.0, gt=0, description="Longest wait for a node's first token.")
     between_tokens: Duration = Field(20.0, gt=0, description="Longest silence within a stream.")
+    continuation: bool = Field(True, description="An answer that its node left is gone on with on another one.")
     listen: Listen = Field("127.0.0.1:8081", description="Where this gateway listens.")
     name: Name = Field("gateway-1", description="Unique in the fleet; names its spool.")
     nodes_url: BaseUrl = Field("http://127.0.0.1:8082", description="HAProxy's front end before the nodes.")

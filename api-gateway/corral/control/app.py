@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -27,6 +27,7 @@ from corral.control.monitor import Monitor
 from corral.control.operations import Operations
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
+from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
@@ -78,6 +79,8 @@ class Application:
             if not await _told(control):
                 tasks.append(asyncio.create_task(_catch_up(control)))
             tasks.append(asyncio.create_task(_canary(control).run()))
+            if self._settings.gateway.continuation:
+                tasks.append(asyncio.create_task(control.selftest.run()))
             if monitor is not None:
                 monitor.start()
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
@@ -101,6 +104,8 @@ def _assemble(settings: Settings) -> Control:
     valkey = Valkey(settings.valkey_address(), timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
+    hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
+    haproxy = _reloader(settings, state)
     return Control(
         settings=settings,
         state=state,
@@ -108,11 +113,12 @@ def _assemble(settings: Settings) -> Control:
         pepper=read_pepper(state / settings.auth.pepper_file),
         token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
         fleet=fleet,
-        hub=Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes),
-        haproxy=_reloader(settings, state),
+        hub=hub,
+        haproxy=haproxy,
         valkey=valkey,
         catalogue=catalogue,
         operations=operations,
+        selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), operations.at_work, hub.continues),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
         spent=Spent(database),
@@ -120,14 +126,19 @@ def _assemble(settings: Settings) -> Control:
     )
 
 
-def _canary(control: Control) -> Canary:
+def _streams(haproxy: HaproxyReloader) -> Callable[[str], Awaitable[int | None]]:
     async def streams(name: str) -> int | None:
         try:
-            return await control.haproxy.streams(name)
+            return await haproxy.streams(name)
         except HaproxyError:
             return None
 
-    return Canary(control.fleet, control.settings.control.canary, control.catalogue.policies, streams)
+    return streams
+
+
+def _canary(control: Control) -> Canary:
+    settings, streams = control.settings.control.canary, _streams(control.haproxy)
+    return Canary(control.fleet, settings, control.catalogue.policies, streams)
 
 
 def _reloader(settings: Settings, state: Path) -> HaproxyReloader:

@@ -13,6 +13,7 @@ from corral.control.alerts import Alerts
 from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
 from corral.control.prober import Fleet
+from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
@@ -40,6 +41,7 @@ class Control:
     valkey: Valkey
     catalogue: Catalogue
     operations: Operations
+    selftest: SelfTest
     preloader: Preloader
     usage: Usage
     spent: Spent

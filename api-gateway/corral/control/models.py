@@ -65,6 +65,7 @@ async def list_models(control: Here) -> dict[str, Any]:
             for field in ("digest", "size", "details"):
                 model[field] = entry.get(field) if model[field] is None else model[field]
             model["nodes"].append(node.name)
+            model["continuation"] = model["continuation"] or control.selftest.said(str(entry.get("digest") or ""))
             expected = model["expected"]
             if expected is not None and digest_of(str(entry.get("digest"))) != expected:
                 model["differs"].append(node.name)
@@ -83,6 +84,7 @@ def _model(control: Control, name: str) -> dict[str, Any]:
         **{"catalogue": known, "pinned": wanted.pin, "copies": wanted.copies if known else None},
         **{"expected": wanted.digest, "stated": wanted.stated, "differs": []},
         "disabled": name in control.hub.disabled,
+        "continuation": None,
     }
 
 

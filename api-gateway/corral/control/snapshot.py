@@ -81,6 +81,7 @@ class Hub:
         self._verifier_ends = math.inf
         self._tenants: list[dict[str, Any]] = []
         self.disabled: list[str] = []
+        self.continuable: dict[str, str] = {}
         self._owners: dict[str, str] = {}
         self.number = 0
         self._numbers: OrderedDict[str, int] = OrderedDict()
@@ -107,13 +108,12 @@ class Hub:
         """Look whether what matters has changed, and tell if so."""
         if time.time() >= self._verifier_ends:
             self._build_keys()
-        matters = [
+        matters: list[Any] = [
             [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
             for node in self._fleet.members.values()
         ]
-        content = self._keys_digest + msgspec.json.encode(
-            [matters, self._catalogue, self._tenants, self.disabled, self._dedicated]
-        )
+        matters += [self._catalogue, self._tenants, self.disabled, self._dedicated, self.continuable]
+        content = self._keys_digest + msgspec.json.encode(matters)
         version = hashlib.sha256(content).hexdigest()[:16]
         if version != self.version:
             self.number += 1
@@ -123,6 +123,12 @@ class Hub:
             if len(self._numbers) > VERSIONS_KEPT:
                 self._numbers.popitem(last=False)
             self._publish()
+
+    def continues(self, continuable: dict[str, str]) -> None:
+        """Note the models whose answers another node can go on with: the digest by name."""
+        if continuable != self.continuable:
+            self.continuable = continuable
+            self.refresh()
 
     def content(self) -> bytes:
         """The snapshot as JSON."""
@@ -135,6 +141,7 @@ class Hub:
                 "nodes": nodes,
                 "models": self._catalogue,
                 "disabled": self.disabled,
+                "continuable": self.continuable,
                 "dedicated": self._dedicated,
             }
         )
@@ -155,10 +162,13 @@ class Hub:
             self._arrived.notify_all()
 
     def known(self) -> list[Gateway]:
-        """Gateways that were heard within the last hour, by name; who was away for longer is forgotten."""
+        """Gateways that were heard within the last hour and did not say that they end, by name.
+
+        Nobody is to be alarmed by one that was taken away in order; who was away for longer is forgotten.
+        """
         since = time.time() - FORGOTTEN
         self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.seen >= since}
-        return sorted(self.gateways.values(), key=lambda gateway: gateway.name)
+        return sorted((one for one in self.gateways.values() if not one.left), key=lambda gateway: gateway.name)
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""

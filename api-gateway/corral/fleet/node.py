@@ -24,6 +24,7 @@ class Node:
     ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and
     ``resident`` are the model names in them, ``header`` the line of HTTP that names it. ``in_flight`` counts this
     gateway's requests on it, and ``shunned_until`` (monotonic seconds) is set when it failed this gateway.
+    ``suspects`` are models whose runners seem to hang there.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Node:
     header: bytes = b""
     in_flight: int = 0
     shunned_until: float = 0.0
+    suspects: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.header = b"X-Corral-Node: %b\r\n" % self.name.encode()

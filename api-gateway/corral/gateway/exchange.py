@@ -12,14 +12,16 @@ from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
-from corral.gateway import admit, catalogue, schedule, settle
+from corral.gateway import admit, catalogue, heads, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
+from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
 from corral.gateway.journal import Waiter
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import WHOLE, Pace
-from corral.gateway.recover import SHUN, Failure, final_error, may_retry
+from corral.gateway.recover import CRASHES, SHUN, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
+from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
 from corral.store.limits import Verdict
 from corral.wire import errors
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from corral.gateway.server import Gateway
 
 log = logging.getLogger(__name__)
-
-JSON = b"Content-Type: application/json\r\n"
 
 NOTHING, RESPOND, STREAM, END = range(4)
 """What is left to send once the last record is written: an answer, a whole stream, or the end of one."""
@@ -64,9 +64,10 @@ class Exchange(Waiter):
     deadline = 0.0
     refusal = ""
     pace: Pace | None = None
+    resumption: Resume | None = None
     _attempt: Attempt | None = None
     _seen = 0
-    _paused = False
+    paused = False
     _node_header = b""
     _rate_headers = b""
     _tail = b""
@@ -113,6 +114,9 @@ class Exchange(Waiter):
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
+                if gateway.crashing.refused and gateway.crashing.refuses(decoded, self.arrived):
+                    self.refusal = "crashing"
+                    raise refused()
             budget = key.budget
             tokens = admit.reserve(self.decoded, gateway.answer_tokens, key.density) if budget.most else 0
             gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens)
@@ -126,7 +130,7 @@ class Exchange(Waiter):
             self._broken()
 
     def _broken(self) -> None:
-        # A fault of the gateway's own: the caller is told, and the request is recorded like any other.
+        # A fault of the gateway's own: the caller is told, and it is recorded like any other.
         log.exception("%s: %s could not be answered", self.request_id, self.path)
         self.refuse(ApiError(500, "internal_error", "the gateway failed at this request"))
 
@@ -136,7 +140,7 @@ class Exchange(Waiter):
         else:
             status, body = catalogue.readiness(self.gateway.snapshot, self.wall, self.gateway.stale_after)
         self._settled = True  # health checks are not requests of anybody: no record
-        self.connection.respond(status, JSON, body, self.keep_alive)
+        self.connection.respond(status, heads.JSON, body, self.keep_alive)
 
     # -- admit
 
@@ -182,7 +186,7 @@ class Exchange(Waiter):
         except Exception:
             self._broken()
             return
-        self._finish_whole(200, self._own_head(), body)
+        self._finish_whole(200, heads.own(self.request_id, self._rate_headers), body)
 
     # -- schedule, relay
 
@@ -194,10 +198,17 @@ class Exchange(Waiter):
         except ApiError as error:
             self.refuse(error)
             return
-        self.node_name, self._node_header = node.name, node.header
+        if decoded.resumable:
+            keep(decoded, gateway.snapshot)
+        self._node_header = node.header
         self.attempts += 1
-        self.deadline = now + gateway.first_token
         gateway.running.add(self)
+        self.ask(node, decoded, now)
+
+    def ask(self, node: Node, decoded: Decoded, now: float) -> None:
+        """Send `decoded` to a node; the answer comes back by `progress`, `answered` or `attempt_failed`."""
+        self.node_name = node.name
+        self.deadline = now + self.gateway.first_token
         self._attempt = attempt = Attempt(self, node, decoded)
         attempt.begin()
 
@@ -210,16 +221,19 @@ class Exchange(Waiter):
         # Bytes alone are no progress: a node that sends blank lines is as silent as one that sends nothing.
         if first or tokens != self._seen or self.path in WHOLE:
             self._seen = tokens
-            now = monotonic()
-            if not self._paused:
-                self.deadline = now + self.gateway.between_tokens
+            gateway, now = self.gateway, monotonic()
             if first:
                 self.first_token = now
-                self.pace = self.gateway.metrics.first_token(self, now)
+                gateway.health.first_token(self, now)
+                self.pace = gateway.metrics.first_token(self, now)
             elif self.pace is not None:
                 self.pace.piece(now)
+            if not self.paused:
+                self.deadline = now + gateway.between_tokens
         if responder.done:
             self._tail += out  # the last bytes leave when the settle record is written
+            if responder.early:
+                end_early(self, self._attempt)
         elif not out:
             return
         elif self._open:
@@ -234,6 +248,8 @@ class Exchange(Waiter):
         assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
         try:
+            if self.resumption is not None and goes_on(self, attempt.node):
+                return
             rest = self._tail + responder.finish()
         except UpstreamNonsense as error:
             self.attempt_failed(attempt.node, Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
@@ -263,8 +279,9 @@ class Exchange(Waiter):
             return
         if failure is Failure.CONNECT:
             self.connects += 1
-        elif failure is Failure.RESET:
+        elif failure in CRASHES:
             self.crashes += 1
+            blame(self, failure, node)
         if failure is not Failure.CALLER:
             node.shunned_until = monotonic() + SHUN
             self.tried += (node.name,)
@@ -272,11 +289,10 @@ class Exchange(Waiter):
             gateway.metrics.retried(failure)
             self._again()
             return
+        if self._open and take_over(self, failure, node):
+            return
         error = final_error(failure, self, cause)
-        if self._open:
-            self._end_in_band(error, "upstream_error")
-        else:
-            self.refuse(error)
+        self._give_up(error, "upstream_error")
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.
@@ -290,41 +306,30 @@ class Exchange(Waiter):
             return
         self._dispatch(monotonic())
 
-    def _head(self, content_type: str) -> bytes:
-        parts = (
-            b"Content-Type: ",
-            content_type.encode(),
-            b"\r\nX-Request-ID: ",
-            self.request_id.encode(),
-            b"\r\n",
-            self._node_header,
-            b"X-Corral-Attempts: ",
-            str(self.attempts).encode(),
-            b"\r\nX-Corral-Queue-Ms: ",
-            str(int(self.queue_ms)).encode(),
-            b"\r\n",
-            self._rate_headers,
-        )
-        return b"".join(parts)
+    def resumes(self, resume: Resume) -> None:
+        """Another node goes on with the answer."""
+        self.resumption = resume
+        self.attempts += 1
+        self._tail, self.paused = b"", False
 
-    def _own_head(self) -> bytes:
-        return b"".join((JSON, b"X-Request-ID: ", self.request_id.encode(), b"\r\n", self._rate_headers))
+    def _head(self, content_type: str) -> bytes:
+        rates = self._rate_headers
+        return heads.relayed(content_type, self.request_id, self._node_header, self.attempts, self.queue_ms, rates)
 
     # -- the end
 
     def refuse(self, error: ApiError) -> None:
         """Answer with an error; nothing was sent before."""
-        headers = self._own_head()
-        if error.retry_after is not None:
-            headers += b"Retry-After: %d\r\n" % error.retry_after
-        if error.status == 401:
-            headers += b"WWW-Authenticate: Bearer\r\n"
+        headers = heads.refusal(error, self.request_id, self._rate_headers)
         self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
 
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
         self._settle(status, settle.outcome_of(status), RESPOND, headers, body)
 
-    def _end_in_band(self, error: ApiError, outcome: str) -> None:
+    def _give_up(self, error: ApiError, outcome: str) -> None:
+        if not self._open:
+            self.refuse(error)
+            return
         self.keep_alive = False
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))
 
@@ -338,6 +343,8 @@ class Exchange(Waiter):
         record = settle.settled(self, status, outcome, self.connection.sent + len(last), monotonic())
         if self._admitted and self.key is not None:
             gateway.limits.release(self.key.budget, self.record_id, record.prompt_tokens + record.tokens)
+        if self.resumption is not None:
+            gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
         gateway.journal.record(record, self, access=True)
 
@@ -364,37 +371,30 @@ class Exchange(Waiter):
 
     def check(self, now: float) -> None:
         """End what is past its deadline."""
-        attempt, gateway = self._attempt, self.gateway
-        if now - self.arrived >= gateway.max_duration:
+        attempt, gateway, most = self._attempt, self.gateway, self.gateway.max_duration
+        if now - self.arrived >= most:
             if attempt is not None:
                 attempt.abandon()
                 self._attempt = None
-            self._expire()
+            self._give_up(ApiError(504, "timeout", f"the request took longer than {most:g} s"), "timeout")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):
                 attempt.give_up(Failure.RESET)
-            elif not self._paused and now >= self.deadline:
+            elif not self.paused and now >= self.deadline:
                 attempt.give_up(Failure.TIMEOUT)
-
-    def _expire(self) -> None:
-        error = ApiError(504, "timeout", f"the request took longer than {self.gateway.max_duration:g} s")
-        if self._open:
-            self._end_in_band(error, "timeout")
-        else:
-            self.refuse(error)
 
     def pause(self) -> None:
         """The caller's connection is full."""
         # From here the node waits for the caller, whose own deadline is WRITE_DEADLINE.
         if self._attempt is not None:
-            self._paused = True
+            self.paused = True
             self._attempt.pause()
 
     def resume(self) -> None:
         """The caller's connection takes bytes again."""
         if self._attempt is not None:
-            if self._paused:
-                self._paused = False
+            if self.paused:
+                self.paused = False
                 gateway = self.gateway
                 self.deadline = monotonic() + (gateway.between_tokens if self.first_token else gateway.first_token)
             self._attempt.resume()

@@ -124,6 +124,9 @@ class Page:
         yield from family("corral_refusals_total", COUNTER, "Requests that were refused.", ("reason",), refusals)
         retries = {(reason,): count for reason, count in metrics.retries.items()}
         yield from family("corral_retries_total", COUNTER, "Attempts after a failed one.", ("reason",), retries)
+        continued = {(outcome,): count for outcome, count in metrics.continuations.items()}
+        text = "Answers whose node left after the first token."
+        yield from family("corral_continuations_total", COUNTER, text, ("outcome",), continued)
         ignored = {(route,): count for route, count in metrics.ignored.items()}
         text = "Fields of bodies that mean nothing here."
         yield from family("corral_ignored_fields_total", COUNTER, text, ("route",), ignored)
@@ -153,7 +156,8 @@ class Page:
         yield from family("corral_slots", GAUGE, "Requests at once that a node is for.", ("node",), slots)
         waiting = sum(not exchange.first_token for exchange in gateway.running)
         age = max(0.0, time.time() - (gateway.snapshot.confirmed or self._started))
-        local = gateway.limits.local
+        local, health = gateway.limits.local, gateway.health
+        ejected = sum(canary.ejected for canary in health.canaries.values())
         for name, kind, text, value in (
             ("corral_requests_waiting", GAUGE, "Requests that wait for their first token.", waiting),
             ("corral_connections", GAUGE, "Callers' connections.", len(gateway.connections)),
@@ -162,6 +166,10 @@ class Page:
             ("corral_spool_failing", GAUGE, "1 while the disk takes no records.", int(gateway.journal.failing)),
             ("corral_limit_store_up", GAUGE, "1 while this gateway reaches Valkey.", int(gateway.store.connected)),
             ("corral_local_admissions_total", COUNTER, "Requests admitted on the local share of a limit.", local),
+            ("corral_runners_suspect", GAUGE, "Models on nodes that get no new streams.", len(health.canaries)),
+            ("corral_runners_ejected", GAUGE, "Those of them that gave no token when asked.", ejected),
+            ("corral_ejections_total", COUNTER, "Models on nodes that were ejected.", health.ejections),
+            ("corral_ejections_frozen_total", COUNTER, "Ejections that were too many at once.", health.frozen),
             ("corral_snapshot_age_seconds", GAUGE, "Since control confirmed keys.", age),
         ):
             yield from family(name, kind, text, (), {(): value})

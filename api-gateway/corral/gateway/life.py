@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from corral.gateway import crashing
 from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
 from corral.store import leases
@@ -45,7 +46,9 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     tasks.append(loop.create_task(leases.keep(gateway.limits), name="leases"))
     recalling = loop.create_task(gateway.recall.again())
     gateway.changes.on_message = gateway.changed
-    gateway.changes.on_connect = lambda: gateway.changes.call(encode(b"SUBSCRIBE", CHANNEL), lambda reply: None)
+    gateway.changes.on_connect = lambda: gateway.changes.call(
+        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL), lambda reply: None
+    )
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)
     log.info("%s listens on %s:%d", gateway.name, host, port)

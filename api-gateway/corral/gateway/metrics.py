@@ -27,11 +27,13 @@ RATE = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 200.0, 400.0)
 REASONS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 413: "too_large", 431: "too_large"}
 """Refusals that their status explains; of a 429 or 503 the exchange knows more."""
 EVERY_REASON = (
-    *("unauthorized", "not_found", "bad_request", "too_large", "store", "no_node", "recording"),
+    *("unauthorized", "not_found", "bad_request", "too_large", "store", "no_node", "recording", "crashing"),
     *LIMIT_REASONS[1:],
     "other",
 )
 ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone"))
+CONTINUATIONS = ("ok", "failed", "client_gone", "no_node", "ineligible")
+"""What became of answers that their node left after the first token."""
 WHOLE = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
 """Routes whose answer has no tokens that could be timed."""
 
@@ -109,7 +111,8 @@ class Metrics:
         self.models: dict[str, OfModel] = {}
         self.refusals: dict[str, int] = dict.fromkeys(EVERY_REASON, 0)
         self.ignored: dict[str, int] = dict.fromkeys(DECODERS, 0)
-        self.retries: dict[str, int] = dict.fromkeys(("connect", "reset", "node", "timeout", "nonsense"), 0)
+        self.continuations: dict[str, int] = dict.fromkeys(CONTINUATIONS, 0)
+        self.retries: dict[str, int] = dict.fromkeys(("connect", "reset", "crash", "node", "timeout", "nonsense"), 0)
 
     def label(self, model: str) -> str:
         """The model's full name, "" where the fleet does not know it."""

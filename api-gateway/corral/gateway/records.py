@@ -20,7 +20,10 @@ class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
 
 
 class Settled(msgspec.Struct, tag_field="t", tag="settle"):
-    """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token."""
+    """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token.
+
+    ``continued``: the nodes that wrote the answer, in order, joined by commas, where one went on with another's.
+    """
 
     id: str
     request_id: str
@@ -44,3 +47,4 @@ class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     queue_ms: float
     ttft_ms: float | None
     ms: float
+    continued: str | None = None

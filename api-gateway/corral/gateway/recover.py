@@ -21,13 +21,15 @@ class Failure(Enum):
 
     CONNECT = "the node could not be reached"
     RESET = "the node's connection ended before its answer did"
+    CRASH = "the model's runner crashed"
     NODE = "the node failed"
     TIMEOUT = "the node was silent for too long"
     NONSENSE = "the node's answer made no sense"
     CALLER = "the request itself is at fault"
 
 
-ORPHANED = frozenset((Failure.CONNECT, Failure.RESET))
+CRASHES = frozenset((Failure.RESET, Failure.CRASH))
+"""What was present at one of these may be its cause."""
 
 
 @dataclass(slots=True)
@@ -60,14 +62,14 @@ class History(Protocol):
 def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget) -> bool:
     """Whether a request that was answered with nothing yet is tried on another node.
 
-    Orphans (a dead node's requests) are outside the budget, but a request that was there when two nodes
-    crashed is not tried a third time; a node's own failures are retried within the budget.
+    Orphans (the requests of a dead node or runner) are outside the budget, but a request that was there at two crashes
+    is not tried a third time; a node's own failures are retried within the budget.
     """
     if failure is Failure.CALLER:
         return False
     if failure is Failure.CONNECT:
         return history.connects <= nodes
-    if failure is Failure.RESET:
+    if failure in CRASHES:
         return history.crashes < CRASHES_MAX
     return history.attempts < ATTEMPTS_MAX and budget.spend()
 
@@ -84,6 +86,24 @@ def final_error(failure: Failure, history: History, cause: ApiError | None) -> A
     return ApiError(502, "upstream_error", f"{failure.value} ({history.attempts} attempts){detail}")
 
 
+_CRASHED = (
+    "unexpected EOF",
+    "runner process has terminated",
+    "runner process no longer running",
+    "model runner has unexpectedly stopped",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    ": EOF",
+)
+"""How Ollama tells, under a 500 or in band, that its runner is gone: its own words or those of its connection to it."""
+
+
+def crashed(message: str) -> bool:
+    """Whether a node's error says that the model's runner has crashed."""
+    return any(words in message for words in _CRASHED)
+
+
 _CALLERS = ("option ", "invalid option", "the input length exceeds the context length")
 
 
@@ -97,4 +117,4 @@ def classify(status: int, proxied: bool, message: str) -> Failure:
     # set up wrongly, or is none.
     if status in (400, 404) or (status >= 500 and message.startswith(_CALLERS)):
         return Failure.CALLER
-    return Failure.NODE
+    return Failure.CRASH if status >= 500 and crashed(message) else Failure.NODE

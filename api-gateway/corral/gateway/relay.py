@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node
-from corral.gateway.recover import Failure, classify
+from corral.gateway.recover import Failure, classify, crashed
 from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.wire.common import Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
@@ -25,6 +25,7 @@ class Attempt(Handler):
         "_decoded",
         "_error_body",
         "_exchange",
+        "_kept",
         "_over",
         "_proxied",
         "_renewed",
@@ -35,6 +36,7 @@ class Attempt(Handler):
     def __init__(self, exchange: Exchange, node: Node, decoded: Decoded) -> None:
         self._exchange = exchange
         self._decoded = decoded
+        self._kept = decoded.transcript
         self.node = node
         self._connection: UpstreamConnection | None = None
         self._over = False
@@ -105,8 +107,12 @@ class Attempt(Handler):
             return
         if responder.error is not None:
             # In band, under status 200: the model's runner died, or refused in mid-answer.
-            self._fail(Failure.NODE, responder.error)
+            told = responder.error
+            self._fail(Failure.CRASH if crashed(told.message) else Failure.NODE, told)
             return
+        kept = self._kept
+        if kept is not None:
+            kept.add(data)
         self._exchange.progress(out)
 
     def on_end(self) -> None:

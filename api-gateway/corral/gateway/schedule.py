@@ -28,6 +28,26 @@ def schedule(snapshot: Snapshot, tenant: str, model: str, now: float, tried: Col
     raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")
 
 
+def digest_on(node: Node, name: str) -> str:
+    """The digest of a model (canonical name) on a node, "" where it has none."""
+    for entry in node.tags:
+        if entry["name"] == name:
+            return str(entry.get("digest") or "")
+    return ""
+
+
+def elsewhere(
+    snapshot: Snapshot, tenant: str, model: str, digest: str, now: float, tried: Collection[str]
+) -> Node | None:
+    """A node of a tenant's that holds the very same file under the model's name; None where there is none.
+
+    `tried` are used only where no other is left: what has crashed in one may well be up again.
+    """
+    name = canonical_name(model)
+    alike = [node for node in snapshot.pool(tenant).nodes.values() if digest_on(node, name) == digest]
+    return choose(alike, name, now, tried)
+
+
 def is_down(node: Node, snapshot: Snapshot, tenant: str, model: str, now: float) -> bool:
     """Whether a node that has a request is down, and another one would take it."""
     if node.state is not NodeState.DOWN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 import secrets
 import time
@@ -11,11 +12,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
-from corral.gateway import settle
+from corral.gateway import crashing, settle
 from corral.gateway.authenticate import authenticate
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
+from corral.gateway.health import Health
 from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
@@ -26,9 +28,11 @@ from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
 from corral.store import keys, leases
 from corral.store.limits import Limits
-from corral.store.valkey import Valkey
-from corral.wire.common import Caps
+from corral.store.valkey import Valkey, encode
+from corral.wire.common import Caps, Decoded
 from corral.wire.errors import ApiError
+
+log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
@@ -66,6 +70,8 @@ class Gateway:
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()
+        self.crashing = crashing.Crashing()
+        self.health = Health(self)
         self.connections: set[ClientConnection] = set()
         self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
         self.running: set[Exchange] = set()
@@ -153,6 +159,7 @@ class Gateway:
         """Look for what is past its deadline or was idle too long. `now` is monotonic seconds."""
         for connection in list(self.connections):
             connection.check(now)
+        self.health.look(now)
         for exchange in list(self.running):
             exchange.check(now)
         self.upstreams.sweep(now)
@@ -162,5 +169,22 @@ class Gateway:
         return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
 
     def changed(self, message: Any) -> None:
-        """Control says that keys or nodes changed."""
+        """Control says that keys or nodes changed, or another gateway, which prompt runners crash under."""
+        if isinstance(message, list) and len(message) == 3 and message[1] == crashing.CHANNEL:
+            if message[0] == b"message":
+                self.crashing.refuse(message[2].decode("latin-1"), time.monotonic())
+            return
         self.feed.poke()
+
+    def crashed(self, decoded: Decoded, crashes: int, runner: bool, alone: bool) -> bool:
+        """See `Crashing.present`; whether the prompt is refused now, which the other gateways are told."""
+        name = self.crashing.present(decoded, crashes, runner, alone, time.monotonic())
+        if name:
+            log.warning("a prompt for %s was present at two crashes: refused for ten minutes (%s)", decoded.model, name)
+            if self.store.connected:
+                self.store.call(encode(b"PUBLISH", crashing.CHANNEL, name.encode()), _ignore)
+        return bool(name)
+
+
+def _ignore(reply: Any) -> None:
+    """A gateway that was not told learns by itself."""

@@ -26,6 +26,11 @@ def outcome_of(status: int) -> str:
     return "overloaded" if status == 503 else "upstream_error"
 
 
+def continued(outcome: str) -> str:
+    """How a continuation ended, as the metrics name it, by the outcome of its request."""
+    return outcome if outcome in ("ok", "client_gone") else "failed"
+
+
 def admitted(exchange: Exchange) -> Admitted:
     """The first record of a request."""
     return Admitted(
@@ -100,4 +105,5 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
         int(exchange.queue_ms * 1e3) / 1e3,
         int((first - arrived) * 1e6) / 1e3 if first else None,
         int((now - arrived) * 1e6) / 1e3,
+        exchange.resumption.nodes if exchange.resumption is not None else None,
     )

@@ -24,7 +24,8 @@ class Snapshot:
     """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
 
     ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
-    ``known``: some node ever told its models; before that, nothing can be said to be missing.
+    ``known``: some node ever told its models; before that, nothing can be said to be missing. ``continuable`` has the
+    digest of each model whose answers another node can go on with.
     """
 
     def __init__(self, defaults: Mapping[str, int | None], caps: Caps = CAPS) -> None:
@@ -41,6 +42,7 @@ class Snapshot:
         self._shared = Pool({})
         self._pools: dict[str, Pool] = {}
         self.disabled: frozenset[str] = frozenset()
+        self.continuable: dict[str, str] = {}
         self.known = False
 
     def apply(self, data: dict[str, Any]) -> None:
@@ -72,6 +74,7 @@ class Snapshot:
             tenant: Pool({name: nodes[name] for name in names if name in nodes}) for tenant, names in dedicated.items()
         }
         self.disabled = frozenset(data.get("disabled") or ())
+        self.continuable = data.get("continuable") or {}
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
 

@@ -34,7 +34,9 @@ _WORDS = (
     "window", "paper", "letter", "winter", "summer", "morning", "evening", "market", "harbor", "island",
     "forest", "mountain", "valley", "engine", "signal", "circle", "number", "answer", "question",
 )  # fmt: skip
-_TOKEN = re.compile(r"\s*(?:<\|\w+\|>|\w+|[^\w\s])|\s+")
+# As a real tokenizer, it joins a space to the word behind it, and a line's end to nothing: a prompt has as many tokens
+# with an answer behind it.
+_TOKEN = re.compile(r" *(?:<\|\w+\|>|\w+|[^\w\s])|\s")
 _WIDTH = 64
 
 

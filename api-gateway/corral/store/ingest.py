@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model")
 SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
-    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms"),
+    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued"),
 )
 
 

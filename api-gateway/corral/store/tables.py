@@ -138,6 +138,7 @@ audit = Table(
     Column("prompt_tokens", BigInteger),
     Column("tokens", BigInteger),
     Column("estimated", Boolean),
+    Column("continued", Text),
     Column("queue_ms", Double),
     Column("ttft_ms", Double),
     Column("ms", Double),

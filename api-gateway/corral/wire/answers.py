@@ -91,6 +91,9 @@ class Pass(Responder):
     def finish(self) -> bytes:
         return b""
 
+    def resume(self) -> None:
+        self._rest, self.error = b"", None
+
 
 _chat_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
 _chat_line: Callable[[bytes], Any] = msgspec.json.Decoder(ChatLine).decode

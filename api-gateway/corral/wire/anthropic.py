@@ -82,7 +82,7 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) 
     max_tokens = native.prepare(chat, policy_of, caps)
     identity = f"msg_{request_id}"
     responder = EventStream(identity, model, estimate) if body.stream else MessageWhole(identity)
-    sent, fallback = encode(chat), b""
+    sent, fallback, resumable = encode(chat), b"", body.stream and native.is_text(chat)
     if chat.think is True:
         chat.think = msgspec.UNSET
         fallback = encode(chat)
@@ -95,6 +95,7 @@ def decode(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) 
         responder,
         fallback,
         ignored=ignored,
+        resumable=resumable,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from corral.wire import answers
-from corral.wire.common import Lines, Responder, count, decode_line, encode, text
+from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, text
 from corral.wire.errors import UpstreamNonsense
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
@@ -95,6 +95,9 @@ class EventStream(Responder):
     def finish(self) -> bytes:
         return b""
 
+    def resume(self) -> None:
+        self._lines.rest, self.error = b"", None
+
     def _start(self, value: dict[str, Any]) -> bytes:
         usage = {"input_tokens": count(value.get("prompt_eval_count")) or self._estimate, "output_tokens": 0}
         message = {
@@ -146,7 +149,10 @@ class EventStream(Responder):
         self._close(out)
         usage = {"input_tokens": self.prompt_tokens, "output_tokens": self.tokens}
         delta = {"stop_reason": stop_reason(value, self._called)}
-        out.append(_event("message_delta", {"delta": delta, "usage": usage}))
+        ended: dict[str, Any] = {"delta": delta, "usage": usage}
+        if MARK in value:
+            ended[MARK] = value[MARK]
+        out.append(_event("message_delta", ended))
         out.append(_event("message_stop", {}))
 
 

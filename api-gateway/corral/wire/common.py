@@ -13,8 +13,11 @@ import msgspec
 from corral.wire.bodies import UPSTREAM_FIELDS, Refused
 from corral.wire.errors import ApiError, UpstreamNonsense, bad_request
 from corral.wire.options import ModelPolicy
+from corral.wire.transcript import Transcript
 
 LINE_MAX = 1 << 20
+MARK = "corral"
+"""The field of an answer's last event that says that other nodes went on with it, and which."""
 COUNT_MAX = (1 << 31) - 1
 
 BRACKETS_MAX = 100_000
@@ -49,13 +52,15 @@ class Responder:
     """Translates one answer of a node for the caller. A base, since compiled code knows where its attributes are.
 
     ``started``: a first token, or the end, was seen. ``done``: the last line was seen. ``error``: the node sent an
-    error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``.
+    error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``. ``early``: it is
+    done, and what the node may still send is not wanted.
     """
 
     content_type = "application/json"
     stream = False
     started = False
     done = False
+    early = False
     error: ApiError | None = None
     prompt_tokens = 0
     tokens = 0
@@ -67,6 +72,10 @@ class Responder:
     def finish(self) -> bytes:
         """After the node's orderly end: the tail of a stream, or the whole JSON body."""
         raise NotImplementedError
+
+    def resume(self) -> None:
+        """Forget a line that was cut and the error that cut it: another node goes on with the next line."""
+        self.error = None
 
 
 @dataclass(slots=True)
@@ -86,6 +95,10 @@ class Decoded:
     """The body for a model that cannot think, where the caller does not insist on it (Anthropic clients)."""
     ignored: int = 0
     """Fields of the body that mean nothing here."""
+    resumable: bool = False
+    """A stream of nothing but text, as far as the request says: another node could go on with it."""
+    transcript: Transcript | None = None
+    """What was said, kept where the fleet could go on with it."""
 
     def without_thinking(self, refusal: str) -> bool:
         """Give up thinking, once, where a node refused it; whether the request is to be sent again."""

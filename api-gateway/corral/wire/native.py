@@ -72,6 +72,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = C
         max_tokens,
         responder,
         ignored=ignored,
+        resumable=stream and is_text(body),
     )
 
 
@@ -94,6 +95,13 @@ def check_chat(body: Chat, raw: bytes, caps: Caps) -> int:
             raise bad_request(f"at most {caps.tools} tools", "tools")
         check_depth(raw, caps.nesting)
     return (len(raw) - encoded) // CHARS_PER_TOKEN + images * TOKENS_PER_IMAGE
+
+
+def is_text(body: Chat | Generate) -> bool:
+    """Whether nothing but text is asked for, as far as the body's own fields say."""
+    if body.format or body.think or body.logprobs or body.render_only:
+        return False
+    return not (isinstance(body, Chat) and body.tools)
 
 
 def check_images(images: list[str]) -> int:
@@ -126,6 +134,7 @@ def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps
         max_tokens,
         responder,
         ignored=ignored,
+        resumable=stream and not body.suffix and not body.context and not body.images and is_text(body),
     )
 
 

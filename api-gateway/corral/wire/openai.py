@@ -192,6 +192,7 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = C
         max_tokens,
         responder,
         ignored=ignored,
+        resumable=stream and native.is_text(chat),
     )
 
 
@@ -303,6 +304,7 @@ def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Ca
         max_tokens,
         responder,
         ignored=ignored,
+        resumable=stream and not body.suffix and native.is_text(generate),
     )
 
 

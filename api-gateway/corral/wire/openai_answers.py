@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from corral.wire import answers
-from corral.wire.common import Lines, Responder, count, decode_line, encode, text
+from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, text
 from corral.wire.errors import UpstreamNonsense
 
 FINGERPRINT = "fp_ollama"
@@ -76,6 +76,8 @@ class Stream(Responder):
             self.started = True
             self.tokens += 1
             chunk = self.chunk(value)
+            if MARK in value:
+                chunk[MARK] = value[MARK]
             out.append(b"data: " + encode(chunk) + b"\n\n")
             if value.get("done") is True:
                 self.done = True
@@ -93,6 +95,9 @@ class Stream(Responder):
 
     def finish(self) -> bytes:
         return b"data: [DONE]\n\n"
+
+    def resume(self) -> None:
+        self._lines.rest, self.error = b"", None
 
 
 class ChatStream(Stream):

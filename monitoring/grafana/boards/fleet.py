@@ -51,6 +51,22 @@ FLEET = Board(
                 (f"sum by (reason) (rate(corral_retries_total{RATE})) > 0 or vector(0)", "{{reason}}"),
             ),
         ),
+        "Answers whose node was lost": (
+            line(
+                "Gone on with, or not",
+                "Answers whose node left after the first token. All but ok and client_gone ended with an error.",
+                "short",
+                ("sum by (outcome) (increase(corral_continuations_total[5m]))", "{{outcome}}"),
+                stacked=True,
+            ),
+            line(
+                "Runners left alone",
+                "Models on nodes where no stream progressed; ejected: they gave no token when asked.",
+                "short",
+                ("sum(corral_runners_suspect)", "suspect"),
+                ("sum(corral_runners_ejected)", "ejected"),
+            ),
+        ),
         "Nodes": (
             Panel(
                 "Nodes that answer",

@@ -1,0 +1,187 @@
+"""Which models another node can go on with: each model's file is tried once, when it is in memory somewhere.
+
+An answer is written, then gone on with from several places as a gateway would do it after a node was lost
+(`corral.wire.continuation`). It passes if every one ends as the undisturbed one did. Only such models are continued: a
+template that says more than a prompt, a thinking model or parameters that bound answers could make it wrong unseen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import msgspec
+
+from corral.control import answers
+from corral.control.canary import stays
+from corral.control.prober import Fleet, Member
+from corral.fleet.catalogue import digest_of
+from corral.fleet.node import canonical_name
+from corral.wire.continuation import GENERATE, Rendering, rest_of
+from corral.wire.options import NO_POLICY, ModelPolicy, check
+
+TICK = 1.0
+AGAIN = 600.0
+"""Seconds after which a file that did not pass is tried again: batches of others can change a greedy answer."""
+PATIENCE = 60.0
+TOKENS = 24
+CUTS = (1, TOKENS // 2, TOKENS - 1)
+TEXT = "Name the months of the year in order, each with its number of days."
+PASSED = "passed"
+SHOW = "/api/show"
+Post = Callable[[str, object], Awaitable[bytes]]
+"""Posts a body to a path of a node: the body of its answer. Raises what `examine` does."""
+
+log = logging.getLogger(__name__)
+
+
+class Unfit(Exception):
+    """Answers of this model cannot be continued; says why."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of a file: `PASSED`, or why not. ``at`` is monotonic seconds."""
+
+    said: str
+    at: float
+
+
+class SelfTest:
+    """Tries what has not been tried. ``verdicts`` are by digest; `on_change` hears of each that is new.
+
+    ``streams`` tells how many requests run on a node, None where nobody knows: a node that is full is left alone, and
+    so is one that an operation is ``at_work`` on: what it unloads must not come back by this.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        policies: Mapping[str, ModelPolicy],
+        streams: Callable[[str], Awaitable[int | None]],
+        at_work: Callable[[str], bool],
+        on_change: Callable[[dict[str, str]], None],
+    ) -> None:
+        self._fleet, self._policies, self._streams, self._on_change = fleet, policies, streams, on_change
+        self._at_work = at_work
+        self.verdicts: dict[str, Verdict] = {}
+
+    async def run(self) -> None:
+        """Try until cancelled, one model at a time."""
+        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=PATIENCE) as client:
+            while True:
+                await asyncio.sleep(TICK)
+                for member, entry in self._due(time.monotonic()):
+                    await self._try(client, member, entry)
+                self._on_change(self.continuable())
+
+    def continuable(self) -> dict[str, str]:
+        """The digest of each model, by name, that passed; where nodes differ, of one of them."""
+        return {
+            entry["name"]: str(entry["digest"])
+            for member in self._fleet.members.values()
+            for entry in member.usable
+            if self.said(str(entry.get("digest") or "")) == PASSED
+        }
+
+    def said(self, digest: str) -> str | None:
+        """What is known of a file; None before it was tried."""
+        verdict = self.verdicts.get(digest_of(digest)) if digest else None
+        return verdict.said if verdict is not None else None
+
+    def _due(self, now: float) -> list[tuple[Member, dict[str, Any]]]:
+        found: dict[str, tuple[Member, dict[str, Any]]] = {}
+        for member in self._fleet.members.values():
+            for entry in member.ps if member.up else ():
+                digest = digest_of(str(entry.get("digest") or ""))
+                known = self.verdicts.get(digest)
+                if known is None or (known.said != PASSED and now - known.at > AGAIN):
+                    found.setdefault(digest, (member, entry))
+        return list(found.values())
+
+    async def _may(self, client: httpx.AsyncClient, member: Member, model: str) -> bool:
+        if self._at_work(member.name):
+            return False
+        status, content = await answers.fetch(client, "GET", member.url + "/api/ps")
+        return status == 200 and any(entry["name"] == model for entry in answers.models(content))
+
+    async def _try(self, client: httpx.AsyncClient, member: Member, entry: Mapping[str, Any]) -> None:
+        running = await self._streams(member.name)
+        if running is not None and running >= member.slots:
+            return
+        name = canonical_name(entry["name"])
+        digest = digest_of(str(entry.get("digest") or ""))
+        options = check({}, self._policies.get(name, NO_POLICY)) | {"temperature": 0.0, "num_predict": TOKENS}
+        kept = {"model": entry["name"], "options": options, "keep_alive": stays(entry.get("expires_at"), time.time())}
+
+        async def post(path: str, body: object) -> bytes:
+            if path != SHOW and not await self._may(client, member, entry["name"]):
+                raise ValueError("it is not in memory any more, or about to leave")
+            return await _post(client, member.url + path, body)
+
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await examine(post, kept)
+        except Unfit as reason:
+            self.verdicts[digest] = Verdict(str(reason), time.monotonic())
+            log.info("%s: an answer that is cut is not continued: %s", name, reason)
+        except (httpx.HTTPError, TimeoutError, ValueError, KeyError) as error:
+            log.info("%s on %s: whether its answers can be continued is not known: %r", name, member.name, error)
+        else:
+            self.verdicts[digest] = Verdict(PASSED, time.monotonic())
+            log.info("%s: an answer that is cut is continued on another node", name)
+
+
+async def examine(post: Post, kept: Mapping[str, Any]) -> None:
+    """Write and continue a chat and a completion by `post`; `kept` are the fields of every body.
+
+    Raises:
+        Unfit: an answer was not continued to the same end, or could not be.
+        httpx.HTTPError, ValueError: the node did not answer as one.
+    """
+    shown = answers.value(await post(SHOW, {"model": kept["model"]}))
+    if "num_predict" in str(shown.get("parameters") or ""):
+        raise Unfit("its own parameters bound every answer (num_predict)")
+    chat = {**kept, "messages": [{"role": "user", "content": TEXT}]}
+    for route, body in (("/api/chat", chat), ("/api/generate", {**kept, "prompt": TEXT})):
+        pieces = await _pieces(post, route, body)
+        if len(pieces) < len(CUTS):
+            raise Unfit(f"{route}: an answer of {len(pieces)} tokens shows nothing")
+        for cut in sorted({min(cut, len(pieces) - 1) for cut in CUTS}):
+            rest = rest_of(msgspec.json.encode(body), "".join(pieces[:cut]), cut)
+            assert rest is not None
+            rendering = Rendering(0)
+            rendering.feed(await post(route, msgspec.json.decode(rest.rendering)))
+            rendering.finish()
+            again = msgspec.json.decode(rest.request(rendering.prompt))
+            if "".join(await _pieces(post, GENERATE.decode(), again)) != "".join(pieces[cut:]):
+                raise Unfit(f"{route}: cut after {cut} tokens it went on otherwise")
+
+
+async def _post(client: httpx.AsyncClient, url: str, body: object) -> bytes:
+    status, content = await answers.fetch(client, "POST", url, body)
+    if status in (400, 404, 501):
+        raise Unfit(answers.shown(content))
+    if status != 200:
+        raise ValueError(f"status {status}: {answers.shown(content)}")
+    return content
+
+
+async def _pieces(post: Post, path: str, body: Mapping[str, Any]) -> list[str]:
+    pieces: list[str] = []
+    for line in (await post(path, {**body, "stream": True})).splitlines():
+        value = answers.value(line)
+        if value.get("error"):
+            raise ValueError(str(value["error"]))
+        part = value.get("message", value)
+        if not isinstance(part, dict) or part.get("thinking") or part.get("tool_calls"):
+            raise Unfit("its answers are more than text")
+        said = part.get("content") if "message" in value else part.get("response")
+        if isinstance(said, str) and said:
+            pieces.append(said)
+    return pieces

@@ -1,0 +1,183 @@
+"""Runners that hang: seen by their streams, asked for one token, and left alone until they give it.
+
+A runner is a model on a node. It is suspect when no stream on it has progressed for its budget, and gets no new work
+(`corral.fleet.choose`). Then it is asked for one token (the canary). One that gives it is clear; one that does not is
+ejected: its streams are given up, to be tried or gone on with elsewhere, and it is asked again until it answers. What
+is not in the node's memory is loading, and no runner's fault; nor are requests whose caller takes no more bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from corral.fleet.node import Node, NodeState, canonical_name
+from corral.gateway.metrics import WHOLE
+from corral.gateway.upstream import Handler, UpstreamConnection
+from corral.wire.common import encode
+
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
+    from corral.gateway.server import Gateway
+
+SILENCE: Final = 5.0
+"""Seconds without progress that any runner may take."""
+PREFILL: Final = 3.0
+"""So many times what reading its prompts should take a runner may be silent."""
+RATE: Final = 100.0
+"""Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
+LONG: Final = 64
+"""Tokens of a prompt from which on its time says something of that rate."""
+CANARY: Final = 4.0
+AGAIN: Final = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Canary(Handler):
+    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again)."""
+
+    def __init__(self, gateway: Gateway, node: Node, model: str, due: float) -> None:
+        self._gateway, self.node, self.model, self.due = gateway, node, model, due
+        self.until = 0.0
+        self.answered = self.ejected = False
+        self._status = 0
+        self._connection: UpstreamConnection | None = None
+
+    def ask(self, now: float) -> None:
+        """Send it, on a connection of its own."""
+        self.until, self._status = now + CANARY, 0
+        self._gateway.upstreams.connect(self._gateway.nodes_address, self._connected)
+
+    def _connected(self, connection: UpstreamConnection | OSError) -> None:
+        if isinstance(connection, OSError):
+            return
+        if not self.until:
+            connection.abort()
+            return
+        self._connection = connection
+        policy = self._gateway.snapshot.policy(self.model)
+        options = {"num_predict": 1} | ({"num_ctx": policy.num_ctx} if policy is not None and policy.num_ctx else {})
+        asked = {"model": self.model, "prompt": "a", "raw": True, "stream": False, "keep_alive": -1}
+        body = encode({**asked, "options": options | (dict(policy.pinned) if policy is not None else {})})
+        head = (b"POST /api/generate HTTP/1.1\r\nHost: nodes\r\n", self.node.header, b"Content-Length: ")
+        connection.send(b"".join((*head, str(len(body)).encode(), b"\r\n\r\n", body)), self)
+
+    def on_head(self, status: int, proxied: bytes) -> None:
+        self._status = 0 if proxied else status
+
+    def on_body(self, data: bytes) -> None:
+        """One token or none: the end says it."""
+
+    def on_end(self) -> None:
+        # A model that cannot generate (400) has a runner that answers.
+        self.answered = self._status in (200, 400)
+        self._connection = None
+
+    def on_lost(self, untouched: bool) -> None:
+        self._connection = None
+
+    def close(self) -> None:
+        """Ask no more."""
+        self.until = 0.0
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+
+
+class Health:
+    """What a gateway knows of runners. ``ejections`` counts them, ``frozen`` those that were too many at once."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._latest: dict[tuple[str, str], float] = {}
+        self._clear_at: dict[tuple[str, str], float] = {}
+        self.rates: dict[str, float] = {}
+        self.canaries: dict[tuple[str, str], Canary] = {}
+        self.ejections = self.frozen = 0
+
+    def first_token(self, exchange: Exchange, now: float) -> None:
+        """A model has read a prompt; of the rates that are seen the slowest counts, and fades."""
+        decoded = exchange.decoded
+        if decoded is None or decoded.estimate < LONG:
+            return
+        asked = exchange.deadline - self._gateway.first_token
+        rate = decoded.estimate / max(0.001, now - asked)
+        known = self.rates.get(exchange.model)
+        self.rates[exchange.model] = rate if known is None else min(rate, known * 1.05)
+
+    def look(self, now: float) -> None:
+        """Look at every stream, and go on with what is suspect. Each half second."""
+        gateway = self._gateway
+        budgets: dict[tuple[str, str], float] = {}
+        silent: dict[tuple[str, str], list[Exchange]] = {}
+        latest: dict[tuple[str, str], float] = {}
+        for exchange in gateway.running:
+            node = gateway.snapshot.nodes.get(exchange.node_name)
+            if node is None or exchange.paused or exchange.path in WHOLE:
+                continue
+            runner = (node.name, canonical_name(exchange.model))
+            if runner[1] not in node.resident:
+                continue
+            silent.setdefault(runner, []).append(exchange)
+            # Its deadline moves with each token.
+            since = exchange.deadline - (gateway.between_tokens if exchange.first_token else gateway.first_token)
+            known = max(self._latest.get(runner, 0.0), self._clear_at.get(runner, 0.0))
+            latest[runner] = max(since, latest.get(runner, known))
+            budget = SILENCE
+            if not exchange.first_token and exchange.decoded is not None:
+                budget = max(SILENCE, PREFILL * exchange.decoded.estimate / self.rates.get(exchange.model, RATE))
+            budgets[runner] = max(budget, budgets.get(runner, 0.0))
+        self._latest = latest
+        self._clear_at = {runner: at for runner, at in self._clear_at.items() if runner in latest}
+        for runner, budget in budgets.items():
+            if runner not in self.canaries and now - latest[runner] > budget:
+                self._suspect(runner, now)
+        for runner, canary in list(self.canaries.items()):
+            self._go_on(runner, canary, silent.get(runner) or [], latest.get(runner, 0.0), now)
+
+    def _suspect(self, runner: tuple[str, str], now: float) -> None:
+        node = self._gateway.snapshot.nodes.get(runner[0])
+        if node is None or node.state is not NodeState.READY:
+            return
+        log.warning("%s: no stream of %s progresses: it gets no new ones until it gives a token", node.name, runner[1])
+        node.suspects |= {runner[1]}
+        self.canaries[runner] = Canary(self._gateway, node, runner[1], now)
+
+    def _go_on(
+        self, runner: tuple[str, str], canary: Canary, streams: list[Exchange], progressed: float, now: float
+    ) -> None:
+        node = canary.node
+        if canary.answered or self._gateway.snapshot.nodes.get(node.name) is not node or runner[1] not in node.resident:
+            self._clear(runner, canary, now)
+        elif not canary.until:
+            if now >= canary.due:
+                canary.ask(now)
+        elif progressed > canary.until - CANARY:
+            self._clear(runner, canary, now)  # a stream went on: the token waits in a queue
+        elif now >= canary.until:
+            canary.close()
+            canary.due = now + AGAIN
+            if not canary.ejected and not self._too_many():
+                canary.ejected = True
+                self.ejections += 1
+                log.warning("%s: %s gives no token: its %d streams go elsewhere", node.name, runner[1], len(streams))
+            if canary.ejected:
+                for exchange in streams:
+                    exchange.deadline = min(exchange.deadline, now)  # the next look at deadlines gives it up
+
+    def _clear(self, runner: tuple[str, str], canary: Canary, now: float) -> None:
+        canary.close()
+        self._clear_at[runner] = now  # the token counts as a stream's would
+        canary.node.suspects -= {runner[1]}
+        del self.canaries[runner]
+        log.warning("%s: %s gives tokens again, or has left", canary.node.name, runner[1])
+
+    def _too_many(self) -> bool:
+        """Whether one more would make more than half of the nodes: then it is this gateway that sees wrongly."""
+        ejected = {canary.node.name for canary in self.canaries.values() if canary.ejected}
+        suspect = {canary.node.name for canary in self.canaries.values()}
+        if len(ejected | suspect) * 2 <= len(self._gateway.snapshot.nodes):
+            return False
+        self.frozen += 1
+        return True

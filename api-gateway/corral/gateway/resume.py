@@ -1,0 +1,149 @@
+"""Step 8, after the first token: another node goes on with an answer that its node left.
+
+Two requests to that node: one that renders the prompt, and one for what comes behind the prompt and what was sent
+(`corral.wire.continuation`). The exchange goes on meanwhile as if nothing were amiss.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from corral.fleet.node import Node, canonical_name
+from corral.gateway import schedule
+from corral.gateway.recover import CRASHES_MAX, Failure, may_retry
+from corral.gateway.snapshot import Snapshot
+from corral.wire.common import Decoded, Responder
+from corral.wire.continuation import GENERATE, Rendering, Rest, Resumed, rest_of
+from corral.wire.transcript import Transcript
+
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
+    from corral.gateway.relay import Attempt
+
+CHAT = b"/api/chat"
+
+log = logging.getLogger(__name__)
+
+
+def keep(decoded: Decoded, snapshot: Snapshot) -> None:
+    """Have what is said kept, where the model can be gone on with."""
+    if decoded.transcript is None and canonical_name(decoded.model) in snapshot.continuable:
+        decoded.transcript = Transcript(decoded.upstream_path == CHAT)
+
+
+class Resume:
+    """An answer that other nodes go on with. ``first`` is the request; ``nodes`` wrote it, joined by commas."""
+
+    def __init__(self, first: Decoded, digest: str, rest: Rest, node: str) -> None:
+        self.first, self._digest, self._rest = first, digest, rest
+        self.nodes = node
+        self._inner: Responder = first.responder
+        self._rendering: Rendering | None = None
+        self._resumed: Resumed | None = None
+
+    def again(self) -> None:
+        """The node that went on has failed too: what it added is sent, and counts."""
+        resumed, self._resumed, self._rendering = self._resumed, None, None
+        if resumed is not None:
+            self._rest = self._rest.more(resumed.sent(), resumed.tokens)
+
+    def node(self, snapshot: Snapshot, tenant: str, now: float, tried: tuple[str, ...]) -> Node | None:
+        """The node to go on with: one whose model is the same file."""
+        return schedule.elsewhere(snapshot, tenant, self.first.model, self._digest, now, tried)
+
+    def begin(self, node: Node) -> Decoded:
+        """The first of the two requests."""
+        self.nodes += f",{node.name}"
+        first = self.first
+        self._rendering = rendering = Rendering(self._rest.tokens)
+        body = self._rest.rendering
+        return Decoded(first.upstream_path, first.model, body, first.estimate, first.max_tokens, rendering)
+
+    def rendered(self) -> Decoded | None:
+        """The second one, after the first was answered; None: that was the second. Raises UpstreamNonsense."""
+        rendering, self._rendering = self._rendering, None
+        if rendering is None:
+            return None
+        rendering.finish()
+        first, rest = self.first, self._rest
+        mark = {"continued": self.nodes.split(",")}
+        chat = first.upstream_path == CHAT
+        self._resumed = resumed = Resumed(self._inner, chat, rest, first.estimate, mark)
+        body = rest.request(rendering.prompt)
+        return Decoded(GENERATE, first.model, body, first.estimate, first.max_tokens, resumed)
+
+
+def blame(exchange: Exchange, failure: Failure, node: Node) -> None:
+    """A request was there when a node or its runner crashed; it may be why."""
+    decoded = exchange.resumption.first if exchange.resumption is not None else exchange.decoded
+    assert decoded is not None
+    # Who was there too has failed before, and had the node left alone, or is still to fail.
+    alone = not node.in_flight and node.shunned_until <= monotonic()
+    if exchange.gateway.crashed(decoded, exchange.crashes, failure is Failure.CRASH, alone):
+        exchange.crashes = CRASHES_MAX
+
+
+def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
+    """Have another node go on with an answer of which the caller has the beginning; False where none can."""
+    gateway = exchange.gateway
+    told = gateway.metrics.continuations
+    resume = exchange.resumption
+    if resume is not None:
+        resume.again()
+    else:
+        resume = _resume(exchange, node)
+        if resume is None:
+            told["ineligible"] += 1
+            return False
+    now = monotonic()
+    other = resume.node(gateway.snapshot, exchange.tenant, now, exchange.tried)
+    if other is None or not may_retry(failure, exchange, len(gateway.snapshot.nodes), gateway.retries):
+        if exchange.resumption is None:
+            told["no_node"] += 1
+        return False
+    log.warning("%s: %s goes on with what %s left: %s", exchange.request_id, other.name, node.name, failure.value)
+    exchange.decoded = decoded = resume.begin(other)
+    exchange.resumes(resume)
+    exchange.ask(other, decoded, now)
+    return True
+
+
+def end_early(exchange: Exchange, attempt: Attempt | None) -> None:
+    """The answer is whole, though its node would go on."""
+    if attempt is not None:
+        attempt.abandon()
+        exchange.answered()
+
+
+def goes_on(exchange: Exchange, node: Node) -> bool:
+    """Whether it was the prompt that a node answered with, and the rest of the answer is still to come.
+
+    Raises:
+        UpstreamNonsense: it was no prompt.
+    """
+    resume = exchange.resumption
+    decoded = resume.rendered() if resume is not None else None
+    if decoded is None:
+        return False
+    exchange.decoded = decoded
+    exchange.ask(node, decoded, monotonic())
+    return True
+
+
+def _resume(exchange: Exchange, node: Node) -> Resume | None:
+    """How the answer that `node` left in the midst can be gone on with; None where it cannot.
+
+    It cannot where the model has not passed control's test of it on just this file, or the answer is more than text.
+    """
+    decoded = exchange.decoded
+    transcript = decoded.transcript if decoded is not None else None
+    if decoded is None or transcript is None or not transcript.close():
+        return None
+    name = canonical_name(decoded.model)
+    digest = schedule.digest_on(node, name)
+    if not digest or exchange.gateway.snapshot.continuable.get(name) != digest:
+        return None
+    rest = rest_of(decoded.body, transcript.text, transcript.tokens)
+    return Resume(decoded, digest, rest, node.name) if rest is not None else None

