@@ -1,0 +1,96 @@
+"""Which nodes a request prefers: those whose cache holds the start of its prompt. And how fast nodes are, as measured.
+
+A node keeps what it computed of the last prompt of each slot, so the next turn of a conversation costs only what is new
+where the last one ran. Prompts are compared by hashes of their beginnings, salted with the tenant's name: no request
+finds out by its latency what another tenant asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from zlib import crc32
+
+BLOCK = 4096
+"""A text is told apart every so many characters."""
+CHAIN_MAX = 64
+PREFERRED_MAX = 3
+REMEMBERED = 20_000
+EMBED_BATCH = 64
+"""How many inputs of an embedding request go to a node at once."""
+SAMPLE_MIN = 16
+_SHARE = 0.1
+
+
+def chain(tenant: str, model: str, texts: Iterable[str]) -> list[int]:
+    """A hash of each beginning of a prompt, the shortest first; `texts` are its messages in their order."""
+    value = crc32(f"{tenant}\0{model}".encode())
+    found: list[int] = []
+    for text in texts:
+        for at in range(0, len(text) or 1, BLOCK):
+            if len(found) >= CHAIN_MAX:
+                return found
+            value = crc32(text[at : at + BLOCK].encode("utf-8", "surrogatepass"), value)
+            found.append(value)
+        value = crc32(b"\0", value)
+    return found
+
+
+class Affinity:
+    """Where prompts ran lately; at most `limit` beginnings are remembered, those used last."""
+
+    def __init__(self, limit: int = REMEMBERED) -> None:
+        self.limit = limit
+        self._nodes: dict[int, str] = {}
+
+    def preferred(self, chain: list[int]) -> tuple[str, ...]:
+        """Nodes that know a beginning of the prompt, that of the longest first."""
+        found: list[str] = []
+        nodes = self._nodes
+        for value in reversed(chain):
+            node = nodes.get(value)
+            if node is not None and node not in found:
+                found.append(node)
+                if len(found) == PREFERRED_MAX:
+                    break
+        return tuple(found)
+
+    def note(self, chain: list[int], node: str) -> None:
+        """A prompt runs on a node."""
+        nodes = self._nodes
+        for value in chain:
+            nodes.pop(value, None)
+            nodes[value] = node
+        while len(nodes) > self.limit:
+            del nodes[next(iter(nodes))]
+
+    def forget(self, node: str) -> None:
+        """A node has lost what it knew: it started anew, or unloaded the model."""
+        self._nodes = {value: name for value, name in self._nodes.items() if name != node}
+
+
+class Speeds:
+    """Tokens/s of a stream on each (node, model), as streams that ended show it; 0.0 is not known."""
+
+    def __init__(self) -> None:
+        self._speeds: dict[tuple[str, str], float] = {}
+
+    def note(self, node: str, model: str, tokens: int, seconds: float) -> None:
+        """A stream has made `tokens` in `seconds` after its first."""
+        if tokens < SAMPLE_MIN or seconds <= 0:
+            return
+        speed = tokens / seconds
+        old = self._speeds.get((node, model))
+        self._speeds[node, model] = speed if old is None else old + _SHARE * (speed - old)
+
+    def of(self, node: str, model: str) -> float:
+        """What was measured there."""
+        return self._speeds.get((node, model), 0.0)
+
+    def fastest(self, model: str) -> float:
+        """The best node's."""
+        return max([speed for (_, name), speed in self._speeds.items() if name == model], default=0.0)
+
+
+def batches(inputs: int) -> list[tuple[int, int]]:
+    """The ranges of inputs that go to a node one after the other, so that chats get their turn between them."""
+    return [(first, min(inputs, first + EMBED_BATCH)) for first in range(0, inputs, EMBED_BATCH)]

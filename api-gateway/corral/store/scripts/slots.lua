@@ -1,0 +1,193 @@
+-- Slots and tickets, as `corral.fleet.ledger` has them: what the scripts that change them share. P is the store's prefix.
+--
+--   places:MODEL   hash, node -> "state generation slots step"
+--   used:MODEL     hash, node -> slots that are held
+--   load:MODEL     sorted set of the nodes where it is resident, by load: used * step, and FULL more without a free slot
+--   total:MODEL    slots where it is resident
+--   busy:NODE      hash: requests, long prompts that are read, embeds; slots: the most that a resident model has there
+--   models:NODE    set of the models that have a place there
+--   wait:MODEL:K   sorted set of the tickets of a kind (0 short, 1 long, 2 embeddings): "gateway id" by start time, us
+--   queued         set of models with tickets
+--   finish:MODEL   sorted set: when the last ticket of each key would be done, us
+--   asked          hash, model -> requests that have asked for it
+--   held:GATEWAY   hash, id -> "t model kind score preferred" a ticket, "g model kind node generation reads" a slot
+--   live           sorted set, gateway -> when its lease ends, us
+-- A name has no space: gateways, nodes and ids are made by Corral, and no model's name holds one.
+--
+-- A slot that is given to a ticket is told on the channel wake:GATEWAY: "id node generation".
+local FULL, EMBED_SHARE, CANDIDATES = 1e12, 4, 16
+local AHEAD_MAX, BATCH_LATER, LATER, TURNS = 30000000, 60000000, 500000, 100
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+
+local function words(text)
+  local found = {}
+  for word in string.gmatch(text, '%S+') do found[#found + 1] = word end
+  return found
+end
+
+local function place_of(model, node)
+  local text = redis.call('HGET', P .. 'places:' .. model, node)
+  if not text then return nil end
+  local state, generation, slots, step = string.match(text, '(%S+) (%d+) (%d+) (%S+)')
+  return { state = state, generation = tonumber(generation), slots = tonumber(slots), step = tonumber(step) }
+end
+
+-- Put a place where its load belongs among the model's, or take it out.
+local function arrange(model, node, place, used)
+  if place and place.state == 'resident' then
+    local load = used * place.step
+    redis.call('ZADD', P .. 'load:' .. model, used < place.slots and load or load + FULL, node)
+  else
+    redis.call('ZREM', P .. 'load:' .. model, node)
+  end
+end
+
+local function takes(node, kind)
+  if kind == '0' then return true end
+  local busy = redis.call('HMGET', P .. 'busy:' .. node, 'requests', 'long', 'embeds', 'slots')
+  local function count(at) return tonumber(busy[at]) or 0 end
+  if kind == '2' then return count(3) < math.max(1, math.floor(count(4) / EMBED_SHARE)) end
+  return count(2) <= 0 or count(1) <= count(2)
+end
+
+local function find(model, kind, preferred)
+  local key = P .. 'load:' .. model
+  for _, node in ipairs(preferred) do
+    local load = redis.call('ZSCORE', key, node)
+    if load and tonumber(load) < FULL and takes(node, kind) then return node end
+  end
+  local nodes = redis.call('ZRANGE', key, 0, kind == '0' and 0 or CANDIDATES - 1, 'WITHSCORES')
+  for at = 1, #nodes, 2 do
+    if tonumber(nodes[at + 1]) >= FULL then return nil end
+    if takes(nodes[at], kind) then return nodes[at] end
+  end
+  return nil
+end
+
+local function give(gateway, id, model, kind, node, reads)
+  local place = place_of(model, node)
+  local used = redis.call('HINCRBY', P .. 'used:' .. model, node, 1)
+  arrange(model, node, place, used)
+  redis.call('HINCRBY', P .. 'busy:' .. node, 'requests', 1)
+  if kind == '2' then redis.call('HINCRBY', P .. 'busy:' .. node, 'embeds', 1) end
+  if kind == '1' and reads then redis.call('HINCRBY', P .. 'busy:' .. node, 'long', 1) end
+  local generation = place and place.generation or 0
+  local text = table.concat({ 'g', model, kind, node, generation, kind == '1' and reads and 1 or 0 }, ' ')
+  redis.call('HSET', P .. 'held:' .. gateway, id, text)
+  return generation
+end
+
+-- Give what is free of a model to those who wait, in their order; `node` is where something has become free. Who does
+-- not listen, since the gateway is dead or connects anew, stands half a second further back.
+local function serve(model, node)
+  for _ = 1, TURNS do
+    local heads = {}
+    for kind = 0, 2 do
+      local first = redis.call('ZRANGE', P .. 'wait:' .. model .. ':' .. kind, 0, 0, 'WITHSCORES')
+      if first[1] then heads[#heads + 1] = { first[1], tonumber(first[2]), tostring(kind) } end
+    end
+    if #heads == 0 then
+      redis.call('SREM', P .. 'queued', model)
+      return
+    end
+    table.sort(heads, function(a, b) return a[2] < b[2] or (a[2] == b[2] and a[1] < b[1]) end)
+    local given = false
+    for _, head in ipairs(heads) do
+      local gateway, id = string.match(head[1], '(%S+) (%S+)')
+      local ticket = redis.call('HGET', P .. 'held:' .. gateway, id)
+      local preferred = ticket and words(ticket) or {}
+      local nodes = { unpack(preferred, 5) }
+      if node then nodes[#nodes + 1] = node end
+      local found = find(model, head[3], nodes)
+      local queue, channel = P .. 'wait:' .. model .. ':' .. head[3], P .. 'wake:' .. gateway
+      if found and redis.call('PUBSUB', 'NUMSUB', channel)[2] == 0 then
+        redis.call('ZINCRBY', queue, LATER, head[1])
+        given = true
+        break
+      elseif found then
+        redis.call('ZREM', queue, head[1])
+        local generation = give(gateway, id, model, head[3], found, true)
+        redis.call('PUBLISH', channel, id .. ' ' .. found .. ' ' .. generation)
+        given = true
+        break
+      end
+    end
+    if not given then return end
+  end
+end
+
+-- The same for every model on a node that somebody waits for: what runs for one bounds what may run for another.
+local function serve_node(node, first)
+  if first then serve(first, node) end
+  for _, model in ipairs(redis.call('SMEMBERS', P .. 'queued')) do
+    if model ~= first and redis.call('HEXISTS', P .. 'places:' .. model, node) == 1 then serve(model, node) end
+  end
+end
+
+-- Take back what a request of a gateway holds, a slot or a ticket. Returns its node and model, if that is a slot.
+local function take_back(gateway, id)
+  local text = redis.call('HGET', P .. 'held:' .. gateway, id)
+  if not text then return nil end
+  redis.call('HDEL', P .. 'held:' .. gateway, id)
+  local what, model, kind, node, _, reads = unpack(words(text))
+  if what == 't' then
+    redis.call('ZREM', P .. 'wait:' .. model .. ':' .. kind, gateway .. ' ' .. id)
+    return nil
+  end
+  local place = place_of(model, node)
+  local used = redis.call('HINCRBY', P .. 'used:' .. model, node, -1)
+  arrange(model, node, place, used)
+  redis.call('HINCRBY', P .. 'busy:' .. node, 'requests', -1)
+  if kind == '2' then redis.call('HINCRBY', P .. 'busy:' .. node, 'embeds', -1) end
+  if reads == '1' then redis.call('HINCRBY', P .. 'busy:' .. node, 'long', -1) end
+  return node, model
+end
+
+-- A slot for a request, or again for one that waits: {1, node, generation}; or a ticket: {2, position, slots, start time}; or {3, tickets} where too many wait.
+local function ask(gateway, id, model, kind, key, cost, weight, batch, most, preferred)
+  local text = redis.call('HGET', P .. 'held:' .. gateway, id)
+  local held = text and words(text)
+  if held and held[1] == 'g' then return { 1, held[4], tonumber(held[5]) } end
+  local queue = P .. 'wait:' .. model .. ':' .. kind
+  local member = gateway .. ' ' .. id
+  if held and redis.call('ZRANK', queue, member) == 0 then
+    -- It could not be told of its turn.
+    local node = find(model, kind, preferred)
+    if node then
+      redis.call('ZREM', queue, member)
+      return { 1, node, give(gateway, id, model, kind, node, true) }
+    end
+  end
+  local slots = tonumber(redis.call('GET', P .. 'total:' .. model) or 0)
+  if not held then
+    redis.call('HINCRBY', P .. 'asked', model, 1)
+    -- One of its kind that waits may use no slot, else it had one: nor may this.
+    if redis.call('EXISTS', queue) == 0 then
+      local node = find(model, kind, preferred)
+      if node then return { 1, node, give(gateway, id, model, kind, node, true) } end
+    end
+    local waiting = 0
+    for other = 0, 2 do waiting = waiting + redis.call('ZCARD', P .. 'wait:' .. model .. ':' .. other) end
+    if waiting >= most then return { 3, waiting } end
+    local finish = P .. 'finish:' .. model
+    local start = math.max(now, tonumber(redis.call('ZSCORE', finish, key) or 0))
+    start = math.min(start, now + AHEAD_MAX)
+    redis.call('ZREMRANGEBYSCORE', finish, '-inf', now)
+    redis.call('ZADD', finish, math.floor(start + cost / (math.max(weight, 0.01) * math.max(1, slots))), key)
+    if batch then start = start + BATCH_LATER end
+    local score = string.format('%.0f', start)
+    redis.call('ZADD', queue, score, member)
+    redis.call('SADD', P .. 'queued', model)
+    redis.call('HSET', P .. 'held:' .. gateway, id,
+      table.concat({ 't', model, kind, score, unpack(preferred) }, ' '))
+  end
+  local score = redis.call('ZSCORE', queue, member)
+  local ahead = redis.call('ZRANK', queue, member) or 0
+  for other = 0, 2 do
+    if tostring(other) ~= kind and score then
+      ahead = ahead + redis.call('ZCOUNT', P .. 'wait:' .. model .. ':' .. other, '-inf', '(' .. score)
+    end
+  end
+  return { 2, ahead + 1, slots, score }
+end

@@ -1,0 +1,192 @@
+"""The leader's hand: real nodes (simulated models), a real Valkey, gateways' slots; more models than room."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from support.limits import flush
+from support.servers import Server, embedded_node, valkey
+from support.slots import Gateway, gateways, granting
+
+from corral.control.ollama import Ollama
+from corral.control.placement import FRESH, Placement, Spot
+from corral.control.prober import Fleet, Member
+from corral.fleet.slots import PlaceState
+from corral.store.demand import generation
+from corral.store.slots import Slots, Wanted
+from corral.store.valkey import Valkey
+
+LOAD = 0.5
+MODELS = ("a:latest", "b:latest", "c:latest")
+SIMULATION = {"models": [{"name": name, "load": LOAD, "prefill": 1e6} for name in MODELS], "max_loaded": 1}
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    with ExitStack() as stack:
+        made = []
+        for number in range(2):
+            folder: Path = tmp_path_factory.mktemp(f"node-{number}")
+            (folder / "simulation.json").write_text(json.dumps(SIMULATION))
+            extra = ("--simulated", str(folder / "simulation.json"))
+            made.append(stack.enter_context(embedded_node(folder, None, None, "simulated", *extra)))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with valkey(tmp_path_factory.mktemp("store")) as server:
+        yield server
+
+
+class Leader:
+    """Ticks until it is ended."""
+
+    def __init__(self, url: str, fleet: Fleet, term: int = 1) -> None:
+        self.store = Valkey(url, timeout=5.0)
+        self.client = httpx.AsyncClient()
+        node = lambda member: Ollama(self.client, member.url)  # noqa: E731
+        self.placement = Placement(self.store, node, lambda model: {}, term=term)
+        self.fleet = fleet
+        self.task = asyncio.create_task(self._run())
+        self.connection = asyncio.create_task(self.store.run())
+
+    async def _run(self) -> None:
+        while True:
+            if self.store.connected:
+                await self.placement.tick(self.fleet.members.values(), time.monotonic())
+            await asyncio.sleep(0.1)
+
+    async def end(self) -> None:
+        for task in (self.task, self.connection):
+            task.cancel()
+        (ended, _) = await asyncio.gather(self.task, self.connection, return_exceptions=True)
+        await self.placement.close()
+        await self.client.aclose()
+        assert isinstance(ended, asyncio.CancelledError), ended
+
+
+@asynccontextmanager
+async def led(nodes: list[Server], store: Server) -> AsyncIterator[tuple[Fleet, Leader, Gateway]]:
+    """A fleet of two nodes with room for a model each, its leader, and a gateway."""
+    async with gateways(store.url, 1) as (gateway,), httpx.AsyncClient() as client:
+        for node in nodes:
+            for entry in (await client.get(node.url + "/api/ps")).json()["models"]:
+                await Ollama(client, node.url).unload(entry["name"])
+        fleet = Fleet()
+        await fleet.start([Member(f"n{at}", node.url, slots=2, max_models=1) for at, node in enumerate(nodes)])
+        leader = Leader(store.url, fleet)
+        try:
+            yield fleet, leader, gateway
+        finally:
+            await leader.end()
+            await fleet.close()
+
+
+async def served(gateway: Gateway, fleet: Fleet, name: str, model: str) -> str:
+    """Ask for a slot, see that the model is in its node's memory, give it back; the node's name."""
+    answer, more = await gateway.ask(Wanted(name, model))
+    if not answer.node:
+        assert answer.position >= 1
+        answer = await asyncio.wait_for(more, 30)
+    async with httpx.AsyncClient() as client:
+        found = (await client.get(fleet.members[answer.node].url + "/api/ps")).json()["models"]
+        assert model in [entry["name"] for entry in found], f"a slot on {answer.node}, which has {found}"
+        await asyncio.sleep(0.05)
+    gateway.slots.end(name)
+    return answer.node
+
+
+def test_models_come_and_go_with_who_waits_for_them(nodes: list[Server], store: Server) -> None:
+    """Three models on two nodes with room for one each: every request runs where its model is in memory."""
+
+    async def work() -> None:
+        async with led(nodes, store) as (fleet, leader, gateway):
+            asked = (served(gateway, fleet, f"r{number}", MODELS[number % 3]) for number in range(30))
+            async with asyncio.timeout(60):
+                assert set(await asyncio.gather(*asked)) == {"n0", "n1"}
+            reasons = [text for model in MODELS for _, text in leader.placement.why(model)]
+            assert any("load on" in text for text in reasons)
+            assert any("makes room" in text for text in reasons), reasons
+
+    asyncio.run(work())
+
+
+def test_a_new_leader_goes_on_and_a_flushed_store_is_told(nodes: list[Server], store: Server) -> None:
+    async def work() -> None:
+        async with led(nodes, store) as (fleet, leader, gateway):
+            async with asyncio.timeout(30):
+                where = await served(gateway, fleet, "r1", MODELS[0])
+            await leader.end()
+            await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
+            await granting(gateway)
+            _, more = await gateway.ask(Wanted("r2", MODELS[0]))
+            await asyncio.sleep(0.3)
+            assert not more.done(), "nobody has told where it is"
+            second = Leader(store.url, fleet, 2)
+            try:
+                began = time.monotonic()
+                assert (await asyncio.wait_for(more, 10)).node == where
+                assert time.monotonic() - began < 2.0, "nothing was loaded for it"
+                # A leader that stays tells a store that forgets, too.
+                gateway.slots.end("r2")
+                await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
+                await granting(gateway)
+                async with asyncio.timeout(10):
+                    assert await served(gateway, fleet, "r3", MODELS[0]) == where
+                # What the first one says now is heard no more.
+                late = Slots(second.store, Valkey(store.url), "late")
+                first = await generation(second.store, 1)
+                assert not await late.place(where, MODELS[0], "absent", first, 1, 1e6)
+            finally:
+                leader.task = leader.connection = asyncio.create_task(asyncio.sleep(60))
+                leader.client = httpx.AsyncClient()
+                await second.end()
+
+    asyncio.run(work())
+
+
+def test_a_node_that_goes_has_no_slots(nodes: list[Server], store: Server) -> None:
+    async def work() -> None:
+        async with led(nodes, store) as (fleet, leader, gateway):
+            async with asyncio.timeout(30):
+                where = await served(gateway, fleet, "r1", MODELS[0])
+            member = fleet.members[where]
+            await fleet.remove(where)
+            async with asyncio.timeout(5):
+                while (where, MODELS[0]) in leader.placement.spots:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            async with asyncio.timeout(30):
+                assert await served(gateway, fleet, "r2", MODELS[0]) != where
+            await fleet.add(member)
+
+    asyncio.run(work())
+
+
+def test_what_a_probe_found_before_a_load_or_an_unload_undoes_neither() -> None:
+    member = Member("n1", "http://127.0.0.1:9", up=True)
+    placement = Placement(
+        Valkey("redis://127.0.0.1:9"), lambda member: Ollama(httpx.AsyncClient(), ""), lambda model: {}
+    )
+    placement.spots["n1", "a:latest"] = Spot(PlaceState.RESIDENT, 100.0)
+    placement.finished("n1", "a:latest", PlaceState.RESIDENT, 100.0)
+    placement.look(member, {}, 100.5)
+    assert placement.spots["n1", "a:latest"].state is PlaceState.RESIDENT
+    placement.look(member, {}, 100.1 + FRESH)
+    assert placement.spots["n1", "a:latest"].state is PlaceState.ABSENT
+    placement.finished("n1", "a:latest", PlaceState.ABSENT, 200.0)
+    member.ps = [{"name": "a:latest"}]
+    placement.look(member, {}, 200.5)
+    assert placement.spots["n1", "a:latest"].state is PlaceState.ABSENT
+    del placement.spots["n1", "a:latest"]  # the store has heard
+    placement.look(member, {}, 200.6)
+    assert ("n1", "a:latest") not in placement.spots
+    placement.look(member, {}, 200.1 + FRESH)
+    assert placement.spots["n1", "a:latest"].state is PlaceState.RESIDENT

@@ -1,0 +1,59 @@
+"""Where a request prefers to run, and how fast nodes are."""
+
+from __future__ import annotations
+
+from corral.fleet.dispatch import BLOCK, CHAIN_MAX, Affinity, Speeds, batches, chain
+
+
+def test_the_next_turn_of_a_conversation_prefers_the_node_of_the_last() -> None:
+    affinity = Affinity()
+    first = ["You are a horse.", "Hello"]
+    affinity.note(chain("t", "m", first), "n1")
+    affinity.note(chain("t", "m", ["You are a horse.", "Other"]), "n2")
+    assert affinity.preferred(chain("t", "m", [*first, "Hi!", "And now?"])) == ("n1", "n2")
+    assert affinity.preferred(chain("t", "m", ["You are a horse.", "New"])) == ("n2",), "the same tenant's beginning"
+
+
+def test_no_preference_tells_of_another_tenant_or_model() -> None:
+    affinity = Affinity()
+    affinity.note(chain("t", "m", ["secret"]), "n1")
+    assert affinity.preferred(chain("u", "m", ["secret"])) == ()
+    assert affinity.preferred(chain("t", "n", ["secret"])) == ()
+
+
+def test_messages_are_told_apart_where_they_end() -> None:
+    assert chain("t", "m", ["ab", "c"])[-1] != chain("t", "m", ["a", "bc"])[-1]
+
+
+def test_a_long_text_has_more_than_one_beginning_and_not_too_many() -> None:
+    text = "x" * BLOCK * 3
+    assert chain("t", "m", [text + "a"])[:3] == chain("t", "m", [text + "b"])[:3]
+    assert len(chain("t", "m", ["x" * BLOCK * 1000])) == CHAIN_MAX
+    assert chain("t", "m", ["\ud800"]), "half of a pair, as JSON can hold it"
+
+
+def test_what_is_remembered_is_bounded_and_what_a_node_forgot_is_forgotten() -> None:
+    affinity = Affinity(limit=4)
+    for value in range(10):
+        affinity.note([value], f"n{value}")
+    affinity.note([6], "n0")
+    assert affinity.preferred(list(range(10))) == ("n9", "n8", "n7")
+    affinity.forget("n9")
+    assert affinity.preferred(list(range(10))) == ("n8", "n7", "n0")
+
+
+def test_speeds_are_means_of_streams_that_are_long_enough() -> None:
+    speeds = Speeds()
+    speeds.note("n1", "m", 5, 1.0)
+    assert speeds.of("n1", "m") == 0.0
+    speeds.note("n1", "m", 60, 1.0)
+    speeds.note("n1", "m", 160, 2.0)
+    speeds.note("n2", "m", 20, 1.0)
+    assert speeds.of("n1", "m") == 62.0
+    assert speeds.fastest("m") == 62.0 and speeds.fastest("other") == 0.0
+
+
+def test_a_bulk_of_embeddings_is_split() -> None:
+    assert batches(0) == []
+    assert batches(64) == [(0, 64)]
+    assert batches(130) == [(0, 64), (64, 128), (128, 130)]

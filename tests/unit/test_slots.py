@@ -1,0 +1,385 @@
+"""Slots and tickets in a real Valkey and a real Redis: as the ledger has them, whatever gateways and stores do."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.limits import flush
+from support.servers import STORES, Server, valkey
+from support.slots import Gateway, gateways, granting
+
+from corral.fleet.ledger import Grant, Ledger
+from corral.fleet.slots import PlaceState, step_of
+from corral.fleet.tickets import LONG, Request, Ticket
+from corral.store.budget import ADMIT, EPOCH, GRANTS, PREFIX, RESERVE, Budget, sha
+from corral.store.slots import Wanted, combined
+from corral.store.valkey import ValkeyDown
+
+RESIDENT = PlaceState.RESIDENT
+
+
+@pytest.fixture(scope="module", params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
+        yield server
+
+
+async def place(gateway: Gateway, node: str, model: str, state: str, generation: int, slots: int) -> bool:
+    return await gateway.slots.place(node, model, state, generation, slots, step_of(slots, 0, 0))
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("ask"),
+            st.sampled_from("ab"),
+            st.sampled_from((0, 0, 0, 1, 2)),
+            st.lists(st.sampled_from(("n1", "n2", "n3")), max_size=2).map(tuple),
+        ),
+        st.tuples(st.just("end"), st.integers(0, 30)),
+        st.tuples(st.just("read"), st.integers(0, 30)),
+        st.tuples(
+            st.just("place"),
+            st.sampled_from(("n1", "n2", "n3")),
+            st.sampled_from("ab"),
+            st.sampled_from(list(PlaceState)),
+            st.sampled_from((1, 2, 8)),
+        ),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(steps=operations)
+def test_the_store_gives_what_the_ledger_gives(store: Server, steps: list[tuple[Any, ...]]) -> None:
+    """One after the other, from three gateways: the same slots to the same requests, the same tickets."""
+
+    async def work() -> None:
+        async with gateways(store.url, 3) as made:
+            ledger = Ledger()
+            given: dict[str, str] = {}
+            late: dict[str, asyncio.Future[Any]] = {}
+            owner: dict[str, Gateway] = {}
+            now, generation = 0.0, 0
+            for node, model in (("n1", "a"), ("n2", "b")):
+                ledger.place(node, model, RESIDENT, generation, now, 2, step_of(2, 0, 0))
+                assert await place(made[0], node, model, "resident", generation, 2)
+            for step in steps:
+                now += 1.0
+                grants: list[Grant] = []
+                held = sorted([*given, *late])
+                if step[0] == "ask":
+                    id = f"r{len(owner):03}"
+                    owner[id] = gateway = made[len(owner) % 3]
+                    kind, prompt = step[2], LONG + 1 if step[2] == 1 else 1
+                    request = Request(id, gateway.name, step[1], id, prompt, embed=kind == 2)
+                    expected = ledger.ask(request, step[3], now)
+                    answer, more = await gateway.ask(Wanted(id, step[1], kind, id, preferred=step[3]))
+                    if isinstance(expected, Grant):
+                        assert answer.node == expected.node
+                        given[id] = answer.node
+                    else:
+                        assert isinstance(expected, Ticket) and not answer.node
+                        assert answer.position == ledger.position(id, step[1])
+                        assert answer.slots == ledger.slots(step[1])
+                        late[id] = more
+                elif step[0] == "place":
+                    generation += 1
+                    _, node, model, state, slots = step
+                    grants = ledger.place(node, model, state, generation, now, slots, step_of(slots, 0, 0))
+                    assert await place(made[0], node, model, state.value, generation, slots)
+                    if (node, model) in ledger.places:
+                        assert not await place(made[1], node, model, "resident", generation - 1, 99)
+                elif held:
+                    id = held[step[1] % len(held)]
+                    if step[0] == "read":
+                        if id in given:
+                            grants = ledger.read(id, now)
+                            owner[id].slots.read(id)
+                    else:
+                        model = next((g.model for g in ledger.grants.values() if g.request.id == id), "")
+                        grants = ledger.release(id, now)
+                        if not model:
+                            assert any(ledger.cancel(id, model) for model in "ab")
+                        owner[id].slots.end(id)
+                        given.pop(id, None)
+                        if id in late:
+                            late.pop(id).cancel()
+                    await owner[id].store.request(b"PING")
+                for grant in grants:
+                    async with asyncio.timeout(5):
+                        assert (await late.pop(grant.request.id)).node == grant.node
+                    given[grant.request.id] = grant.node
+                # What nobody was to hear of was not given.
+                assert not any(future.done() for future in late.values())
+            await settled(made, {id: owner[id].name for id in [*given, *late]})
+
+    asyncio.run(work())
+
+
+async def settled(made: list[Gateway], ids: dict[str, str]) -> None:
+    """What the store counts is what is held, neither more nor less."""
+    request = made[-1].store.request  # the first may be dead
+    used: Counter[tuple[bytes, bytes]] = Counter()
+    found = {}
+    for one in made:
+        held = await request(b"HGETALL", PREFIX + b"held:" + one.name.encode())
+        for id, text in zip(held[::2], held[1::2], strict=True):
+            found[id.decode()] = one.name
+            words = text.split(b" ")
+            if words[0] == b"g":
+                used[words[1], words[3]] += 1
+    assert found == ids
+    for model in (b"a", b"b"):
+        counts = await request(b"HGETALL", PREFIX + b"used:" + model)
+        for node, count in zip(counts[::2], counts[1::2], strict=True):
+            assert int(count) == used[model, node]
+
+
+async def slots_of(made: list[Gateway]) -> int:
+    """How many slots the first gateway has, as the store counts."""
+    texts = await made[-1].store.request(b"HVALS", PREFIX + b"held:" + made[0].name.encode())
+    return sum(text.startswith(b"g ") for text in texts)
+
+
+class Fleet:
+    """What truly runs on each place, as the callers see it."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.running: dict[str, set[str]] = {}
+        self.ghosts: set[str] = set()
+        self.ghosts_until = 0.0
+        """What a gateway that died had running counts until its lease may have ended."""
+        self.served = 0
+        self.errors: list[str] = []
+
+    def begin(self, id: str, node: str) -> None:
+        for others in self.running.values():
+            if id in others:
+                self.errors.append(f"{id} runs twice")
+        if self.ghosts and time.monotonic() > self.ghosts_until:
+            for others in self.running.values():
+                others -= self.ghosts
+        here = self.running.setdefault(node, set())
+        here.add(id)
+        if len(here) > self.slots:
+            self.errors.append(f"{node} is over-committed: {sorted(here)}")
+
+    def end(self, id: str, node: str) -> None:
+        self.running[node].discard(id)
+        self.served += 1
+
+
+async def caller(gateway: Gateway, fleet: Fleet, name: str, until: float, draw: random.Random) -> None:
+    """Ask, run, give back; ask anew where the store was away, for as long as it takes."""
+    number = 0
+    while time.monotonic() < until:
+        number += 1
+        id = f"{name}-{number}"
+        answer, more = await gateway.ask(Wanted(id, "a", key=name))
+        if answer.away or answer.full:
+            await asyncio.sleep(0.02)
+            continue
+        if not answer.node:
+            if draw.random() < 0.1:
+                await asyncio.sleep(draw.random() * 0.05)
+                if not more.done():
+                    gateway.slots.end(id)
+                    continue
+            answer = await asyncio.wait_for(more, 20)
+        fleet.begin(id, answer.node)
+        await asyncio.sleep(draw.random() * 0.02)
+        if draw.random() < 0.5:
+            fleet.end(id, answer.node)
+            gateway.slots.end(id)
+        else:  # and its end is told in the turn after
+            fleet.end(id, answer.node)
+            await asyncio.sleep(0)
+            gateway.slots.end(id)
+
+
+@pytest.mark.parametrize("trouble", ["none", "stall", "flush", "kill"])
+def test_no_slot_is_given_twice_and_nobody_is_lost(store: Server, trouble: str) -> None:
+    """Four gateways, eight callers each, six slots: whatever becomes of the store, all are counted at the end."""
+
+    async def work() -> None:
+        async with gateways(store.url, 4, lease=5.0, patience=0.3) as made:
+            fleet = Fleet(3)
+            for node in ("n1", "n2"):
+                await place(made[0], node, "a", "resident", 1, 3)
+            until = time.monotonic() + 3.0
+            callers = [
+                asyncio.create_task(caller(one, fleet, f"{one.name}c{number}", until, random.Random(number)))
+                for one in made
+                for number in range(8)
+            ]
+            await asyncio.sleep(1.0)
+            if trouble == "stall":
+                store.process.send(signal.SIGSTOP)
+                await asyncio.sleep(0.6)
+                store.process.send(signal.SIGCONT)
+            elif trouble == "flush":
+                await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
+                await granting(made[0])
+                for node in ("n1", "n2"):  # the leader sees that the store forgot
+                    await place(made[0], node, "a", "resident", 2, 3)
+            elif trouble == "kill":
+                fleet.ghosts_until = time.monotonic() + 5.0 - 1.5  # it was renewed within the last second
+                fleet.ghosts = {id for here in fleet.running.values() for id in here if id.startswith("g1")}
+                for task in callers[:8]:
+                    task.cancel()
+                await made[0].kill()
+                callers = callers[8:]
+                channel = PREFIX + b"wake:g1"
+                while (await made[1].store.request(b"PUBSUB", b"NUMSUB", channel))[1]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                before = await slots_of(made)
+                await asyncio.sleep(1.0)
+                assert await slots_of(made) == before, "its tickets took slots after it had died"
+            await asyncio.wait_for(asyncio.gather(*callers), 30)
+            assert not fleet.errors
+            assert fleet.served > 200
+            async with asyncio.timeout(10):  # after the next renewal nothing is held
+                while True:
+                    try:
+                        await settled(made, {})
+                        break
+                    except (AssertionError, ValkeyDown):
+                        await asyncio.sleep(0.2)
+
+    asyncio.run(work())
+
+
+def test_the_slots_of_a_gateway_that_is_killed_return_with_its_lease_and_not_before(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 2, lease=2.0) as made:
+            dead, alive = made
+            await place(alive, "n1", "a", "resident", 1, 2)
+            for number in range(2):
+                answer, _ = await dead.ask(Wanted(f"d{number}", "a"))
+                assert answer.node == "n1"
+            ticket, _ = await dead.ask(Wanted("d-waits", "a"))
+            assert ticket.position == 1
+            began = time.monotonic()
+            await dead.kill()
+            answer, more = await alive.ask(Wanted("a1", "a"))
+            assert answer.position == 2
+            late = await asyncio.wait_for(more, 10)
+            assert late.node == "n1"
+            assert 1.4 <= time.monotonic() - began <= 4.0
+            await settled([dead, alive], {"a1": "g2"})
+
+    asyncio.run(work())
+
+
+def test_a_gateway_that_was_thought_dead_tells_of_what_runs(store: Server) -> None:
+    """Its slots were given to others meanwhile: they are counted again, and nothing more is given until they end."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2, lease=1.0) as made:
+            stalled, other = made
+            await place(other, "n1", "a", "resident", 1, 1)
+            assert (await stalled.ask(Wanted("s1", "a")))[0].node == "n1"
+            keeping = stalled.tasks.pop()
+            keeping.cancel()  # as if it stood still
+            _, more = await other.ask(Wanted("o1", "a"))
+            assert (await asyncio.wait_for(more, 10)).node == "n1"
+            stalled.tasks.append(asyncio.create_task(stalled.slots.keep()))
+            async with asyncio.timeout(5):
+                while int(await other.store.request(b"HGET", PREFIX + b"used:a", b"n1")) != 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            answer, more = await other.ask(Wanted("o2", "a"))
+            assert answer.position == 1
+            other.slots.end("o1")
+            await other.store.request(b"PING")
+            assert not more.done(), "s1 still runs there"
+            stalled.slots.end("s1")
+            assert (await asyncio.wait_for(more, 5)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_a_flushed_store_gives_nothing_until_all_have_told(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 3, lease=10.0) as made:
+            await place(made[0], "n1", "a", "resident", 1, 2)
+            for number, one in enumerate(made[:2]):
+                assert (await one.ask(Wanted(f"r{number}", "a")))[0].node == "n1"
+            _, waits = await made[2].ask(Wanted("waits", "a"))
+            port = int(store.url.rpartition(":")[2].partition("/")[0])
+            await flush(port)
+            assert (await made[2].ask(Wanted("early", "a")))[0].away
+            await flush(port)  # and again, while some have told and others have not
+            await place(made[0], "n1", "a", "resident", 2, 2)
+            await granting(made[0])
+            answer, _ = await made[2].ask(Wanted("late", "a"))
+            assert (answer.node, answer.away, answer.position) == ("", False, 2), "both run, and who waited is ahead"
+            made[0].slots.end("r0")
+            assert (await asyncio.wait_for(waits, 5)).node == "n1"
+            await settled(made, {"r1": "g2", "waits": "g3", "late": "g3"})
+
+    asyncio.run(work())
+
+
+def test_what_was_given_while_nobody_heard_is_found_by_looking(store: Server) -> None:
+    """The connection that hears is gone when the slot is given."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2) as made:
+            await place(made[0], "n1", "a", "resident", 1, 1)
+            assert (await made[0].ask(Wanted("r0", "a")))[0].node == "n1"
+            _, more = await made[1].ask(Wanted("r1", "a"))
+            made[1].tasks[1].cancel()
+            await asyncio.sleep(0)
+            made[1].slots.ears.lose()
+            made[0].slots.end("r0")
+            assert (await asyncio.wait_for(more, 2)).node == "n1"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("limits", [ADMIT, RESERVE])
+def test_limits_and_slot_are_one_call(store: Server, limits: str) -> None:
+    """What the limits refuse takes no slot; what they admit gets one, or a ticket, in the same answer."""
+    whole = combined(limits)
+    key = Budget("k", rpm=600, concurrency=2, tpm=None if limits is ADMIT else 10_000)
+
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            request = one.store.request
+            await place(one, "n1", "a", "resident", 1, 1)
+            await request(b"SCRIPT", b"LOAD", whole.encode())
+            words = key.prefix.split(b"\r\n")[2::2]  # the command that asks the limits alone, up to the request's id
+            keys = int(words[2])
+
+            async def ask(id: bytes) -> Any:
+                slot = (b"g1", id, b"a", b"0", b"-", b"1000000", b"1", b"0", b"256", b"n1")
+                rest = (*words[3 + keys :], id, *([] if limits is ADMIT else [b"100"]))
+                names = words[3 : 3 + keys]
+                return await request(b"EVALSHA", sha(whole), words[2], *names, b"%d" % len(slot), *slot, *rest)
+
+            assert await ask(b"r1") == 0, "the limits do not grant yet"
+            await request(b"SET", GRANTS, b"1")
+            await request(b"SET", EPOCH, b"1")
+            verdict, slot = await ask(b"r1")
+            assert verdict[0] == 1 and slot == [1, b"n1", 1]
+            verdict, slot = await ask(b"r1")
+            assert verdict[0] == 1 and slot == [1, b"n1", 1], "a repeated call counts once"
+            verdict, slot = await ask(b"r2")
+            assert verdict[0] == 1 and slot[:3] == [2, 1, 1]
+            (verdict,) = await ask(b"r3")
+            assert verdict[0] == 0, "two at once"
+            assert await request(b"HKEYS", PREFIX + b"held:g1") == [b"r1", b"r2"]
+
+    asyncio.run(work())
