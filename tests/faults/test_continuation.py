@@ -26,13 +26,17 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def body(route: str, tokens: int = TOKENS, **more: Any) -> bytes:
-    """A streamed request of a route, with its usage."""
+def body(route: str, tokens: int = TOKENS, about: str = "the horses behind the river", **more: Any) -> bytes:
+    """A streamed request of a route, with its usage.
+
+    `about`: a prompt that is at two crashes is refused, so each test that makes one has its own.
+    """
+    prompt = f"Tell me of {about}."
     if route in (GENERATE, COMPLETE):
-        made: dict[str, Any] = {"model": MODEL, "stream": True, "prompt": "Tell me of the horses behind the river."}
+        made: dict[str, Any] = {"model": MODEL, "stream": True, "prompt": prompt}
         made |= {"options": {"num_predict": tokens}} if route == GENERATE else {"max_tokens": tokens}
     else:
-        made = json.loads(body_of(route, MODEL, tokens))
+        made = json.loads(body_of(route, MODEL, tokens, prompt))
     if route.startswith("/v1/c"):
         made["stream_options"] = {"include_usage": True}
     return json.dumps(made | more).encode()
@@ -104,13 +108,15 @@ def ready(fleet: Fleet) -> Iterator[Fleet]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_another_node_goes_on_and_the_answer_is_the_same(ready: Fleet, fault: str) -> None:
-    undisturbed = {route: ask(ready, route, body(route), "undisturbed") for route in ROUTES}
+    contents = {route: body(route, about=fault) for route in ROUTES}
+    undisturbed = {route: ask(ready, route, contents[route], "undisturbed") for route in ROUTES}
     ready.nodes["node-1"].fault(after_tokens=7, **FAULTS[fault])
     with ThreadPoolExecutor(len(ROUTES)) as pool:
         name = f"continued-{fault}-".replace(" ", "-")
         # At once: who came later would find node-1 left alone for what it did to the first.
         asked = {
-            route: pool.submit(ask, ready, route, body(route), name + route[1:].replace("/", "-")) for route in ROUTES
+            route: pool.submit(ask, ready, route, contents[route], name + route[1:].replace("/", "-"))
+            for route in ROUTES
         }
         answers = {route: future.result() for route, future in asked.items()}
     disturbed = [route for route, answer in answers.items() if answer.node == "node-1"]
@@ -135,7 +141,8 @@ def test_what_is_more_than_text_ends_with_an_error_of_its_api(ready: Fleet, rout
     thought = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"}]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": thought}]
     more = {"messages": [*turns, {"role": "user", "content": "c"}]} if route == "/v1/messages" else {"logprobs": True}
-    answer = ask(ready, route, body(route, **more), f"told-{route}".replace("/", "-"))
+    content = body(route, about=f"what {route} cannot be gone on with", **more)
+    answer = ask(ready, route, content, f"told-{route}".replace("/", "-"))
     assert (answer.node, answer.status, answer.fate) == ("node-1", 200, TOLD), answer.body[-300:]
     assert marks(answer) == []
 
