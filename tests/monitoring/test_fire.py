@@ -257,6 +257,11 @@ TOLD = [
                     'corral_requests_total{model="m",outcome="ok"}': 0}),
         Told("VersionMismatch", "said: a second version", {"control": {'corral_build_info{version="1.1"}': 1}}),
     ],
+    [
+        Told("SpoolFilling", "said: 60 of 100 bytes", {"api-gateway": {f"corral_spool_bytes{{{GATEWAY}}}": 60}}),
+        Told("CheckpointLate", "said: the last one an hour old",
+             {"control": {"corral_audit_signed_timestamp_seconds": time.time() - 3600.0}}),
+    ],
     [Told("ScrapeMissing", "a target that answers 503", {"redis": None})],
 ]  # fmt: skip
 
