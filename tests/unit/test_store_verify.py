@@ -310,3 +310,17 @@ def test_records_of_the_previous_version_stay_and_are_told_apart(tmp_path: Path,
     ids = made.database.read_now(lambda connection: set(connection.execute(select(audit.c.id)).scalars()))
     assert "old" not in ids and "open" in ids
     made.database.close()
+
+
+@pytest.mark.parametrize("tail", [1, 100, 1 << 16])
+def test_the_file_goes_on_behind_its_last_whole_line(made: Trail, monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
+    monkeypatch.setattr(ledgers, "TAIL", tail)
+    assert ledgers.last_number(made.file) == 3
+    whole = made.file.read_bytes()
+    made.file.write_bytes(whole + whole.splitlines()[0][:50])
+    assert ledgers.last_number(made.file) == 3, "a cut line is none"
+    asyncio.run(made.ledger.sign())
+    after = made.file.read_bytes()
+    assert (after[: len(whole)], after.count(b"\n"), ledgers.last_number(made.file)) == (whole, 4, 4)
+    made.file.write_bytes(after.splitlines()[0][:50])
+    assert ledgers.last_number(made.file) == 0

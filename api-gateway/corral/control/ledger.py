@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 from sqlalchemy import Connection, func, insert, select, update
@@ -26,6 +27,7 @@ from corral.store.tables import audit, audit_checkpoints, audit_streams
 ROUND = 5.0
 BREATH = 0.1
 SWEEP = 3600.0
+TAIL = 1 << 16
 SPAN_MAX = 200_000
 """Most records of a stream in one checkpoint; the next one follows at once."""
 
@@ -172,7 +174,8 @@ class Ledger:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
             # A line that a crash cut is written anew: it has no end.
-            file.seek(whole_lines(file.read()))
+            start, tail = _tail(file)
+            file.seek(start + whole_lines(tail))
             file.truncate()
             file.write(b"".join(one.line() + b"\n" for one in checkpoints))
             file.flush()
@@ -207,10 +210,24 @@ def whole_lines(data: bytes) -> int:
     return data.rfind(b"\n") + 1
 
 
+def _tail(file: BinaryIO) -> tuple[int, bytes]:
+    """The end of a file that grows for years, with one whole line at least where it has one, and where that begins."""
+    size, length = file.seek(0, os.SEEK_END), TAIL
+    while True:
+        start = max(0, size - length)
+        file.seek(start)
+        data = file.read()
+        # The first line end may be that of a line that began before.
+        if start == 0 or data.count(b"\n") > 1:
+            return start, data
+        length *= 2
+
+
 def last_number(path: Path) -> int:
     """The number of the last checkpoint of a file, 0 where there is none. Raises ValueError where it is damaged."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            _, data = _tail(file)
     except FileNotFoundError:
         return 0
     lines = data[: whole_lines(data)].splitlines()
