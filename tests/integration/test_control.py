@@ -121,12 +121,17 @@ def test_rotation_keeps_the_old_text_for_the_overlap(control: Running) -> None:
             return client.get("/admin/status").status_code == 200
 
     assert [works(text) for text in (made["key"], fresh, last)] == [False, False, True]
-    after = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 0.5}).json()
+    after = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 60}).json()
     assert after["rotating_until"] is not None
-    assert works(last)
-    version = control.snapshot().json()["version"]
-    until("the overlap ends", lambda: not works(last))
-    until("the snapshot follows", lambda: control.snapshot(since=version).status_code == 200)
+    assert [works(text) for text in (last, after["key"])] == [True, True]
+    newest = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 0.5}).json()["key"]
+
+    def verifiers() -> int:
+        return next(len(key["verifiers"]) for key in control.snapshot().json()["keys"] if key["id"] == made["id"])
+
+    until("the overlap ends", lambda: not works(after["key"]))
+    until("the snapshot follows", lambda: verifiers() == 1)
+    assert [works(text) for text in (last, newest)] == [False, True]
 
 
 def test_revocation_says_which_gateways_know(control: Running) -> None:
