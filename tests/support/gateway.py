@@ -173,6 +173,9 @@ class FakeControl:
                     self._send(200, b"{}")
                     return
                 assert self.headers["Authorization"] == f"Bearer {token}"
+                if self.path == "/internal/spent":
+                    self._send(200, b'{"day": 0, "month": 0, "used": {}, "complete": true}')
+                    return
                 control.polls += 1
                 if self.path.endswith(f"since={control.snapshot['version']}"):
                     self.send_response(304)
