@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ def test_hostile_nodes(gw: Gateway) -> None:
     # A gateway closes after an error within a stream: a connection kept for the next request would race with that.
     client = httpx.Client(headers=gw.auth, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
     seen: set[int] = set()
+    number = itertools.count()
 
     def check(path: str, stream: bool, first: bytes, edits: Any, places: list[int]) -> None:
         data = mutated(first, edits)
@@ -50,7 +52,10 @@ def test_hostile_nodes(gw: Gateway) -> None:
 
         for node in gw.nodes:
             node.script = [send] * 3
-        body = gw.chat(stream=stream) | {"prompt": "a", "input": "a", "max_tokens": 5}
+        # Each its own: a prompt that is at two crashes is refused, and no node hears of it.
+        said = f"prompt {next(number)}"
+        body = gw.chat(stream=stream) | {"prompt": said, "input": said, "max_tokens": 5}
+        body["messages"] = [{"role": "user", "content": said}]
         try:
             seen.add(client.post(gw.url + path, json=body).status_code)
         except httpx.RemoteProtocolError as cut:
