@@ -14,6 +14,7 @@ import httpx
 import yaml
 
 from corral.fleet import smollm2
+from corral.stack import models
 from support.process import free_port, until
 from support.servers import MODEL, Server, ollama
 from support.stack import Stack, stack
@@ -45,7 +46,7 @@ def make_other(url: str) -> None:
 
 
 class Pair:
-    """Two Ollama servers behind a stack. ``servers`` are by the names of their nodes."""
+    """Two Ollama servers with models of their own behind a stack. ``servers`` are by the names of their nodes."""
 
     def __init__(self, folder: Path, exits: ExitStack) -> None:
         self._folder, self._exits = folder, exits
@@ -53,6 +54,7 @@ class Pair:
         for name in ("node-1", "node-2"):
             (folder / name).mkdir()
             self._start(name, free_port())
+        models.install(self.servers["node-1"].url, threads=1)
         make_other(self.servers["node-1"].url)
         for name in self.servers:
             self.warm(name)
@@ -64,7 +66,9 @@ class Pair:
 
     def _start(self, name: str, port: int) -> None:
         cpu = (int(name[-1]) - 1) % (os.cpu_count() or 1)
-        self.servers[name] = self._exits.enter_context(ollama(self._folder / name, port, cpu))
+        self.servers[name] = self._exits.enter_context(
+            ollama(self._folder / name, port, cpu, store=self._folder / "models")
+        )
 
     def warm(self, name: str) -> None:
         """Load both models."""
