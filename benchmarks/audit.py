@@ -22,7 +22,6 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -31,35 +30,23 @@ sys.path[:0] = [str(ROOT / "api-gateway"), str(ROOT / "tests")]
 
 from sqlalchemy import Connection, func, insert, select, text, update  # noqa: E402
 from support.postgres import postgres  # noqa: E402
+from support.sealed import Direct  # noqa: E402
 
 from corral.cli.progress import Bar  # noqa: E402
 from corral.config.record import AuditSettings  # noqa: E402
 from corral.config.values import database_url  # noqa: E402
 from corral.control.ledger import Ledger  # noqa: E402
-from corral.store import retention, seal  # noqa: E402
+from corral.store import retention  # noqa: E402
 from corral.store.chain import ZERO, Span  # noqa: E402
 from corral.store.database import Database, resolve  # noqa: E402
 from corral.store.ingest import ingest  # noqa: E402
 from corral.store.spool import HEADER  # noqa: E402
 from corral.store.tables import audit, audit_checkpoints, audit_streams  # noqa: E402
-from corral.store.verify import State, verify  # noqa: E402
+from corral.store.verify import verify  # noqa: E402
 
 GROUP = 2000
 NOW = 1_800_000_000.0
 _encode = msgspec.json.Encoder().encode
-
-
-class Direct:
-    """Records straight from the database."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def state(self) -> State:
-        return self._database.read_now(seal.state)
-
-    def records(self, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
-        return self._database.read_now(seal.records, stream, after, limit)
 
 
 def frame(first: int, count: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -92,12 +91,7 @@ def ask(fleet: Fleet, route: str, content: bytes, name: str) -> Answer:
 @pytest.fixture
 def ready(fleet: Fleet) -> Iterator[Fleet]:
     """The fleet, its models tested; whatever a test did to node-1 is over."""
-
-    def tested() -> bool:
-        return {model["continuation"] for model in fleet.stack.corral("models", "list")} == {"passed"}
-
-    until(tested, "control has tried the models", 30, every=0.3)
-    time.sleep(0.6)  # a gateway asks each 500 ms
+    fleet.stack.until_continued()
     yield fleet
     fleet.nodes["node-1"].well()
     # Each gateway leaves it alone for two seconds after it failed there.

@@ -22,8 +22,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet whose gateways wait as long for a token as they do by default."""
     with run_fleet(tmp_path_factory.mktemp("patient"), patience="20s") as made:
         made.all_ready()
-        until(lambda: {m["continuation"] for m in made.stack.corral("models", "list")} == {"passed"}, "tested", 30)
-        time.sleep(0.6)  # a gateway asks each 500 ms
+        made.stack.until_continued()
         yield made
 
 

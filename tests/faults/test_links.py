@@ -12,16 +12,9 @@ from support.fleet import Fleet
 from support.fleet import fleet as run_fleet
 from support.links import RemoteNode, SlowNode, namespace
 from support.load import CHAT, WHOLE
-from support.process import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
 Matrix = Callable[[str, str, str], None]
-
-
-def until_tested(fleet: Fleet) -> None:
-    """Wait until answers can be gone on with."""
-    until(lambda: {m["continuation"] for m in fleet.stack.corral("models", "list")} == {"passed"}, "tested", 30)
-    time.sleep(0.6)  # a gateway asks each 500 ms
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +24,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Remot
     with namespace() as network:
         node = RemoteNode("node-1", folder, network)
         with run_fleet(folder, "3s", node) as made:
-            until_tested(made)
+            made.stack.until_continued()
             yield made, node
         node.kill()
 

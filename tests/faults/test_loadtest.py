@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import loadtest
 from support.fleet import MODEL, SIMULATION, Fleet
-from support.process import until
 
 from corral.loadtest.answers import KINDS
 
@@ -97,11 +95,7 @@ def test_a_limit_is_met_and_waited_out(fleet: Fleet, tmp_path: Path) -> None:
     ids=json.dumps,
 )
 def test_a_fault_of_one_node_is_not_seen(well: Fleet, tmp_path: Path, fault: dict[str, object]) -> None:
-    def tested() -> bool:
-        return {model["continuation"] for model in well.stack.corral("models", "list")} == {"passed"}
-
-    until(tested, "control has tried the models: their answers are gone on with", 30, every=0.3)
-    time.sleep(0.6)  # a gateway asks each 500 ms
+    well.stack.until_continued()
     well.nodes["node-1"].fault(**fault, count=2)
     words = (*WORDS, "--closed", "4", "--requests", "24", "--prompt-tokens", "5", "--warmup", "0")
     found, _ = loadtest.run(well.stack.url, tmp_path, *words, key=well.stack.key)

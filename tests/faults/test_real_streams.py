@@ -45,7 +45,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with ExitStack() as exits:
         made = Pair(tmp_path_factory.mktemp("pair"), exits)
         made.tested()
-        time.sleep(1.0)  # a gateway asks each 500 ms
         yield made
 
 

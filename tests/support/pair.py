@@ -15,7 +15,7 @@ import yaml
 
 from corral.fleet import smollm2
 from corral.stack import models
-from support.process import free_port, until
+from support.process import free_port
 from support.servers import MODEL, Server, ollama
 from support.stack import Stack, stack
 
@@ -111,9 +111,4 @@ class Pair:
 
     def tested(self) -> None:
         """Wait until control has tried both models, each passed, and the gateways know."""
-
-        def passed() -> bool:
-            listed = {model["name"]: model["continuation"] for model in self.stack.corral("models", "list")}
-            return listed.get(MODEL) == listed.get(OTHER) == "passed"
-
-        until(passed, "both models have passed control's test", 120, every=0.5)
+        self.stack.until_continued(MODEL, OTHER, seconds=120)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.process import free_port
+import httpx
+
+from support.process import free_port, until
 from support.servers import REPOSITORY, python_env
 
 
@@ -32,6 +34,21 @@ class Stack:
     def headers(self) -> dict[str, str]:
         """The inference key as a header."""
         return {"Authorization": f"Bearer {self.key}"}
+
+    def until_continued(self, *models: str, seconds: float = 30.0) -> None:
+        """Wait until control has tried the models (all there are), each passed, and every gateway knows."""
+
+        def passed() -> bool:
+            listed = {model["name"]: model["continuation"] for model in self.corral("models", "list")}
+            return {listed.get(name) for name in models or listed} == {"passed"}
+
+        def known() -> bool:
+            headers = {"Authorization": f"Bearer {self.admin_key}"}
+            told = httpx.get(f"{self.url}/admin/status", headers=headers, timeout=10).json()
+            return all(gateway["current"] for gateway in told["gateways"])
+
+        until(passed, "control has tried the models", seconds, every=0.3)
+        until(known, "the gateways have heard of it")
 
 
 def corral(*arguments: str, timeout: float = 120.0) -> str:

@@ -10,35 +10,22 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, delete, insert, select, text, update
+from support.sealed import Direct
 
 from corral.config.record import AuditSettings
 from corral.control import audit as trail
 from corral.control import ledger as ledgers
 from corral.control.auth import Principal
 from corral.control.ledger import Ledger
-from corral.store import seal
 from corral.store.chain import ZERO, Signer, Span, content, leaf_of, link_after, read_checkpoint
 from corral.store.database import Database, resolve, upgrade
 from corral.store.ingest import ingest
 from corral.store.spool import encode_frame
 from corral.store.tables import audit, audit_checkpoints, audit_streams
-from corral.store.verify import Report, State, verify
+from corral.store.verify import Report, verify
 
 GATEWAY = "gateway-1"
 WHO = Principal("k", "admin", "::1", "")
-
-
-class Direct:
-    """Records straight from a database."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def state(self) -> State:
-        return self._database.read_now(seal.state)
-
-    def records(self, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
-        return self._database.read_now(seal.records, stream, after, limit)
 
 
 class Trail:
