@@ -43,7 +43,7 @@ class ChainBroken(Exception):
 class Ledger:
     """Keeps the record. ``signed_at``: epoch seconds of the last round after which all there was had its checkpoint.
 
-    ``delivered``: the last checkpoint that the webhook took; ``recovered``: requests settled here.
+    ``number``: the last checkpoint in the file; ``recovered``: requests settled here.
     """
 
     def __init__(self, database: Database, settings: AuditSettings, state: Path, longest: float) -> None:
@@ -107,7 +107,7 @@ class Ledger:
             await asyncio.sleep(BREATH)
 
     def _sign(self, connection: Connection, dropped: dict[str, int] | None) -> Signed | None:
-        spans = [span for span in (self._span(connection, *row, dropped) for row in _unsigned(connection)) if span]
+        spans = [self._span(connection, *row, dropped) for row in _unsigned(connection)]
         if dropped:
             spans += [
                 self._drop_alone(connection, stream, dropped) for stream in dropped if stream not in _names(spans)

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
+from corral.wire import answers
 from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, text
-from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.errors import UpstreamNonsense
 from corral.wire.lines import RENDERED
 
 GENERATE: Final = b"/api/generate"
@@ -135,9 +136,7 @@ class Resumed(Responder):
                 raise UpstreamNonsense("lines after the last one")
             value = decode_line(line)
             if "error" in value:
-                error = value["error"]
-                told = error if isinstance(error, str) else "the node failed without a reason"
-                self.error = ApiError(502, "upstream_error", told)
+                self.error = answers.in_band_error(value["error"])
                 return b""
             out.append(self._line(value))
         return b"".join(out)
