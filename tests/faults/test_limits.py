@@ -280,6 +280,7 @@ def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet
             os.kill(gateway["pid"], signal.SIGKILL)
     for gateway in gateways:
         until(lambda gateway=gateway: _ready(gateway["url"]), "the gateway is back", 15)  # type: ignore[misc]
+    until(lambda: _ready(fleet.stack.url), "the edge has found one again", 15)
     assert [spend(fleet, key, 30) for key in keys] == [0, 0, 0]
 
 

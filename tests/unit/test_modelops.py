@@ -10,11 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
-from corral.config.settings import MirrorSettings
+from corral.config.settings import CanarySettings, MirrorSettings
 from corral.control import modelops
+from corral.control.canary import Canary
+from corral.control.measured import Residence
 from corral.control.operations import Operation, StepFailed, Work
 from corral.control.prober import Member
-from corral.fleet.catalogue import LOAD, Step, Wanted
+from corral.fleet.catalogue import LOAD, REMOVE, UNLOAD, Step, Wanted
 
 OLD, NEW = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 
@@ -41,7 +43,7 @@ class Node:
             return said(models=listed)
         body = json.loads(request.content)
         if body["keep_alive"] == 0:
-            if self.resident and body["model"] == "m":
+            if self.resident and body["model"] == "m:latest":
                 self.leaving = self.lingers
         elif self.resident is None:
             self.resident = NEW
@@ -57,14 +59,18 @@ async def looked(member: Member, fresh: bool) -> None:
     """The prober's look at the node is not what is tested."""
 
 
+async def perform(action: str, member: Member, client: httpx.AsyncClient) -> Work:
+    fleet: Any = SimpleNamespace(members={"n": member}, client=client, probe=looked, on_change=print)
+    catalogue: Any = SimpleNamespace(options=lambda name: {}, want=Wanted)
+    work = Work(Step(action, "n", "m:latest", digest=NEW))
+    worker = modelops.Worker(fleet, catalogue, MirrorSettings())
+    await worker.perform(Operation(action, SimpleNamespace(), [work]), work)  # type: ignore[arg-type]
+    return work
+
+
 def load(node: Node) -> Work:
     client = httpx.AsyncClient(transport=httpx.MockTransport(node.answer))
-    fleet: Any = SimpleNamespace(members={"n": Member("n", "http://n")}, client=client, probe=looked, on_change=print)
-    catalogue: Any = SimpleNamespace(options=lambda name: {}, want=Wanted)
-    work = Work(Step(LOAD, "n", "m", digest=NEW))
-    worker = modelops.Worker(fleet, catalogue, MirrorSettings())
-    asyncio.run(worker.perform(Operation("load", SimpleNamespace(), [work]), work))  # type: ignore[arg-type]
-    return work
+    return asyncio.run(perform(LOAD, Member("n", "http://n"), client))
 
 
 def test_a_load_waits_until_the_version_that_was_in_memory_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +92,47 @@ def test_the_version_that_is_wanted_stays(monkeypatch: pytest.MonkeyPatch) -> No
     node = Node(NEW, lingers=1000)
     load(node)
     assert (node.resident, node.leaving) == (NEW, None)
+
+
+@pytest.mark.parametrize("action", [UNLOAD, REMOVE])
+def test_what_is_unloaded_is_not_brought_back_by_the_canary(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has seen that the model is there, and asks it: the unload comes after its answer, not between."""
+    monkeypatch.setattr(modelops, "POLL", 0.0)
+    node, seen = Node(NEW, lingers=3), list[str]()
+
+    async def run() -> None:
+        asked, released = asyncio.Event(), asyncio.Event()
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            if request.method == "DELETE":
+                return said()
+            body = json.loads(request.content) if request.content else {}
+            if "prompt" in body:
+                seen.append("canary")
+                asked.set()
+                await released.wait()
+                seen.append("answered")
+                node.resident = NEW  # as Ollama does for every request
+            elif body.get("keep_alive") == 0:
+                seen.append("unload")
+            return node.answer(request)
+
+        client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        member = Member("n", "http://n", up=True)
+        member.measured.residents["m:latest"] = Residence(since=0.0, fresh=False)
+
+        async def nobody(name: str) -> int | None:
+            return None
+
+        canary = Canary(SimpleNamespace(), CanarySettings(), {}, nobody)  # type: ignore[arg-type]
+        asking = asyncio.create_task(canary._ask(client, member, "m:latest"))
+        await asked.wait()
+        working = asyncio.create_task(perform(action, member, client))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        released.set()
+        await asyncio.gather(asking, working)
+
+    asyncio.run(run())
+    assert seen[:3] == ["canary", "answered", "unload"]
+    assert node.resident is None

@@ -15,7 +15,7 @@ def test_a_runner_that_hangs_is_not_tried() -> None:
     member = Member("n", "http://n", up=True, ps=[entry])
     residence = member.measured.residents["m:latest"] = Residence(since=0.0, fresh=False, failing=True)
     fleet: Any = SimpleNamespace(members={"n": member})
-    made = SelfTest(fleet, {}, lambda name: None, lambda name: False, lambda known: None)  # type: ignore[arg-type,return-value]
+    made = SelfTest(fleet, {}, lambda name: None, lambda known: None)  # type: ignore[arg-type,return-value]
     assert made._due(0.0) == []
     residence.failing = False
     assert made._due(0.0) == [(member, entry)]

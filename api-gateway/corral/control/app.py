@@ -119,7 +119,7 @@ def _assemble(settings: Settings) -> Control:
         valkey=valkey,
         catalogue=catalogue,
         operations=operations,
-        selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), operations.at_work, hub.continues),
+        selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), hub.continues),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
         ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration),

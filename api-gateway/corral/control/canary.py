@@ -76,25 +76,31 @@ class Canary:
             running = await self._streams(member.name)
             if running is not None and running >= member.slots:
                 return
-            entry = await self._resident(client, member, model)
-            if entry is None:
-                return
-            patience = LOADING if residence.fresh and not residence.proven else self._settings.timeout
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(patience):
-                    await self._generate(client, member, entry)
-            except Exception as error:
-                if member.up and member.measured.residents.get(model) is residence:
-                    if not residence.failing:
-                        log.warning("%s: no token from %s: %r", member.name, model, error)
-                    residence.failing = True
-                return
-            member.measured.canary_duration = time.monotonic() - began
-            member.measured.canary_success = time.time()
-            residence.proven, residence.failing = True, False
+            async with member.memory:
+                entry = await self._resident(client, member, model)
+                if entry is not None:
+                    await self._prove(client, member, entry, residence)
         except (httpx.HTTPError, TimeoutError, ValueError):
             return  # it does not even say what is resident: the prober's to judge
+
+    async def _prove(
+        self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any], residence: Residence
+    ) -> None:
+        model = entry["name"]
+        patience = LOADING if residence.fresh and not residence.proven else self._settings.timeout
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(patience):
+                await self._generate(client, member, entry)
+        except Exception as error:
+            if member.up and member.measured.residents.get(model) is residence:
+                if not residence.failing:
+                    log.warning("%s: no token from %s: %r", member.name, model, error)
+                residence.failing = True
+            return
+        member.measured.canary_duration = time.monotonic() - began
+        member.measured.canary_success = time.time()
+        residence.proven, residence.failing = True, False
 
     async def _resident(self, client: httpx.AsyncClient, member: Member, model: str) -> dict[str, Any] | None:
         """The model's entry of /api/ps as it is now, None where it has left."""

@@ -53,7 +53,8 @@ class Worker:
         }[work.step.action]
         try:
             if work.step.action in (decide.LOAD, decide.UNLOAD):
-                await act(operation, work, member, node)
+                async with member.memory:
+                    await act(operation, work, member, node)
             else:
                 await self._alone(act, operation, work, member, node)
         except NodeFailed as error:
@@ -110,7 +111,7 @@ class Worker:
             await self._verify(operation, work, member, got)
             if source != name:
                 await node.copy(source, name)
-            await self._replaced(node, name, kept, before, got)
+            await self._replaced(member, node, name, kept, before, got)
             work.detail = f"{got}" if got != before else f"unchanged: {got}"
         except BaseException:
             with contextlib.suppress(NodeFailed):
@@ -134,17 +135,18 @@ class Worker:
         if before is not None:
             await node.copy(name, kept)
         await node.copy(source, name)
-        await self._replaced(node, name, kept, before, got)
+        await self._replaced(member, node, name, kept, before, got)
         if before is not None:
             await node.delete(kept)
         work.detail = f"{got}, from {source}"
 
-    async def _replaced(self, node: Ollama, name: str, kept: str, before: str | None, got: str) -> None:
+    async def _replaced(self, member: Member, node: Ollama, name: str, kept: str, before: str | None, got: str) -> None:
         """The version that was in use stays as the previous one, and leaves memory once its requests have ended."""
         if before is not None and before != got:
             previous = aside(name, "previous")
             await node.copy(kept, previous)
-            await node.unload(previous)
+            async with member.memory:
+                await node.unload(previous)
 
     async def _restore(self, node: Ollama, name: str, kept: str, before: str | None) -> None:
         """Undo a pull that failed: what was in use is in use again, what was not wanted is gone."""
@@ -242,12 +244,15 @@ class Worker:
     async def _remove(self, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
         name = work.step.model
         held = await node.held()
+        ours = [one for one in (name, aside(name, "previous"), aside(name, "aside")) if one in held]
         if name not in held:
             work.detail = "was not held"
-        for one in (name, aside(name, "previous"), aside(name, "aside")):
-            if one in held:
+        async with member.memory:
+            for one in ours:
                 await node.unload(one)
                 await node.delete(one)
+            if ours:
+                await self._gone(operation, work, node, name, None)
 
 
 async def _others(node: Ollama, name: str, but: str | None) -> bool:

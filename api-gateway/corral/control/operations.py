@@ -159,10 +159,6 @@ class Operations:
         operation.task = asyncio.get_running_loop().create_task(self._run(operation))
         return operation
 
-    def at_work(self, node: str) -> bool:
-        """Whether an operation works on a node now."""
-        return (lock := self._locks.get(node)) is not None and lock.locked()
-
     def cancel(self, operation: Operation) -> None:
         """Stop it; what is done stays done."""
         if operation.task is not None:

@@ -219,7 +219,8 @@ class Placement:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            await self._node(member).load(model, self._options(model))
+            async with member.memory:
+                await self._node(member).load(model, self._options(model))
             self.known[model].load.note(loop.time() - began)
             self.finished(member.name, model, RESIDENT, loop.time())
             await self._tell([member], {})
@@ -235,9 +236,10 @@ class Placement:
     async def _unload(self, member: Member, model: str) -> None:
         node = self._node(member)
         try:
-            await node.unload(model)
-            while await node.resident(model):  # noqa: ASYNC110
-                await asyncio.sleep(UNLOADED)
+            async with member.memory:
+                await node.unload(model)
+                while await node.resident(model):  # noqa: ASYNC110
+                    await asyncio.sleep(UNLOADED)
             self.finished(member.name, model, ABSENT, asyncio.get_running_loop().time())
         except NodeFailed as error:
             self._note(model, asyncio.get_running_loop().time(), f"{member.name} could not unload it: {error}")

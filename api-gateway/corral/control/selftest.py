@@ -55,8 +55,7 @@ class Verdict:
 class SelfTest:
     """Tries what has not been tried. ``verdicts`` are by digest; `on_change` hears of each that is new.
 
-    ``streams`` tells how many requests run on a node, None where nobody knows: a node that is full is left alone, and
-    so is one that an operation is ``at_work`` on: what it unloads must not come back by this.
+    ``streams`` tells how many requests run on a node, None where nobody knows: a node that is full is left alone.
     """
 
     def __init__(
@@ -64,11 +63,9 @@ class SelfTest:
         fleet: Fleet,
         policies: Mapping[str, ModelPolicy],
         streams: Callable[[str], Awaitable[int | None]],
-        at_work: Callable[[str], bool],
         on_change: Callable[[dict[str, str]], None],
     ) -> None:
         self._fleet, self._policies, self._streams, self._on_change = fleet, policies, streams, on_change
-        self._at_work = at_work
         self.verdicts: dict[str, Verdict] = {}
 
     async def run(self) -> None:
@@ -107,12 +104,6 @@ class SelfTest:
                     found.setdefault(digest, (member, entry))
         return list(found.values())
 
-    async def _may(self, client: httpx.AsyncClient, member: Member, model: str) -> bool:
-        if self._at_work(member.name):
-            return False
-        status, content = await answers.fetch(client, "GET", member.url + "/api/ps")
-        return status == 200 and any(entry["name"] == model for entry in answers.models(content))
-
     async def _try(self, client: httpx.AsyncClient, member: Member, entry: Mapping[str, Any]) -> None:
         running = await self._streams(member.name)
         if running is not None and running >= member.slots:
@@ -123,9 +114,10 @@ class SelfTest:
         kept = {"model": entry["name"], "options": options, "keep_alive": stays(entry.get("expires_at"), time.time())}
 
         async def post(path: str, body: object) -> bytes:
-            if path != SHOW and not await self._may(client, member, entry["name"]):
-                raise ValueError("it is not in memory any more, or about to leave")
-            return await _post(client, member.url + path, body)
+            async with member.memory:
+                if path != SHOW and not await _resident(client, member, entry):
+                    raise ValueError("it is not in memory any more")
+                return await _post(client, member.url + path, body)
 
         try:
             async with asyncio.timeout(PATIENCE):
@@ -164,6 +156,12 @@ async def examine(post: Post, kept: Mapping[str, Any]) -> None:
             again = msgspec.json.decode(rest.request(rendering.prompt))
             if "".join(await _pieces(post, GENERATE.decode(), again)) != "".join(pieces[cut:]):
                 raise Unfit(f"{route}: cut after {cut} tokens it went on otherwise")
+
+
+async def _resident(client: httpx.AsyncClient, member: Member, wanted: Mapping[str, Any]) -> bool:
+    status, content = await answers.fetch(client, "GET", member.url + "/api/ps")
+    same = [entry for entry in answers.models(content) if entry["name"] == wanted["name"]] if status == 200 else []
+    return any(entry.get("digest") == wanted.get("digest") for entry in same)
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: object) -> bytes:
