@@ -33,7 +33,7 @@ from corral.fleet.tickets import Request  # noqa: E402
 from corral.loadtest.charts import Axis, Line, lines  # noqa: E402
 from corral.loadtest.schedule import zipf  # noqa: E402
 from corral.loadtest.traces import load  # noqa: E402
-from corral.store import slots  # noqa: E402
+from corral.store import keeper  # noqa: E402
 from corral.store.slots import Slots, Wanted  # noqa: E402
 from corral.store.valkey import Valkey  # noqa: E402
 
@@ -201,16 +201,16 @@ def dispatch() -> bool:
 
 async def in_store(url: str, nodes: int) -> tuple[float, float]:
     """What Valkey spends (us, as it accounts it) on a slot asked for and given back, and on a ticket."""
-    store = Valkey(url, scripts=slots.SCRIPTS, timeout=30.0)
-    mine = Slots(store, Valkey(url), "g")
+    store = Valkey(url, scripts=keeper.SCRIPTS, timeout=30.0)
+    mine = Slots(store, "g")
     running = asyncio.create_task(store.run())
     while not store.connected:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await store.request(b"FLUSHALL")
-    await store.request(b"SET", slots.GRANTS, b"1")
+    await store.request(b"SET", keeper.GRANTS, b"1")
     for node in range(nodes):
         for number in range(node % 10, 100, 10):
-            await mine.place(f"node-{node}", f"model-{number}", "resident", 1, 4, step_of(4, 0, 0))
+            await keeper.place(store, f"node-{node}", f"model-{number}", "resident", 1, 4, step_of(4, 0, 0))
     draw = random.Random(0)
     found = []
     for full in (False, True):

@@ -19,8 +19,9 @@ from corral.control.ollama import Ollama
 from corral.control.placement import FRESH, Placement, Spot
 from corral.control.prober import Fleet, Member
 from corral.fleet.slots import PlaceState
+from corral.store import keeper
 from corral.store.demand import generation
-from corral.store.slots import Slots, Wanted
+from corral.store.slots import Wanted
 from corral.store.valkey import Valkey
 
 LOAD = 0.5
@@ -141,9 +142,8 @@ def test_a_new_leader_goes_on_and_a_flushed_store_is_told(nodes: list[Server], s
                 async with asyncio.timeout(10):
                     assert await served(gateway, fleet, "r3", MODELS[0]) == where
                 # What the first one says now is heard no more.
-                late = Slots(second.store, Valkey(store.url), "late")
                 first = await generation(second.store, 1)
-                assert not await late.place(where, MODELS[0], "absent", first, 1, 1e6)
+                assert not await keeper.place(second.store, where, MODELS[0], "absent", first, 1, 1e6)
             finally:
                 leader.task = leader.connection = asyncio.create_task(asyncio.sleep(60))
                 leader.client = httpx.AsyncClient()

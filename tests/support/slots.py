@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from corral.store import slots
+from corral.store import keeper
 from corral.store.slots import Answer, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown
 from support.limits import flush
@@ -17,10 +17,12 @@ class Gateway:
 
     def __init__(self, url: str, name: str, lease: float, patience: float, count: int) -> None:
         self.name = name
-        self.store = Valkey(url, scripts=slots.SCRIPTS, timeout=patience)
-        self.slots = Slots(self.store, Valkey(url, timeout=patience), name, lease)
+        self.store = Valkey(url, scripts=keeper.SCRIPTS, timeout=patience)
+        self.ears = Valkey(url, timeout=patience)
+        self.slots = Slots(self.store, name, lease=lease)
         self.slots.gateways = lambda: count
-        self.tasks = [asyncio.create_task(work) for work in (self.store.run(), self.slots.listen(), self.slots.keep())]
+        works = (self.store.run(), keeper.listen(self.slots, self.ears), keeper.keep(self.slots))
+        self.tasks = [asyncio.create_task(work) for work in works]
 
     async def ask(self, wanted: Wanted) -> tuple[Answer, asyncio.Future[Answer]]:
         """The first answer, and what will be the second one of a ticket."""
@@ -61,6 +63,6 @@ async def granting(gateway: Gateway, seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
         while True:
             with suppress(ValkeyDown):
-                if gateway.store.connected and await gateway.store.request(b"EXISTS", slots.GRANTS):
+                if gateway.store.connected and await gateway.store.request(b"EXISTS", keeper.GRANTS):
                     return
             await asyncio.sleep(0.02)

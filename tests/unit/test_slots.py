@@ -19,9 +19,11 @@ from support.slots import Gateway, gateways, granting
 
 from corral.fleet.ledger import Grant, Ledger
 from corral.fleet.slots import PlaceState, step_of
-from corral.fleet.tickets import LONG, Request, Ticket
+from corral.fleet.tickets import HEAD, LATE, LONG, NEVER, PICKY, Request, Ticket
+from corral.store import keeper
 from corral.store.budget import ADMIT, EPOCH, GRANTS, PREFIX, RESERVE, Budget, sha
-from corral.store.slots import Wanted, combined
+from corral.store.lua import combined
+from corral.store.slots import Wanted
 from corral.store.valkey import ValkeyDown
 
 RESIDENT = PlaceState.RESIDENT
@@ -34,8 +36,10 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 async def place(gateway: Gateway, node: str, model: str, state: str, generation: int, slots: int) -> bool:
-    return await gateway.slots.place(node, model, state, generation, slots, step_of(slots, 0, 0))
+    return await keeper.place(gateway.store, node, model, state, generation, slots, step_of(slots, 0, 0))
 
+
+WORDS = ("n1", "n2", "n3", "n1", "n2", "!n1", "!n2", "~n1", "~n3", HEAD)
 
 operations = st.lists(
     st.one_of(
@@ -43,7 +47,7 @@ operations = st.lists(
             st.just("ask"),
             st.sampled_from("ab"),
             st.sampled_from((0, 0, 0, 1, 2)),
-            st.lists(st.sampled_from(("n1", "n2", "n3")), max_size=2).map(tuple),
+            st.lists(st.sampled_from(WORDS), max_size=3).map(tuple),
         ),
         st.tuples(st.just("end"), st.integers(0, 30)),
         st.tuples(st.just("read"), st.integers(0, 30)),
@@ -82,9 +86,11 @@ def test_the_store_gives_what_the_ledger_gives(store: Server, steps: list[tuple[
                     id = f"r{len(owner):03}"
                     owner[id] = gateway = made[len(owner) % 3]
                     kind, prompt = step[2], LONG + 1 if step[2] == 1 else 1
-                    request = Request(id, gateway.name, step[1], id, prompt, embed=kind == 2)
+                    picky = any(word[0] in (LATE, NEVER) for word in step[3])
+                    request = Request(id, gateway.name, step[1], id, prompt, embed=kind == 2, picky=picky)
                     expected = ledger.ask(request, step[3], now)
-                    answer, more = await gateway.ask(Wanted(id, step[1], kind, id, preferred=step[3]))
+                    wanted = Wanted(id, step[1], kind + (PICKY if picky else 0), id, preferred=step[3])
+                    answer, more = await gateway.ask(wanted)
                     if isinstance(expected, Grant):
                         assert answer.node == expected.node
                         given[id] = answer.node
@@ -295,7 +301,7 @@ def test_a_gateway_that_was_thought_dead_tells_of_what_runs(store: Server) -> No
             keeping.cancel()  # as if it stood still
             _, more = await other.ask(Wanted("o1", "a"))
             assert (await asyncio.wait_for(more, 10)).node == "n1"
-            stalled.tasks.append(asyncio.create_task(stalled.slots.keep()))
+            stalled.tasks.append(asyncio.create_task(keeper.keep(stalled.slots)))
             async with asyncio.timeout(5):
                 while int(await other.store.request(b"HGET", PREFIX + b"used:a", b"n1")) != 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
@@ -342,7 +348,7 @@ def test_what_was_given_while_nobody_heard_is_found_by_looking(store: Server) ->
             _, more = await made[1].ask(Wanted("r1", "a"))
             made[1].tasks[1].cancel()
             await asyncio.sleep(0)
-            made[1].slots.ears.lose()
+            made[1].ears.lose()
             made[0].slots.end("r0")
             assert (await asyncio.wait_for(more, 2)).node == "n1"
 

@@ -22,7 +22,7 @@ from corral.fleet.demand import Mean, Rate
 from corral.fleet.placement import Action, Demand, Host, Planner, Stand, Step
 from corral.fleet.slots import PlaceState, step_of
 from corral.store.demand import Seen, generation, read
-from corral.store.slots import Slots
+from corral.store.keeper import place
 from corral.store.valkey import Valkey, ValkeyDown
 
 LOAD = 10.0
@@ -76,7 +76,6 @@ class Placement:
     ) -> None:
         self._store = store
         self._term = term
-        self._slots = Slots(store, Valkey("redis://unused"), "leader")
         self._node, self._options, self._catalogue = node, options, catalogue
         self.spots: dict[tuple[str, str], Spot] = {}
         self.known: dict[str, Known] = {}
@@ -128,7 +127,7 @@ class Placement:
 
     def look(self, member: Member, seen: dict[str, Seen], now: float) -> None:
         """Bring the places of a node to what it says, and to what an earlier leader had begun."""
-        self._fresh = {place: until for place, until in self._fresh.items() if until > now}
+        self._fresh = {spot: until for spot, until in self._fresh.items() if until > now}
         present = set(member.resident) if member.up else set()
         for model in present:
             if (member.name, model) in self._fresh:
@@ -158,7 +157,7 @@ class Placement:
                 continue
             spot.generation = await generation(self._store, self._term)
             count = slots.get(node, 1)
-            await self._slots.place(node, model, spot.state, spot.generation, count, step_of(count, 0, 0))
+            await place(self._store, node, model, spot.state, spot.generation, count, step_of(count, 0, 0))
             spot.told = True
             if spot.state is ABSENT:
                 del self.spots[node, model]
@@ -201,19 +200,19 @@ class Placement:
 
     def _begin(self, member: Member, step: Step, now: float) -> None:
         self._note(step.model, now, f"{step.action} on {member.name}: {step.reason}")
-        place = member.name, step.model
+        spot = member.name, step.model
         if step.action is Action.DRAIN:
             self._coming[member.name] = step.wanted
-            self._set(*place, DRAINING, now)
+            self._set(*spot, DRAINING, now)
             self._note(step.wanted, now, f"{member.name} makes room: {step.model} drains")
-        elif place not in self._work:
+        elif spot not in self._work:
             if step.action is Action.LOAD:
                 self._coming.pop(member.name, None)
-                self._set(*place, LOADING, now)
+                self._set(*spot, LOADING, now)
                 work = self._load(member, step.model)
             else:
                 work = self._unload(member, step.model)
-            self._work[place] = asyncio.create_task(work)
+            self._work[spot] = asyncio.create_task(work)
 
     async def _load(self, member: Member, model: str) -> None:
         loop = asyncio.get_running_loop()

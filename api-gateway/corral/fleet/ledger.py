@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from corral.fleet.slots import FULL, STEP, Place, PlaceState
-from corral.fleet.tickets import EMBED_KIND, LONG_KIND, SHORT_KIND, Queue, Request, Ticket
+from corral.fleet.tickets import EMBED_KIND, HEAD, LATE, LONG_KIND, NEVER, PICKY, SHORT_KIND, Queue, Request, Ticket
 
 RESIDENT = PlaceState.RESIDENT
 EMBED_SHARE = 4
@@ -53,9 +53,10 @@ class Busy:
 
     def takes(self, request: Request) -> bool:
         """Whether its limits allow a request, where it has a slot."""
-        if request.kind == EMBED_KIND:
+        kind = request.kind % PICKY
+        if kind == EMBED_KIND:
             return self.embeds < max(1, self.slots // EMBED_SHARE)
-        return request.kind == SHORT_KIND or not self.long or self.requests <= len(self.long)
+        return kind == SHORT_KIND or not self.long or self.requests <= len(self.long)
 
 
 class Ledger:
@@ -107,7 +108,8 @@ class Ledger:
     def ask(self, request: Request, preferred: tuple[str, ...], now: float) -> Grant | Ticket | None:
         """A slot, on a node of `preferred` if one of them has a free one; else a ticket, or None where too many wait.
 
-        The same again for a request that has asked already.
+        `preferred` may have nodes to avoid too (`LATE`, `NEVER`: of a request that is picky), and `HEAD`. The same
+        again for a request that has asked already.
         """
         grant = self.grants.get(request.id)
         if grant is not None:
@@ -124,9 +126,17 @@ class Ledger:
             place = self._find(request, preferred)
             if place is not None:
                 return self._give(request, place, now)
-        if len(queue) >= self.queue_length:
+        if len(queue) >= self.queue_length and HEAD not in preferred:
             return None
         return queue.add(request, preferred, now, self._slots.get(request.model, 0))
+
+    def hold(self, request: Request, node: str, now: float) -> None:
+        """Count a request that runs on a node already, whoever let it."""
+        place = self.places.get((node, request.model))
+        if place is None:
+            place = self.places[node, request.model] = Place(node, request.model)
+            self.busy.setdefault(node, Busy())
+        self._give(request, place, now)
 
     def release(self, id: str, now: float) -> list[Grant]:
         """End a request; its slot goes to the first who may use it. Nothing happens for one that holds none."""
@@ -140,7 +150,7 @@ class Ledger:
         busy = self.busy[grant.node]
         busy.requests -= 1
         busy.long.pop(id, None)
-        if grant.request.kind == EMBED_KIND:
+        if grant.request.kind % PICKY == EMBED_KIND:
             busy.embeds -= 1
         if place.state is PlaceState.ABSENT and not place.in_use:
             del self.places[grant.node, grant.model]
@@ -214,16 +224,26 @@ class Ledger:
     def _find(self, request: Request, preferred: tuple[str, ...]) -> Place | None:
         """Where a request may run now: where it prefers to, else where there is least to do."""
         model = request.model
+        marked = {word[1:] for word in preferred if word[0] in (LATE, NEVER)}
         for node in preferred:
-            place = self.places.get((node, model))
-            if place is not None and place.free and self.busy[node].takes(request):
-                return place
-        for load, node in self._order.get(model, [])[:CANDIDATES]:
-            if load >= FULL:
-                return None
-            if self.busy[node].takes(request):
+            if node not in marked and self._usable(node, request):
                 return self.places[node, model]
+        order = self._order.get(model, [])
+        known = [node for _, node in order if node in marked] if marked else []
+        for load, node in order[: CANDIDATES + len(known)]:
+            if load >= FULL:
+                break
+            if node not in marked and self.busy[node].takes(request):
+                return self.places[node, model]
+        if len(known) == len(order):
+            for word in preferred:
+                if word[0] == LATE and self._usable(word[1:], request):
+                    return self.places[word[1:], model]
         return None
+
+    def _usable(self, node: str, request: Request) -> bool:
+        place = self.places.get((node, request.model))
+        return place is not None and place.free > 0 and self.busy[node].takes(request)
 
     def _give(self, request: Request, place: Place, now: float) -> Grant:
         self._out(place)
@@ -231,9 +251,9 @@ class Ledger:
         self._in(place)
         busy = self.busy[place.node]
         busy.requests += 1
-        if request.kind == EMBED_KIND:
+        if request.kind % PICKY == EMBED_KIND:
             busy.embeds += 1
-        elif request.kind == LONG_KIND:
+        elif request.kind % PICKY == LONG_KIND:
             busy.long[request.id] = None
         grant = self.grants[request.id] = Grant(request, place, now)
         return grant

@@ -17,14 +17,22 @@ BATCH_LATER = 60.0
 
 LONG = 8192
 """Tokens from which a prompt is long: it is read alone among its kind on a node."""
-KINDS = SHORT_KIND, LONG_KIND, EMBED_KIND = 0, 1, 2
+SHORT_KIND, LONG_KIND, EMBED_KIND = 0, 1, 2
+PICKY = 3
+"""Is added to the kind of a request that may not use every node: it holds up none of those that may."""
+KINDS = range(2 * PICKY)
+LATE, NEVER = "!", "~"
+"""Before the name of a node among those that a request prefers: it is used only where the model is resident on no
+other, or not at all."""
+HEAD = "^"
+"""Among the nodes that a request prefers: if it waits, then at the head. It had its turn, and a node failed it."""
 
 
 class Request:
     """What asks for a slot.
 
     ``cost`` is the seconds of a slot that it will take at a guess, ``prompt`` its tokens, ``weight`` its key's; its
-    ``kind`` is one of `KINDS`. `embed`: it is for embeddings, and one of at most 64 inputs.
+    ``kind`` is one of `KINDS`. `embed`: it is for embeddings, and one of at most 64 inputs. `picky`: it avoids nodes.
     """
 
     __slots__ = ("batch", "cost", "gateway", "id", "key", "kind", "model", "prompt", "weight")
@@ -40,6 +48,7 @@ class Request:
         weight: float = 1.0,
         batch: bool = False,
         embed: bool = False,
+        picky: bool = False,
     ) -> None:
         self.id = id
         self.gateway = gateway
@@ -49,7 +58,7 @@ class Request:
         self.cost = cost
         self.weight = weight
         self.batch = batch
-        self.kind = EMBED_KIND if embed else LONG_KIND if prompt > LONG else SHORT_KIND
+        self.kind = (EMBED_KIND if embed else LONG_KIND if prompt > LONG else SHORT_KIND) + (PICKY if picky else 0)
 
     def __repr__(self) -> str:
         return f"<request {self.id} of {self.key or 'nobody'} for {self.model}>"
@@ -92,7 +101,8 @@ class Queue:
         if len(self._finish) > 2 * len(self.tickets) + 64:
             self._finish = {key: time for key, time in self._finish.items() if time > now}
         self._finish[request.key] = finish
-        ticket = Ticket(request, preferred, start + (BATCH_LATER if request.batch else 0.0), now)
+        score = 0.0 if HEAD in preferred else start + (BATCH_LATER if request.batch else 0.0)
+        ticket = Ticket(request, preferred, score, now)
         self.put(ticket)
         return ticket
 

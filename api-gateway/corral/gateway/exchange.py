@@ -1,101 +1,37 @@
 """One request and its answer: the nine steps, joined by callbacks.
 
-`start` runs listen's request through route, authenticate and decode; admit and relay call back. Whatever happens,
-`_settle` runs once: the slot and the lease are given back, the record is written, and only then do the last bytes
-leave.
+`start` runs listen's request through route, authenticate and decode; admit, the queue and relay call back. Whatever
+happens, `_settle` runs once: the slot and the lease are given back, the record is written, and only then do the last
+bytes leave.
 """
 
 from __future__ import annotations
 
 import logging
-from time import monotonic, time
-from typing import TYPE_CHECKING
+from time import monotonic
 
 from corral.fleet.node import Node
 from corral.gateway import admit, catalogue, heads, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
-from corral.gateway.journal import Waiter
-from corral.gateway.listen import ClientConnection
-from corral.gateway.metrics import WHOLE, Pace
-from corral.gateway.recover import CRASHES, SHUN, Failure, final_error, may_retry
+from corral.gateway.metrics import WHOLE
+from corral.gateway.recover import CRASHES, GIVEN_UP, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
+from corral.gateway.state import END, NOTHING, RESPOND, STREAM, State
 from corral.store.limits import Verdict
+from corral.store.slots import Answer
 from corral.wire import errors
 from corral.wire.decode import Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense
 
-if TYPE_CHECKING:
-    from corral.gateway.server import Gateway
-
 log = logging.getLogger(__name__)
 
-NOTHING, RESPOND, STREAM, END = range(4)
-"""What is left to send once the last record is written: an answer, a whole stream, or the end of one."""
 
-
-class Exchange(Waiter):
-    """One request as it was read, and its state. Times are monotonic seconds, ``wall`` is epoch seconds.
-
-    ``headers`` has lower-case names; ``modern``: HTTP/1.1. What most requests never set stands on the class.
-    """
-
-    body = b""
-    keep_alive = False
-    modern = True
-    tried: tuple[str, ...] = ()
-
-    api = "native"
-    path = ""
-    model = ""
-    key: Key | None = None
-    key_id = ""
-    tenant = ""
-    decoded: Decoded | None = None
-    node_name = ""
-    attempts = 0
-    crashes = 0
-    connects = 0
-    queue_ms = 0.0
-    first_token = 0.0
-    deadline = 0.0
-    refusal = ""
-    pace: Pace | None = None
-    resumption: Resume | None = None
-    _attempt: Attempt | None = None
-    _seen = 0
-    paused = False
-    _node_header = b""
-    _rate_headers = b""
-    _tail = b""
-    _admitted = False
-    _settled = False
-    _open = False
-    _ending = NOTHING
-    _status = 0
-    _last_head = b""
-    _last = b""
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        connection: ClientConnection,
-        method: bytes,
-        target: bytes,
-        headers: dict[bytes, bytes],
-        identity: tuple[str, str, str],
-    ) -> None:
-        self.gateway = gateway
-        self.connection = connection
-        self.method = method
-        self.target = target
-        self.headers = headers
-        self.record_id, self.request_id, self.address = identity
-        self.arrived = monotonic()
-        self.wall = time()
+class Exchange(State):
+    """A request's way from its bytes to its end."""
 
     def start(self) -> None:
         """Steps 2 to 5, up to the call of the store."""
@@ -119,7 +55,9 @@ class Exchange(Waiter):
                     raise refused()
             budget = key.budget
             tokens = admit.reserve(self.decoded, gateway.answer_tokens, key.density) if budget.most else 0
-            gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens)
+            self.wanted = wanted = gateway.queue.want(self)
+            heard = self.slot_heard if wanted is not None else None
+            gateway.limits.admit(budget, self.record_id, self.arrived, self._on_verdict, tokens, wanted, heard)
         except ApiError as error:
             if not self.path:
                 self.api = api_of(self.target)
@@ -160,6 +98,10 @@ class Exchange(Waiter):
         if self.decoded is None:
             self._answer_from_fleet(key)
             return
+        answer = self.answer
+        if answer is not None and answer.full:
+            self.refuse(self.gateway.queue.refused(self, answer))
+            return
         self.gateway.retries.earn()
         self.gateway.journal.record(settle.admitted(self), self)
 
@@ -172,9 +114,12 @@ class Exchange(Waiter):
             self.refusal = "recording"
             self.refuse(ApiError(503, "overloaded", "the audit record cannot be written", retry_after=5))
             return
+        self._recorded = True
         now = monotonic()
-        self.queue_ms = (now - self.arrived) * 1e3
-        self._dispatch(now)
+        if self.wanted is not None:
+            self.gateway.queue.go(self, now)
+        else:
+            self.unslotted(now)
 
     def _answer_from_fleet(self, key: Key) -> None:
         try:
@@ -190,19 +135,39 @@ class Exchange(Waiter):
 
     # -- schedule, relay
 
-    def _dispatch(self, now: float) -> None:
-        gateway, decoded = self.gateway, self.decoded
-        assert decoded is not None
+    def slot_heard(self, answer: Answer) -> None:
+        """A word on the slot that it asked for: in the same turn as the verdict, or when a ticket has its turn."""
+        self.answer = answer
+        if self._recorded and not self._settled:
+            try:
+                self.gateway.queue.go(self, monotonic())
+            except Exception:
+                self._broken()
+
+    def unslotted(self, now: float) -> None:
+        """Go to a node without a slot: nothing is generated, or there is no node, which the caller hears."""
         try:
-            node = schedule.schedule(gateway.snapshot, self.tenant, self.model, now, self.tried)
+            node = schedule.schedule(self.gateway.snapshot, self.tenant, self.model, now, self.tried)
         except ApiError as error:
-            self.refuse(error)
+            self.give_up(error, settle.outcome_of(error.status))
             return
-        if decoded.resumable:
-            keep(decoded, gateway.snapshot)
-        self._node_header = node.header
+        self.begin(node, now)
+
+    def begin(self, node: Node, now: float) -> None:
+        """An attempt at a node, on which it has a slot."""
+        decoded, resume = self.decoded, self.resumption
+        assert decoded is not None
+        self.wait_until = 0.0
+        if not self.attempts:
+            self.queue_ms = (now - self.arrived) * 1e3
         self.attempts += 1
-        gateway.running.add(self)
+        if resume is not None:
+            self.decoded = decoded = resume.begin(node)
+        else:
+            if decoded.resumable:
+                keep(decoded, self.gateway.snapshot)
+            self._node_header = node.header
+        self.gateway.running.add(self)
         self.ask(node, decoded, now)
 
     def ask(self, node: Node, decoded: Decoded, now: float) -> None:
@@ -224,6 +189,7 @@ class Exchange(Waiter):
             gateway, now = self.gateway, monotonic()
             if first:
                 self.first_token = now
+                gateway.queue.read(self, now)
                 gateway.health.first_token(self, now)
                 self.pace = gateway.metrics.first_token(self, now)
             elif self.pace is not None:
@@ -274,8 +240,10 @@ class Exchange(Waiter):
         self._attempt = None
         decoded = self.decoded
         assert decoded is not None
+        # The node may not know yet that nobody wants its answer.
+        gateway.queue.leave(self, gateway.queue.cooling(self) if failure in GIVEN_UP else 0.0)
         if failure is Failure.CALLER and cause is not None and decoded.without_thinking(cause.message):
-            self._dispatch(monotonic())
+            gateway.queue.again(self, monotonic())
             return
         if failure is Failure.CONNECT:
             self.connects += 1
@@ -283,7 +251,7 @@ class Exchange(Waiter):
             self.crashes += 1
             blame(self, failure, node)
         if failure is not Failure.CALLER:
-            node.shunned_until = monotonic() + SHUN
+            gateway.queue.shun(node, monotonic())
             self.tried += (node.name,)
         if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
@@ -292,7 +260,7 @@ class Exchange(Waiter):
         if self._open and take_over(self, failure, node):
             return
         error = final_error(failure, self, cause)
-        self._give_up(error, "upstream_error")
+        self.give_up(error, "upstream_error")
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.
@@ -304,13 +272,13 @@ class Exchange(Waiter):
         except ApiError as error:
             self.refuse(error)
             return
-        self._dispatch(monotonic())
+        self.gateway.queue.again(self, monotonic())
 
     def resumes(self, resume: Resume) -> None:
-        """Another node goes on with the answer."""
+        """Another node is to go on with the answer."""
         self.resumption = resume
-        self.attempts += 1
         self._tail, self.paused = b"", False
+        self.gateway.queue.again(self, monotonic())
 
     def _head(self, content_type: str) -> bytes:
         rates = self._rate_headers
@@ -326,7 +294,8 @@ class Exchange(Waiter):
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
         self._settle(status, settle.outcome_of(status), RESPOND, headers, body)
 
-    def _give_up(self, error: ApiError, outcome: str) -> None:
+    def give_up(self, error: ApiError, outcome: str) -> None:
+        """End with an error, whatever was sent before."""
         if not self._open:
             self.refuse(error)
             return
@@ -340,7 +309,11 @@ class Exchange(Waiter):
         self._ending, self._status, self._last_head, self._last = ending, status, head, last
         gateway = self.gateway
         gateway.running.discard(self)
-        record = settle.settled(self, status, outcome, self.connection.sent + len(last), monotonic())
+        now = monotonic()
+        if outcome == "ok" and self.wanted is not None:
+            gateway.queue.note(self.model, now - self.arrived - self.queue_ms / 1e3)
+        gateway.queue.leave(self)
+        record = settle.settled(self, status, outcome, self.connection.sent + len(last), now)
         if self._admitted and self.key is not None:
             gateway.limits.release(self.key.budget, self.record_id, record.prompt_tokens + record.tokens)
         if self.resumption is not None:
@@ -362,10 +335,15 @@ class Exchange(Waiter):
         """The caller left: stop the node's work now; it is not the node's fault."""
         if self._settled:
             return
+        self._abandon()
+        self._settle(499, "client_gone", NOTHING, b"", b"")
+
+    def _abandon(self) -> None:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
-        self._settle(499, "client_gone", NOTHING, b"", b"")
+            queue = self.gateway.queue
+            queue.leave(self, queue.cooling(self))
 
     # -- time and back-pressure
 
@@ -373,10 +351,11 @@ class Exchange(Waiter):
         """End what is past its deadline."""
         attempt, gateway, most = self._attempt, self.gateway, self.gateway.max_duration
         if now - self.arrived >= most:
-            if attempt is not None:
-                attempt.abandon()
-                self._attempt = None
-            self._give_up(ApiError(504, "timeout", f"the request took longer than {most:g} s"), "timeout")
+            self._abandon()
+            self.give_up(ApiError(504, "timeout", f"the request took longer than {most:g} s"), "timeout")
+        elif self.waiting:
+            if now >= self.wait_until:
+                self.give_up(gateway.queue.too_late(self), "overloaded")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):
                 attempt.give_up(Failure.RESET)

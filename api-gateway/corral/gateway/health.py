@@ -114,7 +114,7 @@ class Health:
         latest: dict[tuple[str, str], float] = {}
         for exchange in gateway.running:
             node = gateway.snapshot.nodes.get(exchange.node_name)
-            if node is None or exchange.paused or exchange.path in WHOLE:
+            if node is None or exchange.paused or exchange.waiting or exchange.path in WHOLE:
                 continue
             runner = (node.name, canonical_name(exchange.model))
             if runner[1] not in node.resident:

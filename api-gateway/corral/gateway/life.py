@@ -16,7 +16,7 @@ from typing import Any
 from corral.gateway import crashing
 from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
-from corral.store import leases
+from corral.store import keeper, leases
 from corral.store.valkey import encode
 
 SWEEP = 0.5
@@ -45,10 +45,11 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     # What was used before this process comes first: then the store can be told of it, and callers be let in.
     await gateway.recall.first()
     tasks.append(loop.create_task(leases.keep(gateway.limits), name="leases"))
+    tasks.append(loop.create_task(keeper.keep(gateway.queue.slots), name="slots"))
     recalling = loop.create_task(gateway.recall.again())
     gateway.changes.on_message = gateway.changed
     gateway.changes.on_connect = lambda: gateway.changes.call(
-        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL), lambda reply: None
+        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL, gateway.queue.slots.channel), lambda reply: None
     )
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)
@@ -68,6 +69,7 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     waiting.cancel()
     try:
         await _drain(gateway)
+        await keeper.leave(gateway.queue.slots)
     finally:
         for task in (*tasks, recalling):
             task.cancel()

@@ -32,6 +32,10 @@ CRASHES = frozenset((Failure.RESET, Failure.CRASH))
 """What was present at one of these may be its cause."""
 
 
+GIVEN_UP = frozenset((Failure.TIMEOUT, Failure.NONSENSE))
+"""At these it is the gateway that ends the attempt: the node may work on it for a while."""
+
+
 @dataclass(slots=True)
 class RetryBudget:
     """At most a share of the requests may be tries anew, so that a sick fleet is not buried in retries."""

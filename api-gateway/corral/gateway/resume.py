@@ -11,6 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node, canonical_name
+from corral.fleet.slots import ABORTED
 from corral.gateway import schedule
 from corral.gateway.recover import CRASHES_MAX, Failure, may_retry
 from corral.gateway.snapshot import Snapshot
@@ -52,6 +53,10 @@ class Resume:
     def node(self, snapshot: Snapshot, tenant: str, now: float, tried: tuple[str, ...]) -> Node | None:
         """The node to go on with: one whose model is the same file."""
         return schedule.elsewhere(snapshot, tenant, self.first.model, self._digest, now, tried)
+
+    def suits(self, node: Node) -> bool:
+        """Whether a node holds the very same file."""
+        return schedule.digest_on(node, canonical_name(self.first.model)) == self._digest
 
     def begin(self, node: Node) -> Decoded:
         """The first of the two requests."""
@@ -103,10 +108,8 @@ def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
         if exchange.resumption is None:
             told["no_node"] += 1
         return False
-    log.warning("%s: %s goes on with what %s left: %s", exchange.request_id, other.name, node.name, failure.value)
-    exchange.decoded = decoded = resume.begin(other)
+    log.warning("%s: another goes on with what %s left: %s", exchange.request_id, node.name, failure.value)
     exchange.resumes(resume)
-    exchange.ask(other, decoded, now)
     return True
 
 
@@ -114,6 +117,7 @@ def end_early(exchange: Exchange, attempt: Attempt | None) -> None:
     """The answer is whole, though its node would go on."""
     if attempt is not None:
         attempt.abandon()
+        exchange.gateway.queue.leave(exchange, ABORTED)
         exchange.answered()
 
 

@@ -21,13 +21,14 @@ from corral.gateway.health import Health
 from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
+from corral.gateway.queue import Queue
 from corral.gateway.recall import Recall
 from corral.gateway.records import Begun, Progress
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
-from corral.store import keys, leases
+from corral.store import keeper, keys, leases
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey, encode
 from corral.wire.common import Caps, Decoded
@@ -66,10 +67,13 @@ class Gateway:
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
-        self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS)
+        self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS + keeper.SCRIPTS)
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
+        self.queue = Queue(self, self.name, gateway.queue.length, gateway.queue.wait)
+        self.limits.slots = self.queue.slots
+        self.queue.slots.gateways = self._gateways
         self.recall = Recall(self.snapshot, self.limits, gateway.control_url, token)
         self.answer_tokens = settings.limits.answer_tokens
         self.held = adopt.own(spool)
@@ -164,6 +168,9 @@ class Gateway:
         self.metrics.settled(exchange, record)
         self.journal.record(record, NOBODY, access=True)
 
+    def _gateways(self) -> int:
+        return self.limits.gateways
+
     # -- for its life (corral.gateway.life)
 
     def sweep(self, now: float) -> None:
@@ -171,6 +178,7 @@ class Gateway:
         for connection in list(self.connections):
             connection.check(now)
         self.health.look(now)
+        self.queue.sweep(now)
         for exchange in list(self.running):
             exchange.check(now)
         self.upstreams.sweep(now)
@@ -190,11 +198,16 @@ class Gateway:
         return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
 
     def changed(self, message: Any) -> None:
-        """Control says that keys or nodes changed, or another gateway, which prompt runners crash under."""
-        if isinstance(message, list) and len(message) == 3 and message[1] == crashing.CHANNEL:
-            if message[0] == b"message":
-                self.crashing.refuse(message[2].decode("latin-1"), time.monotonic())
-            return
+        """Control says that keys or nodes changed, the store whose turn it is, another gateway, which prompt runners
+        crash under."""
+        if isinstance(message, list) and len(message) == 3:
+            if message[1] == self.queue.slots.channel:
+                self.queue.slots.woken(message)
+                return
+            if message[1] == crashing.CHANNEL:
+                if message[0] == b"message":
+                    self.crashing.refuse(message[2].decode("latin-1"), time.monotonic())
+                return
         self.feed.poke()
 
     def crashed(self, decoded: Decoded, crashes: int, runner: bool, alone: bool) -> bool:

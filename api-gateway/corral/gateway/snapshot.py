@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from corral.fleet.node import Node, canonical_name
+from corral.fleet.node import Node, NodeState, canonical_name
+from corral.fleet.pools import groups
+from corral.fleet.tickets import NEVER
 from corral.gateway.authenticate import Key, build_key
 from corral.store.budget import LIMITS, TENANT, Budget
 from corral.wire.common import CAPS, Caps
@@ -13,11 +15,18 @@ from corral.wire.options import ModelPolicy
 
 
 class Pool:
-    """The nodes that serve a tenant, by name, and what they hold."""
+    """The nodes that serve a tenant, by name, and what they hold.
 
-    def __init__(self, nodes: dict[str, Node]) -> None:
+    ``ready`` is what those of them hold that are ready. ``group`` names the nodes whose slots are counted together
+    (`corral.fleet.pools`), ``others`` those of them that are not the tenant's, as words for who asks for a slot.
+    """
+
+    def __init__(self, nodes: dict[str, Node], group: str = "", others: tuple[str, ...] = ()) -> None:
         self.nodes = nodes
         self.held = frozenset(name for node in nodes.values() for name in node.held)
+        ready = [node for node in nodes.values() if node.state is NodeState.READY]
+        self.ready = frozenset(name for node in ready for name in node.held)
+        self.group, self.others = group, others
 
 
 class Snapshot:
@@ -68,11 +77,9 @@ class Snapshot:
         }
         self.held = frozenset(name for node in nodes.values() for name in node.held)
         dedicated: dict[str, list[str]] = data.get("dedicated") or {}
-        taken = {name for names in dedicated.values() for name in names}
-        self._shared = Pool({name: node for name, node in nodes.items() if name not in taken})
-        self._pools = {
-            tenant: Pool({name: nodes[name] for name in names if name in nodes}) for tenant, names in dedicated.items()
-        }
+        group_of = groups(dedicated)
+        self._shared = Pool({name: node for name, node in nodes.items() if name not in group_of})
+        self._pools = {tenant: _pool(nodes, names, group_of) for tenant, names in dedicated.items()}
         self.disabled = frozenset(data.get("disabled") or ())
         self.continuable = data.get("continuable") or {}
         self.known = any(node.version for node in nodes.values())
@@ -107,3 +114,10 @@ class Snapshot:
     def policy(self, model: str) -> ModelPolicy | None:
         """The policy of a model by any of its names."""
         return self.policies.get(canonical_name(model))
+
+
+def _pool(nodes: dict[str, Node], names: list[str], group_of: dict[str, str]) -> Pool:
+    """The pool of a tenant that has nodes to itself."""
+    group = group_of[names[0]] if names else ""
+    others = tuple(NEVER + name for name, of in group_of.items() if of == group and name not in names)
+    return Pool({name: nodes[name] for name in names if name in nodes}, group, others)

@@ -7,14 +7,14 @@ alone: it pays for nothing that it does not have. All others are *metered*.
 from __future__ import annotations
 
 import calendar
-import hashlib
 import time
 from dataclasses import dataclass, field
-from importlib.resources import files
 
-from corral.store.valkey import encode
+from corral.store.lua import PREFIX, combined, script, sha
+from corral.store.valkey import words
 
-PREFIX = b"corral:1:"
+__all__ = ["PREFIX", "combined", "script", "sha"]
+
 EPOCH, GRANTS = PREFIX + b"epoch", PREFIX + b"grants"
 """There is an epoch when gateways have told a store what it last said, and it grants when they have told the rest."""
 ACTIVE = PREFIX + b"active"
@@ -31,23 +31,12 @@ LIMITS = ("rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens")
 REASONS = ("", *LIMITS, *(f"tenant_{limit}" for limit in LIMITS))
 """What a script's number of a limit means."""
 
-_SCRIPTS = files("corral.store") / "scripts"
-
-
-def script(name: str, metered: bool = True) -> str:
-    """The text of a script, with what the metered ones share before it."""
-    text = (_SCRIPTS / f"{name}.lua").read_text()
-    return (_SCRIPTS / "meter.lua").read_text() + text if metered else text
-
-
-def sha(text: str) -> bytes:
-    """What EVALSHA calls a script by."""
-    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest().encode()
-
-
 ADMIT, CHARGE = script("admit", metered=False), script("charge", metered=False)
 RESERVE, SETTLE, DECLARE, USE = script("reserve"), script("settle"), script("declare"), script("use")
 _ADMIT, _RESERVE, _SETTLE = sha(ADMIT), sha(RESERVE), sha(SETTLE)
+ADMIT_SLOT, RESERVE_SLOT = combined(ADMIT), combined(RESERVE)
+"""The same, and a slot in the same call."""
+_ADMIT_SLOT, _RESERVE_SLOT = sha(ADMIT_SLOT), sha(RESERVE_SLOT)
 
 
 def month_of(wall: float) -> int:
@@ -84,6 +73,11 @@ class Budget:
     """The least of all limits of tokens: no more is reserved for one request. 0: none."""
     prefix: bytes = b""
     """The admission's command up to what differs between requests."""
+    before_slot: bytes = b""
+    after_slot: bytes = b""
+    parts: int = 0
+    """The same where a slot is asked for too: what stands before its arguments and after them, and how many words the
+    command has without those of the slot."""
     rate_header: bytes = b""
     ending: list[bytes] = field(default_factory=list)
     """The command that ends requests, up to those requests."""
@@ -114,8 +108,7 @@ class Budget:
             return
         numbers = (self.rpm or 0, self.concurrency or 0, LEASE * 1e6)
         arguments = [b"%d" % number for number in numbers]
-        command = encode(b"EVALSHA", _ADMIT, b"3", self.rate, self.leases, GRANTS, *arguments)
-        self.prefix = command.replace(b"*9\r\n", b"*10\r\n", 1)
+        self._commands(_ADMIT, _ADMIT_SLOT, [self.rate, self.leases, GRANTS], arguments, 1)
         self.ending = [b"ZREM", self.leases]
 
     def _metered(self) -> None:
@@ -130,9 +123,15 @@ class Budget:
             limits += [name, rpm, b"%d" % (scope.concurrency or 0), *tokens]
             meters += [name, rpm, *tokens]
         held = PREFIX + b"request:" + self.key_id.encode() + b":"
-        parts = [b"EVALSHA", _RESERVE, b"%d" % len(keys), *keys, b"%d" % (LEASE * 1e6), b"%d" % HELD_MS, held, *limits]
-        self.prefix = encode(*parts).replace(b"*%d\r\n" % len(parts), b"*%d\r\n" % (len(parts) + 2), 1)
+        self._commands(_RESERVE, _RESERVE_SLOT, keys, [b"%d" % (LEASE * 1e6), b"%d" % HELD_MS, held, *limits], 2)
         self.ending = [b"EVALSHA", _SETTLE, b"%d" % len(shared), *shared, held, b"%d" % SETTLED_MS, *meters]
+
+    def _commands(self, alone: bytes, slot: bytes, keys: list[bytes], arguments: list[bytes], more: int) -> None:
+        # `more` words of a request follow.
+        self.parts = 3 + len(keys) + len(arguments) + more
+        self.prefix = b"*%d\r\n" % self.parts + words(b"EVALSHA", alone, b"%d" % len(keys), *keys, *arguments)
+        self.before_slot = words(b"EVALSHA", slot, b"%d" % len(keys), *keys)
+        self.after_slot = words(*arguments)
 
     @property
     def rate(self) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from corral.fleet.tickets import KINDS
 from corral.store.budget import PREFIX
 from corral.store.valkey import Valkey
 
@@ -44,7 +45,7 @@ async def generation(store: Valkey, term: int) -> int:
 
 
 async def _model(store: Valkey, name: bytes) -> Seen:
-    kinds = (PREFIX + b"wait:" + name + b":%d" % kind for kind in range(3))
+    kinds = (PREFIX + b"wait:" + name + b":%d" % kind for kind in KINDS)
     used, places, *waiting = await asyncio.gather(
         store.request(b"HGETALL", PREFIX + b"used:" + name),
         store.request(b"HGETALL", PREFIX + b"places:" + name),

@@ -12,6 +12,7 @@ import hiredis
 from corral.store.budget import (
     ACTIVE,
     ADMIT,
+    ADMIT_SLOT,
     CHARGE,
     DECLARE,
     EPOCH,
@@ -19,6 +20,7 @@ from corral.store.budget import (
     LEASE,
     PREFIX,
     RESERVE,
+    RESERVE_SLOT,
     SETTLE,
     USE,
     Budget,
@@ -36,7 +38,7 @@ AT_ONCE = 200
 ACTIVE_MAX = 2000
 
 RENEWAL, REBUILD = script("renew", metered=False), script("rebuild", metered=False)
-SCRIPTS = (ADMIT, CHARGE, RESERVE, SETTLE, DECLARE, USE, RENEWAL, REBUILD)
+SCRIPTS = (ADMIT, ADMIT_SLOT, CHARGE, RESERVE, RESERVE_SLOT, SETTLE, DECLARE, USE, RENEWAL, REBUILD)
 _RENEWAL, _REBUILD, _DECLARE, _USE = sha(RENEWAL), sha(REBUILD), sha(DECLARE), sha(USE)
 _LEASE = b"%d" % (LEASE * 1e6)
 
@@ -161,7 +163,8 @@ async def _present(limits: Limits, store: Valkey) -> None:
     gateways = PREFIX + b"gateways"
     await store.request(b"ZADD", gateways, b"%f" % now, limits.gateway)
     await store.request(b"ZREMRANGEBYSCORE", gateways, b"-inf", b"%f" % (now - LEASE))
-    limits.gateways = max(1, int(await store.request(b"ZCARD", gateways)))
+    limits.names = [name.decode() for name in await store.request(b"ZRANGE", gateways, b"0", b"-1")]
+    limits.gateways = max(1, len(limits.names))
 
 
 async def _clock(store: Valkey) -> float:

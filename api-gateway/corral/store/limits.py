@@ -13,13 +13,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import hiredis
 
 from corral.store import share
 from corral.store.budget import CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, sha
+from corral.store.share import Verdict
+from corral.store.slots import Answer, Heard, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown, encode
+
+__all__ = ["Limits", "Verdict"]
 
 OWED_MAX = 10_000
 OWED_TIMES = 2
@@ -27,23 +31,6 @@ TOLD_AT_ONCE = 500
 _CHARGE = sha(CHARGE)
 
 log = logging.getLogger(__name__)
-
-
-class Verdict(NamedTuple):
-    """The answer to one request; times are seconds.
-
-    ``refused`` is "", one of `REASONS`, or "store"; ``remaining`` and ``reset`` are of requests a minute. The rest is
-    of metered keys alone: the limits that have the least left, of requests and of tokens (0: none).
-    """
-
-    refused: str
-    remaining: int
-    reset: float
-    retry_after: float
-    limit: int = 0
-    tokens_limit: int = 0
-    tokens_remaining: int = 0
-    tokens_reset: float = 0.0
 
 
 class Limits:
@@ -58,7 +45,11 @@ class Limits:
         self.gateway = gateway.encode()
         self._denied = [LIMITS.index(name) for name in denied]
         self.busy: dict[str, Budget] = {}
+        self.slots: Slots | None = None
+        """What asks for a slot in the same call."""
         self.gateways = 1
+        self.names: list[str] = [gateway]
+        """Those gateways, in no order."""
         self.local = 0
         """Requests that were admitted on the local share."""
         self.owed: dict[Budget, dict[bytes, tuple[int, list[bytes]]]] = {}
@@ -77,15 +68,26 @@ class Limits:
         self.find: Callable[[str], Budget | None] = self.busy.get
 
     def admit(
-        self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None], tokens: int = 0
+        self,
+        budget: Budget,
+        request_id: str,
+        now: float,
+        done: Callable[[Verdict], None],
+        tokens: int = 0,
+        wanted: Wanted | None = None,
+        heard: Heard | None = None,
     ) -> None:
         """Decide; `done` gets the verdict, at once where the store is away.
 
-        `now` is monotonic seconds, `tokens` what a request of a metered key will use at a guess.
+        `now` is monotonic seconds, `tokens` what a request of a metered key will use at a guess. `wanted` is asked for
+        in the same call, where ``slots`` are usable: before the verdict, `heard` gets what the store says of it. It
+        gets nothing where the store was not asked, or refused the request.
         """
         store = self.store
+        if self.slots is None or not self.slots.usable:
+            wanted = None
         if budget.metered:
-            self._reserve(budget, request_id, now, done, min(tokens, budget.most))
+            self._reserve(budget, request_id, now, done, min(tokens, budget.most), wanted, heard)
             return
         if store is None or not store.connected:
             done(self._uncounted(budget, request_id, now))
@@ -94,6 +96,8 @@ class Limits:
             self._charge(store, budget, self._unsaid[budget])
 
         def replied(reply: Any) -> None:
+            if wanted is not None and heard is not None:
+                reply = self._apart(reply, wanted, heard)
             if type(reply) is list:
                 admitted, reason, remaining, reset, retry = reply
                 budget.arrival = budget.said_arrival = max(budget.said_arrival, now + reset / 1e6)
@@ -106,7 +110,7 @@ class Limits:
                 done(self._unheard(budget, request_id, now, 0, reply))
 
         identity = request_id.encode()
-        store.call(b"%b$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity), replied)
+        store.call(b"%b$%d\r\n%b\r\n" % (self._beginning(budget, wanted), len(identity), identity), replied)
 
     def release(self, budget: Budget, request_id: str, used: int = 0) -> None:
         """End a request that was admitted; `used` is the tokens of prompt and answer."""
@@ -162,8 +166,37 @@ class Limits:
 
     # -- with the store
 
+    def _beginning(self, budget: Budget, wanted: Wanted | None) -> bytes:
+        """The command that admits a request, up to its id."""
+        slots = self.slots
+        if wanted is None or slots is None:
+            return budget.prefix
+        count, asking = slots.together(wanted)
+        return b"*%d\r\n%b%b%b" % (budget.parts + count, budget.before_slot, asking, budget.after_slot)
+
+    def _apart(self, reply: Any, wanted: Wanted, heard: Heard) -> Any:
+        """The limits' answer, of one that has the slot's beside it; that is handed over."""
+        slots = self.slots
+        assert slots is not None
+        if type(reply) is not list:
+            slots.forget(wanted)
+            heard(Answer(away=True))
+            return reply
+        if len(reply) > 1:
+            slots.answered(wanted, heard, reply[1])
+        else:
+            slots.forget(wanted)
+        return reply[0]
+
     def _reserve(
-        self, budget: Budget, request_id: str, now: float, done: Callable[[Verdict], None], tokens: int
+        self,
+        budget: Budget,
+        request_id: str,
+        now: float,
+        done: Callable[[Verdict], None],
+        tokens: int,
+        wanted: Wanted | None = None,
+        heard: Heard | None = None,
     ) -> None:
         store = self.store
         if store is None or not store.connected:
@@ -173,6 +206,8 @@ class Limits:
             self._adopt(store, budget)
 
         def replied(reply: Any) -> None:
+            if wanted is not None and heard is not None:
+                reply = self._apart(reply, wanted, heard)
             if type(reply) is list:
                 self._note(budget, now, reply)
                 reason = REASONS[reply[1]]
@@ -193,7 +228,7 @@ class Limits:
             else:
                 done(self._unheard(budget, request_id, now, tokens, reply))
 
-        store.call(_reservation(budget, request_id, b"%d" % tokens), replied)
+        store.call(_reservation(self._beginning(budget, wanted), request_id, b"%d" % tokens), replied)
 
     def _note(self, budget: Budget, now: float, reply: list[int]) -> None:
         place = 11
@@ -245,7 +280,7 @@ class Limits:
                 else:
                     self._unadopted[budget] = None
 
-            store.call(_reservation(budget, request_id, b"-%d" % reserved), heard)
+            store.call(_reservation(budget.prefix, request_id, b"-%d" % reserved), heard)
 
         del self._unadopted[budget]
         for request_id, reserved in list(budget.in_flight.items()):
@@ -350,28 +385,13 @@ class Limits:
             for scope in scopes:
                 share.spend(scope, self.gateways, now, tokens)
             self._enter(budget, request_id, -1 - tokens if budget.metered else 0)
-        return self._local_verdict(budget, now, wall, refused, retry)
-
-    def _local_verdict(self, budget: Budget, now: float, wall: float, refused: str, retry: float) -> Verdict:
-        gateways = self.gateways
-        limit, left, reset = 0, 0, 0.0
-        tokens_limit, tokens_left, tokens_reset = 0, 0, 0.0
-        for scope in budget.scopes:
-            if scope.rpm:
-                whole = max(0.0, scope.arrival - now)
-                rest = max(0, int((MINUTE - whole) * scope.rpm / (MINUTE * gateways)))
-                if not limit or rest < left:
-                    limit, left, reset = scope.rpm, rest, whole
-            for most, rest, whole in share.tokens_left(scope, gateways, now, wall) if budget.metered else ():
-                if not tokens_limit or rest < tokens_left:
-                    tokens_limit, tokens_left, tokens_reset = most, rest, whole
-        return Verdict(refused, left, reset, retry, limit, tokens_limit, tokens_left, tokens_reset)
+        return share.verdict(budget, self.gateways, now, wall, refused, retry)
 
 
-def _reservation(budget: Budget, request_id: str, cost: bytes) -> bytes:
+def _reservation(beginning: bytes, request_id: str, cost: bytes) -> bytes:
     """The command that reserves tokens for a request of a metered key."""
     identity = request_id.encode()
-    return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (budget.prefix, len(identity), identity, len(cost), cost)
+    return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (beginning, len(identity), identity, len(cost), cost)
 
 
 def _nothing() -> None:

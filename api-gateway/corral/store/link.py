@@ -60,6 +60,7 @@ async def _connect(store: Valkey, lost: asyncio.Event) -> None:
         if isinstance(reply, Exception):
             raise ConnectionError(str(reply))
     store.connected = True
+    store.connections += 1
     if store.on_connect is not None:
         store.on_connect()
 

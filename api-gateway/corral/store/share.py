@@ -6,8 +6,26 @@ Times are monotonic seconds, ``wall`` is epoch seconds.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from corral.store.budget import DAY, MINUTE, Budget, month_end
+
+
+class Verdict(NamedTuple):
+    """The answer to one request; times are seconds.
+
+    ``refused`` is "", one of `REASONS`, or "store"; ``remaining`` and ``reset`` are of requests a minute. The rest is
+    of metered keys alone: the limits that have the least left, of requests and of tokens (0: none).
+    """
+
+    refused: str
+    remaining: int
+    reset: float
+    retry_after: float
+    limit: int = 0
+    tokens_limit: int = 0
+    tokens_remaining: int = 0
+    tokens_reset: float = 0.0
 
 
 def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int) -> list[tuple[str, float]]:
@@ -55,3 +73,19 @@ def tokens_left(scope: Budget, gateways: int, now: float, wall: float) -> list[t
         left = (scope.monthly_tokens - scope.month_used) // gateways - scope.month_spent
         found.append((scope.monthly_tokens, max(0, left), month_end(scope.month) - wall))
     return found
+
+
+def verdict(budget: Budget, gateways: int, now: float, wall: float, refused: str, retry: float) -> Verdict:
+    """The answer to a request of a key, by what is left of this gateway's share."""
+    limit, left, reset = 0, 0, 0.0
+    most_tokens, rest_tokens, whole_tokens = 0, 0, 0.0
+    for scope in budget.scopes:
+        if scope.rpm:
+            whole = max(0.0, scope.arrival - now)
+            rest = max(0, int((MINUTE - whole) * scope.rpm / (MINUTE * gateways)))
+            if not limit or rest < left:
+                limit, left, reset = scope.rpm, rest, whole
+        for most, rest, whole in tokens_left(scope, gateways, now, wall) if budget.metered else ():
+            if not most_tokens or rest < rest_tokens:
+                most_tokens, rest_tokens, whole_tokens = most, rest, whole
+    return Verdict(refused, left, reset, retry, limit, most_tokens, rest_tokens, whole_tokens)

@@ -1,74 +1,39 @@
-"""A gateway's slots and tickets in the store: asked for, given back, kept alive, told again to a store that forgot.
+"""A gateway's slots and tickets in the store: asked for, given back, and what the store does not know told to it.
 
-What a gateway holds is kept here too, and each renewal tells the store all of it: what the store gave while nobody
-heard is taken back, what it has lost it is told again. So no call needs to be repeated, and none counts twice.
+What a gateway holds is kept here too, and each renewal (`corral.store.keeper`) tells the store all of it: what the
+store gave while nobody heard is taken back, what it has lost it is told again. So no call needs to be repeated, and
+none counts twice.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
-from importlib.resources import files
-from time import monotonic, time_ns
 from typing import Any
 
 import hiredis
 
-from corral.store.budget import PREFIX, script, sha
-from corral.store.valkey import Valkey, ValkeyDown, encode
+from corral.store.lua import PREFIX, sha, slots_script
+from corral.store.valkey import Valkey, encode, words
 
-RENEW = 2.0
-POLL = 0.5
 LEASE = 10.0
-PATIENCE_US = 2_000_000
-"""How long a store that was flushed waits for gateways that tell nothing before it grants."""
 MOST = 256
 """Tickets of a model, at most."""
-AT_ONCE = 200
-GRANTS, EPOCH = PREFIX + b"slots-grant", PREFIX + b"slots-epoch"
+KNOWN_MAX = 4096
+WORDS = 9
+"""How many arguments ask for a slot, besides the nodes that are preferred."""
 
-_FOLDER = files("corral.store") / "scripts"
-
-
-def _script(name: str) -> str:
-    """The text of a script, after what those of slots share."""
-    return (
-        f"local P = '{PREFIX.decode()}'\n" + (_FOLDER / "slots.lua").read_text() + (_FOLDER / f"{name}.lua").read_text()
-    )
-
-
-def combined(limits: str) -> str:
-    """One call for all of a request: the text of a script of limits (`corral.store.budget`), and a slot if they admit.
-
-    ARGV  1 how many arguments ask for the slot, 2.. those (as of `slots_ask.lua`), then those of the limits.
-    Returns {the limits' answer, the slot's or 0 (REBUILD)}, without the second where the limits refuse, or 0.
-    """
-    return (
-        f"local function limits(KEYS, ARGV)\n{limits}\nend\n"
-        f"local P = '{PREFIX.decode()}'\n"
-        + (_FOLDER / "slots.lua").read_text()
-        + f"local function slot(ARGV)\n{(_FOLDER / 'slots_ask.lua').read_text()}\nend\n"
-        + "local last = tonumber(ARGV[1]) + 1\n"
-        + "local verdict = limits(KEYS, { unpack(ARGV, last + 1) })\n"
-        + "if verdict == 0 then return 0 end\n"
-        + "if verdict[1] == 0 then return { verdict } end\n"
-        + "return { verdict, slot({ unpack(ARGV, 2, last) }) }\n"
-    )
-
-
-ASK, END, PLACE = _script("slots_ask"), _script("slots_end"), _script("slots_place")
-LIVE, DECLARE = _script("slots_live"), _script("slots_declare")
-TELL = f"if redis.call('GET', '{EPOCH.decode()}') ~= ARGV[4] then return 0 end\n" + script("rebuild", metered=False)
-"""As in a rebuild of limits, for who has told a store that has the epoch of the last argument."""
-SCRIPTS = (ASK, END, PLACE, LIVE, DECLARE, TELL)
-_ASK, _END, _PLACE, _LIVE, _DECLARE, _TELL = (sha(text) for text in SCRIPTS)
+ASK, END, DECLARE = slots_script("slots_ask"), slots_script("slots_end"), slots_script("slots_declare")
+_ASK, _END, _DECLARE = sha(ASK), sha(END), sha(DECLARE)
 
 log = logging.getLogger(__name__)
 
 
 class Wanted:
-    """What asks for a slot, in the store's words. ``cost`` is us of a slot, ``kind`` as in `corral.fleet.tickets`."""
+    """What asks for a slot, in the store's words. ``cost`` is us of a slot, ``kind`` as in `corral.fleet.tickets`.
+
+    ``node`` is where it has a slot, empty while it waits; ``reads``: its prompt is long and not read yet.
+    """
 
     __slots__ = (
         "batch",
@@ -96,227 +61,227 @@ class Wanted:
         batch: bool = False,
         preferred: tuple[str, ...] = (),
     ) -> None:
-        self.id = id.encode()
-        self.model = model.encode()
-        self.kind = b"%d" % kind
-        self.key = key.encode()
-        self.cost = b"%d" % cost
-        self.weight = b"%f" % weight
-        self.batch = b"1" if batch else b"0"
-        self.preferred = tuple(node.encode() for node in preferred)
-        self.node = b""
-        """Where it has a slot; empty while it waits."""
+        self.id = id
+        self.model = model
+        self.kind = kind
+        self.key = key
+        self.cost = cost
+        self.weight = weight
+        self.batch = batch
+        self.preferred = preferred
+        self.node = ""
         self.generation = 0
-        self.reads = kind == 1
+        self.reads = kind % 3 == 1
         self.score = b"0"
 
 
 class Answer:
     """What a request hears: a ``node``, or its ``position`` among so many ``slots``, or that too many wait.
 
-    ``away``: the store could not be asked, or does not grant yet.
+    ``away``: the store could not be asked, or does not grant yet. ``load`` is how long a load of the model takes
+    (seconds), said where it has no slots.
     """
 
-    __slots__ = ("away", "full", "node", "position", "slots")
+    __slots__ = ("away", "full", "load", "node", "position", "slots")
 
     def __init__(
-        self, node: str = "", position: int = 0, slots: int = 0, full: bool = False, away: bool = False
+        self,
+        node: str = "",
+        position: int = 0,
+        slots: int = 0,
+        full: bool = False,
+        away: bool = False,
+        load: float = 0.0,
     ) -> None:
         self.node = node
         self.position = position
         self.slots = slots
         self.full = full
         self.away = away
+        self.load = load
 
 
 Heard = Callable[[Answer], None]
 
 
 class Slots:
-    """One gateway's. `run` keeps them; ``store`` is its connection, and ``ears`` one that hears what it is given."""
+    """One gateway's.
 
-    def __init__(self, store: Valkey, ears: Valkey, gateway: str, lease: float = LEASE) -> None:
+    ``held`` is all that it holds or waits for, ``waiting`` who hears of a ticket's turn. ``told`` is the store's
+    connection (`Valkey.connections`) on which it was told of what is held; ``led``: somebody says what stands where;
+    ``paused``: somebody waits of whom the store does not know, and comes first. ``length`` is how many may wait for a
+    model, as the store reads it.
+    """
+
+    def __init__(self, store: Valkey, gateway: str, length: int = MOST, lease: float = LEASE) -> None:
         self.store = store
-        self.ears = ears
         self.gateway = gateway.encode()
         self.lease = lease
-        self.held: dict[bytes, Wanted] = {}
-        self._waiting: dict[bytes, Heard] = {}
-        self._channel = PREFIX + b"wake:" + self.gateway
+        self.held: dict[str, Wanted] = {}
+        self.waiting: dict[str, Heard] = {}
+        self.told = 0
+        self.led = False
+        self.paused = False
+        self.channel = PREFIX + b"wake:" + self.gateway
         self.gateways: Callable[[], int] = lambda: 1
         """How many gateways there are, at most: so many are waited for when the store has forgotten."""
         self.on_lost: Callable[[], None] = _nothing
-        ears.on_message = self._woken
+        """Called when the store says that it has forgotten."""
+        self.length = b"%d" % length
+        self._ending: list[bytes] = []
+        self._known: dict[tuple[str, int, str], bytes] = {}
+        self._name = words(self.gateway)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the store counts for all gateways now, and has heard of what this one holds."""
+        return self.store.connected and self.told == self.store.connections and self.led
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be asked for a slot: nobody waits of whom it does not know."""
+        return self.counts and not self.paused
+
+    # -- asking
 
     def ask(self, wanted: Wanted, heard: Heard) -> None:
         """Ask for a slot. `heard` gets an answer; after one with a position a second one, with the node, follows."""
+        self.flush()  # what a request gives back comes before what it asks for
+        self.held[wanted.id] = wanted
+        command = b"*%d\r\n%b%b" % (3 + WORDS + len(wanted.preferred), _ASK_WORDS, self._arguments(wanted))
 
         def replied(reply: Any) -> None:
-            if wanted.id not in self.held:
-                # It was ended meanwhile: the store is told once it has answered.
-                if type(reply) is list and reply[0] != 3:
-                    self._end(wanted.id)
-                return
-            if type(reply) is not list:
-                del self.held[wanted.id]
-                if reply == 0:
-                    self.on_lost()
-                elif isinstance(reply, hiredis.ReplyError):
-                    log.error("the store refused the script of slots: %s", reply)
-                    self.store.reset()
-                heard(Answer(away=True))
-            elif reply[0] == 1:
-                wanted.node, wanted.generation = reply[1], reply[2]
-                heard(Answer(wanted.node.decode()))
-            elif reply[0] == 2:
-                self._waiting[wanted.id] = heard
-                wanted.score = reply[3]
-                heard(Answer(position=reply[1], slots=reply[2]))
-            else:
-                del self.held[wanted.id]
-                heard(Answer(full=True, position=reply[1]))
+            self.answered(wanted, heard, reply)
 
-        self.held[wanted.id] = wanted
-        self.store.call(encode(*self._question(wanted)), replied)
+        self.store.call(command, replied)
 
-    def end(self, id: str) -> None:
-        """Give a slot back, or a ticket up."""
-        name = id.encode()
-        if self.held.pop(name, None) is not None:
-            self._waiting.pop(name, None)
-            self._end(name)
+    def together(self, wanted: Wanted) -> tuple[int, bytes]:
+        """The arguments that ask for a slot in a call that does more (`corral.store.lua.combined`): how many, and they.
 
-    def read(self, id: str) -> None:
-        """The prompt has been read: the node may begin another long one."""
-        wanted = self.held.get(id.encode())
-        if wanted is not None and wanted.reads and wanted.node:
-            wanted.reads = False
-            self._end(b"read " + wanted.id)
-
-    @property
-    def waiting(self) -> int:
-        """Tickets of this gateway."""
-        return len(self._waiting)
-
-    async def place(self, node: str, model: str, state: str, generation: int, slots: int, step: float) -> bool:
-        """What the leader says of a place; False where a later word is known.
-
-        Raises:
-            ValkeyDown, hiredis.ReplyError: the store did not hear of it.
+        The answer is for `answered`, or there is none, and `forget` is called.
         """
-        numbers = (b"%d" % generation, b"%d" % slots, b"%d" % step)
-        names = (node.encode(), model.encode(), state.encode())
-        return bool(await self.store.request(b"EVALSHA", _PLACE, b"0", *names, *numbers))
+        if self._ending:
+            self.flush()
+        self.held[wanted.id] = wanted
+        count = WORDS + len(wanted.preferred)
+        number = _COUNTS[count] if count < len(_COUNTS) else words(b"%d" % count)
+        return count + 1, number + self._arguments(wanted)
 
-    # -- what keeps them
+    def answered(self, wanted: Wanted, heard: Heard, reply: Any) -> None:
+        """The store's answer to a request for a slot."""
+        id = wanted.id
+        if self.held.get(id) is not wanted:
+            # It was ended meanwhile: the store is told once it has answered.
+            if type(reply) is list and reply[0] != 3:
+                self._end(id.encode())
+            return
+        if type(reply) is not list:
+            del self.held[id]
+            if reply == 0:
+                self.on_lost()
+            elif isinstance(reply, hiredis.ReplyError):
+                log.error("the store refused the script of slots: %s", reply)
+                self.store.reset()
+            heard(Answer(away=True))
+        elif reply[0] == 1:
+            wanted.node, wanted.generation = reply[1].decode(), reply[2]
+            heard(Answer(wanted.node))
+        elif reply[0] == 2:
+            self.waiting[id] = heard
+            wanted.score = reply[3]
+            heard(Answer(position=reply[1], slots=reply[2], load=reply[4] / 1e6 if len(reply) > 4 else 0.0))
+        else:
+            del self.held[id]
+            heard(Answer(full=True, position=reply[1]))
 
-    async def keep(self) -> None:
-        """Renew each two seconds and look after tickets each half, until cancelled."""
-        renewed = -self.lease
-        lost = asyncio.Event()
-        self.on_lost = lost.set
-        while True:
-            try:
-                if self.store.connected:
-                    lost.clear()
-                    # Also where nothing is asked: others wait for what this one has to tell.
-                    await self._rebuild()
-                    if monotonic() - renewed >= self.lease / LEASE * RENEW:
-                        await self._renew()
-                        renewed = monotonic()
-                    await self._poll()
-            except (OSError, ValkeyDown, hiredis.ReplyError) as error:
-                log.warning("slots were not renewed: %s", error)
-            try:
-                async with asyncio.timeout(POLL):
-                    await lost.wait()
-            except TimeoutError:
-                pass
+    def forget(self, wanted: Wanted) -> None:
+        """Nothing was asked for it after all, or nobody knows."""
+        if self.held.get(wanted.id) is wanted:
+            del self.held[wanted.id]
 
-    async def listen(self) -> None:
-        """Hear what is given to tickets, until cancelled; the connection is made anew when it is lost."""
-
-        def subscribe() -> None:
-            self.ears.enqueue(encode(b"SUBSCRIBE", self._channel), _ignore)
-
-        self.ears.on_connect = subscribe
-        await self.ears.run()
-
-    def _woken(self, message: Any) -> None:
-        if type(message) is list and message[0] == b"message":
-            id, node, generation = message[2].split(b" ")
-            self._given(id, node, int(generation))
-
-    def _given(self, id: bytes, node: bytes, generation: int) -> None:
-        heard, wanted = self._waiting.pop(id, None), self.held.get(id)
+    def given(self, id: str, node: str, generation: int) -> None:
+        """A ticket has its turn."""
+        heard, wanted = self.waiting.pop(id, None), self.held.get(id)
         if heard is None or wanted is None:
             return
         wanted.node, wanted.generation = node, generation
-        heard(Answer(node.decode()))
+        heard(Answer(node))
+
+    def woken(self, message: Any) -> None:
+        """A message of the channel on which the store tells of tickets."""
+        if type(message) is list and message[0] == b"message":
+            id, node, generation = message[2].split(b" ")
+            self.given(id.decode(), node.decode(), int(generation))
+
+    def claim(self, wanted: Wanted, node: str) -> None:
+        """Count a request that runs on a node whatever the store says; it is told now, or when it can be."""
+        wanted.node = node
+        self.held[wanted.id] = wanted
+        if self.store.connected:
+            reads = b"1" if wanted.reads else b"0"
+            parts = (wanted.id.encode(), wanted.model.encode(), b"%d" % wanted.kind, node.encode(), reads)
+            self.store.call(encode(b"EVALSHA", _DECLARE, b"0", self.gateway, *parts), _ignore)
+
+    # -- giving back
+
+    def end(self, id: str) -> None:
+        """Give a slot back, or a ticket up."""
+        if self.held.pop(id, None) is not None:
+            self.waiting.pop(id, None)
+            self._end(id.encode())
+
+    def read(self, id: str) -> None:
+        """The prompt has been read: the node may begin another long one."""
+        wanted = self.held.get(id)
+        if wanted is not None and wanted.reads and wanted.node:
+            wanted.reads = False
+            self._end(b"read " + id.encode())
 
     def _end(self, what: bytes) -> None:
-        # Unheard, it is made good by the next renewal.
-        self.store.call(encode(b"EVALSHA", _END, b"0", self.gateway, what), _ignore)
-
-    async def _renew(self) -> None:
-        known = list(self.held)
-        arguments = (self.gateway, b"%d" % (self.lease * 1e6), *known)
-        missing = await self.store.request(b"EVALSHA", _LIVE, b"0", *arguments)
-        await self._declare([self.held[id] for id in missing if id in self.held and id in known])
-
-    async def _poll(self) -> None:
-        """Ask again for what has waited longest of each model and kind, and hear what was given while nobody heard."""
-        ids = list(self._waiting)
-        first: dict[tuple[bytes, bytes], Wanted] = {}
-        for id in ids:
-            wanted = self.held[id]
-            first.setdefault((wanted.model, wanted.kind), wanted)
-        for wanted in first.values():
-            if wanted.id not in self._waiting:
-                continue
-            reply = await self.store.request(*self._question(wanted))
-            if type(reply) is list and reply[0] == 1:
-                self._given(wanted.id, reply[1], reply[2])
-        for at in range(0, len(ids), AT_ONCE):
-            some = ids[at : at + AT_ONCE]
-            texts = await self.store.request(b"HMGET", PREFIX + b"held:" + self.gateway, *some)
-            for id, text in zip(some, texts, strict=True):
-                if text is not None and text.startswith(b"g "):
-                    words = text.split(b" ")
-                    self._given(id, words[3], int(words[4]))
-
-    def _question(self, wanted: Wanted) -> tuple[bytes, ...]:
-        request = (self.gateway, wanted.id, wanted.model, wanted.kind, wanted.key, wanted.cost, wanted.weight)
-        return (b"EVALSHA", _ASK, b"0", *request, wanted.batch, b"%d" % MOST, *wanted.preferred)
-
-    async def _declare(self, some: list[Wanted]) -> None:
-        for first in range(0, len(some), AT_ONCE):
-            parts: list[bytes] = []
-            for wanted in some[first : first + AT_ONCE]:
-                if wanted.id not in self.held:
-                    continue
-                last = (b"1" if wanted.reads else b"0") if wanted.node else wanted.score
-                parts += [wanted.id, wanted.model, wanted.kind, wanted.node, last]
-            if parts:
-                await self.store.request(b"EVALSHA", _DECLARE, b"0", self.gateway, *parts)
-
-    async def _rebuild(self) -> None:
-        """See that the store grants: after a flush it does once every gateway has told what it holds."""
-        if await self.store.request(b"EXISTS", GRANTS):
+        # One command for all that ended in a turn. Unheard, it is made good by the next renewal.
+        if not self.store.connected:
             return
-        told = b""
-        while True:
-            # Flushed again while it was told, it has another epoch, and is told anew.
-            await self.store.request(b"SET", EPOCH, b"%d" % time_ns(), b"NX")
-            epoch = await self.store.request(b"GET", EPOCH) or b""
-            if epoch != told:
-                await self._renew()
-                told = epoch
-            keys = (GRANTS, GRANTS + b"-told", GRANTS + b"-of")
-            numbers = (b"%d" % self.gateways(), b"%d" % PATIENCE_US, epoch)
-            if await self.store.request(b"EVALSHA", _TELL, b"3", *keys, self.gateway, *numbers) == 1:
-                return
-            await asyncio.sleep(0.02)
+        if not self._ending:
+            self.store.soon(self.flush)
+        self._ending.append(what)
+
+    def flush(self) -> None:
+        """Tell the store now of what has ended."""
+        if self._ending:
+            ending, self._ending = self._ending, []
+            self.store.call(encode(b"EVALSHA", _END, b"0", self.gateway, *ending), _ignore)
+
+    def _arguments(self, wanted: Wanted) -> bytes:
+        about = self._known.get((wanted.model, wanted.kind, wanted.key))
+        if about is None:
+            if len(self._known) >= KNOWN_MAX:
+                self._known.clear()
+            about = words(wanted.model.encode(), b"%d" % wanted.kind, wanted.key.encode())
+            self._known[wanted.model, wanted.kind, wanted.key] = about
+        id, cost = wanted.id.encode(), b"%d" % wanted.cost
+        rest = _INTERACTIVE if not wanted.batch and wanted.weight == 1.0 else _rest(wanted)
+        text = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n" % (
+            self._name,
+            len(id),
+            id,
+            about,
+            len(cost),
+            cost,
+            rest,
+            len(self.length),
+            self.length,
+        )
+        preferred = wanted.preferred
+        return text + words(*[node.encode() for node in preferred]) if preferred else text
+
+
+_ASK_WORDS = words(b"EVALSHA", _ASK, b"0")
+_INTERACTIVE = words(b"1", b"0")
+_COUNTS = [words(b"%d" % count) for count in range(32)]
+
+
+def _rest(wanted: Wanted) -> bytes:
+    return words(b"%f" % wanted.weight, b"1" if wanted.batch else b"0")
 
 
 def _nothing() -> None:

@@ -28,7 +28,12 @@ class ValkeyDown(Exception):
 
 def encode(*parts: bytes) -> bytes:
     """A command in RESP2."""
-    out = [b"*", str(len(parts)).encode(), b"\r\n"]
+    return b"*%d\r\n%b" % (len(parts), words(*parts))
+
+
+def words(*parts: bytes) -> bytes:
+    """Words of a command in RESP2, without how many it has."""
+    out: list[bytes] = []
     for part in parts:
         out += (b"$", str(len(part)).encode(), b"\r\n", part, b"\r\n")
     return b"".join(out)
@@ -37,7 +42,8 @@ def encode(*parts: bytes) -> bytes:
 class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
-    ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now.
+    ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now,
+    ``connections`` counts those that were made.
     """
 
     def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT) -> None:
@@ -57,6 +63,7 @@ class Valkey:
         self._out: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
         self.connected = False
+        self.connections = 0
         self.on_connect: Callable[[], None] | None = None
         self.on_message: Callback | None = None
 

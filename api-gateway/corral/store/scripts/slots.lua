@@ -6,16 +6,22 @@
 --   total:MODEL    slots where it is resident
 --   busy:NODE      hash: requests, long prompts that are read, embeds; slots: the most that a resident model has there
 --   models:NODE    set of the models that have a place there
---   wait:MODEL:K   sorted set of the tickets of a kind (0 short, 1 long, 2 embeddings): "gateway id" by start time, us
+--   wait:MODEL:K   sorted set of the tickets of a kind (0 short, 1 long, 2 embeddings; 3 to 5 the same of requests that
+--                  may not use every node): "gateway id" by start time, us
 --   queued         set of models with tickets
 --   finish:MODEL   sorted set: when the last ticket of each key would be done, us
 --   asked          hash, model -> requests that have asked for it
+--   loads          hash, model -> how long a load takes, us
 --   held:GATEWAY   hash, id -> "t model kind score preferred" a ticket, "g model kind node generation reads" a slot
 --   live           sorted set, gateway -> when its lease ends, us
 -- A name has no space: gateways, nodes and ids are made by Corral, and no model's name holds one.
 --
+-- Nodes that a request prefers are given by their names. One with ! before it is used only where the model is resident on
+-- no other, one with ~ never; the word ^ has a request that waits wait at the head.
+--
 -- A slot that is given to a ticket is told on the channel wake:GATEWAY: "id node generation".
-local FULL, EMBED_SHARE, CANDIDATES = 1e12, 4, 16
+local FULL, EMBED_SHARE, CANDIDATES, LAST_KIND = 1e12, 4, 16, 5
+local SHORT, LONG, EMBED = { ['0'] = true, ['3'] = true }, { ['1'] = true, ['4'] = true }, { ['2'] = true, ['5'] = true }
 local AHEAD_MAX, BATCH_LATER, LATER, TURNS = 30000000, 60000000, 500000, 100
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -44,23 +50,42 @@ local function arrange(model, node, place, used)
 end
 
 local function takes(node, kind)
-  if kind == '0' then return true end
+  if SHORT[kind] then return true end
   local busy = redis.call('HMGET', P .. 'busy:' .. node, 'requests', 'long', 'embeds', 'slots')
   local function count(at) return tonumber(busy[at]) or 0 end
-  if kind == '2' then return count(3) < math.max(1, math.floor(count(4) / EMBED_SHARE)) end
+  if EMBED[kind] then return count(3) < math.max(1, math.floor(count(4) / EMBED_SHARE)) end
   return count(2) <= 0 or count(1) <= count(2)
 end
 
 local function find(model, kind, preferred)
   local key = P .. 'load:' .. model
-  for _, node in ipairs(preferred) do
-    local load = redis.call('ZSCORE', key, node)
-    if load and tonumber(load) < FULL and takes(node, kind) then return node end
+  local marked, late, known = {}, {}, 0
+  for _, word in ipairs(preferred) do
+    local mark = string.byte(word)
+    if mark == 33 or mark == 126 then
+      local node = string.sub(word, 2)
+      if not marked[node] and redis.call('ZSCORE', key, node) then known = known + 1 end
+      marked[node] = true
+      if mark == 33 then late[#late + 1] = node end
+    end
   end
-  local nodes = redis.call('ZRANGE', key, 0, kind == '0' and 0 or CANDIDATES - 1, 'WITHSCORES')
+  local function usable(node)
+    local load = redis.call('ZSCORE', key, node)
+    return load and tonumber(load) < FULL and takes(node, kind)
+  end
+  for _, node in ipairs(preferred) do
+    if not marked[node] and usable(node) then return node end
+  end
+  local most = known + (kind == '0' and 0 or CANDIDATES - 1)
+  local nodes = redis.call('ZRANGE', key, 0, most, 'WITHSCORES')
   for at = 1, #nodes, 2 do
-    if tonumber(nodes[at + 1]) >= FULL then return nil end
-    if takes(nodes[at], kind) then return nodes[at] end
+    if tonumber(nodes[at + 1]) >= FULL then break end
+    if not marked[nodes[at]] and takes(nodes[at], kind) then return nodes[at] end
+  end
+  if #late > 0 and redis.call('ZCARD', key) <= known then
+    for _, node in ipairs(late) do
+      if usable(node) then return node end
+    end
   end
   return nil
 end
@@ -70,10 +95,10 @@ local function give(gateway, id, model, kind, node, reads)
   local used = redis.call('HINCRBY', P .. 'used:' .. model, node, 1)
   arrange(model, node, place, used)
   redis.call('HINCRBY', P .. 'busy:' .. node, 'requests', 1)
-  if kind == '2' then redis.call('HINCRBY', P .. 'busy:' .. node, 'embeds', 1) end
-  if kind == '1' and reads then redis.call('HINCRBY', P .. 'busy:' .. node, 'long', 1) end
+  if EMBED[kind] then redis.call('HINCRBY', P .. 'busy:' .. node, 'embeds', 1) end
+  if LONG[kind] and reads then redis.call('HINCRBY', P .. 'busy:' .. node, 'long', 1) end
   local generation = place and place.generation or 0
-  local text = table.concat({ 'g', model, kind, node, generation, kind == '1' and reads and 1 or 0 }, ' ')
+  local text = table.concat({ 'g', model, kind, node, generation, LONG[kind] and reads and 1 or 0 }, ' ')
   redis.call('HSET', P .. 'held:' .. gateway, id, text)
   return generation
 end
@@ -83,7 +108,7 @@ end
 local function serve(model, node)
   for _ = 1, TURNS do
     local heads = {}
-    for kind = 0, 2 do
+    for kind = 0, LAST_KIND do
       local first = redis.call('ZRANGE', P .. 'wait:' .. model .. ':' .. kind, 0, 0, 'WITHSCORES')
       if first[1] then heads[#heads + 1] = { first[1], tonumber(first[2]), tostring(kind) } end
     end
@@ -119,8 +144,11 @@ end
 
 -- The same for every model on a node that somebody waits for: what runs for one bounds what may run for another.
 local function serve_node(node, first)
-  if first then serve(first, node) end
-  for _, model in ipairs(redis.call('SMEMBERS', P .. 'queued')) do
+  local queued = redis.call('SMEMBERS', P .. 'queued')
+  for _, model in ipairs(queued) do
+    if model == first then serve(model, node) end
+  end
+  for _, model in ipairs(queued) do
     if model ~= first and redis.call('HEXISTS', P .. 'places:' .. model, node) == 1 then serve(model, node) end
   end
 end
@@ -139,12 +167,13 @@ local function take_back(gateway, id)
   local used = redis.call('HINCRBY', P .. 'used:' .. model, node, -1)
   arrange(model, node, place, used)
   redis.call('HINCRBY', P .. 'busy:' .. node, 'requests', -1)
-  if kind == '2' then redis.call('HINCRBY', P .. 'busy:' .. node, 'embeds', -1) end
+  if EMBED[kind] then redis.call('HINCRBY', P .. 'busy:' .. node, 'embeds', -1) end
   if reads == '1' then redis.call('HINCRBY', P .. 'busy:' .. node, 'long', -1) end
   return node, model
 end
 
--- A slot for a request, or again for one that waits: {1, node, generation}; or a ticket: {2, position, slots, start time}; or {3, tickets} where too many wait.
+-- A slot for a request, or again for one that waits: {1, node, generation}; or a
+-- ticket: {2, position, slots, start time, us of a load where it has no slots}; or {3, tickets} where too many wait.
 local function ask(gateway, id, model, kind, key, cost, weight, batch, most, preferred)
   local text = redis.call('HGET', P .. 'held:' .. gateway, id)
   local held = text and words(text)
@@ -168,14 +197,17 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
       if node then return { 1, node, give(gateway, id, model, kind, node, true) } end
     end
     local waiting = 0
-    for other = 0, 2 do waiting = waiting + redis.call('ZCARD', P .. 'wait:' .. model .. ':' .. other) end
-    if waiting >= most then return { 3, waiting } end
+    for other = 0, LAST_KIND do waiting = waiting + redis.call('ZCARD', P .. 'wait:' .. model .. ':' .. other) end
+    local head = false
+    for _, word in ipairs(preferred) do head = head or word == '^' end
+    if waiting >= most and not head then return { 3, waiting } end
     local finish = P .. 'finish:' .. model
     local start = math.max(now, tonumber(redis.call('ZSCORE', finish, key) or 0))
     start = math.min(start, now + AHEAD_MAX)
     redis.call('ZREMRANGEBYSCORE', finish, '-inf', now)
     redis.call('ZADD', finish, math.floor(start + cost / (math.max(weight, 0.01) * math.max(1, slots))), key)
     if batch then start = start + BATCH_LATER end
+    if head then start = 0 end
     local score = string.format('%.0f', start)
     redis.call('ZADD', queue, score, member)
     redis.call('SADD', P .. 'queued', model)
@@ -184,10 +216,11 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
   end
   local score = redis.call('ZSCORE', queue, member)
   local ahead = redis.call('ZRANK', queue, member) or 0
-  for other = 0, 2 do
+  for other = 0, LAST_KIND do
     if tostring(other) ~= kind and score then
       ahead = ahead + redis.call('ZCOUNT', P .. 'wait:' .. model .. ':' .. other, '-inf', '(' .. score)
     end
   end
-  return { 2, ahead + 1, slots, score }
+  if slots > 0 then return { 2, ahead + 1, slots, score } end
+  return { 2, ahead + 1, slots, score, tonumber(redis.call('HGET', P .. 'loads', model) or 0) }
 end

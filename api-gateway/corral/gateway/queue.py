@@ -1,0 +1,291 @@
+"""Step 6: who gets a slot, where and when. The store decides for all gateways (`corral.store.slots`), or this one does.
+
+A request asks for its slot in the call that asks its limits (step 5). It gets a node, or waits for one with a ticket;
+then its turn is told. Where the store does not count now, it asks for a slot of this gateway's share (`local.py`). The
+slot is given back when the attempt is over, and each further attempt asks anew, at the head of those who wait.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from corral.fleet.node import Node, NodeState, canonical_name
+from corral.fleet.pools import counted, model_of
+from corral.fleet.slots import ABORTED_MAX, cool_down
+from corral.fleet.tickets import (
+    EMBED_KIND,
+    HEAD,
+    LATE,
+    LONG,
+    LONG_KIND,
+    NEVER,
+    PICKY,
+    SHORT_KIND,
+    estimate,
+    wait_bound,
+)
+from corral.gateway import admit
+from corral.gateway.health import RATE
+from corral.gateway.local import Local
+from corral.gateway.recover import SHUN
+from corral.gateway.snapshot import Pool
+from corral.store.slots import Answer, Slots, Wanted
+from corral.wire.errors import ApiError
+
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
+    from corral.gateway.server import Gateway
+
+SHOW = b"/api/show"
+_EMBEDS = frozenset((b"/api/embed", b"/api/embeddings"))
+PREFILL_US, DECODE_US = 400, 20_000
+"""What a token of a prompt and one of an answer take at a guess (us): it is for the order of those who wait."""
+COST_MAX = 600_000_000
+BOUNCES_MAX = 8
+PICKY_AGAIN = 2.0
+"""After so long a request that avoids nodes asks anew (seconds): what failed may be well again."""
+LEARN = 0.1
+SECONDS = 4.0
+RETRY_MAX = 60.0
+
+
+class Queue:
+    """Slots and tickets of a gateway. ``waiting`` is who waits, by what it asked for."""
+
+    def __init__(self, gateway: Gateway, name: str, length: int, wait: float) -> None:
+        self._gateway = gateway
+        self._wait = wait
+        self.slots = Slots(gateway.store, name, length)
+        self.local = Local(self.slots, name, length)
+        self.waiting: dict[str, Exchange] = {}
+        self.full = self.overdue = 0
+        self._troubled: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+
+    # -- for an exchange
+
+    def want(self, exchange: Exchange) -> Wanted | None:
+        """What a request asks for; None where it needs no slot, or no node that is ready holds its model."""
+        decoded = exchange.decoded
+        if decoded is None or decoded.upstream_path == SHOW:
+            return None
+        pool = self._gateway.snapshot.pool(exchange.tenant)
+        name = canonical_name(decoded.model)
+        if name not in pool.ready:
+            return None
+        first = not exchange.asked
+        words = pool.others
+        if not first or self._troubled or self._gateway.health.canaries:
+            words += self._avoid(exchange, pool, name)
+        if exchange.resumption is not None:
+            # Its requests are small, and go to one path or another.
+            kind = SHORT_KIND
+        elif decoded.upstream_path in _EMBEDS:
+            kind = EMBED_KIND
+        else:
+            kind = LONG_KIND if decoded.estimate > LONG else SHORT_KIND
+        if words:
+            kind += PICKY
+        id = exchange.record_id
+        if not first:
+            id = f"{id}~{exchange.asked}"
+            words = (HEAD, *words)
+        exchange.asked += 1
+        bound = decoded.max_tokens
+        answer = 0 if kind % PICKY == EMBED_KIND else self._gateway.answer_tokens if bound is None else bound
+        cost = min(COST_MAX, decoded.estimate * PREFILL_US + answer * DECODE_US + 1000)
+        key = exchange.key
+        batch = key is not None and key.batch
+        return Wanted(id, counted(name, pool.group), kind, exchange.key_id or "-", cost, 1.0, batch, words)
+
+    def go(self, exchange: Exchange, now: float) -> None:
+        """Go on with a request as far as its answer lets it: to its node, into the queue, or to a refusal."""
+        wanted, answer = exchange.wanted, exchange.answer
+        assert wanted is not None
+        if answer is None or answer.away:
+            answer = self._locally(exchange, wanted, now)
+        if answer.node:
+            self._leave_queue(exchange, wanted)
+            node = self._gateway.snapshot.pool(exchange.tenant).nodes.get(answer.node)
+            if node is None or self._unfit(node, wanted, now):
+                self._bounce(exchange, answer.node, now)
+            else:
+                exchange.begin(node, now)
+        elif answer.full:
+            exchange.give_up(self.refused(exchange, answer), "overloaded")
+        elif not exchange.waiting:
+            exchange.waiting = True
+            exchange.asked_at = now
+            self.waiting[wanted.id] = exchange
+            self._gateway.running.add(exchange)
+            if not exchange.wait_until:
+                exchange.queued_at = now
+                exchange.wait_until = now + self._bound(exchange, answer)
+
+    def again(self, exchange: Exchange, now: float) -> None:
+        """Ask for the slot of a further attempt."""
+        self.leave(exchange)
+        wanted = exchange.wanted = self.want(exchange)
+        if wanted is None:
+            exchange.unslotted(now)
+            return
+        if self.slots.usable:
+            self.slots.ask(wanted, exchange.slot_heard)
+        else:
+            self.go(exchange, now)
+
+    def leave(self, exchange: Exchange, cool: float = 0.0) -> None:
+        """Give back what a request holds, a slot after so many seconds or a ticket; nothing where it holds none."""
+        wanted = exchange.wanted
+        if wanted is None:
+            return
+        exchange.wanted = exchange.answer = None
+        self._leave_queue(exchange, wanted)
+        if cool > 0.0 and wanted.node:
+            self._gateway.loop.call_later(cool, self._end, wanted.id)
+        else:
+            self._end(wanted.id)
+
+    def cooling(self, exchange: Exchange) -> float:
+        """For how long a slot stays taken whose request is aborted now (seconds)."""
+        decoded = exchange.decoded
+        if decoded is None or exchange.first_token:
+            return cool_down(True, 0.0, 0.0)
+        rate = self._gateway.health.rates.get(exchange.model, RATE)
+        began = exchange.deadline - self._gateway.first_token
+        left = decoded.estimate - (monotonic() - began) * rate
+        return cool_down(False, max(0.0, left), rate) if decoded.estimate else ABORTED_MAX
+
+    def read(self, exchange: Exchange, now: float) -> None:
+        """A request's first token is there."""
+        wanted = exchange.wanted
+        if wanted is not None and wanted.reads:
+            self.slots.read(wanted.id)
+            if self.local.active:
+                self.local.read(wanted.id, now)
+
+    def shun(self, node: Node, now: float) -> None:
+        """A node has failed a request: for a moment it is used only where no other has the model."""
+        node.shunned_until = self._troubled[node.name] = now + SHUN
+
+    def note(self, model: str, seconds: float) -> None:
+        """A request of a model has taken a slot for so long."""
+        known = self._seconds.get(model)
+        self._seconds[model] = seconds if known is None else known + LEARN * (seconds - known)
+
+    def too_late(self, exchange: Exchange) -> ApiError:
+        """The error for a request that has waited for as long as it may."""
+        self.overdue += 1
+        answer = exchange.answer
+        at = answer.position if answer is not None else 1
+        slots = answer.slots if answer is not None else 1
+        seconds = self._estimate(exchange, at, slots)
+        waited = monotonic() - exchange.queued_at
+        return self._overloaded(f"no slot for '{exchange.model}' within {waited:.0f} s", seconds)
+
+    def refused(self, exchange: Exchange, answer: Answer) -> ApiError:
+        """The error for a request that may not even wait."""
+        self.full += 1
+        seconds = self._estimate(exchange, answer.position, max(1, answer.slots))
+        return self._overloaded(f"{answer.position} requests wait for '{exchange.model}' already", seconds)
+
+    # -- for the gateway
+
+    def sweep(self, now: float) -> None:
+        """Look after who waits. Each half second."""
+        self._troubled = {name: until for name, until in self._troubled.items() if until > now}
+        slots, local = self.slots, self.local
+        local.names = self._gateway.limits.names
+        if slots.counts:
+            if local.active:
+                for one in local.end_all():
+                    slots.ask(one.wanted, one.heard)
+        else:
+            for id in list(slots.waiting):
+                exchange = self.waiting.get(id)
+                if exchange is not None and exchange.wanted is not None:
+                    slots.end(id)
+                    exchange.answer = None
+                    self.go(exchange, now)
+        if local.active:
+            local.look(self._gateway.snapshot, now)
+        for exchange in list(self.waiting.values()):
+            wanted = exchange.wanted
+            if wanted is not None and wanted.kind >= PICKY and now - exchange.asked_at >= PICKY_AGAIN:
+                self.again(exchange, now)
+
+    # -- within
+
+    def _end(self, id: str) -> None:
+        self.slots.end(id)
+        if self.local.active:
+            self.local.end(id, monotonic())
+
+    def _leave_queue(self, exchange: Exchange, wanted: Wanted) -> None:
+        if exchange.waiting:
+            exchange.waiting = False
+            self.waiting.pop(wanted.id, None)
+
+    def _locally(self, exchange: Exchange, wanted: Wanted, now: float) -> Answer:
+        snapshot = self._gateway.snapshot
+        pool, name = snapshot.pool(exchange.tenant), canonical_name(exchange.model)
+        answer = self.local.ask(wanted, exchange.slot_heard, snapshot, pool, name, now)
+        exchange.answer = answer
+        return answer
+
+    def _unfit(self, node: Node, wanted: Wanted, now: float) -> bool:
+        """Whether a request must not go where it was sent: what a gateway sees by itself, the store does not know."""
+        if node.state is not NodeState.READY:
+            return True
+        words = wanted.preferred
+        if NEVER + node.name in words:
+            return True
+        if not self._troubled and not node.suspects:
+            return False
+        troubled = node.shunned_until > now or model_of(wanted.model) in node.suspects
+        return troubled and LATE + node.name not in words
+
+    def _bounce(self, exchange: Exchange, name: str, now: float) -> None:
+        exchange.bounced += (name,)
+        if len(exchange.bounced) > BOUNCES_MAX:
+            self.leave(exchange)
+            exchange.give_up(self._overloaded(f"no node that holds '{exchange.model}' is ready", 1.0), "overloaded")
+        else:
+            self.again(exchange, now)
+
+    def _avoid(self, exchange: Exchange, pool: Pool, name: str) -> tuple[str, ...]:
+        """Nodes that a request is kept from, as words for the store."""
+        now = monotonic()
+        never: dict[str, None] = {}
+        for node in exchange.bounced:
+            known = pool.nodes.get(node)
+            if known is None or known.state is not NodeState.READY:
+                never[node] = None
+        resume = exchange.resumption
+        if resume is not None:
+            for other in pool.nodes.values():
+                if not resume.suits(other):
+                    never[other.name] = None
+        late = dict.fromkeys(exchange.tried)
+        for node, until in self._troubled.items():
+            if until > now:
+                late[node] = None
+        for node, model in self._gateway.health.canaries:
+            if model == name:
+                late[node] = None
+        words = [NEVER + node for node in never]
+        words += [LATE + node for node in late if node in pool.nodes and node not in never]
+        return tuple(words)
+
+    def _bound(self, exchange: Exchange, answer: Answer) -> float:
+        if exchange.resumption is not None:
+            return self._gateway.between_tokens
+        return wait_bound(self._wait, answer.load, 0.0, answer.slots > 0)
+
+    def _estimate(self, exchange: Exchange, position: int, slots: int) -> float:
+        return estimate(position, slots, self._seconds.get(exchange.model, SECONDS))
+
+    def _overloaded(self, message: str, seconds: float) -> ApiError:
+        retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))
+        return ApiError(503, "overloaded", f"{message}; retry in {retry} s", retry_after=retry)

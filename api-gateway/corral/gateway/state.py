@@ -1,0 +1,93 @@
+"""What is known of one request while it is answered. What is done with it is in `exchange.py`."""
+
+from __future__ import annotations
+
+from time import monotonic, time
+from typing import TYPE_CHECKING
+
+from corral.gateway.authenticate import Key
+from corral.gateway.journal import Waiter
+from corral.gateway.listen import ClientConnection
+from corral.gateway.metrics import Pace
+from corral.gateway.relay import Attempt
+from corral.gateway.resume import Resume
+from corral.store.slots import Answer, Wanted
+from corral.wire.decode import Decoded
+
+if TYPE_CHECKING:
+    from corral.gateway.server import Gateway
+
+NOTHING, RESPOND, STREAM, END = range(4)
+"""What is left to send once the last record is written: an answer, a whole stream, or the end of one."""
+
+
+class State(Waiter):
+    """One request as it was read, and its state. Times are monotonic seconds, ``wall`` is epoch seconds.
+
+    ``headers`` has lower-case names; ``modern``: HTTP/1.1. ``wanted`` is the slot that it has or asks for, ``answer``
+    what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
+    ``waiting`` while it has a ticket. What most requests never set stands on the class.
+    """
+
+    body = b""
+    keep_alive = False
+    modern = True
+    tried: tuple[str, ...] = ()
+    bounced: tuple[str, ...] = ()
+
+    api = "native"
+    path = ""
+    model = ""
+    key: Key | None = None
+    key_id = ""
+    tenant = ""
+    decoded: Decoded | None = None
+    node_name = ""
+    attempts = 0
+    crashes = 0
+    connects = 0
+    wanted: Wanted | None = None
+    answer: Answer | None = None
+    asked = 0
+    waiting = False
+    asked_at = 0.0
+    queued_at = 0.0
+    wait_until = 0.0
+    queue_ms = 0.0
+    first_token = 0.0
+    deadline = 0.0
+    refusal = ""
+    pace: Pace | None = None
+    resumption: Resume | None = None
+    _attempt: Attempt | None = None
+    _seen = 0
+    paused = False
+    _node_header = b""
+    _rate_headers = b""
+    _tail = b""
+    _admitted = False
+    _recorded = False
+    _settled = False
+    _open = False
+    _ending = NOTHING
+    _status = 0
+    _last_head = b""
+    _last = b""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        connection: ClientConnection,
+        method: bytes,
+        target: bytes,
+        headers: dict[bytes, bytes],
+        identity: tuple[str, str, str],
+    ) -> None:
+        self.gateway = gateway
+        self.connection = connection
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.record_id, self.request_id, self.address = identity
+        self.arrived = monotonic()
+        self.wall = time()

@@ -1,0 +1,164 @@
+"""What a gateway and the store tell each other of slots beside requests: leases, tickets that have their turn, places.
+
+The counterpart of `corral.store.leases` for slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic, time_ns
+
+import hiredis
+
+from corral.store.lua import PREFIX, script, sha, slots_script
+from corral.store.slots import ASK, DECLARE, END, LEASE, Slots, Wanted
+from corral.store.valkey import Valkey, ValkeyDown, encode
+
+RENEW = 2.0
+POLL = 0.5
+PATIENCE_US = 2_000_000
+"""How long a store that was flushed waits for gateways that tell nothing before it grants."""
+AT_ONCE = 200
+GRANTS, EPOCH = PREFIX + b"slots-grant", PREFIX + b"slots-epoch"
+LEADER = PREFIX + b"leader"
+"""There is one while somebody says what stands where."""
+
+PLACE, LIVE = slots_script("slots_place"), slots_script("slots_live")
+TELL = f"if redis.call('GET', '{EPOCH.decode()}') ~= ARGV[4] then return 0 end\n" + script("rebuild", metered=False)
+"""As in a rebuild of limits, for who has told a store that has the epoch of the last argument."""
+SCRIPTS = (ASK, END, DECLARE, PLACE, LIVE, TELL)
+_ASK, _PLACE, _LIVE, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE, LIVE, DECLARE, TELL))
+
+log = logging.getLogger(__name__)
+
+
+async def place(store: Valkey, node: str, model: str, state: str, generation: int, slots: int, step: float) -> bool:
+    """What the leader says of a place; False where a later word is known.
+
+    Raises:
+        ValkeyDown, hiredis.ReplyError: the store did not hear of it.
+    """
+    numbers = (b"%d" % generation, b"%d" % slots, b"%d" % step)
+    names = (node.encode(), model.encode(), state.encode())
+    return bool(await store.request(b"EVALSHA", _PLACE, b"0", *names, *numbers))
+
+
+async def keep(slots: Slots) -> None:
+    """Renew each two seconds and look after tickets each half, until cancelled."""
+    store = slots.store
+    renewed = -slots.lease
+    lost = asyncio.Event()
+    slots.on_lost = lost.set
+    while True:
+        try:
+            if store.connected:
+                lost.clear()
+                connection = store.connections
+                # Also where nothing is asked: others wait for what this one has to tell.
+                await _rebuild(slots)
+                if slots.told != connection or monotonic() - renewed >= slots.lease / LEASE * RENEW:
+                    await _renew(slots)
+                    renewed = monotonic()
+                slots.led = bool(await store.request(b"EXISTS", LEADER))
+                slots.told = connection
+                await _poll(slots)
+        except (OSError, ValkeyDown, hiredis.ReplyError) as error:
+            log.warning("slots were not renewed: %s", error)
+        except Exception:  # a fault of ours, or a store of another kind: requests go on
+            log.exception("slots were not renewed")
+        try:
+            async with asyncio.timeout(POLL):
+                await lost.wait()
+        except TimeoutError:
+            pass
+
+
+async def listen(slots: Slots, ears: Valkey) -> None:
+    """Hear what is given to tickets, until cancelled; the connection is made anew when it is lost."""
+
+    def subscribe() -> None:
+        ears.enqueue(encode(b"SUBSCRIBE", slots.channel), lambda _: None)
+
+    ears.on_message = slots.woken
+    ears.on_connect = subscribe
+    await ears.run()
+
+
+async def leave(slots: Slots) -> None:
+    """Give back all at once: this gateway ends in order."""
+    slots.held.clear()
+    try:
+        async with asyncio.timeout(1.0):
+            await _renew(slots)
+    except (OSError, TimeoutError, ValkeyDown, hiredis.ReplyError) as error:
+        log.warning("slots return with their lease: %s", error)
+
+
+async def _renew(slots: Slots) -> None:
+    slots.flush()
+    known = list(slots.held)
+    arguments = (slots.gateway, b"%d" % (slots.lease * 1e6), *(id.encode() for id in known))
+    missing = [id.decode() for id in await slots.store.request(b"EVALSHA", _LIVE, b"0", *arguments)]
+    await _declare(slots, [slots.held[id] for id in missing if id in slots.held])
+
+
+async def _poll(slots: Slots) -> None:
+    """Ask again for what has waited longest of each model and kind, and hear what was given while nobody heard."""
+    ids = list(slots.waiting)
+    first: dict[tuple[str, int], Wanted] = {}
+    for id in ids:
+        wanted = slots.held[id]
+        first.setdefault((wanted.model, wanted.kind), wanted)
+    for wanted in first.values():
+        if wanted.id not in slots.waiting:
+            continue
+        reply = await slots.store.request(*_question(slots, wanted))
+        if type(reply) is list and reply[0] == 1:
+            slots.given(wanted.id, reply[1].decode(), reply[2])
+    for at in range(0, len(ids), AT_ONCE):
+        some = ids[at : at + AT_ONCE]
+        names = [id.encode() for id in some]
+        texts = await slots.store.request(b"HMGET", PREFIX + b"held:" + slots.gateway, *names)
+        for id, text in zip(some, texts, strict=True):
+            if text is not None and text.startswith(b"g "):
+                said = text.decode().split(" ")
+                slots.given(id, said[3], int(said[4]))
+
+
+def _question(slots: Slots, wanted: Wanted) -> tuple[bytes, ...]:
+    texts = [wanted.id, wanted.model, str(wanted.kind), wanted.key, str(wanted.cost), f"{wanted.weight:f}"]
+    texts += ["1" if wanted.batch else "0", slots.length.decode(), *wanted.preferred]
+    return (b"EVALSHA", _ASK, b"0", slots.gateway, *(text.encode() for text in texts))
+
+
+async def _declare(slots: Slots, some: list[Wanted]) -> None:
+    for first in range(0, len(some), AT_ONCE):
+        parts: list[bytes] = []
+        for wanted in some[first : first + AT_ONCE]:
+            if slots.held.get(wanted.id) is not wanted:
+                continue
+            last = (b"1" if wanted.reads else b"0") if wanted.node else wanted.score
+            parts += [wanted.id.encode(), wanted.model.encode(), b"%d" % wanted.kind, wanted.node.encode(), last]
+        if parts:
+            await slots.store.request(b"EVALSHA", _DECLARE, b"0", slots.gateway, *parts)
+
+
+async def _rebuild(slots: Slots) -> None:
+    """See that the store grants: after a flush it does once every gateway has told what it holds."""
+    store = slots.store
+    if await store.request(b"EXISTS", GRANTS):
+        return
+    told = b""
+    while True:
+        # Flushed again while it was told, it has another epoch, and is told anew.
+        await store.request(b"SET", EPOCH, b"%d" % time_ns(), b"NX")
+        epoch = await store.request(b"GET", EPOCH) or b""
+        if epoch != told:
+            await _renew(slots)
+            told = epoch
+        keys = (GRANTS, GRANTS + b"-told", GRANTS + b"-of")
+        numbers = (b"%d" % slots.gateways(), b"%d" % PATIENCE_US, epoch)
+        if await store.request(b"EVALSHA", _TELL, b"3", *keys, slots.gateway, *numbers) == 1:
+            return
+        await asyncio.sleep(0.02)
