@@ -7,15 +7,19 @@ import signal
 import time
 
 import httpx
-from support.fleet import Fleet
+from support.fleet import MODEL, Fleet
+from support.leader import Leader
 from support.load import CUT, WHOLE, after
 from support.process import until
 
 BACK_WITHIN = 3.0
+SLOTS_BACK_WITHIN = 12.0
+"""The lease, and the next one's renewal."""
 
 
 def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: Fleet) -> None:
     gateway = fleet.stack.corral("status")["gateways"][0]
+    store = Leader(fleet.valkey.url)
     with fleet.load(tokens=[40, 8], name="gateway") as load:
         load.more(40)
         # The long ones of both gateways: there is no telling from outside which is whose.
@@ -32,6 +36,9 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: F
         until(lambda: not os.path.exists(f"/proc/{gateway['pid']}") and back(), "the gateway is back", 10)
         assert time.monotonic() - killed < BACK_WITHIN
         load.until(lambda answers: len(after(answers, killed + BACK_WITHIN)) > 40, "requests go on")
+        used, holders = store.counts(MODEL)
+        assert used == holders > 0, "a slot is counted that nobody has, or not counted"
+    until(lambda: store.counts(MODEL) == (0, 0), "its slots are back, and those of all others", SLOTS_BACK_WITHIN)
 
     # What was begun cannot be whole; what was not is the edge's to replay: nobody hears of it.
     assert load.unlike(WHOLE, CUT) == []

@@ -42,6 +42,8 @@ def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
         killed = time.monotonic()
         load.until(lambda _: time.monotonic() > killed + SETTLED_WITHIN + 2, "the fleet has settled")
         node.start()
+        # It comes back cold, and is used for a model once that is in its memory.
+        fleet.warm()
         load.more(10, "node-1", seconds=10)
     no_request_is_lost(load)
     assert load.fates[TOLD] <= 16

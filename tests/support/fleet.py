@@ -84,14 +84,15 @@ class Fleet:
         self.node("node-2")
         self.valkey: Server = exits.enter_context(valkey(folder))
         config = folder / "corral.yaml"
-        settings = {
+        settings: dict[str, Any] = {
             "gateway": {"processes": 2, "first_token": patience, "between_tokens": patience},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": self.valkey.url},
         }
+        # As many at once as the simulated models take: who waits, waits at the node.
+        settings["nodes"] = [{"name": node.name, "url": node.url, "slots": 64} for node in self.nodes.values()]
         config.write_text(yaml.safe_dump(settings))
-        attach = [f"--attach={node.url}" for node in self.nodes.values()]
-        self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config), *attach))
+        self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config)))
         self.warm()
 
     def node(self, name: str) -> SimulatedNode:

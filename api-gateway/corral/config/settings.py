@@ -258,6 +258,9 @@ class ControlSettings(Section):
         description="Where metrics, Prometheus's targets and Alertmanager's webhook are, without a key; \"\": nowhere.",
     )
     canary: CanarySettings = CanarySettings()
+    placement: bool = Field(
+        True, description="Control loads and unloads models by demand; without it, nodes load what they are asked for."
+    )
 
 
 class MonitoringSettings(Section):

@@ -22,16 +22,21 @@ from corral.control.catalogue import Catalogue
 from corral.control.context import Control
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
+from corral.control.leading import Leading
 from corral.control.ledger import Ledger
 from corral.control.modelops import Worker
 from corral.control.monitor import Monitor
+from corral.control.ollama import Ollama
 from corral.control.operations import Operations
+from corral.control.placement import Placement
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
+from corral.fleet import pools
+from corral.store import keeper
 from corral.store.database import configured
 from corral.store.keys import read_pepper
 from corral.store.valkey import Valkey
@@ -80,6 +85,8 @@ class Application:
             if not await _told(control):
                 tasks.append(asyncio.create_task(_catch_up(control)))
             tasks.append(asyncio.create_task(_canary(control).run()))
+            if self._settings.control.placement:
+                tasks.append(asyncio.create_task(control.leading.run()))
             if self._settings.gateway.continuation:
                 tasks.append(asyncio.create_task(control.selftest.run()))
             if monitor is not None:
@@ -102,11 +109,17 @@ def _assemble(settings: Settings) -> Control:
     state = settings.control.state.absolute()
     database = configured(settings.store, state)
     fleet = Fleet()
-    valkey = Valkey(settings.valkey_address(), timeout=VALKEY_TIMEOUT)
+    valkey = Valkey(settings.valkey_address(), keeper.SCRIPTS, timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
     hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
     haproxy = _reloader(settings, state)
+    groups = pools.groups(settings.tenants.nodes)
+
+    def placement(term: int) -> Placement:
+        ollama = lambda member: Ollama(fleet.client, member.url)  # noqa: E731
+        return Placement(valkey, ollama, catalogue.options, catalogue.demand, term, groups)
+
     return Control(
         settings=settings,
         state=state,
@@ -124,6 +137,7 @@ def _assemble(settings: Settings) -> Control:
         usage=Usage(),
         ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration),
         spent=Spent(database),
+        leading=Leading(database, valkey, fleet, placement),
         alerts=Alerts(),
     )
 

@@ -17,6 +17,7 @@ from corral.control.prober import Fleet, Member
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import Held, Holdings, Plan, Resident, Wanted, digest_of
 from corral.fleet.node import canonical_name
+from corral.fleet.placement import Demand
 from corral.store.database import Database, insert
 from corral.store.tables import models
 from corral.wire.options import ModelPolicy, check
@@ -83,6 +84,15 @@ class Catalogue:
             self.options(name).get("num_ctx"),
         )
         return decide.clipped(made, self._trained)
+
+    def demand(self, name: str) -> Demand:
+        """What placement is to know of a model: copies that stay, whether it is pinned (to where it is), its size."""
+        entry = self.entries.get(name)
+        sizes = [tag.get("size") for node in self._fleet.members.values() for tag in node.tags if tag["name"] == name]
+        size = max([one for one in sizes if isinstance(one, int)], default=0)
+        if entry is None:
+            return Demand(name, size=size)
+        return Demand(name, size=size, copies=entry.copies, pins=frozenset({""}) if entry.pin else frozenset())
 
     def options(self, name: str) -> dict[str, Any]:
         """Options of every request for a model: a runner that was loaded with others would be loaded again."""

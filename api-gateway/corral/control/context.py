@@ -12,6 +12,7 @@ from corral.config.settings import Settings
 from corral.control.alerts import Alerts
 from corral.control.catalogue import Catalogue
 from corral.control.haproxy import HaproxyReloader
+from corral.control.leading import Leading
 from corral.control.ledger import Ledger
 from corral.control.prober import Fleet
 from corral.control.selftest import SelfTest
@@ -47,6 +48,7 @@ class Control:
     usage: Usage
     ledger: Ledger
     spent: Spent
+    leading: Leading
     alerts: Alerts
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,11 @@ from corral.control.ollama import NodeFailed, Ollama
 from corral.control.prober import Member
 from corral.fleet.demand import Mean, Rate
 from corral.fleet.placement import Action, Demand, Host, Planner, Stand, Step
+from corral.fleet.pools import counted, model_of
 from corral.fleet.slots import PlaceState, step_of
 from corral.store.demand import Seen, generation, read
 from corral.store.keeper import place
+from corral.store.lua import PREFIX
 from corral.store.valkey import Valkey, ValkeyDown
 
 LOAD = 10.0
@@ -32,6 +34,8 @@ REASONS = 20
 BACKOFF = 30.0
 """How long a node is left alone with a model that it failed to load (seconds)."""
 UNLOADED = 0.2
+RESTING = "resting"
+"""What the store hears of a model that is in the memory of a node that gets no work now."""
 FRESH = 3.0
 """For so long after a load or an unload, what is known of a node may be what a probe found before it (seconds)."""
 ABSENT, LOADING, RESIDENT, DRAINING = PlaceState.ABSENT, PlaceState.LOADING, PlaceState.RESIDENT, PlaceState.DRAINING
@@ -41,12 +45,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Spot:
-    """A model on a node as the leader has it; ``told``: the store has heard."""
+    """A model on a node as the leader has it; ``told`` is what the store has heard of it last, "" that it must hear."""
 
     state: PlaceState
     since: float
     generation: int = 0
-    told: bool = False
+    told: str = ""
 
 
 @dataclass(slots=True)
@@ -63,8 +67,9 @@ class Known:
 
 class Placement:
     """Keeps the places of a fleet. ``options`` are those with which a model is loaded; ``catalogue`` says of a model
-    its size (bytes), least copies and pins as a `Demand`. ``term`` grows from one leader to the next. Times are
-    monotonic seconds."""
+    its size (bytes), least copies and pins as a `Demand`. ``term`` grows from one leader to the next, ``groups`` are
+    those of nodes (`corral.fleet.pools`). Within, a model is called as its slots are counted: by node or group. Times
+    are monotonic seconds."""
 
     def __init__(
         self,
@@ -73,9 +78,11 @@ class Placement:
         options: Callable[[str], dict[str, Any]],
         catalogue: Callable[[str], Demand] = Demand,
         term: int = 0,
+        groups: Mapping[str, str] | None = None,
     ) -> None:
         self._store = store
-        self._term = term
+        self.term = term
+        self._groups = groups or {}
         self._node, self._options, self._catalogue = node, options, catalogue
         self.spots: dict[tuple[str, str], Spot] = {}
         self.known: dict[str, Known] = {}
@@ -83,11 +90,13 @@ class Placement:
         self._failed: dict[tuple[str, str], float] = {}
         self._fresh: dict[tuple[str, str], float] = {}
         self._work: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._learned: dict[str, int] = {}
+        self._loads: dict[str, bytes] = {}
 
     def why(self, model: str) -> list[tuple[float, str]]:
         """The last decisions about a model and the times of them, the newest last."""
-        known = self.known.get(model)
-        return list(known.reasons) if known is not None else []
+        found = [reason for name, known in self.known.items() if model_of(name) == model for reason in known.reasons]
+        return sorted(found)
 
     async def tick(self, members: Iterable[Member], now: float) -> list[Step]:
         """Look, decide and begin what was decided.
@@ -96,7 +105,7 @@ class Placement:
             ValkeyDown, hiredis.ReplyError: the store cannot be asked; nothing was decided.
         """
         members = list(members)
-        held = {entry["name"] for member in members for entry in member.usable}
+        held = {name for member in members for name in self._held(member)}
         seen = await read(self._store, held)
         for member in members:
             self.look(member, seen, now)
@@ -106,6 +115,7 @@ class Placement:
                 self._set(node, model, ABSENT, now)
         await self._tell(members, seen)
         demands = {model: self._demand(model, one, now) for model, one in seen.items()}
+        await self._tell_loads()
         hosts = [self._host(member, seen, now) for member in members]
         planner = Planner(hosts, demands, now)
         steps = planner.plan()
@@ -125,10 +135,16 @@ class Placement:
 
     # -- what is
 
+    def _name(self, member: Member, model: str) -> str:
+        return counted(model, self._groups.get(member.name, ""))
+
+    def _held(self, member: Member) -> set[str]:
+        return {self._name(member, entry["name"]) for entry in member.usable}
+
     def look(self, member: Member, seen: dict[str, Seen], now: float) -> None:
         """Bring the places of a node to what it says, and to what an earlier leader had begun."""
         self._fresh = {spot: until for spot, until in self._fresh.items() if until > now}
-        present = set(member.resident) if member.up else set()
+        present = {self._name(member, model) for model in member.resident} if member.up else set()
         for model in present:
             if (member.name, model) in self._fresh:
                 continue
@@ -145,20 +161,39 @@ class Placement:
                 self._set(node, model, ABSENT, now)
                 if spot.state is RESIDENT:
                     self._note(model, now, f"{node} has it no more")
+                    self._learn(member, present)
+
+    def _learn(self, member: Member, present: set[str]) -> None:
+        # A model went while another one came: the node has no room for more than stand there now.
+        came = any(node == member.name for node, _ in (*self._work, *self._fresh))
+        if came and present and member.up and not member.max_models:
+            self._learned[member.name] = len(present | {model for node, model in self._work if node == member.name})
+
+    async def _tell_loads(self) -> None:
+        """Tell how long loads take: so long a request may have to wait for a model that is nowhere."""
+        for model, known in self.known.items():
+            load = b"%d" % (known.load.value * 1e6)
+            if self._loads.get(model) != load:
+                await self._store.request(b"HSET", PREFIX + b"loads", model.encode(), load)
+                self._loads[model] = load
 
     async def _tell(self, members: list[Member], seen: dict[str, Seen]) -> None:
         """Tell the store what it does not know: what changed, and everything where it has forgotten."""
         slots = {member.name: member.slots for member in members}
+        resting = {member.name for member in members if member.state != "ready"}
         for (node, model), spot in list(self.spots.items()):
             if node not in slots and spot.state is not ABSENT:
                 continue
             word = seen[model].places.get(node) if model in seen else None
-            if spot.told and (word is not None or spot.state is ABSENT):
+            state = RESTING if node in resting and spot.state is RESIDENT else str(spot.state)
+            if spot.told == state and (word is not None or spot.state is ABSENT or not seen):
                 continue
-            spot.generation = await generation(self._store, self._term)
+            if spot.told == state:
+                self._loads.clear()  # the store has forgotten
+            spot.generation = await generation(self._store, self.term)
             count = slots.get(node, 1)
-            await place(self._store, node, model, spot.state, spot.generation, count, step_of(count, 0, 0))
-            spot.told = True
+            await place(self._store, node, model, state, spot.generation, count, step_of(count, 0, 0))
+            spot.told = state
             if spot.state is ABSENT:
                 del self.spots[node, model]
 
@@ -170,7 +205,12 @@ class Placement:
         known.asked = seen.asked
         known.busy.note(float(sum(seen.used.values())))
         known.waits_since = (known.waits_since or now) if seen.waiting else None
-        demand = self._catalogue(model)
+        demand = self._catalogue(model_of(model))
+        demand.name = model
+        standing = [node for (node, name), spot in self.spots.items() if name == model and spot.state is RESIDENT]
+        demand.copies = min(demand.copies, len(standing))
+        if demand.pins:
+            demand.pins = frozenset(standing)
         demand.rate, demand.waiting = known.rate.value(now), seen.waiting
         demand.oldest = now - known.waits_since if known.waits_since is not None else 0.0
         # Little's law: so many run at once as come in the time that one takes.
@@ -179,13 +219,13 @@ class Placement:
         return demand
 
     def _host(self, member: Member, seen: dict[str, Seen], now: float) -> Host:
-        held = {entry["name"] for entry in member.usable}
+        held = self._held(member)
         held -= {model for (node, model), until in self._failed.items() if node == member.name and until > now}
         host = Host(
             member.name,
             member.state == "ready",
             member.memory or 0,
-            member.max_models or 0,
+            member.max_models or self._learned.get(member.name, 0),
             member.slots,
             frozenset(held),
             coming=self._coming.get(member.name, ""),
@@ -219,7 +259,7 @@ class Placement:
         began = loop.time()
         try:
             async with member.loads:
-                await self._node(member).load(model, self._options(model))
+                await self._node(member).load(model_of(model), self._options(model_of(model)))
             self.known[model].load.note(loop.time() - began)
             self.finished(member.name, model, RESIDENT, loop.time())
             await self._tell([member], {})
@@ -236,8 +276,8 @@ class Placement:
         node = self._node(member)
         try:
             async with member.loads:
-                await node.unload(model)
-                while await node.resident(model):  # noqa: ASYNC110
+                await node.unload(model_of(model))
+                while await node.resident(model_of(model)):  # noqa: ASYNC110
                     await asyncio.sleep(UNLOADED)
             self.finished(member.name, model, ABSENT, asyncio.get_running_loop().time())
         except NodeFailed as error:
@@ -255,7 +295,7 @@ class Placement:
         if spot is None:
             self.spots[node, model] = Spot(state, now)
         elif spot.state is not state:
-            spot.state, spot.since, spot.told = state, now, False
+            spot.state, spot.since, spot.told = state, now, ""
 
     def _note(self, model: str, now: float, text: str) -> None:
         known = self.known.get(model)

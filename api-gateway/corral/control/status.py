@@ -30,7 +30,11 @@ async def status(control: Here) -> dict[str, Any]:
     )
     now = time.time()
     return {
-        "control": {"pid": os.getpid(), "leader": True, "url": f"http://{control.settings.control.listen}"},
+        "control": {
+            "pid": os.getpid(),
+            "leader": control.leading.leads,
+            "url": f"http://{control.settings.control.listen}",
+        },
         "snapshot": {"version": control.hub.version},
         "gateways": [
             {

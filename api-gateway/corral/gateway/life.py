@@ -31,6 +31,10 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     loop = gateway.loop
     gateway.feed.load()
     await gateway.exposition.start()
+    gateway.changes.on_message = gateway.changed
+    gateway.changes.on_connect = lambda: gateway.changes.call(
+        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL, gateway.queue.slots.channel), lambda reply: None
+    )
     tasks = [
         loop.create_task(work, name=name)
         for name, work in (
@@ -47,10 +51,6 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     tasks.append(loop.create_task(leases.keep(gateway.limits), name="leases"))
     tasks.append(loop.create_task(keeper.keep(gateway.queue.slots), name="slots"))
     recalling = loop.create_task(gateway.recall.again())
-    gateway.changes.on_message = gateway.changed
-    gateway.changes.on_connect = lambda: gateway.changes.call(
-        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL, gateway.queue.slots.channel), lambda reply: None
-    )
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)
     log.info("%s listens on %s:%d", gateway.name, host, port)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from corral.fleet.tickets import KINDS
 from corral.store.budget import PREFIX
+from corral.store.slots import KINDS
 from corral.store.valkey import Valkey
 
 TERM_BITS = 24
@@ -45,7 +45,7 @@ async def generation(store: Valkey, term: int) -> int:
 
 
 async def _model(store: Valkey, name: bytes) -> Seen:
-    kinds = (PREFIX + b"wait:" + name + b":%d" % kind for kind in KINDS)
+    kinds = (PREFIX + b"wait:" + name + b":%d" % kind for kind in range(KINDS))
     used, places, *waiting = await asyncio.gather(
         store.request(b"HGETALL", PREFIX + b"used:" + name),
         store.request(b"HGETALL", PREFIX + b"places:" + name),

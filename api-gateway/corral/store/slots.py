@@ -19,6 +19,8 @@ from corral.store.valkey import Valkey, encode, words
 LEASE = 10.0
 MOST = 256
 """Tickets of a model, at most."""
+KINDS = 6
+"""Of requests, numbered as in `corral.fleet.tickets`."""
 KNOWN_MAX = 4096
 WORDS = 9
 """How many arguments ask for a slot, besides the nodes that are preferred."""

@@ -214,3 +214,13 @@ usage = Table(
     Column("queue_seconds", Double, nullable=False),
     Column("node_seconds", Double, nullable=False),
 )
+
+# Who leads among control processes: until when (epoch seconds), and in which term.
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("holder", Text, nullable=False),
+    Column("term", BigInteger, nullable=False),
+    Column("until", Double, nullable=False),
+)

@@ -1,0 +1,121 @@
+"""Who leads among control processes, and what the leader does: it says what stands where, each half second.
+
+The lease is a row of the database (`corral.store.lease`); its term is in the store too, so that a leader that was
+deposed and could not hear of it finds a greater one there and stops. Without the database a leader goes on until then:
+nobody can take the lease from it. Gateways see by the store's key whether there is a leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import hiredis
+from sqlalchemy.exc import SQLAlchemyError
+
+from corral.control.placement import Placement
+from corral.control.prober import Fleet
+from corral.store import lease
+from corral.store.database import Database
+from corral.store.keeper import LEADER
+from corral.store.valkey import Valkey, ValkeyDown
+
+TICK = 0.5
+RENEW = 2.0
+LEASE = 8.0
+KEY_MS = 3000
+"""For so long gateways believe in a leader that says nothing."""
+
+AWAY = (SQLAlchemyError, OSError, TimeoutError)
+
+log = logging.getLogger(__name__)
+
+
+class Leading:
+    """Keeps the lease and runs placement under it. ``leads``: this process is the leader now.
+
+    ``make`` makes a placement for a term. Its reasons are asked of ``placement``, which is None before the first term.
+    """
+
+    def __init__(self, database: Database, store: Valkey, fleet: Fleet, make: Callable[[int], Placement]) -> None:
+        self._database, self._store, self._fleet, self._make = database, store, fleet, make
+        self._holder = secrets.token_hex(8)
+        self._deposed = 0
+        self._silent = False
+        self.leads = False
+        self.term = 0
+        self.placement: Placement | None = None
+
+    async def run(self) -> None:
+        """Until cancelled; then another may lead at once."""
+        try:
+            renewing = asyncio.create_task(self._renew())
+            while True:
+                await self._turn()
+                await asyncio.sleep(TICK)
+        finally:
+            renewing.cancel()
+            await self._close()
+
+    async def _turn(self) -> None:
+        try:
+            now = asyncio.get_running_loop().time()
+            if self.leads and self._store.connected:
+                await self._lead(now)
+                self._silent = False
+        except (ValkeyDown, hiredis.HiredisError, OSError) as error:
+            if not self._silent:
+                log.warning("what stands where is not decided: %s", error)
+            self._silent = True
+        except Exception:  # a fault of ours: gateways go on by themselves, and the next turn may be better
+            log.exception("what stands where was not decided")
+
+    async def _renew(self) -> None:
+        # Beside the turns: a database that hangs must not hold them up.
+        while True:
+            try:
+                await self._heard(await self._database.write(lease.take, self._holder, time.time(), LEASE))
+            except AWAY as error:
+                log.warning("the leader's lease is not renewed: %s", error)
+            await asyncio.sleep(RENEW)
+
+    async def _heard(self, term: int | None) -> None:
+        if term is None or term <= self._deposed:
+            await self._stop("another control leads")
+        elif not self.leads or term != self.term:
+            await self._stop("")
+            log.info("this control leads, in term %d", term)
+            self.leads, self.term, self.placement = True, term, self._make(term)
+
+    async def _lead(self, now: float) -> None:
+        placement = self.placement
+        assert placement is not None
+        said = await self._store.request(b"GET", LEADER)
+        if said is not None and int(said) > self.term:
+            self._deposed = self.term
+            await self._stop(f"another control leads, in term {int(said)}")
+            return
+        await placement.tick(self._fleet.members.values(), now)
+        await self._store.request(b"SET", LEADER, b"%d" % self.term, b"PX", b"%d" % KEY_MS)
+
+    async def _stop(self, why: str) -> None:
+        if self.leads and why:
+            log.warning("this control leads no more: %s", why)
+        self.leads = False
+        if self.placement is not None:
+            await self.placement.close()
+
+    async def _close(self) -> None:
+        led = self.leads
+        await self._stop("")
+        if not led:
+            return
+        try:
+            await asyncio.shield(self._database.write(lease.give_up, self._holder))
+            if self._store.connected and int(await self._store.request(b"GET", LEADER) or 0) == self.term:
+                await self._store.request(b"DEL", LEADER)
+        except (*AWAY, ValkeyDown, hiredis.HiredisError) as error:
+            log.warning("the leader's lease runs out by itself: %s", error)

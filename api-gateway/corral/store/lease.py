@@ -1,0 +1,33 @@
+"""The lease of the leader among control processes: one row of the database, with a term that grows with each change."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, case, or_, select, update
+
+from corral.store.database import insert
+from corral.store.tables import leases
+
+LEADER = "leader"
+
+
+def take(connection: Connection, holder: str, now: float, seconds: float) -> int | None:
+    """Take the lease, or renew it, for so many seconds; the term, or None while another holds it.
+
+    `now` is epoch seconds. Whoever takes over what another held has a greater term than all before.
+    """
+    first = {"name": LEADER, "holder": holder, "term": 0, "until": 0.0}
+    connection.execute(insert(connection, leases).values(first).on_conflict_do_nothing())
+    known = leases.c
+    term = case((known.holder == holder, known.term), else_=known.term + 1)
+    # The first term is 1.
+    term = case((known.term == 0, 1), else_=term)
+    mine = known.name == LEADER, or_(known.holder == holder, known.until <= now)
+    taken = connection.execute(update(leases).where(*mine).values(holder=holder, until=now + seconds, term=term))
+    if not taken.rowcount:
+        return None
+    return int(connection.execute(select(known.term).where(known.name == LEADER)).scalar_one())
+
+
+def give_up(connection: Connection, holder: str) -> None:
+    """Let another have it at once."""
+    connection.execute(update(leases).where(leases.c.name == LEADER, leases.c.holder == holder).values(until=0.0))

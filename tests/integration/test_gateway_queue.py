@@ -1,0 +1,224 @@
+"""Slots and tickets at a real gateway: who runs where, who waits, and what is counted in the store."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from support.gateway import END, HEAD, LAST, LINE, Gateway, answer, chunk, gateway, says
+from support.leader import Leader
+from support.process import until
+
+MODEL = "m:latest"
+
+
+class Held:
+    """Node behaviour: an answer that begins, and ends when it is let go."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.most = 0
+        self.began = 0
+        self._lock = threading.Lock()
+        self._free = threading.Semaphore(0)
+
+    def __call__(self, connection: socket.socket) -> None:
+        with self._lock:
+            self.running += 1
+            self.began += 1
+            self.most = max(self.most, self.running)
+        connection.sendall(HEAD + chunk(LINE % b"w0"))
+        self._free.acquire()
+        with self._lock:
+            self.running -= 1
+        connection.sendall(chunk(LAST % 1) + END)
+
+    def release(self, count: int = 1) -> None:
+        """Let so many end."""
+        self._free.release(count)
+
+
+@pytest.fixture
+def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
+    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
+    queue = {"length": 3, "wait": getattr(request, "param", "30s")}
+    with gateway(tmp_path, gateway={"queue": queue}, limits=limits) as made:
+        yield made
+
+
+@pytest.fixture
+def leader(gw: Gateway) -> Leader:
+    made = Leader(gw.valkey.url)
+    until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
+    made.leads()
+    return made
+
+
+@pytest.fixture
+def callers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def led(gw: Gateway, leader: Leader) -> None:
+    """Wait until the gateway has seen that there is a leader: what it asks for is asked of the store."""
+
+    def counted() -> bool:
+        before = int(leader.ask(b"HGET", b"corral:1:asked", MODEL.encode()) or 0)
+        assert gw.post().status_code == 200
+        return int(leader.ask(b"HGET", b"corral:1:asked", MODEL.encode()) or 0) == before + 1
+
+    until(counted, "the gateway asks the store")
+    until(lambda: not leader.used(), "nothing runs")
+
+
+def hold(gw: Gateway, behaviour: Callable[[socket.socket], None], count: int = 40) -> None:
+    """Have both nodes do so at the next requests."""
+    for node in gw.nodes:
+        node.script = [behaviour] * count
+
+
+def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    leader.place("node-1", MODEL, 2)
+    leader.place("node-2", MODEL, 1)
+    led(gw, leader)
+    held = Held()
+    hold(gw, held)
+    asked = [callers.submit(gw.post) for _ in range(6)]
+    until(lambda: held.running == 3 and leader.waiting() == 3, "three run, three wait")
+    assert leader.used() == {"node-1": 2, "node-2": 1}
+    refused = gw.post()
+    assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
+    assert "3 requests wait for 'm' already" in refused.json()["error"]
+    for began in (4, 5, 6):
+        held.release()
+        until(lambda began=began: held.began == began, "the next one has its turn")  # type: ignore[misc]
+    held.release(3)
+    assert [one.result().status_code for one in asked] == [200] * 6
+    assert held.most == 3
+    until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
+
+
+def test_a_model_that_is_placed_while_somebody_waits(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    leader.place("node-1", MODEL, 1, "draining")
+    asked = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 1, "it waits")
+    assert not any(node.requests for node in gw.nodes[1:])
+    leader.place("node-2", MODEL, 1)
+    answer = asked.result()
+    assert (answer.status_code, answer.headers["X-Corral-Node"]) == (200, "node-2")
+    assert float(answer.headers["X-Corral-Queue-Ms"]) > 0
+
+
+@pytest.mark.parametrize("gw", ["2s"], indirect=True)
+def test_who_waits_too_long_hears_how_long_it_takes(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    late = gw.post()
+    assert late.status_code == 503 and int(late.headers["Retry-After"]) >= 1
+    assert "no slot for 'm' within" in late.json()["error"]
+    until(lambda: leader.waiting() == 0, "its ticket is given up")
+    held.release()
+    assert runs.result().status_code == 200
+
+
+def test_who_leaves_gives_the_ticket_up_and_the_slot_cools_down(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    held = Held()
+    hold(gw, held)
+    runs = httpx.Client(timeout=20)
+    with runs.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth) as stream:
+        next(stream.iter_raw())
+        waits: Future[httpx.Response] = callers.submit(gw.post)
+        until(lambda: leader.waiting() == 1, "one waits")
+        leaves = socket.create_connection(("127.0.0.1", gw.port))
+        body = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
+        head = f"POST /api/chat HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {gw.key}\r\nContent-Length: {len(body)}"
+        leaves.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: leader.waiting() == 2, "two wait")
+        leaves.close()
+        until(lambda: leader.waiting() == 1, "it left, and gave its ticket up")
+        assert held.began == 1
+    # The stream is left: the next one has its turn once the node has had a moment to notice.
+    held.release()
+    until(lambda: held.began == 2, "the next one runs")
+    held.release()
+    assert waits.result().status_code == 200
+    until(lambda: not leader.used(), "nothing is held")
+
+
+def test_a_further_attempt_has_a_slot_of_its_own(gw: Gateway, leader: Leader) -> None:
+    leader.place("node-1", MODEL, 1)
+    leader.place("node-2", MODEL, 1)
+    led(gw, leader)
+    for node in gw.nodes:
+        node.script = [says(500, {"error": "out of luck"})]
+    # Whichever is first fails, and the other one too; then the first, where no other is left.
+    answer = gw.post()
+    assert answer.status_code == 200 and answer.headers["X-Corral-Attempts"] == "3"
+    until(lambda: not leader.used(), "nothing is held")
+
+
+def test_without_the_store_a_gateway_goes_on_with_its_share_and_tells_it_later(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """What runs counts on, what waits is served, and what was given meanwhile is counted when the store is back."""
+    leader.place("node-1", MODEL, 4)
+    leader.place("node-2", MODEL, 4)
+    led(gw, leader)
+    held = Held()
+    hold(gw, held)
+    asked = [callers.submit(gw.post) for _ in range(9)]
+    until(lambda: held.running == 8 and leader.waiting() == 1, "eight run, one waits")
+    gw.valkey.process.send(signal.SIGSTOP)
+    try:
+        held.release(2)
+        until(lambda: held.began == 9 and held.running == 7, "a slot of its share is used again")
+        asked += [callers.submit(gw.post) for _ in range(2)]
+        until(lambda: held.running == 8, "another one")
+    finally:
+        gw.valkey.process.send(signal.SIGCONT)
+    until(lambda: sum(leader.used().values()) == 8 and leader.waiting() == 1, "the store knows of all", 10)
+    held.release(12)
+    assert [one.result().status_code for one in asked] == [200] * 11
+    assert held.most == 8
+    until(lambda: not leader.used() and not leader.waiting(), "nothing is held", 10)
+
+
+def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) -> None:
+    leader.place("node-1", MODEL, 1, "absent")
+    leader.leaves()
+    until(lambda: gw.post().status_code == 200, "it is served where nobody says that it stands", 10)
+
+
+def test_a_node_that_died_is_left_for_the_other(gw: Gateway, leader: Leader) -> None:
+    leader.place("node-1", MODEL, 4)
+    leader.place("node-2", MODEL, 4)
+    led(gw, leader)
+    gw.nodes[0].stop()
+    try:
+        seen = [gw.post() for _ in range(8)]
+        assert {one.status_code for one in seen} == {200}
+        assert {one.headers["X-Corral-Node"] for one in seen} == {"node-2"}
+        assert sum(int(one.headers["X-Corral-Attempts"]) > 1 for one in seen) <= 3
+    finally:
+        gw.nodes[0].restart()
+    until(lambda: not leader.used(), "nothing is held")
+    assert answer()
