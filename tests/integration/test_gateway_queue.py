@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.gateway import END, HEAD, LAST, LINE, Gateway, answer, chunk, gateway, says
+from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway, says
 from support.leader import Leader
 from support.process import until
 
@@ -208,6 +208,20 @@ def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) 
     until(lambda: gw.post().status_code == 200, "it is served where nobody says that it stands", 10)
 
 
+def test_a_tenant_s_nodes_are_counted_apart(gw: Gateway, leader: Leader) -> None:
+    leader.place("node-1", MODEL, 1)
+    leader.place("node-2", f"{MODEL}|node-2", 1)
+    led(gw, leader)
+    key = gw.new_key(tenant="acme")
+    gw.control.publish(dedicated={"acme": ["node-2"]})
+    until(lambda: gw.post().headers["X-Corral-Node"] == "node-1", "node-2 serves no other")
+    own = {"Authorization": f"Bearer {key}"}
+    until(lambda: gw.post(headers=own).headers["X-Corral-Node"] == "node-2", "the tenant has a node of its own")
+    assert {gw.post(headers=own).headers["X-Corral-Node"] for _ in range(3)} == {"node-2"}
+    assert {gw.post().headers["X-Corral-Node"] for _ in range(3)} == {"node-1"}
+    until(lambda: not leader.used() and not leader.used(f"{MODEL}|node-2"), "nothing is held")
+
+
 def test_a_node_that_died_is_left_for_the_other(gw: Gateway, leader: Leader) -> None:
     leader.place("node-1", MODEL, 4)
     leader.place("node-2", MODEL, 4)
@@ -221,4 +235,3 @@ def test_a_node_that_died_is_left_for_the_other(gw: Gateway, leader: Leader) -> 
     finally:
         gw.nodes[0].restart()
     until(lambda: not leader.used(), "nothing is held")
-    assert answer()

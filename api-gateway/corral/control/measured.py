@@ -37,6 +37,8 @@ class Measured:
     load_seconds: dict[str, float] = field(default_factory=dict)
     unseen: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By model, of the last request to one that was not seen in memory yet: when it was sent, its first token."""
+    told: set[str] = field(default_factory=set)
+    """Resident models whose load control has timed itself."""
     rates: dict[str, float] = field(default_factory=dict)
     canary_duration: float | None = None
     canary_success: float | None = None
@@ -54,6 +56,7 @@ class Measured:
         self.held(names)
         for name in self.residents.keys() - names:
             del self.residents[name]
+            self.told.discard(name)
             self.unloads[name] += 1
         for name in names - self.residents.keys():
             self.residents[name] = Residence(now, self.asked, time.time())
@@ -63,12 +66,19 @@ class Measured:
                 self.waited(name, *self.unseen.pop(name))
         self.asked = True
 
+    def loaded(self, model: str, seconds: float) -> None:
+        """Control has loaded a model, and knows how long that took."""
+        self.load_seconds[model] = seconds
+        self.told.add(model)
+
     def waited(self, model: str, begun: float, first: float) -> None:
         """A request that was sent at `begun` had its first token at `first`: did it wait for the model's load?
 
         Ollama lists a model once it is loaded, and control looks each second: that is how exact the load's time is.
         Epoch seconds.
         """
+        if model in self.told:
+            return
         residence = self.residents.get(model)
         if residence is None:
             self.unseen[model] = begun, first  # its record may be here before control looks again

@@ -261,6 +261,7 @@ class Placement:
             async with member.loads:
                 await self._node(member).load(model_of(model), self._options(model_of(model)))
             self.known[model].load.note(loop.time() - began)
+            member.measured.loaded(model_of(model), loop.time() - began)
             self.finished(member.name, model, RESIDENT, loop.time())
             await self._tell([member], {})
         except NodeFailed as error:

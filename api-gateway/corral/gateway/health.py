@@ -12,8 +12,10 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import Node, NodeState, canonical_name
+from corral.fleet.pools import counted
 from corral.gateway.metrics import WHOLE
 from corral.gateway.upstream import Handler, UpstreamConnection
+from corral.store.slots import Wanted
 from corral.wire.common import encode
 
 if TYPE_CHECKING:
@@ -42,11 +44,16 @@ class Canary(Handler):
         self.until = 0.0
         self.answered = self.ejected = False
         self._status = 0
+        self._slot = ""
         self._connection: UpstreamConnection | None = None
 
     def ask(self, now: float) -> None:
-        """Send it, on a connection of its own."""
+        """Send it, on a connection and a slot of its own: those of the runner are with the streams that hang."""
         self.until, self._status = now + CANARY, 0
+        gateway = self._gateway
+        self._slot = gateway.new_id()
+        group = gateway.snapshot.group_of.get(self.node.name, "")
+        gateway.queue.slots.claim(Wanted(self._slot, counted(self.model, group)), self.node.name)
         self._gateway.upstreams.connect(self._gateway.nodes_address, self._connected)
 
     def _connected(self, connection: UpstreamConnection | OSError) -> None:
@@ -73,13 +80,19 @@ class Canary(Handler):
         # A model that cannot generate (400) has a runner that answers.
         self.answered = self._status in (200, 400)
         self._connection = None
+        self._end()
 
     def on_lost(self, untouched: bool) -> None:
         self._connection = None
+        self._end()
+
+    def _end(self) -> None:
+        self._gateway.queue.slots.end(self._slot)
 
     def close(self) -> None:
         """Ask no more."""
         self.until = 0.0
+        self._end()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abort()

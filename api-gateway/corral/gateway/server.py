@@ -137,13 +137,17 @@ class Gateway:
                 if len(address) > 64:
                     address = address[:64]
         if not record_id:
-            self._number += 1
-            record_id = self._prefix + str(self._number)
+            record_id = self.new_id()
         shown = headers.get(b"x-request-id")
         # Some clients take their key for an id: it would be shown and recorded.
         if shown is None or b"crl_" in shown or not _REQUEST_ID(shown):
             return record_id, record_id, address
         return record_id, shown.decode(), address
+
+    def new_id(self) -> str:
+        """An id that no other has."""
+        self._number += 1
+        return self._prefix + str(self._number)
 
     def snapshot_now(self, wall: float) -> Snapshot:
         """The snapshot, if it may still be used.

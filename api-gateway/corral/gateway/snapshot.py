@@ -32,6 +32,7 @@ class Pool:
 class Snapshot:
     """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
 
+    ``group_of`` has the group of each node that some tenant has to itself (`corral.fleet.pools`).
     ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
     ``known``: some node ever told its models; before that, nothing can be said to be missing. ``continuable`` has the
     digest of each model whose answers another node can go on with.
@@ -50,6 +51,7 @@ class Snapshot:
         self.held: frozenset[str] = frozenset()
         self._shared = Pool({})
         self._pools: dict[str, Pool] = {}
+        self.group_of: dict[str, str] = {}
         self.disabled: frozenset[str] = frozenset()
         self.continuable: dict[str, str] = {}
         self.known = False
@@ -77,7 +79,7 @@ class Snapshot:
         }
         self.held = frozenset(name for node in nodes.values() for name in node.held)
         dedicated: dict[str, list[str]] = data.get("dedicated") or {}
-        group_of = groups(dedicated)
+        self.group_of = group_of = groups(dedicated)
         self._shared = Pool({name: node for name, node in nodes.items() if name not in group_of})
         self._pools = {tenant: _pool(nodes, names, group_of) for tenant, names in dedicated.items()}
         self.disabled = frozenset(data.get("disabled") or ())
