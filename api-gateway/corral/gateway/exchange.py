@@ -283,8 +283,9 @@ class Exchange(Waiter):
             self.crashes += 1
             blame(self, failure, node)
         if failure is not Failure.CALLER:
-            node.shunned_until = monotonic() + SHUN
             self.tried += (node.name,)
+            if failure is not Failure.MISSING:  # with its other models nothing is wrong
+                node.shunned_until = monotonic() + SHUN
         if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
             self._again()

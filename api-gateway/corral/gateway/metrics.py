@@ -32,6 +32,7 @@ EVERY_REASON = (
     "other",
 )
 ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone"))
+RETRIED = ("connect", "reset", "crash", "node", "timeout", "nonsense", "missing")
 CONTINUATIONS = ("ok", "failed", "client_gone", "no_node", "ineligible")
 """What became of answers that their node left after the first token."""
 WHOLE = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
@@ -112,7 +113,7 @@ class Metrics:
         self.refusals: dict[str, int] = dict.fromkeys(EVERY_REASON, 0)
         self.ignored: dict[str, int] = dict.fromkeys(DECODERS, 0)
         self.continuations: dict[str, int] = dict.fromkeys(CONTINUATIONS, 0)
-        self.retries: dict[str, int] = dict.fromkeys(("connect", "reset", "crash", "node", "timeout", "nonsense"), 0)
+        self.retries: dict[str, int] = dict.fromkeys(RETRIED, 0)
 
     def label(self, model: str) -> str:
         """The model's full name, "" where the fleet does not know it."""
