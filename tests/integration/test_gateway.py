@@ -344,6 +344,16 @@ def test_a_request_that_crashes_two_nodes_is_not_tried_a_third_time(gw: Gateway)
     assert len(requests(gw)) == 2
 
 
+def test_a_node_that_lost_the_model_sends_its_request_elsewhere_and_keeps_the_others(gw: Gateway) -> None:
+    missing = says(404, {"error": "model 'm' not found"})
+    first(gw, missing)
+    response = gw.post()
+    assert (response.status_code, response.headers["X-Corral-Attempts"]) == (200, "2")
+    everywhere(gw, missing, 3)
+    response = gw.post()
+    assert (response.status_code, response.json()) == (404, {"error": "model 'm' not found"})
+
+
 def test_the_callers_error_is_not_retried(gw: Gateway) -> None:
     everywhere(gw, says(400, {"error": "the input length exceeds the context length"}))
     response = gw.post()

@@ -30,7 +30,7 @@ class History:
         (500, False, 'option "temperature" must be of type float32', Failure.CALLER),
         (400, False, "the input length exceeds the context length", Failure.CALLER),
         (500, False, "the input length exceeds the context length", Failure.CALLER),
-        (404, False, "model 'x' not found", Failure.CALLER),
+        (404, False, "model 'x' not found", Failure.MISSING),
         *((status, False, "", Failure.NODE) for status in (201, 204, 206, 302, 304, 401, 403, 407, 413, 429, 999)),
         (401, False, "option of mine", Failure.NODE),
     ],
@@ -49,6 +49,12 @@ def test_orphans_are_outside_the_budget_but_two_crashes_end_it() -> None:
     assert not may_retry(Failure.CONNECT, History(attempts=3, connects=3), 2, empty)
     assert may_retry(Failure.RESET, History(attempts=1, crashes=1), 2, empty)
     assert not may_retry(Failure.RESET, History(attempts=2, crashes=2), 2, empty)
+
+
+def test_a_node_that_lost_the_model_costs_no_budget() -> None:
+    empty = RetryBudget(tokens=0.0)
+    assert may_retry(Failure.MISSING, History(attempts=1), 2, empty)
+    assert not may_retry(Failure.MISSING, History(attempts=3), 9, empty)
 
 
 def test_a_nodes_failures_are_retried_within_the_budget() -> None:
@@ -78,6 +84,7 @@ def test_the_budget_is_a_share_of_the_requests_and_capped() -> None:
 def test_what_the_caller_hears() -> None:
     cause = ApiError(404, "model_not_found", "model 'x' not found")
     assert final_error(Failure.CALLER, History(), cause) is cause
+    assert final_error(Failure.MISSING, History(attempts=2), cause) is cause
     assert final_error(Failure.CONNECT, History(), None).status == 503
     assert final_error(Failure.CONNECT, History(), None).retry_after
     assert final_error(Failure.TIMEOUT, History(attempts=3), None).status == 504

@@ -251,16 +251,15 @@ class Exchange(State):
             self.crashes += 1
             blame(self, failure, node)
         if failure is not Failure.CALLER:
-            gateway.queue.shun(node, monotonic())
             self.tried += (node.name,)
+            if failure is not Failure.MISSING:  # with its other models nothing is wrong
+                gateway.queue.shun(node, monotonic())
         if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
             self._again()
             return
-        if self._open and take_over(self, failure, node):
-            return
-        error = final_error(failure, self, cause)
-        self.give_up(error, "upstream_error")
+        if not (self._open and take_over(self, failure, node)):
+            self.give_up(final_error(failure, self, cause), "upstream_error")
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.

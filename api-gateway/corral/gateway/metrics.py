@@ -14,8 +14,8 @@ from corral.wire.decode import DECODERS
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
+    from corral.gateway.records import Settled
     from corral.gateway.recover import Failure
-    from corral.gateway.settle import Settled
     from corral.gateway.snapshot import Snapshot
 
 DURATION = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
@@ -32,6 +32,7 @@ EVERY_REASON = (
     "other",
 )
 ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone"))
+RETRIED = ("connect", "reset", "crash", "node", "timeout", "nonsense", "missing")
 CONTINUATIONS = ("ok", "failed", "client_gone", "no_node", "ineligible")
 """What became of answers that their node left after the first token."""
 WHOLE = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
@@ -112,7 +113,7 @@ class Metrics:
         self.refusals: dict[str, int] = dict.fromkeys(EVERY_REASON, 0)
         self.ignored: dict[str, int] = dict.fromkeys(DECODERS, 0)
         self.continuations: dict[str, int] = dict.fromkeys(CONTINUATIONS, 0)
-        self.retries: dict[str, int] = dict.fromkeys(("connect", "reset", "crash", "node", "timeout", "nonsense"), 0)
+        self.retries: dict[str, int] = dict.fromkeys(RETRIED, 0)
 
     def label(self, model: str) -> str:
         """The model's full name, "" where the fleet does not know it."""

@@ -25,6 +25,7 @@ class Failure(Enum):
     NODE = "the node failed"
     TIMEOUT = "the node was silent for too long"
     NONSENSE = "the node's answer made no sense"
+    MISSING = "the node does not hold the model any more"
     CALLER = "the request itself is at fault"
 
 
@@ -67,7 +68,8 @@ def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudge
     """Whether a request that was answered with nothing yet is tried on another node.
 
     Orphans (the requests of a dead node or runner) are outside the budget, but a request that was there at two crashes
-    is not tried a third time; a node's own failures are retried within the budget.
+    is not tried a third time; a node's own failures are retried within the budget. A node that has just lost the model
+    (removed by hand, an empty disk) did no work, so its retry costs nothing either.
     """
     if failure is Failure.CALLER:
         return False
@@ -75,12 +77,14 @@ def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudge
         return history.connects <= nodes
     if failure in CRASHES:
         return history.crashes < CRASHES_MAX
+    if failure is Failure.MISSING:
+        return history.attempts < ATTEMPTS_MAX
     return history.attempts < ATTEMPTS_MAX and budget.spend()
 
 
 def final_error(failure: Failure, history: History, cause: ApiError | None) -> ApiError:
     """What the caller hears when no further attempt is made."""
-    if failure is Failure.CALLER and cause is not None:
+    if failure in (Failure.CALLER, Failure.MISSING) and cause is not None:
         return cause
     if failure is Failure.CONNECT:
         return ApiError(503, "overloaded", "no node could be reached", retry_after=2)
@@ -119,6 +123,8 @@ def classify(status: int, proxied: bool, message: str) -> Failure:
     # Ollama answers a wrong option with 500, and on /api/embeddings an over-long prompt too: the caller's error under
     # a 5xx. No other status than these is its word on a request: a redirect, a 401 or a 429 comes from a node that is
     # set up wrongly, or is none.
-    if status in (400, 404) or (status >= 500 and message.startswith(_CALLERS)):
+    if status == 404:
+        return Failure.MISSING  # only a node that was said to hold the model is asked
+    if status == 400 or (status >= 500 and message.startswith(_CALLERS)):
         return Failure.CALLER
     return Failure.CRASH if status >= 500 and crashed(message) else Failure.NODE
