@@ -38,11 +38,13 @@ COMPILED = ROOT / ".venv" / "compiled" / "api-gateway"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "api-gateway")]
 
 import yaml  # noqa: E402
+from support.leader import Leader  # noqa: E402
 from support.process import Process, free_port, until  # noqa: E402
 
 from corral.config.haproxy import DEFAULT, render  # noqa: E402
 from corral.stack import binaries  # noqa: E402
 from corral.store import keys  # noqa: E402
+from corral.store.keeper import GRANTS, POLL  # noqa: E402
 
 MEASURED, LOAD = 0, 1
 CONNECTIONS = 32
@@ -275,6 +277,13 @@ def subjects(
             found.append(Subject(name, port, process))
         for subject in found:
             until(lambda port=subject.port: listens(port), f"{subject.name} listens", 30)  # type: ignore[misc]
+        # A slot for each request, in the same call as the limits.
+        leader = Leader(f"redis://127.0.0.1:{store}/0")
+        until(lambda: leader.ask(b"EXISTS", GRANTS), "the store grants slots", 30)
+        leader.leads()
+        for number in (1, 2):
+            leader.place(f"node-{number}", "m:latest", 32)
+        time.sleep(2 * POLL)  # gateways look so often whether there is a leader
         yield found, [valkey, back_end], key
 
 

@@ -66,6 +66,16 @@ def callers() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+def placed(gw: Gateway, leader: Leader, slots: int, *nodes: str) -> None:
+    """Have the model on these nodes alone, and the gateway know it: where the store stalls, its share is no other."""
+    gw.slots = slots
+    gw.states = {node.name: "ready" if node.name in nodes else "down" for node in gw.nodes}
+    gw.publish()
+    for node in nodes:
+        leader.place(node, MODEL, slots)
+    led(gw, leader)
+
+
 def led(gw: Gateway, leader: Leader) -> None:
     """Wait until the gateway has seen that there is a leader: what it asks for is asked of the store."""
 
@@ -87,23 +97,21 @@ def hold(gw: Gateway, behaviour: Callable[[socket.socket], None], count: int = 4
 def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(
     gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
 ) -> None:
-    leader.place("node-1", MODEL, 2)
-    leader.place("node-2", MODEL, 1)
-    led(gw, leader)
+    placed(gw, leader, 2, "node-1", "node-2")
     held = Held()
     hold(gw, held)
-    asked = [callers.submit(gw.post) for _ in range(6)]
-    until(lambda: held.running == 3 and leader.waiting() == 3, "three run, three wait")
-    assert leader.used() == {"node-1": 2, "node-2": 1}
+    asked = [callers.submit(gw.post) for _ in range(7)]
+    until(lambda: held.running == 4 and leader.waiting() == 3, "four run, three wait")
+    assert leader.used() == {"node-1": 2, "node-2": 2}
     refused = gw.post()
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
     assert "3 requests wait for 'm' already" in refused.json()["error"]
-    for began in (4, 5, 6):
+    for began in (5, 6, 7):
         held.release()
         until(lambda began=began: held.began == began, "the next one has its turn")  # type: ignore[misc]
-    held.release(3)
-    assert [one.result().status_code for one in asked] == [200] * 6
-    assert held.most == 3
+    held.release(4)
+    assert [one.result().status_code for one in asked] == [200] * 7
+    assert held.most == 4
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
 
 
@@ -122,8 +130,7 @@ def test_a_model_that_is_placed_while_somebody_waits(gw: Gateway, leader: Leader
 
 @pytest.mark.parametrize("gw", ["2s"], indirect=True)
 def test_who_waits_too_long_hears_how_long_it_takes(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
-    leader.place("node-1", MODEL, 1)
-    led(gw, leader)
+    placed(gw, leader, 1, "node-1")
     held = Held()
     hold(gw, held)
     runs = callers.submit(gw.post)
@@ -139,8 +146,7 @@ def test_who_waits_too_long_hears_how_long_it_takes(gw: Gateway, leader: Leader,
 def test_who_leaves_gives_the_ticket_up_and_the_slot_cools_down(
     gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
 ) -> None:
-    leader.place("node-1", MODEL, 1)
-    led(gw, leader)
+    placed(gw, leader, 1, "node-1")
     held = Held()
     hold(gw, held)
     runs = httpx.Client(timeout=20)
@@ -180,9 +186,7 @@ def test_without_the_store_a_gateway_goes_on_with_its_share_and_tells_it_later(
     gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
 ) -> None:
     """What runs counts on, what waits is served, and what was given meanwhile is counted when the store is back."""
-    leader.place("node-1", MODEL, 4)
-    leader.place("node-2", MODEL, 4)
-    led(gw, leader)
+    placed(gw, leader, 4, "node-1", "node-2")
     held = Held()
     hold(gw, held)
     asked = [callers.submit(gw.post) for _ in range(9)]
@@ -223,9 +227,7 @@ def test_a_tenant_s_nodes_are_counted_apart(gw: Gateway, leader: Leader) -> None
 
 
 def test_a_node_that_died_is_left_for_the_other(gw: Gateway, leader: Leader) -> None:
-    leader.place("node-1", MODEL, 4)
-    leader.place("node-2", MODEL, 4)
-    led(gw, leader)
+    placed(gw, leader, 4, "node-1", "node-2")
     gw.nodes[0].stop()
     try:
         seen = [gw.post() for _ in range(8)]

@@ -254,6 +254,7 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}"
         self.edge = f"http://127.0.0.1:{edge}"
         self.states = {"node-1": "ready", "node-2": "ready"}
+        self.slots = 4
         self.publish()
         self.plan = HaproxyPlan(
             edge_host="127.0.0.1",
@@ -340,7 +341,7 @@ class Gateway:
             {
                 "name": node.name,
                 "url": node.url,
-                "slots": 4,
+                "slots": self.slots,
                 "state": self.states[node.name],
                 "version": (versions or {}).get(node.name, "0.17.4"),
                 "tags": tags,

@@ -70,7 +70,7 @@ class Exchange(State):
     def _broken(self) -> None:
         # A fault of the gateway's own: the caller is told, and it is recorded like any other.
         log.exception("%s: %s could not be answered", self.request_id, self.path)
-        self.refuse(ApiError(500, "internal_error", "the gateway failed at this request"))
+        self.give_up(ApiError(500, "internal_error", "the gateway failed at this request"), "upstream_error")
 
     def _health(self) -> None:
         if self.path == "/health":
