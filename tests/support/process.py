@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import httpx
+
 from corral.stack import ports
 
 
@@ -30,17 +32,22 @@ def free_port() -> int:
     return port
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 10.0, every: float = 0.05) -> None:
-    """Wait for ``condition`` to be true. NotReady with ``what`` and the last exception after ``seconds``."""
+def until(condition: Callable[[], object], what: str, seconds: float = 30.0, every: float = 0.05) -> None:
+    """Wait for ``condition`` to be true. NotReady with ``what`` and the last exception after ``seconds``.
+
+    Nobody who listens yet, or answers in time, is no error but a reason to ask again.
+    """
     deadline = time.monotonic() + seconds
     while True:
         problem: Exception | None = None
+        # A look that began in time counts: a machine that halts may have spent all of the time on one.
+        late = time.monotonic() > deadline
         try:
             if condition():
                 return
-        except OSError as error:
+        except (OSError, httpx.TransportError) as error:
             problem = error
-        if time.monotonic() > deadline:
+        if late:
             raise NotReady(f"not within {seconds:g} s: {what}" + (f" ({problem})" if problem else ""))
         time.sleep(every)
 
@@ -80,7 +87,7 @@ class Process:
         """Whether it runs."""
         return self._popen.poll() is None
 
-    def wait_until(self, ready: Callable[[], object], seconds: float = 20.0) -> Self:
+    def wait_until(self, ready: Callable[[], object], seconds: float = 60.0) -> Self:
         """Wait until ``ready`` is true; NotReady with the end of the log if it is not, or the program has ended."""
 
         def check() -> object:
