@@ -65,10 +65,12 @@ def test_a_whole_answer_and_its_record(gw: Gateway) -> None:
     assert record["req_bytes"] == len(json.dumps(gw.chat(stream=False), separators=(",", ":")))
     admitted = [r for r in gw.control.records if r["t"] == "admit" and r["id"] == record["id"]]
     assert len(admitted) == 1
-    line = next(line for line in (gw.folder / "access.log").read_text().splitlines() if '"me-1"' in line)
+    log = gw.folder / "access.log"
+    until(lambda: '"me-1"' in log.read_text(), "the line of the access log")
+    line = next(line for line in log.read_text().splitlines() if '"me-1"' in line)
     assert json.loads(line)["status"] == 200
     assert "Guten" not in line
-    assert gw.key not in (gw.folder / "access.log").read_text()
+    assert gw.key not in log.read_text()
 
 
 def test_the_node_is_sent_our_policy(gw: Gateway) -> None:
