@@ -76,7 +76,7 @@ class Canary:
             running = await self._streams(member.name)
             if running is not None and running >= member.slots:
                 return
-            async with member.memory:
+            async with member.loads:
                 entry = await self._resident(client, member, model)
                 if entry is not None:
                     await self._prove(client, member, entry, residence)
