@@ -116,7 +116,7 @@ class Process:
         """The end of its output."""
         return self.log.read_text(errors="replace")[-characters:]
 
-    def end(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> int:
+    def end(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         """Send it a signal and wait; it is killed if it stays. Its status."""
         if self._popen.poll() is None:
             self._popen.send_signal(number)
