@@ -671,7 +671,7 @@ def test_a_stalled_store_keeps_no_lease_of_what_has_ended(tmp_path: Path) -> Non
             os.kill(gw.valkey.process.pid, signal.SIGCONT)
         until(lambda: "corral:1:rate:" in _store_keys(gw), "the store runs what it was sent before it stalled")
         # A lease that nobody gives back would stand for ten seconds.
-        until(lambda: "corral:1:leases:" not in _store_keys(gw), "no lease is left", seconds=5)
+        until(lambda: "corral:1:leases:" not in _store_keys(gw), "no lease is left", seconds=7)
         assert [gw.post(headers=headers).status_code for _ in range(10)] == [200] * 10
 
 
