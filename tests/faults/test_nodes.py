@@ -42,7 +42,7 @@ def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
         killed = time.monotonic()
         load.until(lambda _: time.monotonic() > killed + SETTLED_WITHIN + 2, "the fleet has settled")
         node.start()
-        load.more(10, "node-1", seconds=10)
+        load.more(10, "node-1")
     no_request_is_lost(load)
     assert load.fates[TOLD] <= 16
     assert any(answer.attempts > 1 for answer in load.answers), "nothing was on the node when it died"
@@ -88,7 +88,7 @@ def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
             ejected = load.more(40)
         finally:
             node.process.send(signal.SIGCONT)
-        load.more(10, "node-1", seconds=10)
+        load.more(10, "node-1")
     no_request_is_lost(load)
     assert any(answer.attempts > 1 for answer in load.answers)
     late = [a for a in load.answers if hung + EJECTED_WITHIN < a.began and a.ended < ejected]
