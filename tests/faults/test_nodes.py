@@ -110,6 +110,6 @@ def test_a_node_that_fails_at_once_attracts_no_requests(fleet: Fleet, status: in
     assert load.unlike(WHOLE) == []
     during = [answer for answer in load.answers if failing < answer.began < failing + 6]
     tried_twice = [answer for answer in during if answer.attempts > 1]
-    # Each of two gateways tries it again after `SHUN`, with two requests at once at most, however few a slow machine has.
+    # Each of two gateways tries it again after `SHUN`, two requests at once at most, however few a slow machine has.
     tries = 2 * (1 + int(6 / SHUN)) * 2
     assert 0 < len(tried_twice) <= max(tries, len(during) // 100), f"{len(tried_twice)} of {len(during)}"
