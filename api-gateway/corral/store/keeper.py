@@ -58,7 +58,7 @@ async def keep(slots: Slots) -> None:
                 # Also where nothing is asked: others wait for what this one has to tell.
                 await _rebuild(slots)
                 if slots.told != connection or monotonic() - renewed >= slots.lease / LEASE * RENEW:
-                    await _renew(slots)
+                    await renew(slots)
                     renewed = monotonic()
                 slots.led = bool(await store.request(b"EXISTS", LEADER))
                 slots.told = connection
@@ -90,12 +90,17 @@ async def leave(slots: Slots) -> None:
     slots.held.clear()
     try:
         async with asyncio.timeout(1.0):
-            await _renew(slots)
+            await renew(slots)
     except (OSError, TimeoutError, ValkeyDown, hiredis.ReplyError) as error:
         log.warning("slots return with their lease: %s", error)
 
 
-async def _renew(slots: Slots) -> None:
+async def renew(slots: Slots) -> None:
+    """Renew the lease, and have the store know just what is held.
+
+    Raises:
+        ValkeyDown, hiredis.ReplyError: it did not hear all of it.
+    """
     slots.flush()
     known = list(slots.held)
     arguments = (slots.gateway, b"%d" % (slots.lease * 1e6), *(id.encode() for id in known))
@@ -155,7 +160,7 @@ async def _rebuild(slots: Slots) -> None:
         await store.request(b"SET", EPOCH, b"%d" % time_ns(), b"NX")
         epoch = await store.request(b"GET", EPOCH) or b""
         if epoch != told:
-            await _renew(slots)
+            await renew(slots)
             told = epoch
         keys = (GRANTS, GRANTS + b"-told", GRANTS + b"-of")
         numbers = (b"%d" % slots.gateways(), b"%d" % PATIENCE_US, epoch)
