@@ -106,6 +106,7 @@ def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(
     refused = gw.post()
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
     assert "3 requests wait for 'm' already" in refused.json()["error"]
+    assert gw.metric("corral_queue_length") == 3 and gw.metric("corral_queue_full_total") == 1
     for began in (5, 6, 7):
         held.release()
         until(lambda began=began: held.began == began, "the next one has its turn")  # type: ignore[misc]
@@ -139,6 +140,7 @@ def test_who_waits_too_long_hears_how_long_it_takes(gw: Gateway, leader: Leader,
     assert late.status_code == 503 and int(late.headers["Retry-After"]) >= 1
     assert "no slot for 'm' within" in late.json()["error"]
     until(lambda: leader.waiting() == 0, "its ticket is given up")
+    assert gw.metric("corral_queue_length") == 0 and gw.metric("corral_queue_overdue_total") == 1
     held.release()
     assert runs.result().status_code == 200
 

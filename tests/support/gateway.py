@@ -325,7 +325,11 @@ class Gateway:
 
     def admitted_locally(self) -> float:
         """Requests that were admitted without the store: on a machine that halts for 50 ms, some are."""
-        return page(f"http://127.0.0.1:{self._metrics}/metrics").value("corral_local_admissions_total")
+        return self.metric("corral_local_admissions_total")
+
+    def metric(self, name: str) -> float:
+        """A metric without labels."""
+        return page(f"http://127.0.0.1:{self._metrics}/metrics").value(name)
 
     def entry(self, key_id: str, text: str, **more: Any) -> dict[str, Any]:
         """A key as the snapshot has it."""

@@ -49,6 +49,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         journal=SimpleNamespace(failing=True, shed=2),
         store=SimpleNamespace(connected=False),
         health=SimpleNamespace(canaries={}, ejections=2, frozen=1),
+        queue=SimpleNamespace(waiting={"a": 1}, full=4, overdue=5, slots=SimpleNamespace(counts=True)),
     )
     text = Exposition(gateway, "").render().decode()  # type: ignore[arg-type]
     return {
@@ -183,6 +184,8 @@ def test_what_is_now() -> None:
     assert one(seen, "corral_spool_bytes") == 5 and one(seen, "corral_spool_oldest_seconds") == 1.5
     assert one(seen, "corral_spool_failing") == 1 and one(seen, "corral_limit_store_up") == 0
     assert one(seen, "corral_local_admissions_total") == 3
+    assert one(seen, "corral_queue_length") == one(seen, "corral_slots_shared") == 1
+    assert one(seen, "corral_queue_full_total") == 4 and one(seen, "corral_queue_overdue_total") == 5
 
 
 @pytest.mark.parametrize(

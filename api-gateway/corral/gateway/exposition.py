@@ -156,10 +156,14 @@ class Page:
         yield from family("corral_slots", GAUGE, "Requests at once that a node is for.", ("node",), slots)
         waiting = sum(not exchange.first_token for exchange in gateway.running)
         age = max(0.0, time.time() - (gateway.snapshot.confirmed or self._started))
-        local, health = gateway.limits.local, gateway.health
+        local, health, queue = gateway.limits.local, gateway.health, gateway.queue
         ejected = sum(canary.ejected for canary in health.canaries.values())
         for name, kind, text, value in (
             ("corral_requests_waiting", GAUGE, "Requests that wait for their first token.", waiting),
+            ("corral_queue_length", GAUGE, "Requests that wait for a slot.", len(queue.waiting)),
+            ("corral_queue_full_total", COUNTER, "Requests refused, as too many waited.", queue.full),
+            ("corral_queue_overdue_total", COUNTER, "Requests that waited for as long as they may.", queue.overdue),
+            ("corral_slots_shared", GAUGE, "1 while the store counts slots for all gateways.", int(queue.slots.counts)),
             ("corral_connections", GAUGE, "Callers' connections.", len(gateway.connections)),
             ("corral_spool_bytes", GAUGE, "Records that control has not confirmed.", gateway.shipper.backlog()),
             ("corral_spool_oldest_seconds", GAUGE, "How long the oldest of them wait.", gateway.shipper.behind()),
