@@ -37,6 +37,7 @@ MODULES = (
     "gateway/settle.py",
     "gateway/snapshot.py",
     "gateway/upstream.py",
+    "store/content.py",
     "store/keys.py",
     "store/budget.py",
     "store/limits.py",

@@ -24,7 +24,9 @@ class AuditSettings(Section):
         "written", description="A record survives a killed process, or a power cut as well."
     )
     retention: Duration = Field(400 * 86400.0, description="How long records are kept.")
-    content: Literal["none", "hash"] = Field("hash", description="What is kept of a prompt.")
+    content: Literal["none", "hash"] = Field(
+        "hash", description="Kept of prompts and answers: keyed hashes, or nothing."
+    )
     checkpoint: Duration = Field(60.0, gt=0, description="How often what came is signed.")
     checkpoints: Path = Field(
         Path("audit/checkpoints.jsonl"),

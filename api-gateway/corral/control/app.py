@@ -32,6 +32,7 @@ from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
+from corral.store.content import Hashes
 from corral.store.database import configured
 from corral.store.keys import read_pepper
 from corral.store.valkey import Valkey
@@ -105,13 +106,14 @@ def _assemble(settings: Settings) -> Control:
     valkey = Valkey(settings.valkey_address(), timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
+    pepper = read_pepper(state / settings.auth.pepper_file)
     hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
     haproxy = _reloader(settings, state)
     return Control(
         settings=settings,
         state=state,
         database=database,
-        pepper=read_pepper(state / settings.auth.pepper_file),
+        pepper=pepper,
         token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
         fleet=fleet,
         hub=hub,
@@ -124,6 +126,7 @@ def _assemble(settings: Settings) -> Control:
         usage=Usage(),
         ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration),
         spent=Spent(database),
+        hashes=Hashes(pepper),
         alerts=Alerts(),
     )
 

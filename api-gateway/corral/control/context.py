@@ -18,6 +18,7 @@ from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
+from corral.store.content import Hashes
 from corral.store.database import Database
 from corral.store.valkey import Valkey
 
@@ -47,6 +48,7 @@ class Control:
     usage: Usage
     ledger: Ledger
     spent: Spent
+    hashes: Hashes
     alerts: Alerts
 
 

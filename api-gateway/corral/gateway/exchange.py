@@ -198,8 +198,7 @@ class Exchange(Waiter):
         except ApiError as error:
             self.refuse(error)
             return
-        if decoded.resumable:
-            keep(decoded, gateway.snapshot)
+        keep(decoded, gateway.snapshot, gateway.hashes is not None)
         self._node_header = node.header
         self.attempts += 1
         gateway.running.add(self)

@@ -28,6 +28,7 @@ from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
 from corral.store import keys, leases
+from corral.store.content import Hashes
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey, encode
 from corral.wire.common import Caps, Decoded
@@ -59,6 +60,7 @@ class Gateway:
         nodes = urlsplit(gateway.nodes_url)
         self.nodes_address = (nodes.hostname or "127.0.0.1", nodes.port or 80)
         self.pepper = keys.read_pepper(settings.auth.pepper_file)
+        self.hashes = Hashes(self.pepper) if settings.audit.content != "none" else None
         token = settings.auth.internal_token_file.read_text().strip()
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
         caps = Caps(**gateway.request.model_dump())

@@ -18,10 +18,10 @@ from corral.store.tables import audit, keys, spool_watermarks
 
 log = logging.getLogger(__name__)
 
-ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model")
+ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model", "prompt_hash")
 SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
-    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued"),
+    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued", "answer_hash"),
 )
 LOOK_UP = 1000
 """Rows that are asked for by their ids at once."""
@@ -96,8 +96,10 @@ def _store(
             settles.setdefault(row["id"], row)
     _own(connection, [*admits.values(), *settles.values()])
     read = list(admits.values())
-    for known in settles:
-        admits.pop(known, None)  # its settle record says all that it says
+    for known, row in settles.items():
+        admitted = admits.pop(known, None)  # its settle record says all that it says, but for the prompt
+        if admitted is not None:
+            row["prompt_hash"] = admitted["prompt_hash"]
     if admits:
         # Who was asked last has the request: the edge replays one to another gateway, under the same id.
         statement = insert(connection, audit)

@@ -141,6 +141,8 @@ audit = Table(
     Column("tokens", BigInteger),
     Column("estimated", Boolean),
     Column("continued", Text),
+    Column("prompt_hash", Text),
+    Column("answer_hash", Text),
     Column("queue_ms", Double),
     Column("ttft_ms", Double),
     Column("ms", Double),
