@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import statistics
 import subprocess
@@ -47,6 +48,24 @@ from corral.store import keys  # noqa: E402
 MEASURED, LOAD = 0, 1
 CONNECTIONS = 32
 SYNCED = "gateway, synced"
+NO_HASHES = "gateway, no hashes"
+NO_RECORD = "gateway, no record"
+UNRECORDED = {
+    "exchange.py": (
+        "        self.gateway.journal.record(settle.admitted(self), self)\n",
+        "        self.gateway.loop.call_soon(self.recorded, True)\n",
+    ),
+    "journal.py": (
+        "        payload = _encode(record)\n",
+        "        self._loop.call_soon(waiter.recorded, True)\n"
+        "        if access:\n"
+        "            self.access.line(_encode(record))\n"
+        "        return\n"
+        "        payload = _encode(record)\n",
+    ),
+}
+"""What of the gateway's sources is otherwise where nothing is recorded; the access log, which is no record, stays."""
+
 LINES = (
     b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.000000Z","message":{"role":"assistant","content":"Hello"},'
     b'"done":false}\n'
@@ -220,7 +239,10 @@ def gateways(
                 "access_log": str(folder / f"access-{number}.log"),
             },
             "store": {"valkey": store},
-            "audit": {"durability": "synced" if name == SYNCED else "written"},
+            "audit": {
+                "durability": "synced" if name == SYNCED else "written",
+                "content": "none" if name in (NO_HASHES, NO_RECORD) else "hash",
+            },
             "auth": {"pepper_file": str(folder / "pepper"), "internal_token_file": str(folder / "internal.token")},
         }
         file = folder / f"corral-{number}.yaml"
@@ -229,6 +251,28 @@ def gateways(
         argv = [python, "-m", "corral", "serve", "gateway", "--config", str(file)]
         started[name] = port, Process(argv, folder / f"gateway-{number}.log", {"PYTHONPATH": path}, cpu=MEASURED)
     return started, text
+
+
+def unrecorded(folder: Path) -> Path:
+    """The package with a gateway that records nothing, compiled like the other; takes a minute or two."""
+    print("compiling a gateway without the record", file=sys.stderr)
+    package = folder / "unrecorded" / "api-gateway"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "api-gateway" / "corral", package / "corral", ignore=ignored)
+    for name in ("monitoring", "benchmarks", "docs"):
+        (package.parent / name).symlink_to(ROOT / name)
+    for name, (before, after) in UNRECORDED.items():
+        file = package / "corral" / "gateway" / name
+        source = file.read_text()
+        if source.count(before) != 1:
+            raise SystemExit(f"{name} is not what this benchmark knows: bring UNRECORDED up to date")
+        file.write_text(source.replace(before, after))
+    done = subprocess.run(
+        [sys.executable, ROOT / "api-gateway" / "compile.py", package], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"it was not compiled:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return package
 
 
 @contextlib.contextmanager
@@ -309,8 +353,21 @@ def report(found: list[Subject], title: str) -> dict[str, float]:
             f"  {subject.name:24}{cost:11.1f}{statistics.median(subject.rate):12,.0f}"
             f"{statistics.median(subject.valkey):11.1f}{statistics.median(subject.load):11.0%}{base / cost:8.2f}"
         )
+    for name in (NO_RECORD, NO_HASHES):
+        if name in ratios:
+            print(f"  beside '{name}': {_share(found, name)}")
+    for subject in found:
         subject.cost, subject.rate, subject.valkey, subject.load = [], [], [], []
     return ratios
+
+
+def _share(found: list[Subject], without: str) -> str:
+    """What the gateway's CPU and requests are more and fewer than those of one without something, by the medians."""
+    named = {subject.name: subject for subject in found}
+    whole, other = named["gateway"], named[without]
+    cost = 1 - statistics.median(other.cost) / statistics.median(whole.cost)
+    rate = 1 - statistics.median(whole.rate) / statistics.median(other.rate)
+    return f"{cost:.1%} of its CPU and {rate:.1%} of its requests a second"
 
 
 def main() -> int:
@@ -322,6 +379,7 @@ def main() -> int:
     parser.add_argument("--framework", action="store_true", help="a FastAPI and httpx proxy too")
     parser.add_argument("--python", default=sys.executable, help="the gateway's interpreter")
     parser.add_argument("--synced", action="store_true", help="a gateway with audit.durability: synced too")
+    parser.add_argument("--record", action="store_true", help="gateways without the record and its hashes too")
     parser.add_argument("--beside", type=Path, help="a gateway of another checkout too: its folder with the package")
     options = parser.parse_args()
     if (os.cpu_count() or 1) < 2:
@@ -331,8 +389,13 @@ def main() -> int:
     pad = "lorem ipsum dolor " * 50
     body = {"model": "m", "messages": [{"role": "user", "content": pad}], "stream": False}
     more = {SYNCED: COMPILED} if options.synced else {}
+    more |= {NO_HASHES: COMPILED} if options.record else {}
     more |= {"gateway, the other": options.beside.resolve()} if options.beside else {}
-    with tempfile.TemporaryDirectory() as name, subjects(Path(name), options.framework, options.python, more) as made:
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory())
+        if options.record:
+            more[NO_RECORD] = unrecorded(Path(name))
+        made = stack.enter_context(subjects(Path(name), options.framework, options.python, more))
         found, others, key = made
         script = Path(name) / "load.lua"
         script.write_text(WRK)

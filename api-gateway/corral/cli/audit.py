@@ -68,9 +68,10 @@ def verify_records(as_json: bool, state: str | None, checkpoints: str | None, pu
     """
     folder = common.folder(state)
     admin = Admin(folder)
+    # Before the chain's end is asked for: what is signed meanwhile would be missing there.
+    data = Path(checkpoints).read_bytes() if checkpoints else admin.raw("/audit/checkpoints")
     source = _Api(admin)
     publics = [_public(one) for one in public_key] or [source.public_key]
-    data = Path(checkpoints).read_bytes() if checkpoints else admin.raw("/audit/checkpoints")
     bar = Bar("verified", "records")
     begun = time.monotonic()
     report = verify(source, data.splitlines(), publics, bar.show)
