@@ -54,3 +54,10 @@ def test_a_node_whose_canary_fails_says_so_while_it_is_up() -> None:
     assert held.reason is None
     held.measured.residents["m:1"].failing = True
     assert (held.state, held.reason) == ("ready", "its canary gets no token from m:1")
+
+
+def test_the_memory_of_a_node_is_as_configured() -> None:
+    held = member(memory=22 << 30)
+    assert held.describe()["memory"] == 22 << 30
+    assert member().describe()["memory"] is None
+    assert not held.loads.locked()

@@ -99,9 +99,8 @@ class Writer:
             self._thread = threading.Thread(target=self._encrypt, args=(reading, recipients), daemon=True)
             self._thread.start()
             self._pipe = os.fdopen(writing, "wb", buffering=0)
-            self._tar = tarfile.open(  # noqa: SIM115
-                fileobj=Whole(self._pipe), mode="w|", format=tarfile.PAX_FORMAT
-            )
+            whole: Any = Whole(self._pipe)
+            self._tar = tarfile.open(fileobj=whole, mode="w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115
             digest = hashlib.sha256(protected).hexdigest() if protected is not None else None
             self.add(HEADER, _json({"format": FORMAT, **header, "identity": digest}))
         except BaseException as error:
@@ -123,7 +122,7 @@ class Writer:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o600
         try:
-            self._tar.addfile(info, hashing)  # type: ignore[arg-type]
+            self._tar.addfile(info, hashing)
         except EOFError:
             raise BackupError(f"{name} became shorter while it was read: try again") from None
         except OSError as error:
@@ -319,7 +318,7 @@ def _inside(path: Path, source: BinaryIO, take: Take | None) -> Contents:
             while hashing.read(CHUNK):
                 pass
             contents.members[info.name] = (info.size, hashing.digest.hexdigest())
-            tar.members = []  # type: ignore[misc]
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps each one's header
     if contents is None or manifest is None:
         raise ValueError("it ends before its manifest")
     told = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}

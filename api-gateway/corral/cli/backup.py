@@ -217,7 +217,7 @@ def extract(
         text = None if output is not None else data.decode("utf-8", "replace")
         common.emit({**told, "text": text}, as_json, lambda: f"{output}: {len(data)} bytes")
     else:
-        click.get_binary_stream("stdout").write(data)
+        sys.stdout.buffer.write(data)
 
 
 @command.command("list")

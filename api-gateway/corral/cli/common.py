@@ -66,7 +66,7 @@ def moment(epoch: object) -> object:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch)) if isinstance(epoch, int | float) else epoch
 
 
-class Limit(click.ParamType):
+class Limit(click.ParamType[int]):
     """A limit: a whole number. With ``none``, that word too, which is 0."""
 
     name = "n"

@@ -17,7 +17,7 @@ _COLUMNS = (
 )
 
 
-class Span(click.ParamType):
+class Span(click.ParamType[float]):
     """A duration such as 30d, in seconds."""
 
     name = "duration"

@@ -193,7 +193,7 @@ def _url(state: str | None) -> str:
 
 def _write(data: bytes) -> None:
     """All of it on standard output; an unbuffered one takes a part where a signal comes in between."""
-    out, rest = click.get_binary_stream("stdout"), memoryview(data)
+    out, rest = sys.stdout.buffer, memoryview(data)
     while rest:
         rest = rest[out.write(rest) :]
     out.flush()

@@ -18,7 +18,7 @@ DEPTH = 6
 _Leaf = str | int | float | bool | None
 _Value: Any = _Leaf
 for _ in range(DEPTH):
-    _Value = _Leaf | list[_Value] | dict[str, _Value]  # type: ignore[misc, valid-type]
+    _Value = _Leaf | list[_Value] | dict[str, _Value]
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"\A[^\x00-\x1f\x7f-\x9f]+\Z")]
 _Version = Annotated[str, msgspec.Meta(pattern=r"\A[\x21-\x7e]{1,64}\Z")]
@@ -82,7 +82,8 @@ async def fetch(
 
 def value(body: bytes) -> dict[str, Any]:
     """A JSON object, nested at most DEPTH deep. ValueError says what else it is."""
-    return _decode(_anything, body)
+    found: dict[str, Any] = _decode(_anything, body)
+    return found
 
 
 def models(body: bytes) -> list[dict[str, Any]]:

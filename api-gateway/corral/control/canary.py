@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import httpx
@@ -67,7 +68,10 @@ class Canary:
                 if model is not None:
                     task = asyncio.get_running_loop().create_task(self._ask(client, member, model))
                     self._running[member.name] = task
-                    task.add_done_callback(lambda _, name=member.name: self._running.pop(name, None))
+                    task.add_done_callback(partial(self._ended, member.name))
+
+    def _ended(self, node: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(node, None)
 
     async def _ask(self, client: httpx.AsyncClient, member: Member, model: str) -> None:
         residence = member.measured.residents[model]
@@ -76,7 +80,7 @@ class Canary:
             running = await self._streams(member.name)
             if running is not None and running >= member.slots:
                 return
-            async with member.memory:
+            async with member.loads:
                 entry = await self._resident(client, member, model)
                 if entry is not None:
                     await self._prove(client, member, entry, residence)

@@ -236,7 +236,7 @@ def _rotate(
     if row.revoked is not None:
         raise Problem(409, "revoked", "the key was revoked: make a new one")
     if row.id != who.key_id:
-        _no_more(who, row._mapping, defaults)
+        _no_more(who, row._asdict(), defaults)
     before, now, column = _describe(connection, row), time.time(), key_verifiers.c
     mine = column.key_id == key_id
     # An older text that ends anyway does not live longer by this.

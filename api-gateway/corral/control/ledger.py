@@ -130,8 +130,15 @@ class Ledger:
         return signed
 
     def _span(
-        self, connection: Connection, stream: str, pos: int, head: bytes, after: int, link: bytes, dropped: object
-    ) -> Span | None:
+        self,
+        connection: Connection,
+        stream: str,
+        pos: int,
+        head: bytes,
+        after: int,
+        link: bytes,
+        dropped: dict[str, int] | None,
+    ) -> Span:
         last = min(pos, after + SPAN_MAX)
         leaves = select(audit.c.leaf).where(audit.c.gw == stream, audit.c.pos > after, audit.c.pos <= last)
         tree, count = Merkle(), 0
@@ -144,7 +151,7 @@ class Ledger:
                 f"the records of {stream} from {after + 1} to {last} are not those that were entered: "
                 "`corral audit verify` says more"
             )
-        drops = dropped.get(stream, 0) if isinstance(dropped, dict) else 0
+        drops = dropped.get(stream, 0) if dropped is not None else 0
         return Span(stream, after + 1, last, link.hex(), tree.root().hex(), drops)
 
     def _drop_alone(self, connection: Connection, stream: str, dropped: dict[str, int]) -> Span:

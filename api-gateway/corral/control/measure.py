@@ -55,7 +55,8 @@ async def _ask(database: Database, question: Callable[[Connection], T]) -> T | N
         return None
     error = task.exception()
     if error is None:
-        return task.result()
+        result: T = task.result()
+        return result
     if isinstance(error, DatabaseError | SQLAlchemyError | OSError):
         return None
     raise error

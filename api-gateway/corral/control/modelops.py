@@ -53,7 +53,7 @@ class Worker:
         }[work.step.action]
         try:
             if work.step.action in (decide.LOAD, decide.UNLOAD):
-                async with member.memory:
+                async with member.loads:
                     await act(operation, work, member, node)
             else:
                 await self._alone(act, operation, work, member, node)
@@ -145,7 +145,7 @@ class Worker:
         if before is not None and before != got:
             previous = aside(name, "previous")
             await node.copy(kept, previous)
-            async with member.memory:
+            async with member.loads:
                 await node.unload(previous)
 
     async def _restore(self, node: Ollama, name: str, kept: str, before: str | None) -> None:
@@ -247,7 +247,7 @@ class Worker:
         ours = [one for one in (name, aside(name, "previous"), aside(name, "aside")) if one in held]
         if name not in held:
             work.detail = "was not held"
-        async with member.memory:
+        async with member.loads:
             for one in ours:
                 await node.unload(one)
                 await node.delete(one)

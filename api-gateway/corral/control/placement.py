@@ -219,7 +219,7 @@ class Placement:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            async with member.memory:
+            async with member.loads:
                 await self._node(member).load(model, self._options(model))
             self.known[model].load.note(loop.time() - began)
             self.finished(member.name, model, RESIDENT, loop.time())
@@ -236,7 +236,7 @@ class Placement:
     async def _unload(self, member: Member, model: str) -> None:
         node = self._node(member)
         try:
-            async with member.memory:
+            async with member.loads:
                 await node.unload(model)
                 while await node.resident(model):  # noqa: ASYNC110
                     await asyncio.sleep(UNLOADED)

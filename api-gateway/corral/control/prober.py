@@ -31,9 +31,9 @@ class Member:
     """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them.
 
     ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
-    wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used. ``memory`` is held
-    by who loads or unloads, and by who asks what is resident there and then has it generate: a request that arrives
-    behind an unload would bring the model back.
+    wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used. ``memory`` is
+    bytes, as configured; ``loads`` is held by who loads or unloads, and by who asks what is resident there and then has
+    it generate: a request that arrives behind an unload would bring the model back.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Member:
     answered: bool = False
     withheld: set[str] = field(default_factory=set)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
-    memory: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+    loads: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
     measured: Measured = field(default_factory=Measured)
 
     @property

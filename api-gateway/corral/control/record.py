@@ -18,6 +18,7 @@ from corral.control.context import Here
 from corral.control.errors import Problem
 from corral.control.ledger import whole_lines
 from corral.store import seal, usage
+from corral.store.chain import FIELDS
 from corral.store.content import Hashes
 from corral.store.tables import audit
 from corral.store.verify import PAGE
@@ -59,7 +60,7 @@ async def chain(control: Here) -> Response:
         name: {"pos": head.pos, "link": head.link.hex(), "signed": head.signed, "highest": head.highest}
         for name, head in state.heads.items()
     }
-    found = {"streams": streams, "outside": state.outside, "older": state.older, "fields": seal.FIELDS}
+    found = {"streams": streams, "outside": state.outside, "older": state.older, "fields": FIELDS}
     return _json({**found, "public_key": control.ledger.signer.public})
 
 
@@ -109,7 +110,7 @@ async def sealed(
 ) -> Response:
     """Sealed records in the order of the chain: values in the order of `fields`, then the leaf (hex)."""
     rows = await control.database.read(seal.records, stream, after, limit)
-    return _json({"records": [[*(row[name] for name in seal.FIELDS), row["leaf"].hex()] for row in rows]})
+    return _json({"records": [[*(row[name] for name in FIELDS), row["leaf"].hex()] for row in rows]})
 
 
 @router.get("/admin/audit/checkpoints", tags=["audit"])

@@ -114,7 +114,7 @@ class SelfTest:
         kept = {"model": entry["name"], "options": options, "keep_alive": stays(entry.get("expires_at"), time.time())}
 
         async def post(path: str, body: object) -> bytes:
-            async with member.memory:
+            async with member.loads:
                 if path != SHOW and not await _resident(client, member, entry):
                     raise ValueError("it is not in memory any more")
                 return await _post(client, member.url + path, body)

@@ -249,8 +249,10 @@ def _read(connection: Connection) -> tuple[list[Any], list[dict[str, Any]], list
 def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[str, float | None]]]]:
     proofs: dict[str, list[tuple[str, float | None]]] = {}
     proof = key_verifiers.c
-    for row in connection.execute(select(proof.key_id, proof.verifier, proof.expires).order_by(proof.created)):
-        proofs.setdefault(row.key_id, []).append((row.verifier, row.expires))
+    for key_id, verifier, expires in connection.execute(
+        select(proof.key_id, proof.verifier, proof.expires).order_by(proof.created)
+    ):
+        proofs.setdefault(key_id, []).append((verifier, expires))
     found = []
     for row in connection.execute(select(keys).order_by(keys.c.id)).mappings():
         entry = {name: row[name] for name in FIELDS}

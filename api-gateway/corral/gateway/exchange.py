@@ -289,10 +289,8 @@ class Exchange(Waiter):
             gateway.metrics.retried(failure)
             self._again()
             return
-        if self._open and take_over(self, failure, node):
-            return
-        error = final_error(failure, self, cause)
-        self._give_up(error, "upstream_error")
+        if not (self._open and take_over(self, failure, node)):
+            self._give_up(final_error(failure, self, cause), "upstream_error")
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.

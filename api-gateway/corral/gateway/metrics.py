@@ -14,8 +14,8 @@ from corral.wire.decode import DECODERS
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
+    from corral.gateway.records import Settled
     from corral.gateway.recover import Failure
-    from corral.gateway.settle import Settled
     from corral.gateway.snapshot import Snapshot
 
 DURATION = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)

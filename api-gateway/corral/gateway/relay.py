@@ -137,7 +137,7 @@ class Attempt(Handler):
         if not responder.done:
             self.on_body(b"\n")  # an answer that is one object has no line end of its own
             if self._over:
-                return
+                return  # type: ignore[unreachable]  # on_body may have failed
         if responder.done:
             self._close()
             self._exchange.answered()

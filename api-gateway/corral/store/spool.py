@@ -128,7 +128,7 @@ def _is_frame(data: bytes, position: int) -> bool:
         return position == len(data)
     length, checksum = HEADER.unpack_from(data, position)
     payload = data[position + HEADER.size : position + HEADER.size + length]
-    return length <= FRAME_MAX and len(payload) == length and zlib.crc32(payload) == checksum
+    return bool(length <= FRAME_MAX and len(payload) == length and zlib.crc32(payload) == checksum)
 
 
 def hold(folder: Path) -> int:
