@@ -54,6 +54,7 @@ WHO = {
     ("GET", "/admin/status"): OPERATOR,
     ("GET", "/admin/audit"): OPERATOR,
     ("POST", "/admin/audit/compare"): OPERATOR,
+    ("GET", "/admin/audit/content"): ADMIN,
     ("GET", "/admin/audit/chain"): ADMIN,
     ("GET", "/admin/audit/records"): ADMIN,
     ("GET", "/admin/audit/checkpoints"): ADMIN,

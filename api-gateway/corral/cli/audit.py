@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -118,6 +119,26 @@ def _digests(file: Path) -> list[str]:
     data = file.read_bytes()
     texts = [data] + [data.removesuffix(end) for end in (b"\n", b"\r\n") if data.endswith(end)]
     return [sha256(text).hexdigest() for text in texts]
+
+
+@command.command("content")
+@click.argument("request")
+@click.option("--identity", multiple=True, required=True, metavar="FILE", help="Identities of age (repeatable).")
+@common.options
+def show_content(as_json: bool, state: str | None, request: str, identity: tuple[str, ...]) -> None:
+    """Show prompt and answer of REQUEST (its X-Request-ID, or its record's id), where its key has them kept."""
+    from corral.backup.archive import BackupError
+    from corral.backup.place import read_secrets
+    from corral.gateway.content import open_content
+
+    try:
+        identities = list(read_secrets(None, (), identity).identities)
+        found = rows(Admin(common.folder(state))("GET", "/audit/content?" + urlencode({"request": request})), "content")
+        shown = [{"id": one["id"], **open_content(b64decode(one["data"]), identities)} for one in found]
+    except (BackupError, ValueError) as error:
+        common.fail(str(error), as_json)
+    lines = [f"{one['id']}\nprompt: {one['prompt']}\nanswer: {one['answer']}" for one in shown]
+    common.emit(shown, as_json, lambda: "\n\n".join(lines))
 
 
 @command.command("export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from base64 import b64encode
 from typing import Annotated, Any
 
 import msgspec
@@ -20,7 +21,7 @@ from corral.control.ledger import whole_lines
 from corral.store import seal, usage
 from corral.store.chain import FIELDS
 from corral.store.content import Hashes
-from corral.store.tables import audit
+from corral.store.tables import audit, audit_content
 from corral.store.verify import PAGE
 
 MONTH = 30 * 86400.0
@@ -99,6 +100,19 @@ def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashe
     shown = [{name: one[name] for name in one if name not in ("seq", "ts")} for one in found[-20:]]
     record(connection, who, "POST", "/admin/audit/compare", None, {"request": texts.request, "records": shown})
     return found
+
+
+@router.get("/admin/audit/content", tags=["audit"])
+async def content(
+    control: Here, request: Annotated[str, Query(max_length=128, description="`X-Request-ID`, or a record's id.")]
+) -> dict[str, Any]:
+    """Prompt and answer of a request whose key has them kept: an age file in base64, by record."""
+    named = (audit.c.id == request) | (audit.c.request_id == request)
+    chosen = select(audit_content).join(audit, audit.c.id == audit_content.c.id).where(named).order_by(audit.c.seq)
+    rows = await control.database.read(lambda c: c.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all())
+    if not rows:
+        raise Problem(404, "not_found", f"nothing is kept of a request {request!r}")
+    return {"content": [{"id": row["id"], "ts": row["ts"], "data": b64encode(row["data"]).decode()} for row in rows]}
 
 
 @router.get("/admin/audit/records", tags=["audit"])

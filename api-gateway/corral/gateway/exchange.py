@@ -198,7 +198,7 @@ class Exchange(Waiter):
         except ApiError as error:
             self.refuse(error)
             return
-        keep(decoded, gateway.snapshot, gateway.hashes is not None)
+        keep(decoded, gateway.snapshot, gateway.hashes is not None, gateway.content_wanted(self.key))
         self._node_header = node.header
         self.attempts += 1
         gateway.running.add(self)
@@ -344,6 +344,8 @@ class Exchange(Waiter):
         if self.resumption is not None:
             gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
+        if self._admitted and gateway.content_wanted(self.key):
+            gateway.keep_content(self, record)
         gateway.journal.record(record, self, access=True)
 
     def _send_last(self) -> None:

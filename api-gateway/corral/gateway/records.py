@@ -21,6 +21,14 @@ class Progress(msgspec.Struct, tag_field="t", tag="progress"):
     rows: list[tuple[str, str, int, int, int, int, float, float | None, float]]
 
 
+class Content(msgspec.Struct, tag_field="t", tag="content"):
+    """Prompt and answer of a request, encrypted (gateway/content.py). ``ts`` is epoch seconds."""
+
+    of: str
+    ts: float
+    data: str
+
+
 class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
     """The record that is written before a node hears of the request. ``ts`` is epoch seconds.
 

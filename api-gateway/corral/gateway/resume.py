@@ -27,13 +27,16 @@ CHAT = b"/api/chat"
 log = logging.getLogger(__name__)
 
 
-def keep(decoded: Decoded, snapshot: Snapshot, hashed: bool) -> None:
-    """Have what is said kept, where the model can be gone on with; `hashed`: and in any stream, hashed."""
+def keep(decoded: Decoded, snapshot: Snapshot, hashed: bool, most: int) -> None:
+    """Have what is said kept, where the model can be gone on with; `hashed`: and in any stream, hashed.
+
+    `most`: characters of it that are captured for the record.
+    """
     if decoded.transcript is not None:
         return
     kept = decoded.resumable and canonical_name(decoded.model) in snapshot.continuable
     if kept or (hashed and decoded.responder.stream):
-        decoded.transcript = Transcript(decoded.upstream_path == CHAT, kept, hashed)
+        decoded.transcript = Transcript(decoded.upstream_path == CHAT, kept, hashed, most)
 
 
 class Resume:

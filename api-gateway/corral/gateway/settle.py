@@ -64,6 +64,18 @@ def answer_hash(exchange: Exchange, outcome: str) -> str | None:
     return hashes.answer.of(sha256(said.encode()).digest()) if said is not None else None
 
 
+def said(exchange: Exchange, outcome: str) -> str:
+    """The text that went to the caller, where it is to be kept."""
+    decoded = exchange.decoded
+    if exchange.resumption is not None:
+        return exchange.resumption.said()
+    if decoded is None or not exchange.first_token:
+        return ""
+    if decoded.transcript is not None:
+        return decoded.transcript.captured()
+    return (decoded.responder.said() or "") if outcome == "ok" else ""
+
+
 def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     """Tokens of the prompt and of the answer, and whether they are estimates.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from corral.store.clean import CLEAN
 from corral.store.database import insert
 from corral.store.seal import seal
 from corral.store.spool import SpoolCorrupt, decode_frames
-from corral.store.tables import audit, keys, spool_watermarks
+from corral.store.tables import audit, audit_content, keys, spool_watermarks
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,9 @@ def _store(
         if kind == "begin":
             progress.begun(connection, gateway)
             continue
+        if kind == "content":
+            _keep(connection, record)
+            continue
         if kind == "progress":
             moved.update(progress.read(record))
             continue
@@ -112,6 +116,17 @@ def _store(
     done = complete(connection, gateway, list(settles.values()))
     _note_use(connection, [*admits.values(), *settles.values()])
     return read, done
+
+
+def _keep(connection: Connection, record: Mapping[str, Any]) -> None:
+    request, ts, data = CLEAN["id"](record.get("of")), CLEAN["ts"](record.get("ts")), record.get("data")
+    try:
+        sealed = b64decode(data, validate=True) if isinstance(data, str) else b""
+    except ValueError:
+        sealed = b""
+    if request and ts is not None and sealed:
+        row = {"id": request, "ts": ts, "data": sealed}
+        connection.execute(insert(connection, audit_content).values(row).on_conflict_do_nothing())
 
 
 def _own(connection: Connection, rows: list[dict[str, Any]]) -> None:

@@ -25,10 +25,11 @@ class Transcript:
     ``tokens`` are the lines that brought text: Ollama writes one a token, but for those whose bytes are no characters
     yet or may begin a stop string. ``text`` and ``tokens`` are true after `close`.
 
+    ``most``: characters of the text that are captured whatever stands beside it, for the record; it is `hashed` too.
     ``keep``: the text is wanted. ``hashed``: its SHA-256 is, however long it is and whatever stands beside it.
     """
 
-    def __init__(self, chat: bool, keep: bool = True, hashed: bool = False) -> None:
+    def __init__(self, chat: bool, keep: bool = True, hashed: bool = False, most: int = 0) -> None:
         self.text = ""
         self.tokens = 0
         self._chat = chat
@@ -38,6 +39,8 @@ class Transcript:
         self._rest = b""
         self._plain = keep
         self._hash: Any = sha256() if hashed else None
+        self._room = most
+        self._captured: list[str] = []
 
     def add(self, data: bytes) -> None:
         """Bytes of the node's body, in any cut, once what they say has gone to the caller."""
@@ -62,6 +65,11 @@ class Transcript:
         self._read()
         return self._hash.digest() if self._hash is not None else None
 
+    def captured(self) -> str:
+        """The beginning of the text so far: as much as there was room for, and a little more."""
+        self._read()
+        return "".join(self._captured)
+
     def _read(self) -> None:
         data = self._rest + b"".join(self._pieces)
         self._pieces = []
@@ -75,7 +83,11 @@ class Transcript:
             return
         if self._hash is not None:
             parts = [line.message if self._chat else line for line in lines]
-            self._hash.update("".join([part.content for part in parts if part is not None and part.content]).encode())
+            said = "".join([part.content for part in parts if part is not None and part.content])
+            self._hash.update(said.encode())
+            if self._room > 0:
+                self._captured.append(said)
+                self._room -= len(said)
         if self._plain:
             self._keep(lines)
 
