@@ -85,13 +85,6 @@ def small(tmp_path: Path, node: FakeNode) -> Iterator[Small]:
     made.process.end()
 
 
-@pytest.fixture
-def node() -> Iterator[FakeNode]:
-    made = FakeNode()
-    yield made
-    made.close()
-
-
 def state(small: Small) -> dict[str, Any]:
     """What admin calls change, as it is now."""
     asked = {path: small.client.get(f"/admin/{path}").json() for path in ("keys", "tenants", "models", "nodes")}
