@@ -21,7 +21,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "api-gateway")]
 
 import yaml  # noqa: E402
 from support.process import Process, free_port, until  # noqa: E402
+from unrecorded import unrecorded  # noqa: E402
 
 from corral.config.haproxy import DEFAULT, render  # noqa: E402
 from corral.stack import binaries  # noqa: E402
@@ -50,22 +50,6 @@ CONNECTIONS = 32
 SYNCED = "gateway, synced"
 NO_HASHES = "gateway, no hashes"
 NO_RECORD = "gateway, no record"
-UNRECORDED = {
-    "exchange.py": (
-        "        self.gateway.journal.record(settle.admitted(self), self)\n",
-        "        self.gateway.loop.call_soon(self.recorded, True)\n",
-    ),
-    "journal.py": (
-        "        payload = _encode(record)\n",
-        "        self._loop.call_soon(waiter.recorded, True)\n"
-        "        if access:\n"
-        "            self.access.line(_encode(record))\n"
-        "        return\n"
-        "        payload = _encode(record)\n",
-    ),
-}
-"""What of the gateway's sources is otherwise where nothing is recorded; the access log, which is no record, stays."""
-
 LINES = (
     b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.000000Z","message":{"role":"assistant","content":"Hello"},'
     b'"done":false}\n'
@@ -251,28 +235,6 @@ def gateways(
         argv = [python, "-m", "corral", "serve", "gateway", "--config", str(file)]
         started[name] = port, Process(argv, folder / f"gateway-{number}.log", {"PYTHONPATH": path}, cpu=MEASURED)
     return started, text
-
-
-def unrecorded(folder: Path) -> Path:
-    """The package with a gateway that records nothing, compiled like the other; takes a minute or two."""
-    print("compiling a gateway without the record", file=sys.stderr)
-    package = folder / "unrecorded" / "api-gateway"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "api-gateway" / "corral", package / "corral", ignore=ignored)
-    for name in ("monitoring", "benchmarks", "docs"):
-        (package.parent / name).symlink_to(ROOT / name)
-    for name, (before, after) in UNRECORDED.items():
-        file = package / "corral" / "gateway" / name
-        source = file.read_text()
-        if source.count(before) != 1:
-            raise SystemExit(f"{name} is not what this benchmark knows: bring UNRECORDED up to date")
-        file.write_text(source.replace(before, after))
-    done = subprocess.run(
-        [sys.executable, ROOT / "api-gateway" / "compile.py", package], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"it was not compiled:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return package
 
 
 @contextlib.contextmanager
