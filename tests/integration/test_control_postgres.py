@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, text
 from support.control import FakeNode, Running, make_key, until
 from support.postgres import PASSWORD, USER, Postgres, name_of
 from support.postgres import postgres as run_postgres
@@ -19,7 +21,7 @@ from support.servers import python_env
 
 from corral.config.settings import Settings
 from corral.control.bootstrap import bootstrap
-from corral.store.database import DatabaseAway, DatabaseError
+from corral.store.database import Database, DatabaseAway, DatabaseError, resolve
 from corral.store.spool import encode_frame
 
 
@@ -162,6 +164,29 @@ def test_a_database_that_hangs_holds_up_nothing_else(tmp_path: Path, own: Postgr
 def healthy(control: Running) -> bool:
     with control.client() as nobody:
         return nobody.get("/health").status_code == 200
+
+
+def test_a_call_that_outlives_the_close_keeps_no_connection(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    database = Database(resolve(url, tmp_path))
+    begun, released = threading.Event(), threading.Event()
+
+    def ask(connection: Connection) -> None:
+        connection.execute(text("SELECT 1"))
+        begun.set()
+        assert released.wait(30)
+
+    async def leave() -> None:
+        asked = asyncio.create_task(database.read(ask))
+        await asyncio.to_thread(begun.wait, 30)
+        asked.cancel()
+        await asyncio.wait({asked})
+
+    asyncio.run(leave())
+    database.close()
+    released.set()
+    count = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name_of(url)}'"
+    until("the connection is closed", lambda: postgres.execute(count) == [(0,)])
 
 
 def test_control_waits_for_a_database_that_is_not_there_yet(tmp_path: Path, own: Postgres) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, column, create_engine, event, inspect, select, table, text
+from sqlalchemy import Connection, Engine, Pool, Table, column, create_engine, event, inspect, select, table, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
@@ -85,6 +85,7 @@ class Database:
         parsed = make_url(url)
         self.dialect = parsed.get_backend_name()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
+        self._closed: Pool | None = None
         if self.dialect == "sqlite" and parsed.database:
             _make_private(Path(parsed.database))
             self.engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
@@ -166,12 +167,19 @@ class Database:
 
     async def _in_thread(self, run: Callable[..., T], *args: Any) -> T:
         # Threads of its own: a database that hangs must not hold up what else control does.
-        done = asyncio.get_running_loop().run_in_executor(self._threads, partial(run, *args))
+        done = asyncio.get_running_loop().run_in_executor(self._threads, partial(self._run, run, *args))
         done.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may be left to hear it
         try:
             return await asyncio.wait_for(asyncio.shield(done), PATIENCE)
         except TimeoutError:
             raise PoolTimeout(f"no answer within {PATIENCE:g} s") from None
+
+    def _run(self, run: Callable[..., T], *args: Any) -> T:
+        try:
+            return run(*args)
+        finally:
+            if self._closed is not None:
+                self._closed.dispose()  # this call has outlived `close`: it gave its connection back after that
 
     async def answers(self, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
         """Whether the database answers within `timeout` seconds."""
@@ -184,6 +192,7 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = self.engine.pool
         self.engine.dispose()
 
 
