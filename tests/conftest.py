@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import process, servers
 from support.postgres import Postgres
 from support.postgres import postgres as run_postgres
@@ -19,6 +20,10 @@ from corral.stack import binaries
 
 # A run in the background of a script ignores SIGINT, and so would every program that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes is the machine's: one that halts for a fifth of a second is no fault of what is tested.
+settings.register_profile("corral", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("corral")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -166,11 +165,9 @@ class Site:
         rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
         return next(row for row in rows if (row["pxname"], row["svname"]) == ("gateways", name))
 
-    def kill(self, service: str) -> int:
-        """kill -9 of a container's first process, as a crash is: the engine has to start it again. Its pid."""
-        pid = int(self.container(service)["State"]["Pid"])
-        os.kill(pid, signal.SIGKILL)
-        return pid
+    def pid(self, service: str) -> int:
+        """A container's first process."""
+        return int(self.container(service)["State"]["Pid"])
 
     def back(self, service: str, pid: int) -> None:
         """Wait until a container that was killed runs again and is healthy."""
@@ -199,11 +196,26 @@ class Site:
         """Wait until these requests are on record, with their ends or at least their beginnings."""
 
         def there() -> bool:
-            found = self.audit()
+            try:
+                found = self.audit()
+            except httpx.HTTPError:
+                return False  # it is not control, or not its database, that is waited for
             done = {request_id for request_id, row in found.items() if row["outcome"] is not None}
             return done >= set(ended) and found.keys() >= set(admitted)
 
         until(there, f"the records of {len(ended)} requests", seconds, every=0.5)
+
+    def all_recorded(self) -> dict[str, dict[str, Any]]:
+        """The audit records, once each request has its end: what a killed gateway left open is settled later."""
+        found: dict[str, dict[str, Any]] = {}
+
+        def ended() -> bool:
+            found.clear()
+            found.update(self.audit())
+            return all(row["outcome"] is not None for row in found.values())
+
+        until(ended, "each record has its end", 60, every=0.5)
+        return found
 
     def end(self) -> None:
         """Take it all down, volumes too."""

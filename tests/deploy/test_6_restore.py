@@ -42,7 +42,7 @@ def test_a_lost_machine_is_restored_from_its_backup(
     revoked = site.corral("keys create revoked")
     site.corral(f"keys revoke {revoked['id']}")
     site.recorded([_ask(site, site.key).headers["x-request-id"] for _ in range(3)])
-    old_key, old_audit, old_admin = site.key, site.audit(), site.admin_key
+    old_key, old_audit, old_admin = site.key, site.all_recorded(), site.admin_key
     keys = {key["id"]: key["name"] for key in site.corral("keys list")}
 
     assert ": whole" in site.block("".join(sections(CHECK[0], KIND)[CHECK[1]]), **given)

@@ -46,14 +46,14 @@ def test_requests_go_on_and_every_record_arrives(tmp_path: Path, server: Postgre
             server.start()
             after = list(pool.map(ask, range(40, 50)))
         assert {*before, *during, *after} == {200}
-        until(lambda: status() == "ready", "the database is back", 20)
+        until(lambda: status() == "ready", "the database is back", 60)
 
         def settled() -> set[str]:
             answer = httpx.get(f"{up.url}/admin/audit", params={"limit": 1000}, headers=admin)
             rows = answer.json()["audit"] if answer.status_code == 200 else []
             return {row["request_id"] for row in rows if row["outcome"] == "ok"}
 
-        until(lambda: {f"away-{number}" for number in range(50)} <= settled(), "every record is there", 20)
+        until(lambda: {f"away-{number}" for number in range(50)} <= settled(), "every record is there", 60)
         made = httpx.post(f"{up.url}/admin/keys", json={"name": "k"}, headers=admin)
         assert made.status_code == 201
     finally:

@@ -44,5 +44,7 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: F
     fleet.records(*ended)
     records = fleet.admitted(*(answer.request_id for answer in load.answers))
     for answer, record in zip(load.answers, records, strict=True):
-        # Its gateway died before it could say how it ended: what was admitted stands all the same.
-        assert record["outcome"] == ("ok" if answer.fate == WHOLE else None), (str(answer), record)
+        # Its gateway died before it could say how it ended: what was admitted stands all the same, open for fifteen
+        # seconds and then settled by control.
+        outcomes = ("ok",) if answer.fate == WHOLE else (None, "interrupted")
+        assert record["outcome"] in outcomes, (str(answer), record)

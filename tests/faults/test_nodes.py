@@ -10,6 +10,8 @@ import pytest
 from support.fleet import QUICK, Fleet
 from support.load import CHAT, TOLD, WHOLE, Load, after
 
+from corral.gateway.recover import SHUN
+
 EJECTED_WITHIN = 10.0
 SETTLED_WITHIN = 5.0
 
@@ -42,7 +44,7 @@ def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
         killed = time.monotonic()
         load.until(lambda _: time.monotonic() > killed + SETTLED_WITHIN + 2, "the fleet has settled")
         node.start()
-        load.more(10, "node-1", seconds=10)
+        load.more(10, "node-1")
     no_request_is_lost(load)
     assert load.fates[TOLD] <= 16
     assert any(answer.attempts > 1 for answer in load.answers), "nothing was on the node when it died"
@@ -88,7 +90,7 @@ def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
             ejected = load.more(40)
         finally:
             node.process.send(signal.SIGCONT)
-        load.more(10, "node-1", seconds=10)
+        load.more(10, "node-1")
     no_request_is_lost(load)
     assert any(answer.attempts > 1 for answer in load.answers)
     late = [a for a in load.answers if hung + EJECTED_WITHIN < a.began and a.ended < ejected]
@@ -108,4 +110,6 @@ def test_a_node_that_fails_at_once_attracts_no_requests(fleet: Fleet, status: in
     assert load.unlike(WHOLE) == []
     during = [answer for answer in load.answers if failing < answer.began < failing + 6]
     tried_twice = [answer for answer in during if answer.attempts > 1]
-    assert 0 < len(tried_twice) <= max(3, len(during) // 100), f"{len(tried_twice)} of {len(during)}"
+    # Each of two gateways tries it again after `SHUN`, two requests at once at most, however few a slow machine has.
+    tries = 2 * (1 + int(6 / SHUN)) * 2
+    assert 0 < len(tried_twice) <= max(tries, len(during) // 100), f"{len(tried_twice)} of {len(during)}"

@@ -44,4 +44,4 @@ def test_a_killed_process_is_back_within_three_seconds(up: Up, name: str) -> Non
     killed = time.monotonic()
     until(lambda: not Path(f"/proc/{before}").exists() and back(), f"{name} is back", 10)
     assert time.monotonic() - killed < 3.0
-    until(lambda: pids(up)[name] not in (None, before), "the supervisor knows the new process", 3)
+    until(lambda: pids(up)[name] not in (None, before), "the supervisor knows the new process", 30)

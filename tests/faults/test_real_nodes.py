@@ -38,7 +38,8 @@ class Pair:
     def kill(self) -> None:
         """kill -9 of the first, and of the runners that it leaves."""
         pid = self.servers[0].process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        # Any of its threads may have started them.
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
         for victim in (pid, *map(int, children)):
             os.kill(victim, signal.SIGKILL)
         self.servers[0].process.end()

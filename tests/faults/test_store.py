@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import statistics
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -32,11 +35,12 @@ def kill(fleet: Fleet) -> None:
 
 
 def revive(fleet: Fleet) -> None:
-    """Start it again, empty, where it is not there; wait until both gateways count in it."""
-    if fleet.stack.corral("status")["store"]["valkey"]["state"] != "ready":
+    """Start it again, empty, where it was killed; wait until both gateways count in it."""
+    # Not as control sees it, which may not have connected again to one that only hung.
+    if not fleet.valkey.process.alive:
         port = urlsplit(fleet.valkey.url).port
         fleet.valkey = fleet.enter(valkey(fleet.folder, port))
-    until(lambda: fleet.present_gateways() == 2, "both gateways are back in the store", 10, every=0.1)
+    until(fleet.store_used, "both gateways are back in the store", every=0.1)
 
 
 def burst(fleet: Fleet, key: str, count: int, tokens: int = 1, model: str = QUICK) -> list[Answer]:
@@ -50,6 +54,26 @@ def burst(fleet: Fleet, key: str, count: int, tokens: int = 1, model: str = QUIC
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, range(count)))
+
+
+@contextmanager
+def lateness() -> Iterator[list[float]]:
+    """How late this process is woken (seconds): what the machine adds, not the gateway."""
+    late, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            due = time.monotonic() + 0.005
+            time.sleep(0.005)
+            late.append(time.monotonic() - due)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield late
+    finally:
+        over.set()
+        thread.join()
 
 
 def admitted(answers: list[Answer]) -> int:
@@ -72,9 +96,11 @@ def test_requests_go_on_without_it(fleet: Fleet) -> None:
 
 def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet) -> None:
     limit = 60
-    spent = fleet.key("spent", "--rpm", str(limit))
-    assert limit - 5 <= admitted(burst(fleet, spent, limit + 20)) <= limit + 5
-    fresh = fleet.key("fresh", "--rpm", str(limit))
+    # Both made before: what a command takes is a refill of as many requests.
+    spent, fresh = (fleet.key(name, "--rpm", str(limit)) for name in ("spent", "fresh"))
+    began = time.monotonic()
+    first = admitted(burst(fleet, spent, limit + 20))
+    assert limit - 5 <= first <= limit + max(5.0, (time.monotonic() - began) * limit / 60)
     kill(fleet)
     assert admitted(burst(fleet, spent, limit)) <= limit * (OVER - 1), "its minute was used up before the loss"
     assert limit * 0.5 <= admitted(burst(fleet, fresh, 2 * limit)) <= limit * OVER
@@ -85,11 +111,12 @@ def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet) -
 def test_concurrency_is_held_in_shares(fleet: Fleet) -> None:
     limit = 8
     key = fleet.key("wide", "--concurrency", str(limit))
-    assert admitted(burst(fleet, key, 16, tokens=40, model=MODEL)) == limit
+    # Three seconds each: the last one comes while the first still runs, also on a machine that halts.
+    assert admitted(burst(fleet, key, 16, tokens=120, model=MODEL)) == limit
     kill(fleet)
-    assert limit // 2 <= admitted(burst(fleet, key, 16, tokens=40, model=MODEL)) <= limit
+    assert limit // 2 <= admitted(burst(fleet, key, 16, tokens=120, model=MODEL)) <= limit
     revive(fleet)
-    assert admitted(burst(fleet, key, 16, tokens=40, model=MODEL)) == limit
+    assert admitted(burst(fleet, key, 16, tokens=120, model=MODEL)) == limit
 
 
 def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet) -> None:
@@ -103,9 +130,10 @@ def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet) -> None:
     before = waits(100)
     fleet.valkey.process.send(signal.SIGSTOP)
     try:
-        during = waits(200)
+        with lateness() as late:
+            during = waits(200)
     finally:
         fleet.valkey.process.send(signal.SIGCONT)
-    assert max(during) <= ADDED + max(before) + 0.01
+    assert max(during) <= ADDED + max(before) + 0.01 + max(late)
     assert statistics.median(during) <= statistics.median(before) + 0.01, "each request pays, not only the first"
-    until(lambda: fleet.present_gateways() == 2, "both gateways are back in the store", 10, every=0.1)
+    until(fleet.store_used, "both gateways are back in the store", every=0.1)

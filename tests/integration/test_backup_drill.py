@@ -15,13 +15,13 @@ from sqlalchemy import delete, update
 from support.backup import FOR_ME, IDENTITY, cli, fill, place, rows_at
 from support.control import Running
 from support.postgres import Postgres, name_of
-from support.process import Process
+from support.process import Process, until
 from support.servers import python_env
 
 from corral.backup import archive, proof, restore
 from corral.backup.archive import BackupError, Writer
 from corral.backup.create import create
-from corral.backup.drill import RECORD, drill
+from corral.backup.drill import DRILL_LOCK, RECORD, drill
 from corral.backup.place import Place
 from corral.config.values import database_url as address
 from corral.control.pages import DRILL, last_success
@@ -58,6 +58,15 @@ def scratch(request: pytest.FixtureRequest, source: Place) -> list[str]:
     server: Postgres = request.getfixturevalue("postgres")
     found = server.execute("SELECT datname FROM pg_database WHERE datname LIKE 'corral_drill_%'")
     return [str(row[0]) for row in found]
+
+
+def locked(request: pytest.FixtureRequest, source: Place) -> bool:
+    """Whether a session on the server of the database is a drill's."""
+    if not source.settings.store.database.startswith("postgresql"):
+        return False
+    server: Postgres = request.getfixturevalue("postgres")
+    key = DRILL_LOCK & 0xFFFFFFFF
+    return bool(server.execute(f"SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = {key}"))
 
 
 @pytest.fixture
@@ -304,6 +313,7 @@ def test_one_that_is_stopped_leaves_nothing_or_the_next_removes_it(
         running.end(number)
     if number != signal.SIGKILL:
         assert files() == there
+    until(lambda: not locked(request, source), "the server has seen that it is gone")
     drill(path, FOR_ME, source)
     assert files() == there
 

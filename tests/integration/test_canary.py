@@ -73,7 +73,7 @@ def node() -> Iterator[Node]:
 def canary_until(
     node: Node,
     holds: Callable[[], object],
-    seconds: float = 10.0,
+    seconds: float = 30.0,
     streams: Callable[[], int | None] = lambda: None,
     **settings: float,
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_model_of_embeddings_is_asked_to_embed(node: Node) -> None:
 
 def test_a_model_that_has_left_is_not_loaded_anew(node: Node) -> None:
     node.resident = []
-    canary_until(node, lambda: node.listed == 3)
+    canary_until(node, lambda: node.listed >= 3)
     assert node.asked == []
 
 
@@ -171,7 +171,7 @@ def test_a_busy_node_is_left_alone(node: Node) -> None:
         turns.append(node.member.slots)
         return node.member.slots
 
-    canary_until(node, lambda: len(turns) == 3, streams=busy)
+    canary_until(node, lambda: len(turns) >= 3, streams=busy)
     assert node.asked == [] and node.member.measured.canary_ok is None
     canary_until(node, lambda: node.asked, streams=lambda: node.member.slots - 1)
 

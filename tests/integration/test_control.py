@@ -19,6 +19,7 @@ from support.control import WITHIN, FakeNode, Running, haproxy, make_key, until
 from support.process import free_port
 
 from corral.config.settings import Settings
+from corral.control import snapshot
 from corral.control.bootstrap import bootstrap
 from corral.store.spool import encode_frame
 
@@ -134,7 +135,8 @@ def test_rotation_keeps_the_old_text_for_the_overlap(control: Running) -> None:
     assert [works(text) for text in (last, newest)] == [False, True]
 
 
-def test_revocation_says_which_gateways_know(control: Running) -> None:
+def test_revocation_says_which_gateways_know(control: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "ACKNOWLEDGE", 3.0)  # longer than a machine may halt
     made = make_key(control)
     version = control.snapshot("quick").json()["version"]
     control.snapshot("slow", version)
@@ -344,7 +346,8 @@ def test_haproxy_knows_a_node_first_and_forgets_it_last(tmp_path: Path, node: Fa
         try:
             until("haproxy answers", lambda: ask() == 503)
             assert control.admin.post("/admin/nodes", json={"url": other.url}).status_code == 201
-            assert ask() == 200
+            # For a moment the old worker takes connections too; its 503 sends gateways to the new one.
+            until("the new worker is asked", lambda: ask() == 200)
             held = threading.Thread(target=lambda: statuses.append(ask("/api/hold")))
             held.start()
             until("the stream runs", lambda: "/api/hold" in other.asked)

@@ -93,7 +93,7 @@ def test_lost_valkey(operator: Operator) -> None:
         state = json.loads(operator.run("corral status --json"))["store"]["valkey"]
         return state["state"] == "ready" and state["pid"] != pid
 
-    until(back, "the supervisor has started it again", 20, every=0.5)
+    until(back, "the supervisor has started it again", every=0.5)
     operator.run(blocks("Lost Valkey"))
     assert operator.works()
 

@@ -65,10 +65,12 @@ def test_a_whole_answer_and_its_record(gw: Gateway) -> None:
     assert record["req_bytes"] == len(json.dumps(gw.chat(stream=False), separators=(",", ":")))
     admitted = [r for r in gw.control.records if r["t"] == "admit" and r["id"] == record["id"]]
     assert len(admitted) == 1
-    line = next(line for line in (gw.folder / "access.log").read_text().splitlines() if '"me-1"' in line)
+    log = gw.folder / "access.log"
+    until(lambda: '"me-1"' in log.read_text(), "the line of the access log")
+    line = next(line for line in log.read_text().splitlines() if '"me-1"' in line)
     assert json.loads(line)["status"] == 200
     assert "Guten" not in line
-    assert gw.key not in (gw.folder / "access.log").read_text()
+    assert gw.key not in log.read_text()
 
 
 def test_the_node_is_sent_our_policy(gw: Gateway) -> None:
@@ -444,6 +446,26 @@ def test_a_silent_node_is_given_up(gw: Gateway) -> None:
     assert response.headers["X-Corral-Attempts"] == "2"
 
 
+def test_a_node_is_not_late_by_what_the_gateway_itself_stood_still(tmp_path: Path) -> None:
+    with gateway(tmp_path, gateway={"first_token": "1s"}) as gw, ThreadPoolExecutor(1) as pool:
+        answers = threading.Event()
+
+        def behaviour(connection: socket.socket) -> None:
+            assert answers.wait(20)
+            connection.sendall(answer())
+
+        everywhere(gw, behaviour)
+        waiting = pool.submit(gw.post)
+        until(lambda: requests(gw), "a node has it", every=0.01)
+        os.kill(gw.process.pid, signal.SIGSTOP)
+        answers.set()
+        # Longer than a node may be silent: the time itself is what is tested.
+        threading.Event().wait(2)
+        os.kill(gw.process.pid, signal.SIGCONT)
+        answered = waiting.result()
+        assert (answered.status_code, answered.headers["X-Corral-Attempts"]) == (200, "1")
+
+
 def test_a_request_moves_on_from_a_node_that_goes_down(tmp_path: Path) -> None:
     with gateway(tmp_path, gateway={"first_token": "1m"}) as gw, ThreadPoolExecutor(1) as pool:
         over = threading.Event()
@@ -476,7 +498,7 @@ def test_blank_lines_are_no_tokens(gw: Gateway) -> None:
     response = gw.post()
     assert response.status_code == 200
     assert response.headers["X-Corral-Attempts"] == "2"
-    assert cut.wait(1), "the node came to its end: it was not given up"
+    assert cut.wait(20), "the node came to its end: it was not given up"
 
 
 def test_a_node_is_not_late_while_its_caller_takes_nothing(gw: Gateway) -> None:
@@ -510,7 +532,10 @@ def test_a_dead_fleet_is_a_503_with_retry_after(gw: Gateway) -> None:
     finally:
         for node in gw.nodes:
             node.restart()
-    until(lambda: gw.post().status_code == 200, "the fleet is back")
+    # Each of them: the next test may count attempts.
+    for node in gw.nodes:
+        until(lambda node=node: gw.has(node), f"{node.name} is back")  # type: ignore[misc]
+    assert gw.post().status_code == 200
 
 
 def test_no_ready_node_is_said_by_readiness(gw: Gateway) -> None:
@@ -646,7 +671,7 @@ def test_a_stalled_store_keeps_no_lease_of_what_has_ended(tmp_path: Path) -> Non
             os.kill(gw.valkey.process.pid, signal.SIGCONT)
         until(lambda: "corral:1:rate:" in _store_keys(gw), "the store runs what it was sent before it stalled")
         # A lease that nobody gives back would stand for ten seconds.
-        until(lambda: "corral:1:leases:" not in _store_keys(gw), "no lease is left", seconds=5)
+        until(lambda: "corral:1:leases:" not in _store_keys(gw), "no lease is left", seconds=7)
         assert [gw.post(headers=headers).status_code for _ in range(10)] == [200] * 10
 
 
@@ -781,7 +806,8 @@ def test_a_restart_keeps_the_records_and_a_cold_start_needs_no_control(tmp_path:
 
 
 def test_a_snapshot_that_is_too_old_admits_nobody(tmp_path: Path) -> None:
-    with gateway(tmp_path, auth={"stale": "2s"}) as gw:
+    # Longer than a machine may halt.
+    with gateway(tmp_path, auth={"stale": "5s"}) as gw:
         assert gw.post().status_code == 200
         gw.control.stop()
         until(lambda: gw.post().status_code == 503, "the snapshot is too old")

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.gateway import Gateway, gateway
-from support.process import until
 
 from corral.gateway.authenticate import authenticate
 from corral.store import keys
@@ -95,9 +94,8 @@ def test_both_texts_of_a_rotating_key_work_until_one_ends(gw: Gateway) -> None:
 
 
 def disable(gw: Gateway, *names: str) -> None:
-    seen = gw.control.polls
     gw.control.publish(disabled=list(names))
-    until(lambda: gw.control.polls >= seen + 2, "the gateway asks control")
+    gw.control.until_known()
 
 
 @pytest.mark.parametrize("path", ROUTES)

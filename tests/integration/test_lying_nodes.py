@@ -13,6 +13,8 @@ import pytest
 from support.control import FakeNode, Running, make_key, until
 from support.process import free_port
 
+from corral.control import prober
+
 MODEL = '{"name":"m:latest","digest":"d","size":1}'
 HONEST = {
     "/api/ps": b'{"models":[]}',
@@ -133,6 +135,14 @@ class Site:
         self.control.close()
         for node in (self.honest, *self.liars.values()):
             node.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    """Forty nodes in one process may be slow to answer; what is told here is what they say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prober, "TIMEOUT", 20.0)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,13 @@ def test_a_node_is_added_maintained_and_removed(place: Place) -> None:
     place.blocks(name, "Add a node", **variables)
     assert len(resident(place.nodes[2].url)) == 1
     place.blocks(name, "Maintenance of a node", **variables)
-    states = {node["name"]: node["state"] for node in place.stack.corral("nodes", "list")}
-    assert states == {"node-1": "ready", "node-2": "ready", "node-3": "ready"}
+    names = ["node-1", "node-2", "node-3"]
+
+    def ready() -> bool:
+        states = {node["name"]: node["state"] for node in place.stack.corral("nodes", "list")}
+        return states == dict.fromkeys(names, "ready")
+
+    until(ready, "all are in service")
     place.blocks(name, "Remove a node", **variables)
     assert [node["name"] for node in place.stack.corral("nodes", "list")] == ["node-1", "node-2"]
 
@@ -131,11 +136,11 @@ def test_preload_models(place: Place) -> None:
 
     victim = place.nodes[1]
     victim.kill()
-    until(lambda: place.stack.corral("nodes", "list")[1]["state"] == "down", "it is down", 20)
+    until(lambda: place.stack.corral("nodes", "list")[1]["state"] == "down", "it is down")
     failed = script()
     assert (failed.returncode, f"corral: node-2: {MODEL}: the node is down" in failed.stderr) == (1, True)
     victim.start()
-    until(lambda: place.stack.corral("nodes", "list")[1]["state"] == "ready", "it is back", 30)
+    until(lambda: place.stack.corral("nodes", "list")[1]["state"] == "ready", "it is back")
     assert resident(victim.url) == [], "one copy was asked for, and there is one"
     ask = {"model": MODEL, "prompt": "a", "stream": False, "options": {"num_predict": 1}}
     answer = httpx.post(place.stack.url + "/api/generate", json=ask, headers=place.stack.headers(), timeout=60)

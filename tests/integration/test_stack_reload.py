@@ -55,6 +55,6 @@ def test_a_changed_file_is_applied_as_far_as_that_goes(tmp_path: Path) -> None:
             control = running.corral("status")["control"]["pid"]
             os.kill(control, signal.SIGKILL)
             until(lambda: running.corral("status")["control"]["pid"] not in (None, control), "control is started again")
-            until(lambda: running.corral("status")["control"]["state"] == "up", "control answers", 20)
+            until(lambda: running.corral("status")["control"]["state"] == "up", "control answers")
             assert set(nodes()) == {second.url, third.url}
     assert json.loads((tmp_path / "state/run/given.json").read_text())["file"] == str(file)

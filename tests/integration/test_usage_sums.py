@@ -102,7 +102,8 @@ def ask(gw: Gateway, number: int, stream: bool) -> int:
     """One request on a connection of its own, left when the answer says so; its status."""
     path = APIS[number % 3] if number % 10 else "/api/nothing"
     connection = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=30)
-    body = body_of(path if path in APIS else CHAT, "m", 16, stream=stream)
+    # A prompt of its own: one that was alone with two nodes that cut it is refused from then on.
+    body = body_of(path if path in APIS else CHAT, "m", 16, f"Which number is {number}, {stream}?", stream)
     try:
         connection.request("POST", path, body, {**gw.auth, "Content-Type": "application/json"})
         response = connection.getresponse()

@@ -112,7 +112,7 @@ FAULTS = [
 def test_what_is_broken_fires_and_what_is_mended_is_over(whole_stage: Stage, table: list[Fired], fault: Fault) -> None:
     stage = whole_stage
     pid(stage, "control")
-    until(stage.quiet, "nothing else is wrong", 40, every=0.3)
+    until(stage.quiet, "nothing else is wrong", 60, every=0.3)
 
     def heard(status: str, since: float, doing: Callable[[Stage], object]) -> Callable[[], object]:
         def look() -> object:
@@ -180,7 +180,7 @@ def test_what_only_follows_fires_and_is_not_told(
     do(stage)
     try:
         until(firing, f"{held} fire, and are held back", 90, every=0.3)
-        until(lambda: stage.heard.told(told, "firing", began), f"{told} is told", 20)
+        until(lambda: stage.heard.told(told, "firing", began), f"{told} is told")
     finally:
         mended = time.monotonic()
         undo(stage)
@@ -298,7 +298,7 @@ def test_what_is_said_fires_and_is_over(tmp_path: Path, table: list[Fired]) -> N
             "scrape_configs": made.scrape_configs(),
         }
         with monitoring.prometheus(tmp_path, config) as prometheus:
-            until(lambda: len(monitoring.query(prometheus.url, "up == 1")) == len(GOOD), "all is scraped", 20)
+            until(lambda: len(monitoring.query(prometheus.url, "up == 1")) == len(GOOD), "all is scraped")
             for told in TOLD:
                 table.extend(fire(prometheus.url, heard, made, told))
     assert heard.refused == []
@@ -306,7 +306,7 @@ def test_what_is_said_fires_and_is_over(tmp_path: Path, table: list[Fired]) -> N
 
 def fire(url: str, heard: Receivers, made: Exporter, told: list[Told]) -> list[Fired]:
     """Say it, wait until every alert of it fires, take it back, and wait until every one is over."""
-    until(lambda: not monitoring.query(url, "ALERTS"), "nothing fires", 30, every=0.3)
+    until(lambda: not monitoring.query(url, "ALERTS"), "nothing fires", 60, every=0.3)
     began = time.monotonic()
     say(made, told)
 

@@ -121,7 +121,7 @@ def test_what_fires_is_in_the_status_until_it_ends(watched: Watched) -> None:
         return [alert for alert in watched.corral("status")["alerts"] if alert["name"] == "OnlyATest"]
 
     tell(datetime.now(UTC) + timedelta(hours=1))
-    until(firing, "control was told", 20, every=0.5)
+    until(firing, "control was told", every=0.5)
     (alert,) = firing()
     assert (alert["severity"], alert["summary"]) == ("warning", "nothing is wrong")
     tell(datetime.now(UTC))

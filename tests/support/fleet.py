@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import httpx
 import yaml
 
 from corral.stack.state import StateFolder
+from corral.store.budget import GRANTS
 from support.load import Client, Load
 from support.metrics import page
 from support.process import Process, free_port, until
@@ -132,8 +135,7 @@ class Fleet:
 
     def sum_of(self, name: str) -> float:
         """A metric, of all gateways together."""
-        found = StateFolder(self.folder / "state").stack() or {}
-        pages = [page(gateway["metrics"]) for gateway in found["gateways"]]
+        pages = [page(gateway["metrics"]) for gateway in self._parts()["gateways"]]
         return sum(each.value(name) for each in pages)
 
     def states(self) -> dict[str, str]:
@@ -141,14 +143,46 @@ class Fleet:
         return {node["name"]: node["state"] for node in self.stack.corral("nodes", "list")}
 
     def all_ready(self) -> None:
-        """Wait until each node is in use."""
-        until(lambda: set(self.states().values()) == {"ready"}, "every node is ready", 15)
+        """Wait until each node and gateway is in use: by control, by both gateways, and by HAProxy's own checks."""
+        until(self._in_use, "every node and gateway is in use", 60, every=0.1)
 
-    def records(self, *request_ids: str, seconds: float = 10.0) -> list[dict[str, Any]]:
+    def _in_use(self) -> bool:
+        headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
+        answer = httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10)
+        if answer.status_code != 200:
+            return False
+        told = answer.json()
+        return (
+            {node["state"] for node in told["nodes"]} == {"ready"}
+            and [(gateway["state"], gateway["current"]) for gateway in told["gateways"]] == [("ready", True)] * 2
+            and self._checked() >= {f"node_{node['name']}" for node in told["nodes"]} | {"gateways"}
+            and self.store_used()
+        )
+
+    def _checked(self) -> set[str]:
+        """HAProxy's back ends whose servers have passed their checks, all of them."""
+        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=10)
+        rows = [row for row in csv.DictReader(answer.text.lstrip("# ").splitlines()) if row["type"] == "2"]
+        return {row["pxname"] for row in rows} - {row["pxname"] for row in rows if row["status"] != "UP"}
+
+    def _parts(self) -> dict[str, Any]:
+        return StateFolder(self.folder / "state").stack() or {}
+
+    def canary_asked(self, node: str) -> None:
+        """Wait until control's canary has just asked a node: for some ten seconds its requests are callers' alone."""
+        url, name = self._parts()["control"]["metrics"], "corral_node_canary_last_success_timestamp_seconds"
+
+        def asked() -> bool:
+            seen = page(f"{url}/nodes/{node}")
+            return seen.has(name) and time.time() - seen.value(name) < 3
+
+        until(asked, f"the canary asks {node}", 60, every=0.2)
+
+    def records(self, *request_ids: str, seconds: float = 30.0) -> list[dict[str, Any]]:
         """The audit records of requests once all of them have ended, in this order."""
         return self._listed(request_ids, seconds, ended=True)
 
-    def admitted(self, *request_ids: str, seconds: float = 10.0) -> list[dict[str, Any]]:
+    def admitted(self, *request_ids: str, seconds: float = 30.0) -> list[dict[str, Any]]:
         """The same, of requests that may never have ended."""
         return self._listed(request_ids, seconds, ended=False)
 
@@ -165,8 +199,15 @@ class Fleet:
 
     def present_gateways(self) -> int:
         """How many gateways are in the store; 0 where it does not answer."""
+        return self._counted(b"ZCARD corral:1:gateways\r\n")
+
+    def store_used(self) -> bool:
+        """Whether both gateways are in the store, and it admits requests."""
+        return self.present_gateways() == 2 and self._counted(b"EXISTS %b\r\n" % GRANTS) == 1
+
+    def _counted(self, command: bytes) -> int:
         with self.valkey_client() as store:
-            store.sendall(b"ZCARD corral:1:gateways\r\n")
+            store.sendall(command)
             reply = store.recv(64)
         return int(reply[1:]) if reply.startswith(b":") else 0
 

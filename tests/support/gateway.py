@@ -147,7 +147,8 @@ class FakeControl:
         self.notes: list[dict[str, Any]] = []
         """What is not of one request: that a gateway began, how far requests are."""
         self.offsets: dict[str, int] = {}
-        self.polls = 0
+        self.known = ""
+        """The version of the snapshot that the gateway said to have when it last asked."""
         self.stopped = False
         self.busy = False
         """Takes no records for now."""
@@ -176,8 +177,8 @@ class FakeControl:
                 if self.path == "/internal/spent":
                     self._send(200, b'{"day": 0, "month": 0, "used": {}, "complete": true}')
                     return
-                control.polls += 1
-                if self.path.endswith(f"since={control.snapshot['version']}"):
+                control.known = self.path.partition("since=")[2]
+                if control.known == control.snapshot["version"]:
                     self.send_response(304)
                     self.end_headers()
                 else:
@@ -214,6 +215,10 @@ class FakeControl:
         """Change the snapshot."""
         version = str(int(self.snapshot["version"]) + 1)
         self.snapshot = self.snapshot | parts | {"version": version}
+
+    def until_known(self) -> None:
+        """Wait until the gateway says that what was published last is in force there."""
+        until(lambda: self.known == self.snapshot["version"], "the gateway has the snapshot")
 
     def stop(self) -> None:
         """Be gone."""
@@ -312,6 +317,11 @@ class Gateway:
         except httpx.TransportError:
             return False
 
+    def has(self, node: FakeNode) -> bool:
+        """Whether HAProxy has a node in service."""
+        url = f"http://127.0.0.1:{self.plan.nodes_port}/api/version"
+        return httpx.get(url, headers={"X-Corral-Node": node.name}).status_code == 200
+
     def admitted_locally(self) -> float:
         """Requests that were admitted without the store: on a machine that halts for 50 ms, some are."""
         return page(f"http://127.0.0.1:{self._metrics}/metrics").value("corral_local_admissions_total")
@@ -334,7 +344,7 @@ class Gateway:
         self.publish()
 
     def publish(self, versions: dict[str, str] | None = None, tags: list[dict[str, Any]] | None = None) -> None:
-        """Tell the gateway of keys and nodes, and wait until it has asked."""
+        """Tell the gateway of keys and nodes, and wait until it has them."""
         tags = tags or [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]
         nodes = [
             {
@@ -349,9 +359,8 @@ class Gateway:
             for node in self.nodes
         ]
         self.control.publish(keys=list(self._keys), nodes=nodes)
-        seen = self.control.polls
         if hasattr(self, "process"):
-            until(lambda: self.control.polls >= seen + 2, "the gateway asks control")
+            self.control.until_known()
 
     @property
     def auth(self) -> dict[str, str]:

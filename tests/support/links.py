@@ -88,7 +88,7 @@ class SlowNode(SimulatedNode):
         self._direct, self.url = self.url, f"http://127.0.0.1:{self.near}"
         ready = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self._relay(ready)), daemon=True).start()
-        assert ready.wait(5)
+        assert ready.wait(30)
 
     async def _relay(self, ready: threading.Event) -> None:
         server = await asyncio.start_server(self._join, "127.0.0.1", self.near)

@@ -192,12 +192,12 @@ class Load:
         for thread in self._threads:
             thread.join(40)
 
-    def until(self, condition: Callable[[list[Answer]], object], what: str, seconds: float = 15.0) -> float:
+    def until(self, condition: Callable[[list[Answer]], object], what: str, seconds: float = 30.0) -> float:
         """Wait until a condition on the answers so far holds; the time at which it did."""
         until(lambda: condition(list(self.answers)), what, seconds, every=0.02)
         return time.monotonic()
 
-    def more(self, count: int, node: str = "", seconds: float = 15.0) -> float:
+    def more(self, count: int, node: str = "", seconds: float = 30.0) -> float:
         """Wait for ``count`` whole answers that were asked for from now on (by ``node``); the time then."""
         since = time.monotonic()
         what = f"{count} more answers" + (f" by {node}" if node else "")

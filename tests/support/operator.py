@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from support.process import free_port
+from support.process import free_port, until
 from support.servers import python_env
 
 
@@ -41,7 +41,7 @@ class Operator:
             self.run("corral up --detach")
             made = self.run("corral keys create client --json")
             self.key = str(json.loads(made)["key"])
-            assert self.works()
+            until(self.works, "the gateway knows the key", 5)
             self.run('corral backup create --output "$BACKUP"')
         except BaseException:
             self.attempt("corral down")  # nobody has an operator to end yet

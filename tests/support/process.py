@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import httpx
+
 from corral.stack import ports
 
 
@@ -20,27 +23,35 @@ class NotReady(AssertionError):
 
 
 _given: deque[int] = deque(maxlen=1000)
+_PORTS = range(12_000, 20_000)
+"""Below those of a stack's own choice, so that no part of one takes a port that a test has and does not use yet."""
 
 
 def free_port() -> int:
     """A loopback port nobody listens on, outside the range of outgoing connections; not one of the last thousand."""
     # Ports are asked for before anybody listens: chosen at random, two of one test were the same now and then.
-    port = ports.choose(["port"], {}, _given)["port"]
+    while (port := random.choice(_PORTS)) in _given or not ports.is_free(port):
+        pass
     _given.append(port)
     return port
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 10.0, every: float = 0.05) -> None:
-    """Wait for ``condition`` to be true. NotReady with ``what`` and the last exception after ``seconds``."""
+def until(condition: Callable[[], object], what: str, seconds: float = 30.0, every: float = 0.05) -> None:
+    """Wait for ``condition`` to be true. NotReady with ``what`` and the last exception after ``seconds``.
+
+    Nobody who listens yet, or answers in time, is no error but a reason to ask again.
+    """
     deadline = time.monotonic() + seconds
     while True:
         problem: Exception | None = None
+        # A look that began in time counts: a machine that halts may have spent all of the time on one.
+        late = time.monotonic() > deadline
         try:
             if condition():
                 return
-        except OSError as error:
+        except (OSError, httpx.TransportError) as error:
             problem = error
-        if time.monotonic() > deadline:
+        if late:
             raise NotReady(f"not within {seconds:g} s: {what}" + (f" ({problem})" if problem else ""))
         time.sleep(every)
 
@@ -80,7 +91,7 @@ class Process:
         """Whether it runs."""
         return self._popen.poll() is None
 
-    def wait_until(self, ready: Callable[[], object], seconds: float = 20.0) -> Self:
+    def wait_until(self, ready: Callable[[], object], seconds: float = 60.0) -> Self:
         """Wait until ``ready`` is true; NotReady with the end of the log if it is not, or the program has ended."""
 
         def check() -> object:
@@ -105,7 +116,7 @@ class Process:
         """The end of its output."""
         return self.log.read_text(errors="replace")[-characters:]
 
-    def end(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> int:
+    def end(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         """Send it a signal and wait; it is killed if it stays. Its status."""
         if self._popen.poll() is None:
             self._popen.send_signal(number)

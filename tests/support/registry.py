@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ class Registry:
 
     name: str
     slow: str
+    _proxy: Process
+
+    @contextmanager
+    def halted(self) -> Iterator[None]:
+        """While the block runs, not one byte more comes: a pull that is half-way stays so."""
+        self._proxy.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._proxy.send(signal.SIGCONT)
 
     def push(self, node: str, model: str, as_model: str = "") -> None:
         """Put a model of a node (its URL) into the registry, under ``as_model``'s name if given."""
@@ -88,7 +99,7 @@ def registry(folder: Path) -> Iterator[Registry]:
         proxy = Process([binaries.haproxy(), "-db", "-f", folder / "registry.cfg"], folder / "registry-haproxy.log")
         processes.append(proxy)
         proxy.wait_until(lambda: answers(f"http://127.0.0.1:{front}/v2/") and answers(f"http://127.0.0.1:{slow}/v2/"))
-        yield Registry(f"localhost:{front}", f"localhost:{slow}")
+        yield Registry(f"localhost:{front}", f"localhost:{slow}", proxy)
     finally:
         for process in reversed(processes):
             process.end()

@@ -161,7 +161,7 @@ class Site:
                 if one["kind"] == kind and any(step["node"] == node for step in one["steps"])
             ]
 
-        until(found, f"{kind} on {node} begins", 20)
+        until(found, f"{kind} on {node} begins")
         return found()[-1]
 
     def ended(self, operation: str) -> dict[str, Any]:

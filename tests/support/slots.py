@@ -56,7 +56,7 @@ async def gateways(url: str, count: int, lease: float = 10.0, patience: float = 
             await one.kill()
 
 
-async def granting(gateway: Gateway, seconds: float = 10.0) -> None:
+async def granting(gateway: Gateway, seconds: float = 30.0) -> None:
     """Wait until the store grants."""
     async with asyncio.timeout(seconds):
         while True:

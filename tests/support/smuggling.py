@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -130,14 +132,29 @@ def corpus(auth: bytes) -> list[Case]:
     return cases
 
 
-def exchange(port: int, raw: bytes, quiet: float = 0.25) -> bytes:
-    """Send all of it and read until the server closes or has said nothing for `quiet` seconds."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        connection.settimeout(quiet)
-        data = b""
-        with suppress(TimeoutError, ConnectionError):
+PATIENCE = 10.0
+
+
+def exchange(port: int, raw: bytes, whole: Callable[[bytes], object], quiet: float = 0.25) -> bytes:
+    """Send all of it and read until the server closes, or says nothing for `quiet` seconds after a `whole` answer.
+
+    `whole` tells of what came whether something must still come: a server that is slow has not said its last for
+    `PATIENCE` seconds.
+    """
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        data, until = b"", time.monotonic() + PATIENCE
+        with suppress(ConnectionError):
             connection.sendall(raw)
-            while piece := connection.recv(65536):
+            connection.settimeout(quiet)
+            while True:
+                try:
+                    piece = connection.recv(65536)
+                except TimeoutError:
+                    if whole(data) or time.monotonic() > until:
+                        break
+                    continue
+                if not piece:
+                    break
                 data += piece
         return data
 

@@ -40,7 +40,7 @@ class Up:
             assert self.process.poll() is None, self.said
             return '"curl"' in self.said
 
-        until(said, "the stack is ready", 60)
+        until(said, "the stack is ready", 100)
         printed: dict[str, object] = json.loads(self.said[self.said.index("{") :])
         return printed
 
@@ -51,7 +51,7 @@ class Up:
     def stop(self, number: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(45)
+        return self.process.wait(90)
 
 
 def environment() -> dict[str, str]:

@@ -232,7 +232,7 @@ def test_use_of_a_key_is_noted(database: Database) -> None:
 
 def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> None:
     """What a writer has read stays true until it commits, on both kinds; a reader is not held up by it."""
-    inside, order = threading.Event(), []
+    inside, read, order = threading.Event(), threading.Event(), []
 
     def count(connection: Connection) -> int:
         return len(connection.execute(select(audit.c.id)).all())
@@ -240,7 +240,8 @@ def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> N
     def slow(connection: Connection) -> None:
         inside.set()
         before = count(connection)
-        time.sleep(0.3)
+        assert read.wait(60)
+        time.sleep(0.3)  # in which the other writer asks for its turn
         assert count(connection) == before
         connection.execute(insert(audit).values(id="slow", ts=1.0))
         order.append("slow")
@@ -256,8 +257,9 @@ def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> N
 
     thread = threading.Thread(target=database.write_now, args=(slow,))
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     assert database.read_now(count) == 0
+    read.set()
     database.write_now(quick)
     thread.join()
     assert order == ["slow", "quick"]

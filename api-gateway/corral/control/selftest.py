@@ -34,7 +34,7 @@ CUTS = (1, TOKENS // 2, TOKENS - 1)
 TEXT = "Name the months of the year in order, each with its number of days."
 PASSED = "passed"
 SHOW = "/api/show"
-Post = Callable[[str, object], Awaitable[bytes]]
+Post = Callable[[str, Mapping[str, Any]], Awaitable[bytes]]
 """Posts a body to a path of a node: the body of its answer. Raises what `examine` does."""
 
 log = logging.getLogger(__name__)
@@ -111,13 +111,18 @@ class SelfTest:
         name = canonical_name(entry["name"])
         digest = digest_of(str(entry.get("digest") or ""))
         options = check({}, self._policies.get(name, NO_POLICY)) | {"temperature": 0.0, "num_predict": TOKENS}
-        kept = {"model": entry["name"], "options": options, "keep_alive": stays(entry.get("expires_at"), time.time())}
+        kept = {"model": entry["name"], "options": options}
 
-        async def post(path: str, body: object) -> bytes:
+        async def post(path: str, body: Mapping[str, Any]) -> bytes:
             async with member.loads:
-                if path != SHOW and not await _resident(client, member, entry):
+                if path == SHOW:
+                    return await _post(client, member.url + path, body)
+                # As long as it is to stay now: somebody may have said something else since the last request.
+                now = await _resident(client, member, entry)
+                if now is None:
                     raise ValueError("it is not in memory any more")
-                return await _post(client, member.url + path, body)
+                stay = {"keep_alive": stays(now.get("expires_at"), time.time())}
+                return await _post(client, member.url + path, {**body, **stay})
 
         try:
             async with asyncio.timeout(PATIENCE):
@@ -158,10 +163,11 @@ async def examine(post: Post, kept: Mapping[str, Any]) -> None:
                 raise Unfit(f"{route}: cut after {cut} tokens it went on otherwise")
 
 
-async def _resident(client: httpx.AsyncClient, member: Member, wanted: Mapping[str, Any]) -> bool:
+async def _resident(client: httpx.AsyncClient, member: Member, wanted: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The model's entry of /api/ps as it is now; None where it has left, or is another file."""
     status, content = await answers.fetch(client, "GET", member.url + "/api/ps")
     same = [entry for entry in answers.models(content) if entry["name"] == wanted["name"]] if status == 200 else []
-    return any(entry.get("digest") == wanted.get("digest") for entry in same)
+    return next((entry for entry in same if entry.get("digest") == wanted.get("digest")), None)
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: object) -> bytes:

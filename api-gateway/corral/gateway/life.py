@@ -95,9 +95,17 @@ async def _drain(gateway: Gateway) -> None:
 
 
 async def _sweep(gateway: Gateway) -> None:
+    latest, halted = time.monotonic(), False
     while True:
         await asyncio.sleep(SWEEP)
+        now = time.monotonic()
+        # Where it was this process that stood still, what came meanwhile is read before anybody is called late. Not
+        # twice in a row: one that is always behind must end things too.
+        halted = now - latest > 2 * SWEEP and not halted
+        latest = now
+        if halted:
+            continue
         try:
-            gateway.sweep(time.monotonic())
+            gateway.sweep(now)
         except Exception:  # one request's fault is not the end of all
             log.exception("deadlines were not looked at")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from corral.stack import binaries, guard, haproxy, http, ports, status, supervisor
@@ -222,7 +224,10 @@ def _catalogue(ask: Callable[[str], Any]) -> Iterator[Finding]:
 def _backlog(state: StateFolder) -> Iterator[Finding]:
     """Bytes that control has not taken (whole segments are removed once it has), and what it cannot take."""
     for folder in sorted(path for path in state.spool.iterdir() if path.is_dir()) if state.spool.is_dir() else []:
-        sizes = {path: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        sizes: dict[Path, int] = {}
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # shipped and removed while we look
+                sizes[path] = path.stat().st_size
         held = sum(size for path, size in sizes.items() if path.suffix not in ASIDE)
         check, text = f"spool of {folder.name}", f"{held / (1 << 20):.1f} MiB"
         if held > BACKLOG:
