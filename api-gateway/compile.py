@@ -43,6 +43,7 @@ MODULES = (
     "gateway/snapshot.py",
     "gateway/state.py",
     "gateway/upstream.py",
+    "store/content.py",
     "store/keys.py",
     "store/budget.py",
     "store/limits.py",

@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "api-gateway")]
 import yaml  # noqa: E402
 from support.leader import Leader  # noqa: E402
 from support.process import Process, free_port, until  # noqa: E402
+from unrecorded import unrecorded  # noqa: E402
 
 from corral.config.haproxy import DEFAULT, render  # noqa: E402
 from corral.stack import binaries  # noqa: E402
@@ -49,6 +50,8 @@ from corral.store.keeper import GRANTS, POLL  # noqa: E402
 MEASURED, LOAD = 0, 1
 CONNECTIONS = 32
 SYNCED = "gateway, synced"
+NO_HASHES = "gateway, no hashes"
+NO_RECORD = "gateway, no record"
 LINES = (
     b'{"model":"m:latest","created_at":"2026-11-23T15:00:00.000000Z","message":{"role":"assistant","content":"Hello"},'
     b'"done":false}\n'
@@ -222,7 +225,10 @@ def gateways(
                 "access_log": str(folder / f"access-{number}.log"),
             },
             "store": {"valkey": store},
-            "audit": {"durability": "synced" if name == SYNCED else "written"},
+            "audit": {
+                "durability": "synced" if name == SYNCED else "written",
+                "content": "none" if name in (NO_HASHES, NO_RECORD) else "hash",
+            },
             "auth": {"pepper_file": str(folder / "pepper"), "internal_token_file": str(folder / "internal.token")},
         }
         file = folder / f"corral-{number}.yaml"
@@ -318,8 +324,21 @@ def report(found: list[Subject], title: str) -> dict[str, float]:
             f"  {subject.name:24}{cost:11.1f}{statistics.median(subject.rate):12,.0f}"
             f"{statistics.median(subject.valkey):11.1f}{statistics.median(subject.load):11.0%}{base / cost:8.2f}"
         )
+    for name in (NO_RECORD, NO_HASHES):
+        if name in ratios:
+            print(f"  beside '{name}': {_share(found, name)}")
+    for subject in found:
         subject.cost, subject.rate, subject.valkey, subject.load = [], [], [], []
     return ratios
+
+
+def _share(found: list[Subject], without: str) -> str:
+    """What the gateway's CPU and requests are more and fewer than those of one without something, by the medians."""
+    named = {subject.name: subject for subject in found}
+    whole, other = named["gateway"], named[without]
+    cost = 1 - statistics.median(other.cost) / statistics.median(whole.cost)
+    rate = 1 - statistics.median(whole.rate) / statistics.median(other.rate)
+    return f"{cost:.1%} of its CPU and {rate:.1%} of its requests a second"
 
 
 def main() -> int:
@@ -331,6 +350,7 @@ def main() -> int:
     parser.add_argument("--framework", action="store_true", help="a FastAPI and httpx proxy too")
     parser.add_argument("--python", default=sys.executable, help="the gateway's interpreter")
     parser.add_argument("--synced", action="store_true", help="a gateway with audit.durability: synced too")
+    parser.add_argument("--record", action="store_true", help="gateways without the record and its hashes too")
     parser.add_argument("--beside", type=Path, help="a gateway of another checkout too: its folder with the package")
     options = parser.parse_args()
     if (os.cpu_count() or 1) < 2:
@@ -340,8 +360,13 @@ def main() -> int:
     pad = "lorem ipsum dolor " * 50
     body = {"model": "m", "messages": [{"role": "user", "content": pad}], "stream": False}
     more = {SYNCED: COMPILED} if options.synced else {}
+    more |= {NO_HASHES: COMPILED} if options.record else {}
     more |= {"gateway, the other": options.beside.resolve()} if options.beside else {}
-    with tempfile.TemporaryDirectory() as name, subjects(Path(name), options.framework, options.python, more) as made:
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory())
+        if options.record:
+            more[NO_RECORD] = unrecorded(Path(name))
+        made = stack.enter_context(subjects(Path(name), options.framework, options.python, more))
         found, others, key = made
         script = Path(name) / "load.lua"
         script.write_text(WRK)

@@ -8,16 +8,19 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import update
-from support.control import FakeNode, Running, make_key, until
+from support.control import FakeNode, Running, make_key, recorded, until
 
 from corral.cli.main import cli
+from corral.store.content import Hashes
 from corral.store.database import Database, resolve
+from corral.store.keys import read_pepper
 from corral.store.spool import encode_frame
 from corral.store.tables import audit
 
@@ -139,6 +142,53 @@ def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> Non
     assert len(json.loads(run(control, "usage", "report", "--json", key=mine).stdout)["usage"]) == 1
     assert json.loads(run(control, "usage", "report", "--json", key=other).stdout)["usage"] == []
     assert run(control, "usage", "report", "--tenant", "team", key=other).exit_code == 1
+
+
+def test_compare_tells_whether_a_text_was_it_and_leaves_the_text_at_home(control: Running, tmp_path: Path) -> None:
+    hashes = Hashes(read_pepper(control.state / "pepper"))
+    key = make_key(control, tenant="team")["id"]
+    body, said = b'{"model": "m", "prompt": "Guten Tag!"}', "ja\nbitte"
+    common = {"request_id": "req-1", "ts": time.time(), "key": key, "api": "native", "route": "/api/generate"}
+    admit = {"t": "admit", **common, "prompt_hash": hashes.prompt.of(sha256(body).digest())}
+    settle = {"t": "settle", **common, "outcome": "ok", "answer_hash": hashes.answer.of(sha256(said.encode()).digest())}
+    together = [{**admit, "id": "r1"}, {**settle, "id": "r1"}, {**admit, "id": "r2"}]
+    later = [{**settle, "id": "r2"}, {**settle, "id": "r3", "answer_hash": None}]
+    offset = 0
+    for records in (together, later):
+        frames = b"".join(encode_frame(one) for one in records)
+        path = "/internal/spool/gateway-1/0000000000000001.seg"
+        assert control.internal.post(path, params={"offset": offset}, content=frames).status_code == 200
+        offset += len(frames)
+    prompt, answer, other = (tmp_path / name for name in ("prompt", "answer", "other"))
+    prompt.write_bytes(body)
+    answer.write_text(said + "\n")  # as an editor leaves it
+    other.write_text("nein")
+    both = ("--prompt", str(prompt), "--answer", str(answer))
+    told = json.loads(run(control, "audit", "compare", "req-1", *both, "--json").stdout)
+    assert sorted(told["same"]) == ["r1", "r2"], "whether both records came at once or not"
+    found = {one["id"]: (one["prompt"], one["answer"]) for one in told["records"]}
+    assert found == {"r1": (True, True), "r2": (True, True), "r3": (None, None)}
+    shown = run(control, "audit", "compare", "r1", "--prompt", str(prompt), "--answer", str(other))
+    assert (shown.exit_code, shown.stdout.strip()) == (1, "r1: prompt is the same, answer is another")
+    assert run(control, "audit", "compare", "req-1").exit_code == 2
+    nothing = run(control, "audit", "compare", "req-2", "--prompt", str(prompt))
+    assert (nothing.exit_code, "no record of a request 'req-2'" in nothing.stderr) == (1, True)
+    others = make_key(control, tenant="others", role="operator")["key"]
+    assert "no record" in run(control, "audit", "compare", "req-1", *both, key=others).stderr
+    mine = make_key(control, tenant="team", role="operator")["key"]
+    assert run(control, "audit", "compare", "req-1", *both, key=mine).exit_code == 0
+    asked = [
+        row for row in recorded(control.admin) if row["route"] == "/admin/audit/compare" and row["outcome"] == "ok"
+    ]
+    assert {"id": "r1", "prompt": True, "answer": True} in asked[0]["after"]["records"]
+    assert "Guten Tag" not in json.dumps(asked) and sha256(body).hexdigest() not in json.dumps(asked)
+    assert len(asked) == 3
+    signed(control)
+    assert run(control, "audit", "verify").exit_code == 0
+    database = Database(resolve(control.settings.store.database, control.state))
+    database.write_now(lambda c: c.execute(update(audit).where(audit.c.id == "r1").values(prompt_hash="0" * 64)))
+    database.close()
+    assert "(r1) was changed" in run(control, "audit", "verify").stdout
 
 
 def test_export_has_every_record_in_each_form(control: Running, tmp_path: Path) -> None:

@@ -8,16 +8,24 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+from sqlalchemy import select
 from support.backup import FOR_ME, IDENTITY, cli, fill, place, rows_in
 from support.control import Running, make_key
 from support.postgres import Postgres
 from support.process import Process, free_port
+from support.sealed import Direct
 from support.servers import answers, python_env
 
 from corral.backup.create import backups, create
+from corral.backup.place import Place
 from corral.backup.restore import Wishes, restore
+from corral.config.values import database_url as database_address
+from corral.store.chain import ZERO, content, leaf_of, link_after
+from corral.store.database import configured
 from corral.store.spool import SpoolReader, encode_frame
+from corral.store.tables import audit
 
 # -- while it serves
 
@@ -150,6 +158,52 @@ def test_wrong_usage_and_clear_refusals(tmp_path: Path) -> None:
         done = cli(*arguments, *(("--state", tmp_path / "none")))
         assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (1, True, 1), done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_what_the_commands_do_is_in_the_audit_trail(tmp_path: Path, postgres: Postgres) -> None:
+    identity = tmp_path / "identity"
+    identity.write_text(f"{IDENTITY}\n")
+    for name, url in (("lite", "sqlite:///corral.db"), ("pg", database_address(postgres.database()))):
+        source = place(tmp_path / name, url)
+        fill(source)
+        (source.root / "corral.yaml").write_text(f"{{control: {{state: {source.root}}}, store: {{database: '{url}'}}}}")
+        here = ("--config", source.root / "corral.yaml", "--state", source.root)
+        backup = tmp_path / f"{name}.backup"
+        made = cli("create", *here, "--recipient", str(IDENTITY.to_public()), "--output", backup)
+        assert (made.returncode, "not in the audit trail" in made.stderr) == (0, False), made.stderr
+        assert cli("drill", backup, *here, "--identity", identity, "--sqlite").returncode == 0
+        assert [row["route"] for row in done_by(source)] == ["corral backup create", "corral backup drill"]
+        restored = cli("restore", backup, *here, "--identity", identity, "--replace")
+        assert restored.returncode == 0, restored.stderr
+        (row,) = done_by(source)  # the others came after the backup was made
+        assert (row["route"], row["after"]["file"], row["gw"]) == ("corral backup restore", str(backup), "control")
+        assert "@" in row["after"]["by"] and "pepper" in row["after"]["replaced"]
+        assert whole(source)
+
+
+def done_by(made: Place) -> list[dict[str, Any]]:
+    """What the trail of an installation says of backup commands."""
+    database = configured(made.settings.store, made.root)
+    try:
+        chosen = select(audit).where(audit.c.method == "RUN").order_by(audit.c.seq)
+        return database.read_now(lambda c: [dict(row) for row in c.execute(chosen).mappings()])
+    finally:
+        database.close()
+
+
+def whole(made: Place) -> bool:
+    """Whether the chain of its control fits together, up to its end."""
+    database = configured(made.settings.store, made.root)
+    try:
+        source = Direct(database)
+        rows, link = source.records("control", 0, 100), ZERO
+        for row in rows:
+            assert leaf_of(content(row)) == row["leaf"]
+            link = link_after(link, row["leaf"])
+        head = source.state().heads["control"]
+        return (head.pos, head.link) == (len(rows), link)
+    finally:
+        database.close()
 
 
 def test_where_a_container_has_its_settings(tmp_path: Path, postgres: Postgres) -> None:

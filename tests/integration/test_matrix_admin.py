@@ -53,6 +53,8 @@ WHO = {
     ("POST", "/admin/operations/{operation}/cancel"): OPERATOR,
     ("GET", "/admin/status"): OPERATOR,
     ("GET", "/admin/audit"): OPERATOR,
+    ("POST", "/admin/audit/compare"): OPERATOR,
+    ("GET", "/admin/audit/content"): ADMIN,
     ("GET", "/admin/audit/chain"): ADMIN,
     ("GET", "/admin/audit/records"): ADMIN,
     ("GET", "/admin/audit/checkpoints"): ADMIN,

@@ -14,7 +14,7 @@ import yaml
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from corral.backup import archive, models
+from corral.backup import archive, models, trail
 from corral.backup.archive import CHUNK, SMALL, BackupError, Contents, Secrets
 from corral.backup.place import Place, open_database, sqlite_file
 from corral.config.settings import Settings
@@ -60,11 +60,15 @@ def extract(path: Path, secrets: Secrets, name: str) -> bytes:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the command line says of a restore. ``database`` None: what the backup's settings say."""
+    """What the command line says of a restore. ``database`` None: what the backup's settings say.
+
+    ``entered``: it is an action of an operator, which the restored audit trail gets a record of.
+    """
 
     database: str | None = None
     replace: bool = False
     models: Path | None = None
+    entered: bool = False
 
 
 def restore(
@@ -181,6 +185,9 @@ class _Restore:
                 if root is not None:
                     self._check_target(connection, database)
                 self._extract(connection, replacement, staging)
+                if self._wishes.entered:
+                    told = {"file": str(self._path), "created": self._contents.header["created"]}
+                    trail.note(connection, "restore", {**told, "replaced": replacement.old})
                 if root is not None:
                     replace.leave_id(connection, replacement)
                     aside = replace.commit(root, replacement, transaction.commit)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from base64 import b64decode
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -67,9 +69,10 @@ def verify_records(as_json: bool, state: str | None, checkpoints: str | None, pu
     """
     folder = common.folder(state)
     admin = Admin(folder)
+    # Before the chain's end is asked for: what is signed meanwhile would be missing there.
+    data = Path(checkpoints).read_bytes() if checkpoints else admin.raw("/audit/checkpoints")
     source = _Api(admin)
     publics = [_public(one) for one in public_key] or [source.public_key]
-    data = Path(checkpoints).read_bytes() if checkpoints else admin.raw("/audit/checkpoints")
     bar = Bar("verified", "records")
     begun = time.monotonic()
     report = verify(source, data.splitlines(), publics, bar.show)
@@ -84,6 +87,58 @@ def verify_records(as_json: bool, state: str | None, checkpoints: str | None, pu
     common.emit(told, as_json, lambda: "\n".join(lines))
     if report.problems:
         raise SystemExit(1)
+
+
+@command.command("compare")
+@click.argument("request")
+@click.option("--prompt", type=click.Path(exists=True, dir_okay=False), help="Has the request's body, as it was sent.")
+@click.option("--answer", type=click.Path(exists=True, dir_okay=False), help="Has the answer's text.")
+@common.options
+def compare(as_json: bool, state: str | None, request: str, prompt: str | None, answer: str | None) -> None:
+    """Check whether a text was the prompt or the answer of REQUEST (its X-Request-ID, or its record's id).
+
+    The text stays here: control is sent its SHA-256. Exit status 1 where no record has what was given.
+    """
+    given = {name: _digests(Path(file)) for name, file in (("prompt", prompt), ("answer", answer)) if file is not None}
+    if not given:
+        raise click.UsageError("give --prompt FILE, --answer FILE, or both")
+    admin = Admin(common.folder(state))
+    found = rows(admin("POST", "/audit/compare", {"request": request, **given}), "records")
+    same = [one["id"] for one in found if all(one[name] for name in given)]
+    lines = [f"{one['id']}: " + ", ".join(f"{name} {_ANSWERS[one[name]]}" for name in given) for one in found]
+    common.emit({"same": same, "records": found}, as_json, lambda: "\n".join(lines))
+    if not same:
+        raise SystemExit(1)
+
+
+_ANSWERS = {True: "is the same", False: "is another", None: "has no hash"}
+
+
+def _digests(file: Path) -> list[str]:
+    """The SHA-256 of a file's text, also without the line end that editors put behind it."""
+    data = file.read_bytes()
+    texts = [data] + [data.removesuffix(end) for end in (b"\n", b"\r\n") if data.endswith(end)]
+    return [sha256(text).hexdigest() for text in texts]
+
+
+@command.command("content")
+@click.argument("request")
+@click.option("--identity", multiple=True, required=True, metavar="FILE", help="Identities of age (repeatable).")
+@common.options
+def show_content(as_json: bool, state: str | None, request: str, identity: tuple[str, ...]) -> None:
+    """Show prompt and answer of REQUEST (its X-Request-ID, or its record's id), where its key has them kept."""
+    from corral.backup.archive import BackupError
+    from corral.backup.place import read_secrets
+    from corral.gateway.content import open_content
+
+    try:
+        identities = list(read_secrets(None, (), identity).identities)
+        found = rows(Admin(common.folder(state))("GET", "/audit/content?" + urlencode({"request": request})), "content")
+        shown = [{"id": one["id"], **open_content(b64decode(one["data"]), identities)} for one in found]
+    except (BackupError, ValueError) as error:
+        common.fail(str(error), as_json)
+    lines = [f"{one['id']}\nprompt: {one['prompt']}\nanswer: {one['answer']}" for one in shown]
+    common.emit(shown, as_json, lambda: "\n\n".join(lines))
 
 
 @command.command("export")

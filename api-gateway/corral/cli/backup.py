@@ -79,7 +79,9 @@ def create(
     secrets = _secrets(passphrase_file, recipient, ())
     if secrets.passphrase is None and not secrets.recipients:
         raise click.UsageError("a backup is always encrypted: give --passphrase-file FILE or --recipient age1…")
-    made = making.create(_place(config, state), output, secrets, with_models, models, keep, _say)
+    place = _place(config, state)
+    made = making.create(place, output, secrets, with_models, models, keep, _say)
+    _enter(place, "create", made, ("file", "size", "schema", "removed"))
     rows = sum(made["tables"].values())
     common.emit(made, as_json, lambda: f"{made['file']}: {_size(made['size'])}, {rows} rows, schema {made['schema']}")
 
@@ -138,7 +140,7 @@ def restore(
         database = database_url(database) if database is not None else None
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--database") from None
-    wishes = restoring.Wishes(database, replace, models)
+    wishes = restoring.Wishes(database, replace, models, entered=True)
     done = restoring.restore(file, _secrets(passphrase_file, (), identity), _place(config, state), wishes, _say)
     common.emit(done, as_json, lambda: _restored(done))
 
@@ -182,6 +184,7 @@ def drill(
     place = _place(config, state)
     file = drilling.newest(file, place.root)
     done = drilling.drill(file, _secrets(passphrase_file, (), identity), place, key_file, sqlite, folder, _say)
+    _enter(place, "drill", done, ("file", "created", "seconds", "key"))
     common.emit(done, as_json, lambda: _drilled(done))
 
 
@@ -236,6 +239,14 @@ def _place(config: str | None, state: str | None) -> Place:
     from corral.backup import place
 
     return place.find(config, state, os.environ)
+
+
+def _enter(place: Place, action: str, done: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Have it in the audit trail. A backup that is made counts for more than its record: without one it says so."""
+    from corral.backup import trail
+
+    if why := trail.enter(place, action, {name: done[name] for name in names}):
+        _say(f"not in the audit trail: {why}")
 
 
 def _secrets(passphrase_file: str | None, recipients: tuple[str, ...], identities: tuple[str, ...]) -> Secrets:

@@ -46,6 +46,7 @@ def command() -> None:
 @click.option("--monthly-tokens", type=common.Limit(), metavar="N", help="Tokens a month (UTC).")
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(), help="After how long it ends, such as 30d.")
+@click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
 @click.option("--tenant", help="Whom it belongs to; made where it is new.")
 @common.options
 def create(as_json: bool, state: str | None, **given: Any) -> None:

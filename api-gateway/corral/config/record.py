@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corral.config.values import Duration
+from corral.config.values import Duration, Size
 
 
 class Section(BaseModel):
@@ -24,7 +25,21 @@ class AuditSettings(Section):
         "written", description="A record survives a killed process, or a power cut as well."
     )
     retention: Duration = Field(400 * 86400.0, description="How long records are kept.")
-    content: Literal["none", "hash"] = Field("hash", description="What is kept of a prompt.")
+    content: Literal["none", "hash", "full"] = Field(
+        "hash",
+        description="Kept of prompts and answers: nothing, keyed hashes, or also the text of keys that have it kept.",
+    )
+    content_recipient: str | None = Field(
+        None, pattern=r"^age1[02-9ac-hj-np-z]{58}$", description="Whom that text is encrypted for, by age's public key."
+    )
+    content_retention: Duration = Field(30 * 86400.0, description="How long it is kept.")
+    content_max: Size = Field(
+        64 << 10, gt=0, le=256 << 10, description="Most bytes of a prompt, and of an answer, that are kept."
+    )
+    content_redact: tuple[str, ...] = Field(
+        (r"[\w.+-]+@[\w-]+\.[\w.-]+", r"\b(?:\d[ -]?){12,18}\d\b"),
+        description="Regular expressions of what is left out of it: e-mail addresses, card numbers. Keys always are.",
+    )
     checkpoint: Duration = Field(60.0, gt=0, description="How often what came is signed.")
     checkpoints: Path = Field(
         Path("audit/checkpoints.jsonl"),
@@ -36,6 +51,22 @@ class AuditSettings(Section):
     webhook: str | None = Field(
         None, pattern=r"^https?://\S+$", description="Gets each checkpoint by POST, so that it is kept elsewhere."
     )
+
+    @field_validator("content_redact")
+    @classmethod
+    def _expressions(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for one in given:
+            try:
+                re.compile(one)
+            except re.error as error:
+                raise ValueError(f"{one!r} is no regular expression: {error}") from None
+        return given
+
+    @model_validator(mode="after")
+    def _for_whom(self) -> AuditSettings:
+        if self.content == "full" and self.content_recipient is None:
+            raise ValueError("content: full needs content_recipient: the text is kept encrypted alone")
+        return self
 
 
 class PriceSettings(Section):

@@ -37,6 +37,7 @@ from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.fleet import pools
 from corral.store import keeper
+from corral.store.content import Hashes
 from corral.store.database import configured
 from corral.store.keys import read_pepper
 from corral.store.valkey import Valkey
@@ -112,6 +113,7 @@ def _assemble(settings: Settings) -> Control:
     valkey = Valkey(settings.valkey_address(), keeper.SCRIPTS, timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
+    pepper = read_pepper(state / settings.auth.pepper_file)
     hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
     haproxy = _reloader(settings, state)
     groups = pools.groups(settings.tenants.nodes)
@@ -124,7 +126,7 @@ def _assemble(settings: Settings) -> Control:
         settings=settings,
         state=state,
         database=database,
-        pepper=read_pepper(state / settings.auth.pepper_file),
+        pepper=pepper,
         token=(state / settings.auth.internal_token_file).read_text(encoding="ascii").strip(),
         fleet=fleet,
         hub=hub,
@@ -138,6 +140,7 @@ def _assemble(settings: Settings) -> Control:
         ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration),
         spent=Spent(database),
         leading=Leading(database, valkey, fleet, placement),
+        hashes=Hashes(pepper),
         alerts=Alerts(),
     )
 

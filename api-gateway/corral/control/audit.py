@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.values import duration
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
+from corral.store.actions import enter
 from corral.store.database import Database
-from corral.store.seal import seal
 from corral.store.tables import audit
 
 MINUTE = 60.0
@@ -51,25 +49,8 @@ def record(
     """
     global entered
     entered += 1
-    action = str(uuid.uuid4())
-    row = {
-        "id": action,
-        "request_id": who.request_id or action,
-        "ts": time.time(),
-        "key": who.key_id or None,
-        "tenant": tenant or who.tenant or None,
-        "addr": who.address,
-        "api": "admin",
-        "route": route,
-        "method": method,
-        "status": status,
-        "outcome": "ok" if status < 400 else "refused" if status < 500 else "failed",
-        # As the database will give them back.
-        "before": None if before is None else json.loads(json.dumps(before)),
-        "after": None if after is None else json.loads(json.dumps(after)),
-    }
-    seal(connection, "control", [row])
-    connection.execute(insert(audit).values(row))
+    known = {"key": who.key_id, "tenant": tenant or who.tenant, "addr": who.address, "request_id": who.request_id}
+    enter(connection, method, route, before, after, status, **known)
 
 
 class Notes:
@@ -85,8 +66,8 @@ class Notes:
         self._counts: dict[tuple[str, str, bool], int] = {}
         self._silent = False
 
-    async def note(self, who: Principal, method: str, route: str, status: int, query: str = "") -> None:
-        """Enter one, unless this caller's rows of this minute are used up. A database that is away stops nothing.
+    async def note(self, who: Principal, method: str, route: str, status: int, query: str = "") -> bool:
+        """Enter one, or count it where this caller's rows of this minute are used up; whether that was done.
 
         `query` is what was asked for, of a read.
         """
@@ -98,21 +79,23 @@ class Notes:
         count = self._counts[caller] = self._counts.get(caller, 0) + 1
         if count <= NOTES_MAX:
             asked = {"query": query} if query else None
-            await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
+            return await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
+        return True
 
     async def flush(self) -> None:
         """Enter how many were left out of those that were noted, one row a caller, and count anew."""
         counts, self._counts = self._counts, {}
         more = {caller: count - NOTES_MAX for caller, count in counts.items() if count > NOTES_MAX}
 
-        def enter(connection: Connection) -> None:
+        def tell(connection: Connection) -> None:
             for (key, tenant, refused), count in more.items():
                 who = Principal(key, "", "", "", tenant)
                 told = {"more_refused" if refused else "more_read": count}
                 record(connection, who, "", "/admin", None, told, status=429 if refused else 200)
 
-        if more:
-            await self._write(enter)
+        if more and not await self._write(tell):
+            for caller in more:  # the next minute tells of them too
+                self._counts[caller] = self._counts.get(caller, 0) + counts[caller]
 
     async def run(self) -> None:
         """Flush each minute, until cancelled."""
@@ -120,15 +103,16 @@ class Notes:
             await asyncio.sleep(MINUTE)
             await self.flush()
 
-    async def _write(self, enter: Callable[[Connection], None]) -> None:
+    async def _write(self, enter: Callable[[Connection], None]) -> bool:
         try:
             await self._database.write(enter)
         except SQLAlchemyError as error:
             if not self._silent:
-                log.warning("reads and refused admin calls are not in the audit trail: %s", error)
+                log.warning("refused admin calls are not in the audit trail, and reads are refused: %s", error)
             self._silent = True
-        else:
-            self._silent = False
+            return False
+        self._silent = False
+        return True
 
 
 @router.get("/admin/audit")

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from corral.control.context import Control
-from corral.control.errors import Problem, answer
+from corral.control.errors import Problem, answer, unrecorded
 from corral.control.scope import Scope as KeyScope
 from corral.store import keys as keytext
 from corral.store.tables import key_verifiers, keys
@@ -26,7 +26,9 @@ from corral.store.tables import key_verifiers, keys
 OPEN = frozenset({"/health", "/docs", "/openapi.json"})
 # What may be served is the administrator's to say; bringing nodes to it is the operator's. Keys, tenants and records
 # are an operator's as far as they are of its own tenant, which the routes see to (`Principal.bound`).
-OPERATOR = re.compile(r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status|keys(/.*)?)")
+OPERATOR = re.compile(
+    r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status|keys(/.*)?|audit/compare)"
+)
 OPERATOR_READS = re.compile(r"/admin/(audit|usage|tenants(/.*)?)")
 # What the machines do now, which pages and commands ask for over and over; all other reads are recorded.
 UNRECORDED_READS = re.compile(r"/admin/(status|((nodes|models|operations)(/.*)?))")
@@ -57,8 +59,8 @@ class Principal:
         return None if self.role == "admin" else self.tenant
 
 
-Note = Callable[[Principal, str, str, int, str], Awaitable[None]]
-"""Hears of a refused change, or of a read: who, method, route, status, query."""
+Note = Callable[[Principal, str, str, int, str], Awaitable[bool]]
+"""Hears of a refused change, or of a read: who, method, route, status, query. Whether that is recorded."""
 
 
 def allowed(role: str, method: str, path: str) -> bool:
@@ -100,7 +102,10 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _noting(self, scope: Scope, send: Send) -> Send:
-        """`send`, but a change that is refused and a read of records are noted before their caller hears anything."""
+        """`send`, but a change that is refused and a read of records are noted before their caller hears anything.
+
+        A read that cannot be noted shows nothing.
+        """
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD", "OPTIONS"):
             wanted = method != "OPTIONS" and not UNRECORDED_READS.fullmatch(path)
@@ -109,11 +114,18 @@ class Gate:
         else:
             noted, query = range(400, 600), ""  # a change that is done is recorded by who does it
 
+        withheld = False
+
         async def noting(message: Message) -> None:
+            nonlocal withheld
             if message["type"] == "http.response.start" and message["status"] in noted:
                 who = scope.get("state", {}).get("principal") or self._principal(scope, Headers(scope["headers"]))
-                await self._note(who, method, _noted(path), message["status"], _noted(query))
-            await send(message)
+                entered = await self._note(who, method, _noted(path), message["status"], _noted(query))
+                if not entered and message["status"] < 400:
+                    withheld = True
+                    await answer(unrecorded())(scope, _nothing, send)
+            if not withheld:
+                await send(message)
 
         return noting
 
@@ -229,6 +241,10 @@ def _noted(text: str) -> str:
 
 def _is_admin(path: str) -> bool:
     return path == "/admin" or path.startswith("/admin/")
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def _too_large() -> Problem:

@@ -19,6 +19,7 @@ from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
+from corral.store.content import Hashes
 from corral.store.database import Database
 from corral.store.valkey import Valkey
 
@@ -49,6 +50,7 @@ class Control:
     ledger: Ledger
     spent: Spent
     leading: Leading
+    hashes: Hashes
     alerts: Alerts
 
 

@@ -38,6 +38,15 @@ def answer(problem: Problem) -> JSONResponse:
     )
 
 
+def unrecorded() -> Problem:
+    """What is answered to a call that cannot be entered in the audit trail."""
+    why = "the database takes no records now (its disk may be full), and nothing is done or shown that is not recorded"
+    return Problem(503, "database_unavailable", why)
+
+
+_AWAY = Problem(503, "database_unavailable", "the database does not answer now")
+
+
 def install(app: FastAPI) -> None:
     """Make every error of `app` look alike."""
 
@@ -57,7 +66,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(SQLAlchemyError)
     async def database(request: Request, error: SQLAlchemyError) -> JSONResponse:
         log.error("the database failed: %s", str(getattr(error, "orig", None) or error).splitlines()[0])
-        return answer(Problem(503, "database_unavailable", "the database does not take this now"))
+        return answer(unrecorded() if request.method not in ("GET", "HEAD") else _AWAY)
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:

@@ -29,6 +29,10 @@ class HaproxyError(Exception):
     """HAProxy does not take a configuration or does not answer; says why."""
 
 
+class HaproxyUnwritten(HaproxyError):
+    """Its configuration cannot be written: the disk is full or gone."""
+
+
 class HaproxyReloader:
     """Keeps a running HAProxy to a list of nodes; without a `master_socket` it does nothing.
 
@@ -79,6 +83,8 @@ class HaproxyReloader:
             _write(draft, text)
             await _check(draft)
             draft.replace(self._config)
+        except OSError as error:
+            raise HaproxyUnwritten(f"{self._config.name} cannot be written: {error.strerror}") from None
         finally:
             draft.unlink(missing_ok=True)
         self._unloaded = True

@@ -84,6 +84,7 @@ class NewKey(BaseModel):
     expires: Annotated[float, BeforeValidator(_moment, json_schema_input_type=str | float)] | None = Field(
         None, description="Seconds from now, a duration such as 30d, or an ISO 8601 time; null: never."
     )
+    content: bool = Field(False, description="Its prompts and answers are kept, with `audit.content: full`.")
     tenant: Text | None = Field(None, description="That of the key that makes it, by default; made where it is new.")
 
 
@@ -184,6 +185,7 @@ def _view(row: Row[Any], ends: float | None) -> dict[str, Any]:
     revoked = shown.pop("revoked")
     rotating = ends if ends is not None and ends > time.time() else None
     shown["networks"] = shown["networks"] or []
+    shown["content"] = bool(shown["content"])
     return {**shown, "revoked": revoked is not None, "revoked_at": revoked, "rotating_until": rotating}
 
 

@@ -21,7 +21,7 @@ from corral.config.record import AuditSettings
 from corral.store import recovery
 from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
 from corral.store.database import Database
-from corral.store.retention import drop, due
+from corral.store.retention import drop, drop_content, due
 from corral.store.tables import audit, audit_checkpoints, audit_streams
 
 ROUND = 5.0
@@ -67,9 +67,10 @@ class Ledger:
                 signed = time.monotonic()
                 await self._try("there is no new checkpoint", self.sign)
                 await self._try("checkpoints wait for the webhook", self._deliver)
-            if time.monotonic() - swept >= min(SWEEP, self._settings.retention):
+            if time.monotonic() - swept >= min(SWEEP, self._settings.retention, self._settings.content_retention):
                 swept = time.monotonic()
                 await self._try("old audit rows stay for now", self.forget)
+                await self._try("old prompts and answers stay for now", self.forget_content)
             await asyncio.sleep(min(ROUND, self._settings.checkpoint))
 
     async def _try(self, trouble: str, work: object) -> None:
@@ -104,6 +105,14 @@ class Ledger:
         count = 1
         while count:
             count = await self._database.write(drop, until)
+            await asyncio.sleep(BREATH)
+
+    async def forget_content(self) -> None:
+        """Delete prompts and answers older than their retention, or than that of records."""
+        until = time.time() - min(self._settings.content_retention, self._settings.retention)
+        count = 1
+        while count:
+            count = await self._database.write(drop_content, until)
             await asyncio.sleep(BREATH)
 
     def _sign(self, connection: Connection, dropped: dict[str, int] | None) -> Signed | None:

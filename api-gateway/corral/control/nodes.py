@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.settings import NodeSettings
 from corral.config.values import BaseUrl, Name, Size, Whole
@@ -18,7 +19,7 @@ from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
-from corral.control.haproxy import HaproxyError
+from corral.control.haproxy import HaproxyError, HaproxyUnwritten
 from corral.control.prober import Member
 from corral.store.database import insert
 from corral.store.tables import nodes
@@ -69,7 +70,7 @@ async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, 
                 raise Problem(409, "conflict", f"url: {member.name} is at {wanted.url} already")
         await _serve(control, [*_pairs(control), (name, wanted.url)])
         row = {**wanted.model_dump(exclude={"preload"}), "name": name, "source": "api"}
-        await control.database.write(_enter, caller, row)
+        await _recorded(control, _enter, caller, row)
         member = Member(**row)
         await control.fleet.add(member, control.preloader.begin if wanted.preload else lambda _: None)
     return member.describe()
@@ -87,10 +88,10 @@ async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRA
             if control.fleet.members.get(name) is not member:
                 raise Problem(404, "not_found", f"there is no node {name!r}")
             await _serve(control, [pair for pair in _pairs(control) if pair[0] != name])
-            await control.database.write(_leave, caller, member.describe())
+            await _recorded(control, _leave, caller, member.describe())
             await control.fleet.remove(name)
             control.preloader.forget(member)
-    except Problem:
+    except (Problem, SQLAlchemyError):
         if control.fleet.members.get(name) is member and not was_draining:
             await _set_draining(control, caller, name, False, None)
         raise
@@ -181,7 +182,20 @@ async def _serve(control: Control, pairs: Sequence[tuple[str, str]]) -> None:
     try:
         await control.haproxy.apply(pairs, resting=_resting(control))
     except HaproxyError as error:
-        raise Problem(502, "haproxy_failed", f"nothing was changed: {error}") from None
+        full = isinstance(error, HaproxyUnwritten)
+        raise Problem(503 if full else 502, "haproxy_failed", f"nothing was changed: {error}") from None
+
+
+async def _recorded(control: Control, write: Callable[..., None], *args: Any) -> None:
+    """Enter what HAProxy was told already; where that cannot be recorded, HAProxy is told that it is not so."""
+    try:
+        await control.database.write(write, *args)
+    except SQLAlchemyError:
+        try:
+            await control.haproxy.apply(_pairs(control), keep=True, resting=_resting(control))
+        except HaproxyError as error:
+            log.error("HAProxy has nodes that the fleet has not, until it is told again: %s", error)
+        raise
 
 
 # -- in the database

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import time
+from base64 import b64encode
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, select
 
-from corral.control.audit import moment
-from corral.control.auth import Caller
+from corral.control.audit import moment, record
+from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
 from corral.control.ledger import whole_lines
 from corral.store import seal, usage
 from corral.store.chain import FIELDS
+from corral.store.content import Hashes
+from corral.store.tables import audit, audit_content
 from corral.store.verify import PAGE
 
 MONTH = 30 * 86400.0
+SAME_ID_MAX = 1000
+"""Records of one request id, which is the caller's to choose, that are compared."""
 
 router = APIRouter()
 _encode = msgspec.json.Encoder().encode
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digests = Annotated[list[Digest], Field(min_length=1, max_length=4)] | None
+
+
+class Texts(BaseModel):
+    """Texts, by their SHA-256, and the request that they may be of. Several: one of them is it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")] = Field(
+        description="`X-Request-ID` of its answer, or the record's id."
+    )
+    prompt: Digests = Field(None, description="SHA-256 of the request's body.")
+    answer: Digests = Field(None, description="SHA-256 of the answer's text.")
 
 
 def _json(value: object) -> Response:
@@ -40,6 +63,56 @@ async def chain(control: Here) -> Response:
     }
     found = {"streams": streams, "outside": state.outside, "older": state.older, "fields": FIELDS}
     return _json({**found, "public_key": control.ledger.signer.public})
+
+
+@router.post("/admin/audit/compare", tags=["audit"])
+async def compare(control: Here, caller: Caller, texts: Texts) -> dict[str, Any]:
+    """Whether a text is the prompt or the answer of a request: true, false, or null where its record has no hash of it.
+
+    Each record of that request id is compared. An operator is shown those of its tenant.
+    """
+    if texts.prompt is None and texts.answer is None:
+        raise Problem(400, "bad_request", "give a prompt, an answer, or both")
+    return {"records": await control.database.write(_compare, caller, texts, control.hashes)}
+
+
+def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashes) -> list[dict[str, Any]]:
+    column = audit.c
+    wanted = [(column.id == texts.request) | (column.request_id == texts.request), column.api != "admin"]
+    if who.bound is not None:
+        wanted.append(column.tenant == who.bound)
+    chosen = select(column.id, column.seq, column.ts, column.prompt_hash, column.answer_hash).where(*wanted)
+    rows = connection.execute(chosen.order_by(column.seq.desc()).limit(SAME_ID_MAX)).mappings().all()
+    if not rows:
+        raise Problem(404, "not_found", f"there is no record of a request {texts.request!r}")
+    found = []
+    for row in reversed(rows):
+        one: dict[str, Any] = {name: row[name] for name in ("id", "seq", "ts")}
+        for name, given, keyed in (
+            ("prompt", texts.prompt, hashes.prompt),
+            ("answer", texts.answer, hashes.answer),
+        ):
+            if given is not None:
+                kept = row[f"{name}_hash"]
+                one[name] = None if kept is None else kept in [keyed.of(bytes.fromhex(digest)) for digest in given]
+        found.append(one)
+    # Who may ask this often enough may guess: each question is in the trail, with its answer.
+    shown = [{name: one[name] for name in one if name not in ("seq", "ts")} for one in found[-20:]]
+    record(connection, who, "POST", "/admin/audit/compare", None, {"request": texts.request, "records": shown})
+    return found
+
+
+@router.get("/admin/audit/content", tags=["audit"])
+async def content(
+    control: Here, request: Annotated[str, Query(max_length=128, description="`X-Request-ID`, or a record's id.")]
+) -> dict[str, Any]:
+    """Prompt and answer of a request whose key has them kept: an age file in base64, by record."""
+    named = (audit.c.id == request) | (audit.c.request_id == request)
+    chosen = select(audit_content).join(audit, audit.c.id == audit_content.c.id).where(named).order_by(audit.c.seq)
+    rows = await control.database.read(lambda c: c.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all())
+    if not rows:
+        raise Problem(404, "not_found", f"nothing is kept of a request {request!r}")
+    return {"content": [{"id": row["id"], "ts": row["ts"], "data": b64encode(row["data"]).decode()} for row in rows]}
 
 
 @router.get("/admin/audit/records", tags=["audit"])

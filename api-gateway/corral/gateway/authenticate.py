@@ -23,7 +23,7 @@ PLACES_MAX = 1000
 
 @dataclass(slots=True, eq=False)
 class Key:
-    """A key as the gateway uses it. ``expires`` is epoch seconds.
+    """A key as the gateway uses it. ``expires`` is epoch seconds. ``content``: its prompts and answers are kept.
 
     ``density`` is how many tokens its prompts were found to have for each that was guessed (`settle.learn`).
     ``networks`` is None for a key that may be used from anywhere; ``places`` are addresses that were found in them.
@@ -38,6 +38,7 @@ class Key:
     revoked: bool
     batch: bool
     budget: Budget
+    content: bool = False
     density: float = 1.0
     places: set[str] = field(default_factory=set)
 
@@ -65,6 +66,7 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
         revoked=bool(entry.get("revoked")),
         batch=entry.get("class") == "batch",
         budget=Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant),
+        content=bool(entry.get("content")),
     )
 
 

@@ -164,8 +164,8 @@ class Exchange(State):
         if resume is not None:
             self.decoded = decoded = resume.begin(node)
         else:
-            if decoded.resumable:
-                keep(decoded, self.gateway.snapshot)
+            gateway = self.gateway
+            keep(decoded, gateway.snapshot, gateway.hashes is not None, gateway.content_wanted(self.key))
             self._node_header = node.header
         self.gateway.running.add(self)
         self.ask(node, decoded, now)
@@ -318,6 +318,8 @@ class Exchange(State):
         if self.resumption is not None:
             gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
+        if self._admitted and gateway.content_wanted(self.key):
+            gateway.keep_content(self, record)
         gateway.journal.record(record, self, access=True)
 
     def _send_last(self) -> None:

@@ -54,6 +54,11 @@ class Local:
             return Answer(position=self.ledger.position(wanted.id, wanted.model), slots=self.ledger.slots(wanted.model))
         return Answer(full=True, position=self._length)
 
+    def hold(self, wanted: Wanted, now: float) -> None:
+        """Count what the store has given, until this ledger ends."""
+        if wanted.id not in self.ledger.grants:
+            self.ledger.hold(_request(wanted, self._gateway), wanted.node, now)
+
     def end(self, id: str, now: float) -> None:
         """A request gives its slot back, or its ticket up."""
         if self.drop(id) is None:

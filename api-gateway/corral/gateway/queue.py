@@ -107,6 +107,8 @@ class Queue:
             answer = self._locally(exchange, wanted, now)
         if answer.node:
             self._leave_queue(exchange, wanted)
+            if self.local.active:
+                self.local.hold(wanted, now)
             node = self._gateway.snapshot.pool(exchange.tenant).nodes.get(answer.node)
             if node is None or self._unfit(node, wanted, now):
                 self._bounce(exchange, answer.node, now)

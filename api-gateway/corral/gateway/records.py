@@ -21,8 +21,19 @@ class Progress(msgspec.Struct, tag_field="t", tag="progress"):
     rows: list[tuple[str, str, int, int, int, int, float, float | None, float]]
 
 
+class Content(msgspec.Struct, tag_field="t", tag="content"):
+    """Prompt and answer of a request, encrypted (gateway/content.py). ``ts`` is epoch seconds."""
+
+    of: str
+    ts: float
+    data: str
+
+
 class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
-    """The record that is written before a node hears of the request. ``ts`` is epoch seconds."""
+    """The record that is written before a node hears of the request. ``ts`` is epoch seconds.
+
+    ``prompt_hash``: the keyed hash of the request's body (store/content.py).
+    """
 
     id: str
     request_id: str
@@ -33,12 +44,14 @@ class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
     api: str
     route: str
     model: str
+    prompt_hash: str | None = None
 
 
 class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token.
 
     ``continued``: the nodes that wrote the answer, in order, joined by commas, where one went on with another's.
+    ``answer_hash``: the keyed hash of the text that was sent.
     """
 
     id: str
@@ -64,3 +77,4 @@ class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     ttft_ms: float | None
     ms: float
     continued: str | None = None
+    answer_hash: str | None = None

@@ -28,10 +28,16 @@ CHAT = b"/api/chat"
 log = logging.getLogger(__name__)
 
 
-def keep(decoded: Decoded, snapshot: Snapshot) -> None:
-    """Have what is said kept, where the model can be gone on with."""
-    if decoded.transcript is None and canonical_name(decoded.model) in snapshot.continuable:
-        decoded.transcript = Transcript(decoded.upstream_path == CHAT)
+def keep(decoded: Decoded, snapshot: Snapshot, hashed: bool, most: int) -> None:
+    """Have what is said kept, where the model can be gone on with; `hashed`: and in any stream, hashed.
+
+    `most`: characters of it that are captured for the record.
+    """
+    if decoded.transcript is not None:
+        return
+    kept = decoded.resumable and canonical_name(decoded.model) in snapshot.continuable
+    if kept or (hashed and decoded.responder.stream):
+        decoded.transcript = Transcript(decoded.upstream_path == CHAT, kept, hashed, most)
 
 
 class Resume:
@@ -43,6 +49,10 @@ class Resume:
         self._inner: Responder = first.responder
         self._rendering: Rendering | None = None
         self._resumed: Resumed | None = None
+
+    def said(self) -> str:
+        """All text that went to the caller."""
+        return self._resumed.sent() if self._resumed is not None else self._rest.sent
 
     def again(self) -> None:
         """The node that went on has failed too: what it added is sent, and counts."""

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from corral.config.settings import Settings
 from corral.gateway import adopt, crashing, settle
-from corral.gateway.authenticate import authenticate
+from corral.gateway.authenticate import Key, authenticate
+from corral.gateway.content import Keeper
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
@@ -23,12 +24,13 @@ from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
 from corral.gateway.queue import Queue
 from corral.gateway.recall import Recall
-from corral.gateway.records import Begun, Progress
+from corral.gateway.records import Begun, Content, Progress, Settled
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
 from corral.store import keeper, keys, leases
+from corral.store.content import Hashes
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey, encode
 from corral.wire.common import Caps, Decoded
@@ -60,6 +62,8 @@ class Gateway:
         nodes = urlsplit(gateway.nodes_url)
         self.nodes_address = (nodes.hostname or "127.0.0.1", nodes.port or 80)
         self.pepper = keys.read_pepper(settings.auth.pepper_file)
+        self.keeper = Keeper(settings.audit) if settings.audit.content == "full" else None
+        self.hashes = Hashes(self.pepper) if settings.audit.content != "none" else None
         token = settings.auth.internal_token_file.read_text().strip()
         spool, cache = gateway.spool / self.name, gateway.cache / self.name
         caps = Caps(**gateway.request.model_dump())
@@ -174,6 +178,21 @@ class Gateway:
 
     def _gateways(self) -> int:
         return self.limits.gateways
+
+    def content_wanted(self, key: Key | None) -> int:
+        """Most bytes that are kept of a key's prompts and answers; 0 where nothing is."""
+        keeper = self.keeper
+        return keeper.most if keeper is not None and key is not None and key.content else 0
+
+    def keep_content(self, exchange: Exchange, record: Settled) -> None:
+        """Keep prompt and answer of a request whose key has them kept; where that fails, the request does not."""
+        assert self.keeper is not None
+        try:
+            data = self.keeper.keep(exchange.body, settle.said(exchange, record.outcome))
+        except Exception:
+            log.exception("%s: prompt and answer are not kept", exchange.request_id)
+            return
+        self.journal.record(Content(record.id, record.ts, data), NOBODY)
 
     # -- for its life (corral.gateway.life)
 

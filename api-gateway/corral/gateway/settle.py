@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from corral.gateway.records import Admitted, Settled
@@ -33,6 +34,7 @@ def continued(outcome: str) -> str:
 
 def admitted(exchange: Exchange) -> Admitted:
     """The first record of a request."""
+    hashes = exchange.gateway.hashes
     return Admitted(
         exchange.record_id,
         exchange.request_id,
@@ -43,7 +45,35 @@ def admitted(exchange: Exchange) -> Admitted:
         exchange.api,
         exchange.path,
         exchange.model,
+        None if hashes is None else hashes.prompt.of(sha256(exchange.body).digest()),
     )
+
+
+def answer_hash(exchange: Exchange, outcome: str) -> str | None:
+    """The keyed hash of the text that went to the caller, however far it came; None where there was none of it."""
+    hashes, decoded = exchange.gateway.hashes, exchange.decoded
+    if hashes is None or decoded is None or not exchange.first_token:
+        return None
+    if exchange.resumption is not None:
+        said: str | None = exchange.resumption.said()
+    elif decoded.transcript is not None:
+        digest = decoded.transcript.digest()
+        return hashes.answer.of(digest) if digest is not None else None
+    else:
+        said = decoded.responder.said() if outcome == "ok" else None
+    return hashes.answer.of(sha256(said.encode()).digest()) if said is not None else None
+
+
+def said(exchange: Exchange, outcome: str) -> str:
+    """The text that went to the caller, where it is to be kept."""
+    decoded = exchange.decoded
+    if exchange.resumption is not None:
+        return exchange.resumption.said()
+    if decoded is None or not exchange.first_token:
+        return ""
+    if decoded.transcript is not None:
+        return decoded.transcript.captured()
+    return (decoded.responder.said() or "") if outcome == "ok" else ""
 
 
 def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
@@ -123,4 +153,5 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
         int((first - arrived) * 1e6) / 1e3 if first else None,
         int((now - arrived) * 1e6) / 1e3,
         exchange.resumption.nodes if exchange.resumption is not None else None,
+        answer_hash(exchange, outcome),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,14 +15,14 @@ from corral.store.clean import CLEAN
 from corral.store.database import insert
 from corral.store.seal import seal
 from corral.store.spool import SpoolCorrupt, decode_frames
-from corral.store.tables import audit, keys, spool_watermarks
+from corral.store.tables import audit, audit_content, keys, spool_watermarks
 
 log = logging.getLogger(__name__)
 
-ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model")
+ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model", "prompt_hash")
 SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
-    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued"),
+    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued", "answer_hash"),
 )
 LOOK_UP = 1000
 """Rows that are asked for by their ids at once."""
@@ -84,6 +85,9 @@ def _store(
         if kind == "begin":
             progress.begun(connection, gateway)
             continue
+        if kind == "content":
+            _keep(connection, record)
+            continue
         if kind == "progress":
             moved.update(progress.read(record))
             continue
@@ -96,8 +100,10 @@ def _store(
             settles.setdefault(row["id"], row)
     _own(connection, [*admits.values(), *settles.values()])
     read = list(admits.values())
-    for known in settles:
-        admits.pop(known, None)  # its settle record says all that it says
+    for known, row in settles.items():
+        admitted = admits.pop(known, None)  # its settle record says all that it says, but for the prompt
+        if admitted is not None:
+            row["prompt_hash"] = admitted["prompt_hash"]
     if admits:
         # Who was asked last has the request: the edge replays one to another gateway, under the same id.
         statement = insert(connection, audit)
@@ -110,6 +116,17 @@ def _store(
     done = complete(connection, gateway, list(settles.values()))
     _note_use(connection, [*admits.values(), *settles.values()])
     return read, done
+
+
+def _keep(connection: Connection, record: Mapping[str, Any]) -> None:
+    request, ts, data = CLEAN["id"](record.get("of")), CLEAN["ts"](record.get("ts")), record.get("data")
+    try:
+        sealed = b64decode(data, validate=True) if isinstance(data, str) else b""
+    except ValueError:
+        sealed = b""
+    if request and ts is not None and sealed:
+        row = {"id": request, "ts": ts, "data": sealed}
+        connection.execute(insert(connection, audit_content).values(row).on_conflict_do_nothing())
 
 
 def _own(connection: Connection, rows: list[dict[str, Any]]) -> None:

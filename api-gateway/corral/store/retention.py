@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, delete, func, select
 
 from corral.store.chain import read_checkpoint
-from corral.store.tables import audit, audit_checkpoints, audit_streams
+from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
 
 BATCH = 5000
 PAGE = 100
@@ -30,6 +30,13 @@ def due(connection: Connection, until: float) -> dict[str, int]:
                     found.setdefault(span.stream, span.last)
         below -= PAGE
     return {stream: last for stream, last in found.items() if last > known[stream]}
+
+
+def drop_content(connection: Connection, until: float) -> int:
+    """Delete a batch of prompts and answers older than `until` (epoch seconds); how many."""
+    column = audit_content.c
+    old = select(column.id).where(column.ts < until).order_by(column.ts).limit(BATCH)
+    return connection.execute(delete(audit_content).where(column.id.in_(old))).rowcount
 
 
 def drop(connection: Connection, until: float) -> int:

@@ -46,7 +46,7 @@ tenants = Table(
     Column("monthly_tokens", BigInteger),
 )
 
-# `networks`: CIDRs that it may be used from, null for anywhere.
+# `networks`: CIDRs that it may be used from, null for anywhere. `content`: its prompts and answers are kept.
 keys = Table(
     "keys",
     metadata,
@@ -62,6 +62,7 @@ keys = Table(
     Column("daily_tokens", BigInteger),
     Column("monthly_tokens", BigInteger),
     Column("class", String(16), nullable=False),
+    Column("content", Boolean),
     Column("created", Double, nullable=False),
     Column("expires", Double),
     Column("revoked", Double),
@@ -141,6 +142,8 @@ audit = Table(
     Column("tokens", BigInteger),
     Column("estimated", Boolean),
     Column("continued", Text),
+    Column("prompt_hash", Text),
+    Column("answer_hash", Text),
     Column("queue_ms", Double),
     Column("ttft_ms", Double),
     Column("ms", Double),
@@ -154,6 +157,16 @@ audit = Table(
     Index(None, "tenant", "seq"),
     Index(None, "model", "seq"),
     sqlite_autoincrement=True,
+)
+
+# Prompts and answers of keys that they are kept for, by their record's id, encrypted for who may read them.
+audit_content = Table(
+    "audit_content",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("ts", Double, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Index(None, "ts"),
 )
 
 # How far each spool segment is in the database; moves in the transaction that inserts its rows.

@@ -163,6 +163,9 @@ class Whole(Responder):
                 self.prompt_tokens, self.tokens = count(line.prompt_eval_count), count(line.eval_count)
         return b""
 
+    def said(self) -> str | None:
+        return "".join(self._text)
+
     def value(self) -> dict[str, Any]:
         """The one object that Ollama would have sent."""
         whole = decode_line(self.last)

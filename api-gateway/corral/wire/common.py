@@ -73,6 +73,10 @@ class Responder:
         """After the node's orderly end: the tail of a stream, or the whole JSON body."""
         raise NotImplementedError
 
+    def said(self) -> str | None:
+        """The text of an answer that is put together here; None of any other."""
+        return None
+
     def resume(self) -> None:
         """Forget a line that was cut and the error that cut it: another node goes on with the next line."""
         self.error = None
@@ -98,7 +102,7 @@ class Decoded:
     resumable: bool = False
     """A stream of nothing but text, as far as the request says: another node could go on with it."""
     transcript: Transcript | None = None
-    """What was said, kept where the fleet could go on with it."""
+    """What is said: kept where the fleet could go on with it, hashed where the record wants that."""
 
     def without_thinking(self, refusal: str) -> bool:
         """Give up thinking, once, where a node refused it; whether the request is to be sent again."""

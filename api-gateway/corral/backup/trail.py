@@ -1,0 +1,51 @@
+"""What backup commands do, in the audit trail of the installation: they go past control, straight to its database."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from corral.backup.place import Place, open_database, sqlite_file
+from corral.store import actions
+from corral.store.database import DatabaseError
+
+METHOD = "RUN"
+"""What stands where a call of the admin API has its method."""
+
+
+def by() -> str:
+    """Who runs the command: user and machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def note(connection: Connection, action: str, told: dict[str, Any]) -> None:
+    """Enter one, in the transaction that does it. `action` is create, restore or drill."""
+    actions.enter(connection, METHOD, f"corral backup {action}", None, {**told, "by": by()})
+
+
+def enter(place: Place, action: str, told: dict[str, Any]) -> str | None:
+    """Enter one in the installation's database, where there is one; why it could not be, or None."""
+    store = place.settings.store
+    file = sqlite_file(store.database, place.root)
+    if file is not None and not file.exists():
+        return None
+    try:
+        database = open_database(store.database, place.root, store.database_password_file)
+    except DatabaseError as error:
+        return str(error)
+    try:
+        database.write_now(note, action, told)
+    except SQLAlchemyError as error:
+        return str(getattr(error, "orig", None) or error).splitlines()[0]
+    finally:
+        database.close()
+    return None

@@ -1,0 +1,47 @@
+"""A gateway that records nothing, to see what the record costs: `benchmarks/request --record`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+UNRECORDED = {
+    "exchange.py": (
+        "        self.gateway.journal.record(settle.admitted(self), self)\n",
+        "        self.gateway.loop.call_soon(self.recorded, True)\n",
+    ),
+    "journal.py": (
+        "        payload = _encode(record)\n",
+        "        self._loop.call_soon(waiter.recorded, True)\n"
+        "        if access:\n"
+        "            self.access.line(_encode(record))\n"
+        "        return\n"
+        "        payload = _encode(record)\n",
+    ),
+}
+"""What of the gateway's sources is otherwise where nothing is recorded; the access log, which is no record, stays."""
+
+
+def unrecorded(folder: Path) -> Path:
+    """The package with a gateway that records nothing, compiled like the other; takes a minute or two."""
+    print("compiling a gateway without the record", file=sys.stderr)
+    package = folder / "unrecorded" / "api-gateway"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "api-gateway" / "corral", package / "corral", ignore=ignored)
+    for name in ("monitoring", "benchmarks", "docs"):
+        (package.parent / name).symlink_to(ROOT / name)
+    for name, (before, after) in UNRECORDED.items():
+        file = package / "corral" / "gateway" / name
+        source = file.read_text()
+        if source.count(before) != 1:
+            raise SystemExit(f"{name} is not what this benchmark knows: bring UNRECORDED up to date")
+        file.write_text(source.replace(before, after))
+    done = subprocess.run(
+        [sys.executable, ROOT / "api-gateway" / "compile.py", package], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"it was not compiled:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return package

@@ -1,0 +1,117 @@
+"""Prompts and answers that are kept for keys that want it, for no other: encrypted, redacted, cut, and for a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
+
+import pyrage
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+from support.control import FakeNode, Running, make_key, recorded
+from support.control import until as wait
+from support.gateway import LINE, Gateway, gateway
+from support.process import until
+
+from corral.cli.main import cli
+from corral.config.record import AuditSettings
+from corral.gateway.content import Keeper, open_content
+from corral.store.spool import encode_frame
+
+ME = pyrage.x25519.Identity.generate()
+FULL = {"content": "full", "content_recipient": str(ME.to_public())}
+SECRET = "Guten Tag! I am ann@example.org, 4111 1111 1111 1111"
+
+
+def kept(gw: Gateway, request_id: str) -> list[dict[str, Any]]:
+    """What the gateway has shipped of a request's text."""
+    of = gw.control.settled(request_id)["id"]
+    found = [note for note in gw.control.notes if note["t"] == "content" and note["of"] == of]
+    return [open_content(b64decode(note["data"]), [ME]) for note in found]
+
+
+def test_it_is_kept_for_the_keys_that_want_it_and_lies_nowhere_in_clear(tmp_path: Path) -> None:
+    with gateway(tmp_path, audit=FULL) as gw:
+        wants = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
+        for stream in (True, False):
+            body = gw.chat(stream=stream, messages=[{"role": "user", "content": SECRET}])
+            (told,) = kept(gw, gw.post(body=body, headers=wants).headers["x-request-id"])
+            assert (told["answer"], told["cut"]) == ("w0 w1 w2 ", [])
+            sent = json.loads(told["prompt"])
+            assert sent["messages"][0]["content"] == "Guten Tag! I am [redacted], [redacted]"
+            assert (sent["model"], sent["stream"]) == ("m", stream)
+        assert kept(gw, gw.post(body=body).headers["x-request-id"]) == [], "another key does not want it"
+        refused = gw.post(body=gw.chat(model="nobody-has-it"), headers=wants)
+        assert kept(gw, refused.headers["x-request-id"]) == []
+        until(lambda: len([n for n in gw.control.notes if n["t"] == "content"]) == 2, "two are kept")
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not [path for path in files if b"Guten Tag" in path.read_bytes()]
+    other = tmp_path / "hash"
+    other.mkdir()
+    with gateway(other, audit={"content": "hash", "content_recipient": FULL["content_recipient"]}) as gw:
+        wants = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
+        assert kept(gw, gw.post(headers=wants).headers["x-request-id"]) == []
+
+
+def test_it_is_cut_after_it_was_redacted() -> None:
+    keeper = Keeper(AuditSettings.model_validate({**FULL, "content_max": 20}))
+    told = open_content(b64decode(keeper.keep(b"0123456789 ann@example.org", "x" * 21 + LINE.decode())), [ME])
+    assert told == {"prompt": "0123456789 [redacted", "answer": "x" * 20, "cut": ["prompt", "answer"]}
+    text = "a crl_abcdefghij_0123456789abcdefghijABCDEFGHIJ0123456789 key"
+    whole = Keeper(AuditSettings.model_validate(FULL))
+    told = open_content(b64decode(whole.keep(b"\xff", text)), [ME])
+    assert (told["prompt"], told["cut"], "0123456789" in told["answer"]) == ("\ufffd", [], False)
+    with pytest.raises(ValueError, match="another identity"):
+        open_content(b64decode(whole.keep(b"", "")), [pyrage.x25519.Identity.generate()])
+
+
+@pytest.mark.parametrize("wrong", [{"content_recipient": None}, {"content_redact": ["("]}, {"content_max": 300 << 10}])
+def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        AuditSettings.model_validate({**FULL, **wrong})
+
+
+def test_control_keeps_it_for_its_time_and_shows_it_to_who_has_the_identity(
+    tmp_path: Path, node: FakeNode, database_url: str
+) -> None:
+    control = Running(
+        tmp_path / "state",
+        nodes=[{"url": node.url}],
+        store={"database": database_url},
+        audit={**FULL, "content_retention": "8s", "checkpoint": "200ms"},
+    )
+    try:
+        key = make_key(control, content=True)
+        assert (key["content"], make_key(control)["content"]) == (True, False)
+        snapshot = {one["id"]: one for one in control.snapshot().json()["keys"]}
+        assert snapshot[key["id"]]["content"] is True
+        data = Keeper(AuditSettings.model_validate(FULL)).keep(b"asked", "said")
+        now, identity = time.time(), tmp_path / "identity"
+        identity.write_text(f"{ME}\n")
+        settle = {"t": "settle", "request_id": "req-1", "ts": now, "key": key["id"], "outcome": "ok"}
+        content = {"t": "content", "ts": now, "data": data}
+        broken = [{**content, "of": 5}, {**content, "of": "r3", "data": "%"}, {**content, "of": "r4", "ts": None}]
+        records = [{**content, "of": "r1"}, {**settle, "id": "r1"}, *broken, {**content, "of": "r1", "data": "AAAA"}]
+        frames = b"".join(encode_frame(one) for one in records)
+        path = "/internal/spool/gateway-1/0000000000000001.seg"
+        assert control.internal.post(path, params={"offset": 0}, content=frames).status_code == 200
+        env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": (control.state / "admin.key").read_text().strip()}
+        shown = CliRunner().invoke(cli, ["audit", "content", "req-1", "--identity", str(identity), "--json"], env=env)
+        assert shown.exit_code == 0, shown.output
+        assert json.loads(shown.stdout) == [{"id": "r1", "prompt": "asked", "answer": "said", "cut": []}]
+        read = [
+            row for row in control.admin.get("/admin/audit").json()["audit"] if row["route"] == "/admin/audit/content"
+        ]
+        assert (len(read), read[0]["after"]) == (1, {"query": "request=req-1"})
+        assert control.admin.get("/admin/audit/content", params={"request": "r3"}).status_code == 404
+        with control.client(make_key(control, role="operator")["key"]) as operator:
+            assert operator.get("/admin/audit/content", params={"request": "req-1"}).status_code == 403
+        gone = lambda: control.admin.get("/admin/audit/content", params={"request": "r1"}).status_code == 404  # noqa: E731
+        wait("it is deleted", gone, 20)
+        assert [row["id"] for row in recorded(control.admin) if row["gw"] == "gateway-1"] == ["r1"], "its record stays"
+    finally:
+        control.close()
