@@ -251,7 +251,7 @@ def test_what_a_model_counts_teaches_the_guess_of_its_keys_next_prompt(
         **dict.fromkeys(names, "x"),
         **{
             "wall": 1.0,
-            "gateway": SimpleNamespace(name="g"),
+            "gateway": SimpleNamespace(name="g", hashes=None),
             "method": b"POST",
             "attempts": 1,
             "body": b"",
