@@ -39,7 +39,7 @@ async def place(gateway: Gateway, node: str, model: str, state: str, generation:
     return await keeper.place(gateway.store, node, model, state, generation, slots, step_of(slots, 0, 0))
 
 
-WORDS = ("n1", "n2", "n3", "n1", "n2", "!n1", "!n2", "~n1", "~n3", HEAD)
+WORDS = ("n1", "n2", "n3", "n1", "n2", "!n1", "!n2", "~n1", "~n3", HEAD, HEAD + "5000000")
 
 operations = st.lists(
     st.one_of(
@@ -353,6 +353,84 @@ def test_what_was_given_while_nobody_heard_is_found_by_looking(store: Server) ->
             made[1].ears.lose()
             made[0].slots.end("r0")
             assert (await asyncio.wait_for(more, 2)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_what_a_gateway_gave_while_it_could_not_tell_is_counted_where_it_runs(store: Server) -> None:
+    """A ticket of the store's had its turn elsewhere than the store would have sent it, and another gateway waits."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2) as made:
+            cut, other = made
+            for node in ("n1", "n2"):
+                await place(other, node, "a", "resident", 1, 1)
+            for id in ("r1", "r2"):
+                assert (await cut.ask(Wanted(id, "a")))[0].node
+            ticket = Wanted("r3", "a")
+            assert (await cut.ask(ticket))[0].position == 1
+            answer, more = await other.ask(Wanted("r4", "a"))
+            assert answer.position == 2
+            cut.store.lose()
+            for id in ("r1", "r2", "r3"):
+                cut.slots.end(id)
+            cut.slots.claim(ticket, "n2")
+            assert (await asyncio.wait_for(more, 5)).node == "n1"
+            await settled(made, {"r3": "g1", "r4": "g2"})
+            assert await request_of(other, "g1", "r3") == [b"g", b"a", b"0", b"n2", b"1", b"0"]
+            # The same of what the store runs late, of a connection that was given up: it is put right by a renewal.
+            late = b"EVAL", SLOTS_OF_R3_ON_N1, b"0", PREFIX
+            await other.store.request(*late)
+            await keeper.renew(cut.slots)
+            assert (await request_of(other, "g1", "r3"))[3] == b"n2"
+
+    asyncio.run(work())
+
+
+SLOTS_OF_R3_ON_N1 = b"""
+local held, used = ARGV[1] .. 'held:g1', ARGV[1] .. 'used:a'
+redis.call('HSET', held, 'r3', 'g a 0 n1 1 0')
+redis.call('HINCRBY', used, 'n1', 1)
+redis.call('HINCRBY', used, 'n2', -1)
+"""
+
+
+async def request_of(gateway: Gateway, of: str, id: str) -> list[bytes]:
+    """What the store has of a request."""
+    text: bytes = await gateway.store.request(b"HGET", PREFIX + b"held:" + of.encode(), id.encode())
+    return text.split(b" ")
+
+
+def test_a_prompt_that_was_read_while_the_store_was_away_holds_up_no_other(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 2) as made:
+            cut, other = made
+            await place(other, "n1", "a", "resident", 1, 4)
+            for number in range(2):  # beside others one long prompt at a time
+                assert (await other.ask(Wanted(f"s{number}", "a")))[0].node == "n1"
+            assert (await cut.ask(Wanted("r1", "a", 1)))[0].node == "n1"
+            answer, more = await other.ask(Wanted("r2", "a", 1))
+            assert answer.position == 1
+            cut.store.lose()
+            cut.slots.read("r1")
+            assert (await asyncio.wait_for(more, 5)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_a_flushed_store_hears_what_a_ticket_avoids(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            await place(one, "n1", "a", "resident", 1, 1)
+            answer, more = await one.ask(Wanted("r1", "a", PICKY, preferred=(NEVER + "n1",)))
+            assert answer.position == 1
+            await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
+            await granting(one)
+            await place(one, "n1", "a", "resident", 2, 1)
+            await keeper.renew(one.slots)
+            assert not more.done()
+            await place(one, "n2", "a", "resident", 2, 1)
+            assert (await asyncio.wait_for(more, 5)).node == "n2"
 
     asyncio.run(work())
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from corral.fleet.slots import FULL, STEP, Place, PlaceState
-from corral.fleet.tickets import EMBED_KIND, HEAD, LATE, LONG_KIND, NEVER, PICKY, SHORT_KIND, Queue, Request, Ticket
+from corral.fleet.tickets import EMBED_KIND, LATE, LONG_KIND, NEVER, PICKY, SHORT_KIND, Queue, Request, Ticket, head
 
 RESIDENT = PlaceState.RESIDENT
 EMBED_SHARE = 4
@@ -126,7 +126,7 @@ class Ledger:
             place = self._find(request, preferred)
             if place is not None:
                 return self._give(request, place, now)
-        if len(queue) >= self.queue_length and HEAD not in preferred:
+        if len(queue) >= self.queue_length and head(preferred) is None:
             return None
         return queue.add(request, preferred, now, self._slots.get(request.model, 0))
 

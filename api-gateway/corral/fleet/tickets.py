@@ -25,7 +25,10 @@ LATE, NEVER = "!", "~"
 """Before the name of a node among those that a request prefers: it is used only where the model is resident on no
 other, or not at all."""
 HEAD = "^"
-"""Among the nodes that a request prefers: if it waits, then at the head. It had its turn, and a node failed it."""
+"""Among the nodes that a request prefers: if it waits, then at the head. It had its turn, and a node failed it. With a
+number behind it: as if it had come so many us ago, for it has waited elsewhere. Neither is turned away."""
+AEON = 1e9
+"""So much earlier than others starts who waits at the head (seconds)."""
 
 
 class Request:
@@ -101,7 +104,11 @@ class Queue:
         if len(self._finish) > 2 * len(self.tickets) + 64:
             self._finish = {key: time for key, time in self._finish.items() if time > now}
         self._finish[request.key] = finish
-        score = 0.0 if HEAD in preferred else start + (BATCH_LATER if request.batch else 0.0)
+        since = head(preferred)
+        if since == "":
+            score = now - AEON
+        else:
+            score = (now - int(since) / 1e6 if since else start) + (BATCH_LATER if request.batch else 0.0)
         ticket = Ticket(request, preferred, score, now)
         self.put(ticket)
         return ticket
@@ -134,6 +141,14 @@ class Queue:
     def oldest(self) -> float | None:
         """When the one that waits longest began to, or None."""
         return min([ticket.since for ticket in self.tickets.values()], default=None)
+
+
+def head(preferred: tuple[str, ...]) -> str | None:
+    """What stands behind `HEAD` among the nodes that a request prefers, or None without it."""
+    for word in preferred:
+        if word[0] == HEAD:
+            return word[1:]
+    return None
 
 
 def start_time(finish: float, now: float, cost: float, weight: float, slots: int) -> tuple[float, float]:

@@ -20,6 +20,8 @@ POLL = 0.5
 PATIENCE_US = 2_000_000
 """How long a store that was flushed waits for gateways that tell nothing before it grants."""
 AT_ONCE = 200
+ROUNDS = 3
+"""How often the store is told what it does not know before it is asked again in the next renewal."""
 GRANTS, EPOCH = PREFIX + b"slots-grant", PREFIX + b"slots-epoch"
 LEADER = PREFIX + b"leader"
 """There is one while somebody says what stands where."""
@@ -57,6 +59,9 @@ async def keep(slots: Slots) -> None:
                 connection = store.connections
                 # Also where nothing is asked: others wait for what this one has to tell.
                 await _rebuild(slots)
+                if slots.told != connection:
+                    # What runs comes before anything is taken back, and given to others.
+                    await _declare(slots, [wanted for wanted in slots.held.values() if wanted.node])
                 if slots.told != connection or monotonic() - renewed >= slots.lease / LEASE * RENEW:
                     await renew(slots)
                     renewed = monotonic()
@@ -102,10 +107,15 @@ async def renew(slots: Slots) -> None:
         ValkeyDown, hiredis.ReplyError: it did not hear all of it.
     """
     slots.flush()
-    known = list(slots.held)
-    arguments = (slots.gateway, b"%d" % (slots.lease * 1e6), *(id.encode() for id in known))
-    missing = [id.decode() for id in await slots.store.request(b"EVALSHA", _LIVE, b"0", *arguments)]
-    await _declare(slots, [slots.held[id] for id in missing if id in slots.held])
+    for _ in range(ROUNDS):
+        arguments = [slots.gateway, b"%d" % (slots.lease * 1e6)]
+        for wanted in slots.held.values():
+            runs = b"%b %d" % (wanted.node.encode(), wanted.reads) if wanted.node else b""
+            arguments += [wanted.id.encode(), runs]
+        missing = [id.decode() for id in await slots.store.request(b"EVALSHA", _LIVE, b"0", *arguments)]
+        if not missing:
+            return
+        await _declare(slots, [slots.held[id] for id in missing if id in slots.held])
 
 
 async def _poll(slots: Slots) -> None:
@@ -143,7 +153,10 @@ async def _declare(slots: Slots, some: list[Wanted]) -> None:
         for wanted in some[first : first + AT_ONCE]:
             if slots.held.get(wanted.id) is not wanted:
                 continue
-            last = (b"1" if wanted.reads else b"0") if wanted.node else wanted.score
+            if wanted.node:
+                last = b"1" if wanted.reads else b"0"
+            else:
+                last = b" ".join((wanted.score, *(word.encode() for word in wanted.preferred)))
             parts += [wanted.id.encode(), wanted.model.encode(), b"%d" % wanted.kind, wanted.node.encode(), last]
         if parts:
             await slots.store.request(b"EVALSHA", _DECLARE, b"0", slots.gateway, *parts)

@@ -220,6 +220,7 @@ class Slots:
         wanted.node = node
         self.held[wanted.id] = wanted
         if self.store.connected:
+            self.flush()  # the ticket that it had is given up first
             reads = b"1" if wanted.reads else b"0"
             parts = (wanted.id.encode(), wanted.model.encode(), b"%d" % wanted.kind, node.encode(), reads)
             self.store.call(encode(b"EVALSHA", _DECLARE, b"0", self.gateway, *parts), _ignore)

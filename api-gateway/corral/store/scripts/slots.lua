@@ -17,12 +17,13 @@
 -- A name has no space: gateways, nodes and ids are made by Corral, and no model's name holds one.
 --
 -- Nodes that a request prefers are given by their names. One with ! before it is used only where the model is resident on
--- no other, one with ~ never; the word ^ has a request that waits wait at the head.
+-- no other, one with ~ never; the word ^ has a request that waits wait at the head, ^N as if it had come N us ago.
 --
 -- A slot that is given to a ticket is told on the channel wake:GATEWAY: "id node generation".
 local FULL, EMBED_SHARE, CANDIDATES, LAST_KIND = 1e12, 4, 16, 5
 local SHORT, LONG, EMBED = { ['0'] = true, ['3'] = true }, { ['1'] = true, ['4'] = true }, { ['2'] = true, ['5'] = true }
 local AHEAD_MAX, BATCH_LATER, LATER, TURNS = 30000000, 60000000, 500000, 100
+local LEASE, AEON = 10000000, 1e15
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 
@@ -153,6 +154,12 @@ local function serve_node(node, first)
   end
 end
 
+-- Where a request has a slot, and whether its prompt is still read: "node 1|0"; "" where it waits.
+local function runs_of(text)
+  local node, reads = string.match(text, '^g %S+ %S+ (%S+) %S+ (%S+)$')
+  return node and node .. ' ' .. reads or ''
+end
+
 -- Take back what a request of a gateway holds, a slot or a ticket. Returns its node and model, if that is a slot.
 local function take_back(gateway, id)
   local text = redis.call('HGET', P .. 'held:' .. gateway, id)
@@ -187,10 +194,13 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
       redis.call('ZREM', queue, member)
       return { 1, node, give(gateway, id, model, kind, node, true) }
     end
+    -- What it avoids changes while it waits.
+    redis.call('HSET', P .. 'held:' .. gateway, id, table.concat({ 't', model, kind, held[4], unpack(preferred) }, ' '))
   end
   local slots = tonumber(redis.call('GET', P .. 'total:' .. model) or 0)
   if not held then
     redis.call('HINCRBY', P .. 'asked', model, 1)
+    redis.call('ZADD', P .. 'live', 'NX', now + LEASE, gateway)
     -- One of its kind that waits may use no slot, else it had one: nor may this.
     if redis.call('EXISTS', queue) == 0 then
       local node = find(model, kind, preferred)
@@ -198,16 +208,20 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
     end
     local waiting = 0
     for other = 0, LAST_KIND do waiting = waiting + redis.call('ZCARD', P .. 'wait:' .. model .. ':' .. other) end
-    local head = false
-    for _, word in ipairs(preferred) do head = head or word == '^' end
-    if waiting >= most and not head then return { 3, waiting } end
+    local since
+    for _, word in ipairs(preferred) do since = since or string.match(word, '^%^(%d*)$') end
+    if waiting >= most and not since then return { 3, waiting } end
     local finish = P .. 'finish:' .. model
     local start = math.max(now, tonumber(redis.call('ZSCORE', finish, key) or 0))
     start = math.min(start, now + AHEAD_MAX)
     redis.call('ZREMRANGEBYSCORE', finish, '-inf', now)
     redis.call('ZADD', finish, math.floor(start + cost / (math.max(weight, 0.01) * math.max(1, slots))), key)
-    if batch then start = start + BATCH_LATER end
-    if head then start = 0 end
+    if since == '' then
+      start = now - AEON
+    else
+      if since then start = now - tonumber(since) end
+      if batch then start = start + BATCH_LATER end
+    end
     local score = string.format('%.0f', start)
     redis.call('ZADD', queue, score, member)
     redis.call('SADD', P .. 'queued', model)
