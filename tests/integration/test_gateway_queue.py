@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_who_leaves_gives_the_ticket_up_and_the_slot_cools_down(
     hold(gw, held)
     runs = httpx.Client(timeout=20)
     with runs.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth) as stream:
-        next(stream.iter_raw())
+        pieces = stream.iter_raw()
+        next(pieces)  # held on to: a response whose reader is let go is closed, and the caller has left
         waits: Future[httpx.Response] = callers.submit(gw.post)
         until(lambda: leader.waiting() == 1, "one waits")
         leaves = socket.create_connection(("127.0.0.1", gw.port))
@@ -206,6 +208,67 @@ def test_without_the_store_a_gateway_goes_on_with_its_share_and_tells_it_later(
     assert [one.result().status_code for one in asked] == [200] * 11
     assert held.most == 8
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held", 10)
+
+
+def test_a_key_that_is_revoked_waits_no_more(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    key = gw.new_key()
+    placed(gw, leader, 1, "node-1")
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    waits = callers.submit(gw.post, headers={"Authorization": f"Bearer {key}"})
+    until(lambda: leader.waiting() == 1, "one waits")
+    gw.revoke_last_key()
+    assert waits.result().status_code == 401 and "revoked" in waits.result().text
+    until(lambda: leader.waiting() == 0, "its ticket is given up")
+    held.release()
+    assert runs.result().status_code == 200 and held.began == 1
+
+
+def test_a_model_that_is_removed_is_waited_for_no_more(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    placed(gw, leader, 1, "node-1")
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    waits = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 1, "one waits")
+    gw.publish(tags=[{"name": "other:latest", "model": "other:latest", "size": 1}])
+    assert waits.result().status_code == 404
+    until(lambda: leader.waiting() == 0, "its ticket is given up")
+    held.release()
+    assert runs.result().status_code == 200
+
+
+def test_who_may_not_use_every_node_passes_nobody(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    """However long it waits: what it avoids is looked at again, and its ticket stays."""
+    counted = f"{MODEL}|node-1"
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    leader.place("node-2", counted, 1)
+    wide, narrow = ({"Authorization": f"Bearer {gw.new_key(tenant=name)}"} for name in ("wide", "narrow"))
+    gw.control.publish(dedicated={"wide": ["node-1", "node-2"], "narrow": ["node-2"]})
+    gw.control.until_known()
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post, headers=wide)
+    until(lambda: held.running == 1, "one runs")
+    first = callers.submit(gw.post, headers=wide)
+    until(lambda: leader.waiting(counted) == 1, "one waits")
+    second = callers.submit(gw.post, headers=narrow)
+    until(lambda: leader.waiting(counted) == 2, "another one")
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > 2.5, "it was looked at several times")
+    held.release()
+    until(lambda: held.began == 2, "the next one runs")
+    held.release()
+    assert first.result(5).status_code == 200 and not second.done()
+    held.release()
+    assert [one.result().status_code for one in (runs, second)] == [200] * 2
+    until(lambda: not leader.used(counted), "nothing is held")
 
 
 def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) -> None:

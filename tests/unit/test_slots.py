@@ -24,7 +24,7 @@ from corral.store import keeper
 from corral.store.budget import ADMIT, EPOCH, GRANTS, PREFIX, RESERVE, Budget, sha
 from corral.store.lua import combined
 from corral.store.slots import Wanted
-from corral.store.valkey import ValkeyDown
+from corral.store.valkey import ValkeyDown, encode
 
 RESIDENT = PlaceState.RESIDENT
 
@@ -401,6 +401,21 @@ async def request_of(gateway: Gateway, of: str, id: str) -> list[bytes]:
     return text.split(b" ")
 
 
+def test_who_has_waited_elsewhere_keeps_its_place_and_is_not_turned_away(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            one.slots.length = b"1"
+            await place(one, "n1", "a", "resident", 1, 1)
+            assert (await one.ask(Wanted("r1", "a")))[0].node == "n1"
+            assert (await one.ask(Wanted("r2", "a")))[0].position == 1
+            assert (await one.ask(Wanted("r3", "a")))[0].full
+            for position, word in enumerate((HEAD, HEAD, HEAD + "9000000"), 1):
+                answer, _ = await one.ask(Wanted(f"r{3 + position}", "a", preferred=(word,)))
+                assert answer.position == position, "before r2, in the order in which they came"
+
+    asyncio.run(work())
+
+
 def test_a_prompt_that_was_read_while_the_store_was_away_holds_up_no_other(store: Server) -> None:
     async def work() -> None:
         async with gateways(store.url, 2) as made:
@@ -431,6 +446,27 @@ def test_a_flushed_store_hears_what_a_ticket_avoids(store: Server) -> None:
             assert not more.done()
             await place(one, "n2", "a", "resident", 2, 1)
             assert (await asyncio.wait_for(more, 5)).node == "n2"
+
+    asyncio.run(work())
+
+
+def test_a_fault_in_taking_one_answer_is_not_the_end_of_others(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            connections = one.store.connections
+
+            def fails(reply: Any) -> None:
+                raise ValueError(reply)
+
+            one.store.call(encode(b"PING"), fails)
+            assert await one.store.request(b"PING") == b"PONG"
+            one.store.call(encode(b"PING"), fails)
+            late = asyncio.create_task(one.store.request(b"PING"))
+            await asyncio.sleep(0)
+            assert one.store.connections == connections
+            one.store.lose()
+            with pytest.raises(ValkeyDown):
+                await late
 
     asyncio.run(work())
 

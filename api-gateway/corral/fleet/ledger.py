@@ -199,6 +199,10 @@ class Ledger:
                 given += self.release(grant.request.id, now)
         return given
 
+    def serve(self, model: str, now: float) -> list[Grant]:
+        """Give what is free of a model: what those who wait avoid may have changed."""
+        return self._serve(model, "", now)
+
     def position(self, id: str, model: str) -> int:
         """See `Queue.position`."""
         queue = self.queues.get(model)
@@ -259,12 +263,12 @@ class Ledger:
         return grant
 
     def _serve(self, model: str, node: str, now: float) -> list[Grant]:
-        """Give what is free to those who wait, in their order. `node` is where something has become free."""
-        queue = self.queues.get(model)
+        """Give what is free to those who wait, in their order. `node` is where something has become free, if any."""
+        queue, free = self.queues.get(model), (node,) if node else ()
         given: list[Grant] = []
         while queue is not None and len(queue):
             for ticket in queue.heads():
-                place = self._find(ticket.request, (*ticket.preferred, node))
+                place = self._find(ticket.request, ticket.preferred + free)
                 if place is not None:
                     queue.remove(ticket.request.id)
                     given.append(self._give(ticket.request, place, now))

@@ -113,11 +113,20 @@ def authenticate(
             if len(verified) >= VERIFIED_MAX:
                 verified.clear()
             verified[bearer] = key
-    if key.revoked:
+    check(key, wall)
+    return key
+
+
+def check(key: Key | None, wall: float) -> None:
+    """See that a key may be used now; None is one that is known no more. `wall` is epoch seconds.
+
+    Raises:
+        ApiError: 401 for one that is revoked or expired.
+    """
+    if key is None or key.revoked:
         raise _unauthorized("the API key was revoked")
     if key.expires is not None and wall >= key.expires:
         raise _unauthorized("the API key has expired")
-    return key
 
 
 def _verify(text: str, known: Mapping[str, Key], pepper: bytes) -> Key:

@@ -65,11 +65,12 @@ class Exchange(State):
         except Exception:
             if self._settled:
                 raise
-            self._broken()
+            self.broken()
 
-    def _broken(self) -> None:
-        # A fault of the gateway's own: the caller is told, and it is recorded like any other.
+    def broken(self) -> None:
+        """End with the fault of the gateway's own that is being handled; it is recorded like any other."""
         log.exception("%s: %s could not be answered", self.request_id, self.path)
+        self._abandon()
         self.give_up(ApiError(500, "internal_error", "the gateway failed at this request"), "upstream_error")
 
     def _health(self) -> None:
@@ -89,12 +90,18 @@ class Exchange(State):
             if not verdict.refused:
                 self.gateway.limits.release(key.budget, self.record_id)
             return
+        try:
+            self._admit(verdict, key)
+        except Exception:
+            self.broken()
+
+    def _admit(self, verdict: Verdict, key: Key) -> None:
+        self._admitted = not verdict.refused
         self._rate_headers = admit.headers(verdict, key.budget)
         if verdict.refused:
             self.refusal = verdict.refused
             self.refuse(admit.refusal(verdict, key.budget))
             return
-        self._admitted = True
         if self.decoded is None:
             self._answer_from_fleet(key)
             return
@@ -116,10 +123,13 @@ class Exchange(State):
             return
         self._recorded = True
         now = monotonic()
-        if self.wanted is not None:
-            self.gateway.queue.go(self, now)
-        else:
-            self.unslotted(now)
+        try:
+            if self.wanted is not None:
+                self.gateway.queue.go(self, now)
+            else:
+                self.unslotted(now)
+        except Exception:
+            self.broken()
 
     def _answer_from_fleet(self, key: Key) -> None:
         try:
@@ -127,9 +137,6 @@ class Exchange(State):
             body = catalogue.answer(self.path, name, self.gateway.snapshot, key)
         except ApiError as error:
             self.refuse(error)
-            return
-        except Exception:
-            self._broken()
             return
         self._finish_whole(200, heads.own(self.request_id, self._rate_headers), body)
 
@@ -142,7 +149,7 @@ class Exchange(State):
             try:
                 self.gateway.queue.go(self, monotonic())
             except Exception:
-                self._broken()
+                self.broken()
 
     def unslotted(self, now: float) -> None:
         """Go to a node without a slot: nothing is generated, or there is no node, which the caller hears."""
@@ -236,6 +243,12 @@ class Exchange(State):
 
     def attempt_failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
         """Step 8. The attempt is over and gave back its place on the node."""
+        try:
+            self._failed(node, failure, cause)
+        except Exception:
+            self.broken()
+
+    def _failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
         gateway = self.gateway
         self._attempt = None
         decoded = self.decoded

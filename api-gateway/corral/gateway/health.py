@@ -87,7 +87,7 @@ class Canary(Handler):
         self._end()
 
     def _end(self) -> None:
-        self._gateway.queue.slots.end(self._slot)
+        self._gateway.queue.end(self._slot)
 
     def close(self) -> None:
         """Ask no more."""

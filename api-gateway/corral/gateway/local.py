@@ -76,6 +76,14 @@ class Local:
             self._slots.paused = bool(self.waiting)
         return one
 
+    def prefer(self, wanted: Wanted, now: float) -> None:
+        """One that waits here is kept from other nodes than before."""
+        queue = self.ledger.queues.get(wanted.model)
+        ticket = queue.tickets.get(wanted.id) if queue is not None else None
+        if ticket is not None:
+            ticket.preferred = wanted.preferred
+            self._serve(self.ledger.serve(wanted.model, now))
+
     def look(self, snapshot: Snapshot, now: float) -> None:
         """See what has become of the nodes that somebody waits for."""
         for one in list(self.waiting.values()):

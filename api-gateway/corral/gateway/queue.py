@@ -7,7 +7,7 @@ slot is given back when the attempt is over, and each further attempt asks anew,
 
 from __future__ import annotations
 
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from corral.fleet.node import Node, NodeState, canonical_name
@@ -25,7 +25,8 @@ from corral.fleet.tickets import (
     estimate,
     wait_bound,
 )
-from corral.gateway import admit
+from corral.gateway import admit, settle
+from corral.gateway.authenticate import check
 from corral.gateway.health import RATE
 from corral.gateway.local import Local
 from corral.gateway.recover import SHUN
@@ -43,15 +44,15 @@ PREFILL_US, DECODE_US = 400, 20_000
 """What a token of a prompt and one of an answer take at a guess (us): it is for the order of those who wait."""
 COST_MAX = 600_000_000
 BOUNCES_MAX = 8
-PICKY_AGAIN = 2.0
-"""After so long a request that avoids nodes asks anew (seconds): what failed may be well again."""
+BYTES_MAX = 256 << 20
+"""Of the bodies of those who wait."""
 LEARN = 0.1
 SECONDS = 4.0
 RETRY_MAX = 60.0
 
 
 class Queue:
-    """Slots and tickets of a gateway. ``waiting`` is who waits, by what it asked for."""
+    """Slots and tickets of a gateway. ``waiting`` is who waits, by what it asked for, ``bytes`` what they have sent."""
 
     def __init__(self, gateway: Gateway, name: str, length: int, wait: float) -> None:
         self._gateway = gateway
@@ -59,7 +60,7 @@ class Queue:
         self.slots = Slots(gateway.store, name, length)
         self.local = Local(self.slots, name, length)
         self.waiting: dict[str, Exchange] = {}
-        self.full = self.overdue = 0
+        self.full = self.overdue = self.bytes = 0
         self._troubled: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
@@ -90,7 +91,8 @@ class Queue:
         id = exchange.record_id
         if not first:
             id = f"{id}~{exchange.asked}"
-            words = (HEAD, *words)
+            turn = exchange.attempts or exchange.bounced
+            words = (HEAD if turn else _since(exchange, monotonic()), *words)
         exchange.asked += 1
         bound = decoded.max_tokens
         answer = 0 if kind % PICKY == EMBED_KIND else self._gateway.answer_tokens if bound is None else bound
@@ -103,6 +105,9 @@ class Queue:
         """Go on with a request as far as its answer lets it: to its node, into the queue, or to a refusal."""
         wanted, answer = exchange.wanted, exchange.answer
         assert wanted is not None
+        if answer is None and self.slots.usable:
+            self.slots.ask(wanted, exchange.slot_heard)  # it could not be, in the call of the limits
+            return
         if answer is None or answer.away:
             answer = self._locally(exchange, wanted, now)
         if answer.node:
@@ -116,9 +121,13 @@ class Queue:
                 exchange.begin(node, now)
         elif answer.full:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
-        elif not exchange.waiting:
+        elif exchange.waiting:
+            return
+        elif self.bytes + len(exchange.body) > BYTES_MAX:
+            exchange.give_up(self.refused(exchange, answer), "overloaded")
+        else:
             exchange.waiting = True
-            exchange.asked_at = now
+            self.bytes += len(exchange.body)
             self.waiting[wanted.id] = exchange
             self._gateway.running.add(exchange)
             if not exchange.wait_until:
@@ -145,9 +154,15 @@ class Queue:
         exchange.wanted = exchange.answer = None
         self._leave_queue(exchange, wanted)
         if cool > 0.0 and wanted.node:
-            self._gateway.loop.call_later(cool, self._end, wanted.id)
+            self._gateway.loop.call_later(cool, self.end, wanted.id)
         else:
-            self._end(wanted.id)
+            self.end(wanted.id)
+
+    def end(self, id: str) -> None:
+        """Give back what was asked for under an id."""
+        self.slots.end(id)
+        if self.local.active:
+            self.local.end(id, monotonic())
 
     def cooling(self, exchange: Exchange) -> float:
         """For how long a slot stays taken whose request is aborted now (seconds)."""
@@ -202,31 +217,60 @@ class Queue:
         if slots.counts:
             if local.active:
                 for one in local.end_all():
+                    self._move(one.wanted, now)
                     slots.ask(one.wanted, one.heard)
         else:
             for id in list(slots.waiting):
                 exchange = self.waiting.get(id)
                 if exchange is not None and exchange.wanted is not None:
                     slots.end(id)
-                    exchange.answer = None
-                    self.go(exchange, now)
+                    self._move(exchange.wanted, now)
+                    exchange.slot_heard(Answer(away=True))
         if local.active:
             local.look(self._gateway.snapshot, now)
+        wall = time()
         for exchange in list(self.waiting.values()):
-            wanted = exchange.wanted
-            if wanted is not None and wanted.kind >= PICKY and now - exchange.asked_at >= PICKY_AGAIN:
-                self.again(exchange, now)
+            try:
+                self._look_after(exchange, now, wall)
+            except Exception:
+                exchange.broken()
 
     # -- within
 
-    def _end(self, id: str) -> None:
-        self.slots.end(id)
-        if self.local.active:
-            self.local.end(id, monotonic())
+    def _look_after(self, exchange: Exchange, now: float, wall: float) -> None:
+        """See whether one that waits may still have what it waits for, and what it is kept from by now."""
+        wanted = exchange.wanted
+        if wanted is None:
+            return
+        snapshot = self._gateway.snapshot
+        pool, name = snapshot.pool(exchange.tenant), canonical_name(exchange.model)
+        try:
+            check(snapshot.keys.get(exchange.key_id), wall)
+        except ApiError as error:
+            exchange.give_up(error, settle.outcome_of(error.status))
+            return
+        if name not in pool.held:
+            self.leave(exchange)
+            exchange.unslotted(now)
+        elif counted(name, pool.group) != wanted.model:
+            self.again(exchange, now)
+        elif wanted.kind >= PICKY:
+            heads = tuple([word for word in wanted.preferred if word[0] == HEAD])
+            words = heads + pool.others + self._avoid(exchange, pool, name)
+            if words != wanted.preferred:
+                wanted.preferred = words  # the store hears it when it is asked again
+                self.local.prefer(wanted, now)
+
+    def _move(self, wanted: Wanted, now: float) -> None:
+        """Have one that waits, and moves to the other queue, keep its place by how long it has waited."""
+        words, exchange = wanted.preferred, self.waiting.get(wanted.id)
+        if HEAD not in words and exchange is not None:
+            wanted.preferred = (_since(exchange, now), *[word for word in words if word[0] != HEAD])
 
     def _leave_queue(self, exchange: Exchange, wanted: Wanted) -> None:
         if exchange.waiting:
             exchange.waiting = False
+            self.bytes -= len(exchange.body)
             self.waiting.pop(wanted.id, None)
 
     def _locally(self, exchange: Exchange, wanted: Wanted, now: float) -> Answer:
@@ -291,3 +335,8 @@ class Queue:
     def _overloaded(self, message: str, seconds: float) -> ApiError:
         retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))
         return ApiError(503, "overloaded", f"{message}; retry in {retry} s", retry_after=retry)
+
+
+def _since(exchange: Exchange, now: float) -> str:
+    """The word for one that has waited already."""
+    return f"{HEAD}{max(0, int((now - (exchange.queued_at or now)) * 1e6))}"

@@ -50,7 +50,6 @@ class State(Waiter):
     answer: Answer | None = None
     asked = 0
     waiting = False
-    asked_at = 0.0
     queued_at = 0.0
     wait_until = 0.0
     queue_ms = 0.0

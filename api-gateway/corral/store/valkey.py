@@ -8,7 +8,7 @@ as the loss of the store: all open calls fail at once, and the connection is mad
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from time import monotonic
@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 from corral.store import link
 
 TIMEOUT = 0.05
+
+log = logging.getLogger(__name__)
 
 Callback = Callable[[Any], None]
 
@@ -169,9 +171,9 @@ class Valkey:
         while (reply := reader.gets()) is not False:
             if pending:
                 self._answered += 1
-                pending.popleft()(reply)
+                _hand_over(pending.popleft(), reply)
             elif self.on_message is not None:
-                self.on_message(reply)  # a channel's message: this connection subscribes and does nothing else
+                _hand_over(self.on_message, reply)  # a channel's: this connection subscribes and does nothing else
             else:
                 self.reset()
                 return
@@ -190,8 +192,14 @@ class Valkey:
         self._called = self._answered = 0
         pending, self._pending = self._pending, deque()
         for callback in pending:
-            with contextlib.suppress(asyncio.InvalidStateError):
-                callback(ValkeyDown("the store did not answer in time"))
+            _hand_over(callback, ValkeyDown("the store did not answer in time"))
+
+
+def _hand_over(callback: Callback, reply: Any) -> None:
+    try:
+        callback(reply)
+    except Exception:  # one request's fault is not the end of the others that wait for the store
+        log.exception("an answer of the store was not taken")
 
 
 class Connection:
