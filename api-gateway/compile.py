@@ -15,6 +15,7 @@ from pathlib import Path
 
 MODULES = (
     "fleet/choose.py",
+    "fleet/dispatch.py",
     "fleet/node.py",
     "fleet/pools.py",
     "fleet/slots.py",

@@ -271,6 +271,30 @@ def test_who_may_not_use_every_node_passes_nobody(gw: Gateway, leader: Leader, c
     until(lambda: not leader.used(counted), "nothing is held")
 
 
+def test_a_conversation_goes_on_where_it_was(gw: Gateway, leader: Leader) -> None:
+    """Whatever is least busy by name or number: the node has read all but the last turn."""
+    leader.place("node-1", MODEL, 4)
+    leader.place("node-2", MODEL, 4)
+    led(gw, leader)
+    long = "x" * 2000
+
+    def say(*texts: str) -> str:
+        said = [{"role": "user", "content": text} for text in texts]
+        answer = httpx.post(gw.url + "/api/chat", json={"model": "m", "messages": said}, headers=gw.auth, timeout=20)
+        assert answer.status_code == 200
+        until(lambda: not leader.used(), "nothing runs")
+        return answer.headers["X-Corral-Node"]
+
+    first = say("a" + long)
+    leader.place(first, MODEL, 4, "draining")
+    second = say("b" + long)
+    assert second != first
+    leader.place(first, MODEL, 4)
+    for turns in range(3):
+        assert say("b" + long, *["more"] * turns) == second
+        assert say("a" + long, *["more"] * turns) == first
+
+
 def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) -> None:
     leader.place("node-1", MODEL, 1, "absent")
     leader.leaves()

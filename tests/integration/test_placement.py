@@ -21,6 +21,7 @@ from corral.control.prober import Fleet, Member
 from corral.fleet.slots import PlaceState
 from corral.store import keeper
 from corral.store.demand import generation
+from corral.store.lua import PREFIX
 from corral.store.slots import Wanted
 from corral.store.valkey import Valkey
 
@@ -103,6 +104,34 @@ async def served(gateway: Gateway, fleet: Fleet, name: str, model: str) -> str:
         await asyncio.sleep(0.05)
     gateway.slots.end(name)
     return answer.node
+
+
+def test_the_faster_node_gets_more(store: Server) -> None:
+    """Both have the model; one makes four times as many tokens a second, as streams show."""
+
+    async def work() -> None:
+        async with gateways(store.url, 1) as (gateway,), httpx.AsyncClient() as client:
+            fleet = Fleet()
+            for name in ("n0", "n1"):
+                fleet.members[name] = member = Member(name, "http://127.0.0.1:9", slots=8)
+                member.up, member.tags, member.ps = True, [{"name": "a:latest"}], [{"name": "a:latest"}]
+            node = lambda member: Ollama(client, member.url)  # noqa: E731
+            placement = Placement(gateway.store, node, lambda model: {}, term=1, speeds=fleet.speeds)
+            await placement.tick(fleet.members.values(), time.monotonic())
+            before = await gateway.store.request(b"HGETALL", PREFIX + b"places:a:latest")
+            for name, speed in (("n0", 20), ("n1", 80)):
+                fleet.speeds.note(name, "a:latest", speed, 1.0)
+            await placement.tick(fleet.members.values(), time.monotonic())
+            assert await gateway.store.request(b"HGETALL", PREFIX + b"places:a:latest") != before
+            given = [(await gateway.ask(Wanted(f"r{number}", "a:latest")))[0].node for number in range(10)]
+            assert given.count("n1") == 8 and given.count("n0") == 2
+            # And nothing is told again while nothing changes.
+            after = await gateway.store.request(b"HGETALL", PREFIX + b"places:a:latest")
+            fleet.speeds.note("n1", "a:latest", 90, 1.0)
+            await placement.tick(fleet.members.values(), time.monotonic())
+            assert await gateway.store.request(b"HGETALL", PREFIX + b"places:a:latest") == after
+
+    asyncio.run(work())
 
 
 def test_models_come_and_go_with_who_waits_for_them(nodes: list[Server], store: Server) -> None:

@@ -20,6 +20,7 @@ from corral.control.measured import Measured, Residence
 from corral.control.prober import Member
 from corral.control.snapshot import Gateway
 from corral.control.usage import Usage
+from corral.fleet.dispatch import Speeds
 from corral.store.ingest import Taken
 from corral.store.spool import SpoolReader, SpoolWriter, opened
 from corral.wire.options import ModelPolicy
@@ -323,6 +324,7 @@ class Tenants:
 class Members:
     def __init__(self, *members: Member) -> None:
         self.members = {member.name: member for member in members}
+        self.speeds = Speeds()
 
 
 def row(**fields: Any) -> dict[str, Any]:
@@ -332,13 +334,15 @@ def row(**fields: Any) -> dict[str, Any]:
 
 def test_usage_of_known_keys_alone() -> None:
     usage, member = Usage(), Member("a", "http://a:1")
+    fleet = Members(member)
     member.measured.held(["m:latest"])
     rows = [row(), row(outcome="limited", tokens=0, prompt_tokens=None, node=""), row(key="invented"), row(key=None)]
-    usage.ingested(Taken(0, [row()], rows), Tenants(), Members(member))  # type: ignore[arg-type]
+    usage.ingested(Taken(0, [row()], rows), Tenants(), fleet)  # type: ignore[arg-type]
     assert dict(usage.records) == {"admit": 1, "settle": 4}
     assert dict(usage.requests) == {("known", "t"): 2} and dict(usage.limited) == {("known", "t"): 1}
     assert usage.tokens["known", "t", "generated"] == 21 and usage.tokens["known", "t", "prompt"] == 7
     assert member.measured.rates == {"m:latest": pytest.approx(20.0)}
+    assert fleet.speeds.of("a", "m:latest") == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize(

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from corral.fleet.dispatch import BLOCK, CHAIN_MAX, Affinity, Speeds, batches, chain
+from corral.fleet.dispatch import BLOCK, CHAIN_MAX, LEAST, Affinity, Speeds, batches, chain, messages
+from corral.wire.common import encode
+
+
+def turns(*texts: str) -> list[int]:
+    """A conversation's beginnings, as a node is sent it."""
+    said = [{"role": "user", "content": text} for text in texts]
+    body = encode({"model": "m", "messages": said, "options": {"num_predict": len(texts)}})
+    return chain("t", "m", messages(body), 0)
 
 
 def test_the_next_turn_of_a_conversation_prefers_the_node_of_the_last() -> None:
     affinity = Affinity()
-    first = ["You are a horse.", "Hello"]
-    affinity.note(chain("t", "m", first), "n1")
-    affinity.note(chain("t", "m", ["You are a horse.", "Other"]), "n2")
-    assert affinity.preferred(chain("t", "m", [*first, "Hi!", "And now?"])) == ("n1", "n2")
-    assert affinity.preferred(chain("t", "m", ["You are a horse.", "New"])) == ("n2",), "the same tenant's beginning"
+    first = ['You are a "horse" [{"role": "x"}].', "Hello"]
+    affinity.note(turns(*first), "n1")
+    affinity.note(turns(first[0], "Other"), "n2")
+    assert affinity.preferred(turns(*first, "Hi!", "And now?")) == ("n1", "n2")
+    assert affinity.preferred(turns(first[0], "New")) == ("n2",), "the same tenant's beginning"
+    assert affinity.preferred(turns("Something", "else")) == ()
 
 
 def test_no_preference_tells_of_another_tenant_or_model() -> None:
     affinity = Affinity()
-    affinity.note(chain("t", "m", ["secret"]), "n1")
-    assert affinity.preferred(chain("u", "m", ["secret"])) == ()
-    assert affinity.preferred(chain("t", "n", ["secret"])) == ()
+    affinity.note(chain("t", "m", [b"secret"], 0), "n1")
+    assert affinity.preferred(chain("u", "m", [b"secret"], 0)) == ()
+    assert affinity.preferred(chain("t", "n", [b"secret"], 0)) == ()
 
 
 def test_messages_are_told_apart_where_they_end() -> None:
-    assert chain("t", "m", ["ab", "c"])[-1] != chain("t", "m", ["a", "bc"])[-1]
+    assert turns("ab", "c")[-1] != turns("a", "bc")[-1]
 
 
 def test_a_long_text_has_more_than_one_beginning_and_not_too_many() -> None:
-    text = "x" * BLOCK * 3
-    assert chain("t", "m", [text + "a"])[:3] == chain("t", "m", [text + "b"])[:3]
-    assert len(chain("t", "m", ["x" * BLOCK * 1000])) == CHAIN_MAX
-    assert chain("t", "m", ["\ud800"]), "half of a pair, as JSON can hold it"
+    text = b"x" * BLOCK * 3
+    assert chain("t", "m", [text + b"a"])[:3] == chain("t", "m", [text + b"b"])[:3]
+    assert len(chain("t", "m", [b"x" * BLOCK * 1000])) == CHAIN_MAX
+
+
+def test_what_is_read_in_no_time_is_not_looked_for() -> None:
+    assert chain("t", "m", [b"x" * (LEAST - 1)]) == []
+    assert len(chain("t", "m", [b"x" * LEAST, b"y"])) == 2
 
 
 def test_what_is_remembered_is_bounded_and_what_a_node_forgot_is_forgotten() -> None:

@@ -120,7 +120,7 @@ def _assemble(settings: Settings) -> Control:
 
     def placement(term: int) -> Placement:
         ollama = lambda member: Ollama(fleet.client, member.url)  # noqa: E731
-        return Placement(valkey, ollama, catalogue.options, catalogue.demand, term, groups)
+        return Placement(valkey, ollama, catalogue.options, catalogue.demand, term, groups, fleet.speeds)
 
     return Control(
         settings=settings,

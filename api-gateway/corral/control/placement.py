@@ -19,6 +19,7 @@ import hiredis
 from corral.control.ollama import NodeFailed, Ollama
 from corral.control.prober import Member
 from corral.fleet.demand import Mean, Rate
+from corral.fleet.dispatch import Speeds
 from corral.fleet.placement import Action, Demand, Host, Planner, Stand, Step
 from corral.fleet.pools import counted, model_of
 from corral.fleet.slots import PlaceState, step_of
@@ -36,6 +37,8 @@ BACKOFF = 30.0
 UNLOADED = 0.2
 RESTING = "resting"
 """What the store hears of a model that is in the memory of a node that gets no work now."""
+FASTER = 0.2
+"""A node's speed is told again once it has changed by this share."""
 FRESH = 3.0
 """For so long after a load or an unload, what is known of a node may be what a probe found before it (seconds)."""
 ABSENT, LOADING, RESIDENT, DRAINING = PlaceState.ABSENT, PlaceState.LOADING, PlaceState.RESIDENT, PlaceState.DRAINING
@@ -45,12 +48,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Spot:
-    """A model on a node as the leader has it; ``told`` is what the store has heard of it last, "" that it must hear."""
+    """A model on a node as the leader has it; ``told`` is what the store has heard of it last, "" that it must hear.
+
+    ``step`` is what a request adds to its load, as the store has heard (`step_of`).
+    """
 
     state: PlaceState
     since: float
     generation: int = 0
     told: str = ""
+    step: float = 0.0
 
 
 @dataclass(slots=True)
@@ -68,8 +75,8 @@ class Known:
 class Placement:
     """Keeps the places of a fleet. ``options`` are those with which a model is loaded; ``catalogue`` says of a model
     its size (bytes), least copies and pins as a `Demand`. ``term`` grows from one leader to the next, ``groups`` are
-    those of nodes (`corral.fleet.pools`). Within, a model is called as its slots are counted: by node or group. Times
-    are monotonic seconds."""
+    those of nodes (`corral.fleet.pools`), ``speeds`` what was measured of them. Within, a model is called as its slots
+    are counted: by node or group. Times are monotonic seconds."""
 
     def __init__(
         self,
@@ -79,10 +86,12 @@ class Placement:
         catalogue: Callable[[str], Demand] = Demand,
         term: int = 0,
         groups: Mapping[str, str] | None = None,
+        speeds: Speeds | None = None,
     ) -> None:
         self._store = store
         self.term = term
         self._groups = groups or {}
+        self._speeds = speeds or Speeds()
         self._node, self._options, self._catalogue = node, options, catalogue
         self.spots: dict[tuple[str, str], Spot] = {}
         self.known: dict[str, Known] = {}
@@ -181,19 +190,25 @@ class Placement:
         """Tell the store what it does not know: what changed, and everything where it has forgotten."""
         slots = {member.name: member.slots for member in members}
         resting = {member.name for member in members if member.state != "ready"}
+        fastest: dict[str, float] = {}
         for (node, model), spot in list(self.spots.items()):
             if node not in slots and spot.state is not ABSENT:
                 continue
             word = seen[model].places.get(node) if model in seen else None
             state = RESTING if node in resting and spot.state is RESIDENT else str(spot.state)
-            if spot.told == state and (word is not None or spot.state is ABSENT or not seen):
+            count = slots.get(node, 1)
+            name = model_of(model)
+            if name not in fastest:
+                fastest[name] = self._speeds.fastest(name)
+            step = step_of(count, self._speeds.of(node, name), fastest[name])
+            same = spot.told == state and (state != RESIDENT or abs(step - spot.step) <= FASTER * spot.step)
+            if same and (word is not None or spot.state is ABSENT or not seen):
                 continue
-            if spot.told == state:
+            if same:
                 self._loads.clear()  # the store has forgotten
             spot.generation = await generation(self._store, self.term)
-            count = slots.get(node, 1)
-            await place(self._store, node, model, state, spot.generation, count, step_of(count, 0, 0))
-            spot.told = state
+            await place(self._store, node, model, state, spot.generation, count, step)
+            spot.told, spot.step = state, step
             if spot.state is ABSENT:
                 del self.spots[node, model]
 

@@ -15,6 +15,7 @@ import httpx
 from corral.control import answers
 from corral.control.measured import Measured
 from corral.fleet.catalogue import is_own
+from corral.fleet.dispatch import Speeds
 
 INTERVAL = 1.0
 TIMEOUT = 2.0
@@ -118,13 +119,14 @@ class Member:
 
 class Fleet:
     """The nodes and the tasks that ask them. ``on_change`` is called after every probe, ``on_up`` before it with a node
-    that was down and answers again.
+    that was down and answers again. ``speeds``: as their streams show them.
 
     ``changing`` is held by who adds, removes or drains a node.
     """
 
     def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
         self.members: dict[str, Member] = {}
+        self.speeds = Speeds()
         self.on_change = on_change
         self.on_up: Callable[[Member], None] = lambda member: None
         self.changing = asyncio.Lock()

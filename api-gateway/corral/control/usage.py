@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from corral.control.measured import Measured
-from corral.control.prober import Fleet
+from corral.control.prober import Fleet, Member
 from corral.control.snapshot import Hub
+from corral.fleet.dispatch import Speeds
 from corral.fleet.node import canonical_name
 from corral.store.ingest import Taken
 
@@ -39,11 +39,12 @@ class Usage:
                 self.tokens[(*who, "generated")] += row["tokens"] or 0
             member = fleet.members.get(row["node"] or "")
             if member is not None:
-                _note_speed(row, member.measured)
+                _note_speed(row, member, fleet.speeds)
 
 
-def _note_speed(row: dict[str, Any], measured: Measured) -> None:
+def _note_speed(row: dict[str, Any], member: Member, speeds: Speeds) -> None:
     """The node's decode rate by this answer (the tokens after the first one, in the time after it), and its load."""
+    measured = member.measured
     tokens, first, whole = row["tokens"], row["ttft_ms"], row["ms"]
     model = canonical_name(row["model"] or "")
     if first is None or whole is None or model not in measured.loads:
@@ -52,3 +53,4 @@ def _note_speed(row: dict[str, Any], measured: Measured) -> None:
         measured.waited(model, row["ts"] + (row["queue_ms"] or 0.0) / 1e3, row["ts"] + first / 1e3)
     if row["outcome"] == "ok" and tokens and tokens >= RATE_TOKENS and whole > first:
         measured.rates[model] = (tokens - 1) / (whole - first) * 1e3
+        speeds.note(member.name, model, tokens - 1, (whole - first) / 1e3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from time import monotonic, time
 from typing import TYPE_CHECKING
 
+from corral.fleet.dispatch import Affinity, chain, messages
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import counted, model_of
 from corral.fleet.slots import ABORTED_MAX, cool_down
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from corral.gateway.server import Gateway
 
 SHOW = b"/api/show"
+_AVOIDED = (LATE, NEVER)
 _EMBEDS = frozenset((b"/api/embed", b"/api/embeddings"))
 PREFILL_US, DECODE_US = 400, 20_000
 """What a token of a prompt and one of an answer take at a guess (us): it is for the order of those who wait."""
@@ -59,6 +61,7 @@ class Queue:
         self._wait = wait
         self.slots = Slots(gateway.store, name, length)
         self.local = Local(self.slots, name, length)
+        self.affinity = Affinity()
         self.waiting: dict[str, Exchange] = {}
         self.full = self.overdue = self.bytes = 0
         self._troubled: dict[str, float] = {}
@@ -76,9 +79,9 @@ class Queue:
         if name not in pool.ready:
             return None
         first = not exchange.asked
-        words = pool.others
+        avoided = pool.others
         if not first or self._troubled or self._gateway.health.canaries:
-            words += self._avoid(exchange, pool, name)
+            avoided += self._avoid(exchange, pool, name)
         if exchange.resumption is not None:
             # Its requests are small, and go to one path or another.
             kind = SHORT_KIND
@@ -86,7 +89,13 @@ class Queue:
             kind = EMBED_KIND
         else:
             kind = LONG_KIND if decoded.estimate > LONG else SHORT_KIND
-        if words:
+        words = avoided
+        if kind != EMBED_KIND and exchange.resumption is None and len(pool.nodes) > 1:
+            if first:
+                exchange.beginnings = chain(exchange.tenant, name, messages(decoded.body))
+            if exchange.beginnings:
+                words = self.affinity.preferred(exchange.beginnings) + avoided
+        if avoided:
             kind += PICKY
         id = exchange.record_id
         if not first:
@@ -118,6 +127,8 @@ class Queue:
             if node is None or self._unfit(node, wanted, now):
                 self._bounce(exchange, answer.node, now)
             else:
+                if exchange.beginnings:
+                    self.affinity.note(exchange.beginnings, node.name)
                 exchange.begin(node, now)
         elif answer.full:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
@@ -184,6 +195,8 @@ class Queue:
 
     def shun(self, node: Node, now: float) -> None:
         """A node has failed a request: for a moment it is used only where no other has the model."""
+        if node.name not in self._troubled:
+            self.affinity.forget(node.name)
         node.shunned_until = self._troubled[node.name] = now + SHUN
 
     def note(self, model: str, seconds: float) -> None:
@@ -255,8 +268,8 @@ class Queue:
         elif counted(name, pool.group) != wanted.model:
             self.again(exchange, now)
         elif wanted.kind >= PICKY:
-            heads = tuple([word for word in wanted.preferred if word[0] == HEAD])
-            words = heads + pool.others + self._avoid(exchange, pool, name)
+            others = tuple([word for word in wanted.preferred if word[0] not in _AVOIDED])
+            words = others + pool.others + self._avoid(exchange, pool, name)
             if words != wanted.preferred:
                 wanted.preferred = words  # the store hears it when it is asked again
                 self.local.prefer(wanted, now)

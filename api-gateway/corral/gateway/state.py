@@ -49,6 +49,7 @@ class State(Waiter):
     wanted: Wanted | None = None
     answer: Answer | None = None
     asked = 0
+    beginnings: list[int] = []  # noqa: RUF012 - set anew, never changed
     waiting = False
     queued_at = 0.0
     wait_until = 0.0
