@@ -295,6 +295,40 @@ def test_a_conversation_goes_on_where_it_was(gw: Gateway, leader: Leader) -> Non
         assert say("a" + long, *["more"] * turns) == first
 
 
+def test_a_bulk_of_embeddings_lets_others_have_their_turn(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """Its batches have a slot each, of the one that does embeddings; a node that fails one of them is asked again."""
+    placed(gw, leader, 4, "node-1")
+    node = gw.nodes[0]
+    free = threading.Semaphore(0)
+
+    def embeds(connection: socket.socket) -> None:
+        given = node.requests[-1]["body"]["input"]
+        free.acquire()
+        says(200, {"model": "m", "embeddings": [[int(text)] for text in given], "prompt_eval_count": 3})(connection)
+
+    node.script = [embeds, embeds, says(500, {"error": "out of luck"}), embeds, embeds]
+    bulk = {"model": "m", "input": [str(number) for number in range(130)]}
+    first = callers.submit(httpx.post, gw.url + "/api/embed", json=bulk, headers=gw.auth, timeout=20)
+    until(lambda: len(node.requests) and node.requests[-1]["line"].startswith("POST /api/embed"), "the first batch")
+    one = {"model": "m", "input": ["7"]}
+    other = callers.submit(httpx.post, gw.url + "/api/embed", json=one, headers=gw.auth, timeout=20)
+    until(lambda: leader.waiting() == 1, "it waits for the slot")
+    free.release(2)
+    assert other.result().json()["embeddings"] == [[7]], "between two batches"
+    free.release(2)
+    answer = first.result()
+    assert [vector[0] for vector in answer.json()["embeddings"]] == list(range(130))
+    assert answer.json()["prompt_eval_count"] == 9
+    assert answer.headers["X-Corral-Attempts"] == "2", "of one of them"
+    sizes = [len(request["body"]["input"]) for request in node.requests if "input" in request["body"]]
+    assert sizes == [64, 1, 64, 64, 2]
+    record = gw.control.settled(answer.headers["X-Request-ID"])
+    assert (record["outcome"], record["prompt_tokens"]) == ("ok", 9)
+    until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
+
+
 def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) -> None:
     leader.place("node-1", MODEL, 1, "absent")
     leader.leaves()

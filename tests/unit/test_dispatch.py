@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corral.fleet.dispatch import BLOCK, CHAIN_MAX, LEAST, Affinity, Speeds, batches, chain, messages
+from corral.fleet.dispatch import BLOCK, CHAIN_MAX, LEAST, Affinity, Speeds, chain, messages
 from corral.wire.common import encode
 
 
@@ -64,9 +64,3 @@ def test_speeds_are_means_of_streams_that_are_long_enough() -> None:
     speeds.note("n2", "m", 20, 1.0)
     assert speeds.of("n1", "m") == 62.0
     assert speeds.fastest("m") == 62.0 and speeds.fastest("other") == 0.0
-
-
-def test_a_bulk_of_embeddings_is_split() -> None:
-    assert batches(0) == []
-    assert batches(64) == [(0, 64)]
-    assert batches(130) == [(0, 64), (64, 128), (128, 130)]

@@ -116,6 +116,39 @@ def test_an_error_in_band_is_no_token(make: Any) -> None:
     assert not responder.done
 
 
+def bulk(route: str) -> tuple[Decoded, list[dict[str, Any]]]:
+    """130 inputs, and the bodies that nodes are sent for them, each answered but the last."""
+    asked = decode(route, {"model": "m", "input": [str(number) for number in range(130)]})
+    sent = [json.loads(asked.body)]
+    while asked.more:
+        numbers = ",".join(f"[{text},1e-05]" for text in sent[-1]["input"])
+        asked.responder.feed(b'{"model":"m","embeddings":[%b],"prompt_eval_count":7}' % numbers.encode())
+        asked.go_on()
+        sent.append(json.loads(asked.body))
+    return asked, sent
+
+
+@pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
+def test_a_bulk_of_embeddings_is_asked_in_batches_and_answered_as_one(route: str) -> None:
+    asked, sent = bulk(route)
+    assert [len(body["input"]) for body in sent] == [64, 64, 2]
+    asked.responder.feed(b'{"model":"m","embeddings":[[7,7]')
+    asked.responder.drop()  # that node died
+    whole = json.loads(everything(asked, b'{"model":"m","embeddings":[[128,1],[129,1]],"prompt_eval_count":2}'))
+    vectors = [one["embedding"] for one in whole["data"]] if "data" in whole else whole["embeddings"]
+    assert [vector[0] for vector in vectors] == list(range(130)) and vectors[5][1] == 1e-05
+    assert (whole["usage"]["prompt_tokens"] if "data" in whole else whole["prompt_eval_count"]) == 16
+    assert asked.responder.prompt_tokens == 16
+
+
+@pytest.mark.parametrize("last", [b"{}", b'{"embeddings":5}', b'{"embeddings":[[1]],', b"[]", b'{"embeddings":null}'])
+@pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
+def test_a_batch_without_embeddings_is_nonsense(route: str, last: bytes) -> None:
+    asked, _ = bulk(route)
+    with pytest.raises(UpstreamNonsense):
+        everything(asked, last)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("value", ["http://evil", None, {"a": 1}, 3])
 @pytest.mark.parametrize("name", ["api_base", "base_url", "host", "url", "upstream", "node", "callback_url"])

@@ -16,8 +16,6 @@ LEAST = 512
 CHAIN_MAX = 64
 PREFERRED_MAX = 3
 REMEMBERED = 20_000
-EMBED_BATCH = 64
-"""How many inputs of an embedding request go to a node at once."""
 SAMPLE_MIN = 16
 _MESSAGE, _LAST, _NEXT = b'{"role":', b"}]", b"},"
 _SHARE = 0.1
@@ -107,8 +105,3 @@ class Speeds:
     def fastest(self, model: str) -> float:
         """The best node's."""
         return max([speed for (_, name), speed in self._speeds.items() if name == model], default=0.0)
-
-
-def batches(inputs: int) -> list[tuple[int, int]]:
-    """The ranges of inputs that go to a node one after the other, so that chats get their turn between them."""
-    return [(first, min(inputs, first + EMBED_BATCH)) for first in range(0, inputs, EMBED_BATCH)]

@@ -167,7 +167,10 @@ class Exchange(State):
         self.wait_until = 0.0
         if not self.attempts:
             self.queue_ms = (now - self.arrived) * 1e3
-        self.attempts += 1
+        if self.fresh:
+            self.fresh = False
+        else:
+            self.attempts += 1
         if resume is not None:
             self.decoded = decoded = resume.begin(node)
         else:
@@ -221,7 +224,7 @@ class Exchange(State):
         assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
         try:
-            if self.resumption is not None and goes_on(self, attempt.node):
+            if (self.resumption is not None or self.decoded.more) and goes_on(self, attempt.node):
                 return
             rest = self._tail + responder.finish()
         except UpstreamNonsense as error:
@@ -276,14 +279,17 @@ class Exchange(State):
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.
-        key = self.key
-        assert key is not None
+        key, decoded = self.key, self.decoded
+        assert key is not None and decoded is not None
         self.first_token, self.pace, self._tail, self._seen = 0.0, None, b"", 0
-        try:
-            self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
-        except ApiError as error:
-            self.refuse(error)
-            return
+        if decoded.responder.kept:
+            decoded.responder.drop()
+        else:
+            try:
+                self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
+            except ApiError as error:
+                self.refuse(error)
+                return
         self.gateway.queue.again(self, monotonic())
 
     def resumes(self, resume: Resume) -> None:

@@ -100,12 +100,13 @@ class Queue:
         id = exchange.record_id
         if not first:
             id = f"{id}~{exchange.asked}"
-            turn = exchange.attempts or exchange.bounced
+            turn = not exchange.fresh and (exchange.attempts or exchange.bounced)
             words = (HEAD if turn else _since(exchange, monotonic()), *words)
         exchange.asked += 1
         bound = decoded.max_tokens
         answer = 0 if kind % PICKY == EMBED_KIND else self._gateway.answer_tokens if bound is None else bound
-        cost = min(COST_MAX, decoded.estimate * PREFILL_US + answer * DECODE_US + 1000)
+        prompt = decoded.estimate // (1 + len(decoded.more) + decoded.responder.kept)
+        cost = min(COST_MAX, prompt * PREFILL_US + answer * DECODE_US + 1000)
         key = exchange.key
         batch = key is not None and key.batch
         return Wanted(id, counted(name, pool.group), kind, exchange.key_id or "-", cost, 1.0, batch, words)

@@ -132,12 +132,17 @@ def end_early(exchange: Exchange, attempt: Attempt | None) -> None:
 
 
 def goes_on(exchange: Exchange, node: Node) -> bool:
-    """Whether it was the prompt that a node answered with, and the rest of the answer is still to come.
+    """Whether it was the prompt that a node answered with, or one batch of several, and the rest is still to come.
 
     Raises:
         UpstreamNonsense: it was no prompt.
     """
-    resume = exchange.resumption
+    resume, asked = exchange.resumption, exchange.decoded
+    if resume is None and asked is not None and asked.more:
+        asked.go_on()
+        exchange.fresh, exchange.queued_at = True, 0.0
+        exchange.gateway.queue.again(exchange, monotonic())
+        return True
     decoded = resume.rendered() if resume is not None else None
     if decoded is None:
         return False

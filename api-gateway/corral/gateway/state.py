@@ -26,7 +26,8 @@ class State(Waiter):
 
     ``headers`` has lower-case names; ``modern``: HTTP/1.1. ``wanted`` is the slot that it has or asks for, ``answer``
     what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
-    ``waiting`` while it has a ticket. What most requests never set stands on the class.
+    ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
+    of its prompt (`corral.fleet.dispatch`). What most requests never set stands on the class.
     """
 
     body = b""
@@ -49,6 +50,7 @@ class State(Waiter):
     wanted: Wanted | None = None
     answer: Answer | None = None
     asked = 0
+    fresh = False
     beginnings: list[int] = []  # noqa: RUF012 - set anew, never changed
     waiting = False
     queued_at = 0.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from corral.wire.common import LINE_MAX, Responder, count, decode_line, encode, text
+from corral.wire.common import LINE_MAX, Responder, count, decode_line, encode, fields_of, text
 from corral.wire.errors import ApiError, UpstreamNonsense
 from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
@@ -15,6 +15,8 @@ DONE = b'"done":true'
 GOES_ON = b'"done":false'
 ERROR = b'"error"'
 OBJECT_MAX = 256 << 20
+SUMS = ("total_duration", "load_duration", "prompt_eval_count")
+"""Of several answers that make one."""
 
 
 def error_of(line: bytes) -> ApiError:
@@ -201,14 +203,23 @@ class Whole(Responder):
 
 
 class Object(Responder):
-    """An answer that is one JSON object: embed, embeddings, show."""
+    """An answer that is one JSON object: embed, embeddings, show. Of embeddings it may be made of several."""
 
     content_type = "application/json; charset=utf-8"
     done = True  # an object is whole when the node's answer is
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
+        self._whole: list[bytes] = []
         self._size = 0
+
+    def keep(self) -> None:
+        self._whole.append(self.body())
+        self.kept += 1
+        self._parts = []
+
+    def drop(self) -> None:
+        self._parts = []
 
     def feed(self, data: bytes) -> bytes:
         self.started = True
@@ -222,8 +233,32 @@ class Object(Responder):
         """The object as it was sent."""
         return b"".join(self._parts)
 
+    def bodies(self) -> list[bytes]:
+        """All of which it is made, in their order."""
+        return [*self._whole, self.body()]
+
     def finish(self) -> bytes:
+        if self._whole:
+            return self._together()
         body = self.body()
         value = decode_line(body)
         self.prompt_tokens = count(value.get("prompt_eval_count"))
         return body
+
+    def _together(self) -> bytes:
+        vectors: list[bytes] = []
+        sums: dict[str, int] = {}
+        merged: dict[str, Any] = {}
+        for body in self.bodies():
+            found = fields_of(body)
+            # Vectors are many numbers: they stay as they were sent.
+            embeddings = bytes(found.get("embeddings", b"")).strip()
+            if embeddings[:1] != b"[" or embeddings[-1:] != b"]":
+                raise UpstreamNonsense("an answer without embeddings")
+            vectors.append(embeddings[1:-1])
+            merged = merged or dict(found)
+            for name in SUMS:
+                if name in found:
+                    sums[name] = sums.get(name, 0) + count(decode_line(b'{"n":%b}' % bytes(found[name])).get("n"))
+        self.prompt_tokens = sums.get("prompt_eval_count", 0)
+        return encode({**merged, "embeddings": msgspec.Raw(b"[%b]" % b",".join(vectors)), **sums})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -53,7 +53,7 @@ class Responder:
 
     ``started``: a first token, or the end, was seen. ``done``: the last line was seen. ``error``: the node sent an
     error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``. ``early``: it is
-    done, and what the node may still send is not wanted.
+    done, and what the node may still send is not wanted. ``kept``: answers that this one has begun with.
     """
 
     content_type = "application/json"
@@ -64,6 +64,15 @@ class Responder:
     error: ApiError | None = None
     prompt_tokens = 0
     tokens = 0
+    kept = 0
+
+    def keep(self) -> None:
+        """The answer so far is one of several that make one."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Forget what came since the last `keep`: it is asked again."""
+        raise NotImplementedError
 
     def feed(self, data: bytes) -> bytes:
         """Bytes of the node's body in, in any cut; bytes for the caller out. Raises UpstreamNonsense."""
@@ -103,6 +112,14 @@ class Decoded:
     """A stream of nothing but text, as far as the request says: another node could go on with it."""
     transcript: Transcript | None = None
     """What is said: kept where the fleet could go on with it, hashed where the record wants that."""
+
+    more: Sequence[bytes] = ()
+    """Bodies for what is to be asked after that, one after the other: one answer is made of all."""
+
+    def go_on(self) -> None:
+        """An answer is whole, and there is more to ask."""
+        self.responder.keep()
+        self.body, self.more = self.more[0], self.more[1:]
 
     def without_thinking(self, refusal: str) -> bool:
         """Give up thinking, once, where a node refused it; whether the request is to be sent again."""
@@ -195,6 +212,14 @@ def require_model(model: str) -> str:
 
 
 _MODEL = re.compile(r"[A-Za-z0-9._:/-]+")
+
+
+def fields_of(text: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a node's answer as they were sent. Raises UpstreamNonsense: it is no JSON object."""
+    try:
+        return _fields(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise UpstreamNonsense(f"an answer that is no object: {text[:80]!r}") from None
 
 
 def decode_line(line: bytes) -> dict[str, Any]:

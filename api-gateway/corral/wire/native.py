@@ -15,6 +15,9 @@ CHARS_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 256
 """Guesses, for what a node did not come to count."""
 
+EMBED_BATCH = 64
+"""How many inputs of an embedding request go to a node at once: others have their turn between them."""
+
 _chat = Reader(Chat)
 _generate = Reader(Generate)
 _embed = Reader(Embed)
@@ -144,6 +147,18 @@ def check_inputs(given: str | list[str] | None, caps: Caps) -> None:
         raise bad_request(f"at most {caps.inputs} inputs", "input")
 
 
+def batches(body: Embed) -> tuple[bytes, ...]:
+    """The bodies of its requests to nodes, one after the other."""
+    given = body.input
+    if not isinstance(given, list) or len(given) <= EMBED_BATCH:
+        return (encode(body),)
+    found: list[bytes] = []
+    for at in range(0, len(given), EMBED_BATCH):
+        body.input = given[at : at + EMBED_BATCH]
+        found.append(encode(body))
+    return tuple(found)
+
+
 def decode_embed(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:
     """`POST /api/embed`. Raises ApiError."""
     body, ignored = _embed.read(raw, caps)
@@ -151,14 +166,16 @@ def decode_embed(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = 
     check_inputs(body.input, caps)
     body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY, caps.stops) or None
     body.truncate, body.keep_alive = False, KEEP_ALIVE
+    first, *more = batches(body)
     return Decoded(
         b"/api/embed",
         model,
-        encode(body),
+        first,
         len(raw) // CHARS_PER_TOKEN,
         None,
         Object(),
         ignored=ignored,
+        more=more,
     )
 
 

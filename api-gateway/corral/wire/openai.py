@@ -323,13 +323,15 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Ca
     if body.dimensions:
         embed.dimensions = body.dimensions
     embed.options = opts.check({}, policy_of(model) or opts.NO_POLICY, caps.stops) or None
+    first, *more = native.batches(embed)
     responder = EmbeddingList(model, (body.encoding_format or "float").lower() == "base64")
     return Decoded(
         b"/api/embed",
         model,
-        encode(embed),
+        first,
         len(raw) // native.CHARS_PER_TOKEN,
         None,
         responder,
         ignored=ignored,
+        more=more,
     )

@@ -230,11 +230,15 @@ class EmbeddingList(answers.Object):
         self._base64 = as_base64
 
     def finish(self) -> bytes:
-        value = decode_line(self.body())
-        vectors = value.get("embeddings")
-        if not isinstance(vectors, list):
-            raise UpstreamNonsense("an answer without embeddings")
-        self.prompt_tokens = count(value.get("prompt_eval_count"))
+        vectors: list[Any] = []
+        self.prompt_tokens = 0
+        for body in self.bodies():
+            value = decode_line(body)
+            found = value.get("embeddings")
+            if not isinstance(found, list):
+                raise UpstreamNonsense("an answer without embeddings")
+            vectors += found
+            self.prompt_tokens += count(value.get("prompt_eval_count"))
         data = [
             {"object": "embedding", "embedding": self._form(vector), "index": index}
             for index, vector in enumerate(vectors)
