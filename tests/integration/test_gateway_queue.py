@@ -329,6 +329,51 @@ def test_a_bulk_of_embeddings_lets_others_have_their_turn(
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
 
 
+def test_a_deadline_ends_the_wait_and_what_runs(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    placed(gw, leader, 1, "node-1")
+    held = Held()
+    hold(gw, held)
+
+    def by(text: str) -> httpx.Response:
+        return gw.post(headers=gw.auth | {"X-Corral-Deadline-Ms": text})
+
+    for past in ("0", "-5"):
+        answer = by(past)
+        assert (answer.status_code, answer.json()["error"]) == (503, "the request's deadline is past")
+        assert int(answer.headers["Retry-After"]) >= 1
+    assert by("soon").status_code == 400
+    assert held.began == 0
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    late = by("1000")
+    assert late.status_code == 503 and "no slot for 'm' within 1 s" in late.json()["error"]
+    until(lambda: leader.waiting() == 0, "its ticket is given up")
+    held.release()
+    assert runs.result().status_code == 200
+    said = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    headers = gw.auth | {"X-Corral-Deadline-Ms": "1500"}
+    cut = httpx.post(gw.url + "/api/chat", json=said, headers=headers, timeout=20)
+    assert cut.status_code == 200 and "longer than 1.5 s" in cut.text, "in band, as it had begun"
+    held.release()
+    until(lambda: not leader.used(), "nothing is held")
+
+
+def test_a_model_that_no_node_has_the_memory_for(gw: Gateway, leader: Leader) -> None:
+    def declare(memory: int) -> None:
+        tags = [{"name": MODEL, "model": MODEL, "size": 3 << 30}]
+        gw.control.publish(nodes=[node | {"tags": tags, "memory": memory} for node in gw.control.snapshot["nodes"]])
+        gw.control.until_known()
+
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    declare(2 << 30)
+    answer = gw.post()
+    assert answer.status_code == 507
+    assert "needs 3.0 GiB" in answer.json()["error"] and "has 2.0 GiB" in answer.json()["error"]
+    declare(4 << 30)
+    assert gw.post().status_code == 200
+
+
 def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) -> None:
     leader.place("node-1", MODEL, 1, "absent")
     leader.leaves()

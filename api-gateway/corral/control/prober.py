@@ -92,6 +92,7 @@ class Member:
             "name": self.name,
             "url": self.url,
             "slots": self.slots,
+            "memory": self.memory,
             "state": self.state,
             "version": self.version,
             "tags": self.usable,

@@ -109,7 +109,10 @@ class Hub:
         if time.time() >= self._verifier_ends:
             self._build_keys()
         matters: list[Any] = [
-            [node.name, node.url, node.slots, node.state, node.version, node.usable, node.resident if node.up else []]
+            [
+                *(node.name, node.url, node.slots, node.memory, node.state, node.version, node.usable),
+                node.resident if node.up else [],
+            ]
             for node in self._fleet.members.values()
         ]
         matters += [self._catalogue, self._tenants, self.disabled, self._dedicated, self.continuable]

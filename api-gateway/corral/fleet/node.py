@@ -21,10 +21,10 @@ class NodeState(StrEnum):
 class Node:
     """One Ollama server.
 
-    ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and
-    ``resident`` are the model names in them, ``header`` the line of HTTP that names it. ``in_flight`` counts this
-    gateway's requests on it, and ``shunned_until`` (monotonic seconds) is set when it failed this gateway.
-    ``suspects`` are models whose runners seem to hang there.
+    ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and ``resident``
+    are the model names in them, ``header`` the line of HTTP that names it. ``in_flight`` counts this gateway's
+    requests on it, and ``shunned_until`` (monotonic seconds) is set when it failed this gateway. ``memory`` is bytes
+    for models, 0 where it was not declared. ``suspects`` are models whose runners seem to hang there.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Node:
     held: frozenset[str] = frozenset()
     resident: frozenset[str] = frozenset()
     header: bytes = b""
+    memory: int = 0
     in_flight: int = 0
     shunned_until: float = 0.0
     suspects: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Node:
         self.url = entry["url"]
         self.slots = max(1, int(entry.get("slots") or 1))
         self.state = NodeState(entry["state"])
+        self.memory = int(entry.get("memory") or 0)
         self.version = entry.get("version") or ""
         self.tags = entry.get("tags") or []
         self.ps = entry.get("ps") or []

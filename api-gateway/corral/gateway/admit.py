@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 
 from corral.store.budget import REASONS, Budget
 from corral.store.limits import Verdict
 from corral.wire.common import Decoded
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, bad_request
 
 SPREAD_MAX = 60.0
+DEADLINE = b"x-corral-deadline-ms"
 _WORDS = ("requests per minute", "requests at the same time", "tokens per minute", "tokens per day", "tokens per month")
 _NO_ANSWER = frozenset((b"/api/embed", b"/api/embeddings"))
 
@@ -26,6 +28,24 @@ def reserve(decoded: Decoded | None, answer_tokens: int, density: float = 1.0) -
         return max(1, int(decoded.estimate * density))
     bound = decoded.max_tokens
     return int(decoded.estimate * density) + (answer_tokens if bound is None else bound) or 1
+
+
+def duration(headers: Mapping[bytes, bytes], most: float) -> float:
+    """How long a request may take from its arrival on (seconds): `most`, or less where its caller says so.
+
+    Raises:
+        ApiError: 400 for what is no number; 503 where that time is over already.
+    """
+    text = headers.get(DEADLINE)
+    if text is None:
+        return most
+    try:
+        given = int(text)
+    except ValueError:
+        raise bad_request(f"{DEADLINE.decode()} is whole milliseconds", DEADLINE.decode()) from None
+    if given <= 0:
+        raise ApiError(503, "overloaded", "the request's deadline is past", retry_after=wait(1.0))
+    return min(most, given / 1e3)
 
 
 def wait(seconds: float) -> int:

@@ -8,18 +8,23 @@ from corral.gateway.snapshot import Snapshot
 from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError
 
+SHOW = b"/api/show"
+
 
 def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapshot) -> Decoded:
     """The typed request with its upstream body and its responder.
 
     Raises:
         ApiError: 400 naming the field; 403 for a model that is disabled; 404 for one that no node holds or the key may
-            not use.
+            not use; 507 for one that no node has the memory for.
     """
     decoded = DECODERS[route](body, request_id, snapshot.policy, snapshot.caps)
     authorize(key, decoded.model)
     if snapshot.disabled and canonical_name(decoded.model) in snapshot.disabled:
         raise disabled(decoded.model)
-    if snapshot.known and canonical_name(decoded.model) not in snapshot.pool(key.tenant).held:
+    pool, name = snapshot.pool(key.tenant), canonical_name(decoded.model)
+    if name in pool.too_large and decoded.upstream_path != SHOW:
+        raise ApiError(507, "insufficient_memory", f"model '{decoded.model}' fits on no node: {pool.too_large[name]}")
+    if snapshot.known and name not in pool.held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
     return decoded

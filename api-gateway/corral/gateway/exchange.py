@@ -47,6 +47,7 @@ class Exchange(State):
             self.key_id, self.tenant = key.id, key.tenant
             if key.networks is not None:
                 locate(key, self.address)
+            self.most = admit.duration(self.headers, gateway.max_duration)
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
@@ -369,13 +370,13 @@ class Exchange(State):
 
     def check(self, now: float) -> None:
         """End what is past its deadline."""
-        attempt, gateway, most = self._attempt, self.gateway, self.gateway.max_duration
-        if now - self.arrived >= most:
-            self._abandon()
-            self.give_up(ApiError(504, "timeout", f"the request took longer than {most:g} s"), "timeout")
-        elif self.waiting:
-            if now >= self.wait_until:
+        attempt, gateway = self._attempt, self.gateway
+        if self.waiting:
+            if now >= min(self.wait_until, self.arrived + self.most):
                 self.give_up(gateway.queue.too_late(self), "overloaded")
+        elif now - self.arrived >= self.most:
+            self._abandon()
+            self.give_up(ApiError(504, "timeout", f"the request took longer than {self.most:g} s"), "timeout")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):
                 attempt.give_up(Failure.RESET)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from corral.gateway.admit import DEADLINE
 from corral.gateway.route import api_of
 from corral.wire import errors, http1
 from corral.wire.errors import ApiError
@@ -30,7 +31,9 @@ WRITE_DEADLINE = 60.0
 WRITE_BUFFER = 64 << 10
 
 
-_ONCE = frozenset((b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id"))
+_ONCE = frozenset(
+    (b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id", DEADLINE)
+)
 
 
 class ClientConnection:

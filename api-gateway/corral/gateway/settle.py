@@ -22,8 +22,8 @@ def outcome_of(status: int) -> str:
         return "ok"
     if status < 500:
         return OUTCOMES.get(status, "refused")
-    if status == 501:
-        return "refused"  # a route that this version does not serve
+    if status in (501, 507):
+        return "refused"  # a route that this version does not serve, a model that no node has the memory for
     return "overloaded" if status == 503 else "upstream_error"
 
 

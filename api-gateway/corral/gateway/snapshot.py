@@ -13,12 +13,15 @@ from corral.store.budget import LIMITS, TENANT, Budget
 from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
+GIB = 1 << 30
+
 
 class Pool:
     """The nodes that serve a tenant, by name, and what they hold.
 
     ``ready`` is what those of them hold that are ready. ``group`` names the nodes whose slots are counted together
     (`corral.fleet.pools`), ``others`` those of them that are not the tenant's, as words for who asks for a slot.
+    ``too_large`` says of models that no node has the memory for, as it was declared, why that is.
     """
 
     def __init__(self, nodes: dict[str, Node], group: str = "", others: tuple[str, ...] = ()) -> None:
@@ -27,6 +30,7 @@ class Pool:
         ready = [node for node in nodes.values() if node.state is NodeState.READY]
         self.ready = frozenset(name for node in ready for name in node.held)
         self.group, self.others = group, others
+        self.too_large = _too_large(nodes.values())
 
 
 class Snapshot:
@@ -116,6 +120,23 @@ class Snapshot:
     def policy(self, model: str) -> ModelPolicy | None:
         """The policy of a model by any of its names."""
         return self.policies.get(canonical_name(model))
+
+
+def _too_large(nodes: Iterable[Node]) -> dict[str, str]:
+    found: dict[str, tuple[float, str]] = {}
+    fit: set[str] = set()
+    for node in nodes:
+        for entry in node.tags:
+            name, size = entry["name"], entry.get("size")
+            if not node.memory or not isinstance(size, int) or size <= node.memory:
+                fit.add(name)
+            elif name not in found or found[name][0] < node.memory:
+                need, has = size / GIB, node.memory / GIB
+                why = (
+                    f"it needs {need:.1f} GiB of memory, and {node.name}, the largest that holds it, has {has:.1f} GiB"
+                )
+                found[name] = node.memory, why
+    return {name: why for name, (_, why) in found.items() if name not in fit}
 
 
 def _pool(nodes: dict[str, Node], names: list[str], group_of: dict[str, str]) -> Pool:

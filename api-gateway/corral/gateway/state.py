@@ -27,7 +27,8 @@ class State(Waiter):
     ``headers`` has lower-case names; ``modern``: HTTP/1.1. ``wanted`` is the slot that it has or asks for, ``answer``
     what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
-    of its prompt (`corral.fleet.dispatch`). What most requests never set stands on the class.
+    of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take. What most requests never set
+    stands on the class.
     """
 
     body = b""
@@ -56,6 +57,7 @@ class State(Waiter):
     queued_at = 0.0
     wait_until = 0.0
     queue_ms = 0.0
+    most = 0.0
     first_token = 0.0
     deadline = 0.0
     refusal = ""
