@@ -39,6 +39,7 @@ WHO = {
     ("POST", "/admin/nodes/{name}/resume"): OPERATOR,
     ("GET", "/admin/models"): OPERATOR,
     ("GET", "/admin/models/plan"): OPERATOR,
+    ("GET", "/admin/models/why"): OPERATOR,
     ("POST", "/admin/models/apply"): OPERATOR,
     ("POST", "/admin/models/pull"): OPERATOR,
     ("POST", "/admin/models/load"): OPERATOR,

@@ -75,6 +75,9 @@ def test_apply_pulls_verifies_and_loads_as_requests_need_it(here: Site, source: 
     assert here.corral("models", "apply", "--yes").stdout == "nothing to do\n"
     (listed,) = json.loads(here.corral("models", "list", "--json").stdout)
     assert (listed["match"], listed["resident"], listed["size"] > 98_000_000) == ("ok", ["node-1", "node-2"], True)
+    told = json.loads(here.corral("models", "why", MODEL, "--json").stdout)
+    assert (told["model"], told["decisions"]) == (MODEL, [])
+    assert here.corral("models", "why", "nobodys").returncode == 1
     audit = control.admin.get("/admin/audit").json()["audit"]
     begun, ended = [row for row in audit if row["route"].startswith(("/admin/models", "/admin/operations"))][:2]
     assert (begun["route"], begun["status"], len(begun["after"]["steps"])) == ("/admin/models/apply", 202, 4)

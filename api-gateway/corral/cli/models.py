@@ -41,6 +41,25 @@ def _shown(model: dict[str, Any]) -> dict[str, Any]:
     return {**model, "size": progress.size(size) if size else None, "digest": digest, "catalogue": match}
 
 
+@command.command("why")
+@click.argument("name")
+@common.options
+def why(name: str, as_json: bool, state: str | None) -> None:
+    """Show where a model stands, and the leader's last decisions about it with their reasons."""
+    told = Admin(common.folder(state))("GET", f"/models/why?model={common.segment(name)}")
+    common.emit(told, as_json, lambda: _why(told))
+
+
+def _why(told: dict[str, Any]) -> str:
+    if not told["leader"]:
+        return "this control does not lead: nodes load models by themselves, or another control says what stands where"
+    lines = [f"{place['state']} on {place['node']} for {place['seconds']:.0f} s" for place in told["places"]]
+    if told["waits"] is not None:
+        lines.append(f"its oldest request waits for {told['waits']:.0f} s")
+    lines += [f"  {one['ago']:.0f} s ago: {one['what']}" for one in told["decisions"]]
+    return "\n".join(lines or ["nowhere in memory, and nobody asked for it"])
+
+
 @command.command("plan")
 @common.options
 def plan(as_json: bool, state: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
@@ -108,6 +109,19 @@ async def plan_models(control: Here) -> dict[str, Any]:
     steps = [Work(step).describe() for step in made.steps]
     names = {"problems": list(made.problems), "notes": list(made.notes)}
     return {"id": made.fingerprint, "steps": steps, **names, "catalogue": len(control.catalogue.entries)}
+
+
+@router.get("/admin/models/why")
+async def explain_model(control: Here, model: Annotated[ModelName, Query()]) -> dict[str, Any]:
+    """Why a model stands where it does: the leader's last decisions. Ages in seconds; `leader`: this control leads."""
+    name = canonical_name(model)
+    placement = control.leading.placement if control.leading.leads else None
+    held = any(entry["name"] == name for node in control.fleet.members.values() for entry in node.tags)
+    if not held and name not in control.catalogue.entries:
+        raise Problem(404, "model_not_found", f"no node holds {name}, and the catalogue does not name it")
+    now = asyncio.get_running_loop().time()
+    known = {"places": [], "waits": None, "decisions": []} if placement is None else placement.about(name, now)
+    return {"model": name, "leader": placement is not None, **known}
 
 
 @router.post("/admin/models/apply", status_code=202)

@@ -107,6 +107,21 @@ class Placement:
         found = [reason for name, known in self.known.items() if model_of(name) == model for reason in known.reasons]
         return sorted(found)
 
+    def about(self, model: str, now: float) -> dict[str, Any]:
+        """Where a model stands, how long its oldest request has waited, and the last decisions; ages in seconds."""
+        places = [
+            {"node": node, "state": spot.state, "seconds": round(now - spot.since, 1)}
+            for (node, name), spot in sorted(self.spots.items())
+            if model_of(name) == model and spot.state is not ABSENT
+        ]
+        waits = [known.waits_since for name, known in self.known.items() if model_of(name) == model]
+        oldest = min([since for since in waits if since is not None], default=None)
+        return {
+            "places": places,
+            "waits": None if oldest is None else round(now - oldest, 1),
+            "decisions": [{"ago": round(now - at, 1), "what": text} for at, text in self.why(model)],
+        }
+
     async def tick(self, members: Iterable[Member], now: float) -> list[Step]:
         """Look, decide and begin what was decided.
 
