@@ -216,6 +216,7 @@ GOOD: dict[str, dict[str, float]] = {
         f"corral_spool_max_bytes{{{GATEWAY}}}": 100,
         f"corral_spool_disk_free_bytes{{{GATEWAY}}}": 1000,
         f"corral_snapshot_age_seconds{{{GATEWAY}}}": 1,
+        f"corral_ejections_frozen_total{{{GATEWAY}}}": 0,
     },
     "control": {
         'corral_build_info{version="1.0"}': 1,
@@ -261,6 +262,10 @@ TOLD = [
         Told("SpoolFilling", "said: 60 of 100 bytes", {"api-gateway": {f"corral_spool_bytes{{{GATEWAY}}}": 60}}),
         Told("CheckpointLate", "said: the last one an hour old",
              {"control": {"corral_audit_signed_timestamp_seconds": time.time() - 3600.0}}),
+    ],
+    [
+        Told("LeaderMissing", "said: no control leads", {"control": {"corral_control_leader": 0}}),
+        Told("EjectionsFrozen", "said: three more", rates={f"corral_ejections_frozen_total{{{GATEWAY}}}": 3}),
     ],
     [Told("ScrapeMissing", "a target that answers 503", {"redis": None})],
 ]  # fmt: skip

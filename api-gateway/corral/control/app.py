@@ -86,7 +86,8 @@ class Application:
             if not await _told(control):
                 tasks.append(asyncio.create_task(_catch_up(control)))
             tasks.append(asyncio.create_task(_canary(control).run()))
-            if self._settings.control.placement:
+            control.leading.wanted = self._settings.control.placement
+            if control.leading.wanted:
                 tasks.append(asyncio.create_task(control.leading.run()))
             if self._settings.gateway.continuation:
                 tasks.append(asyncio.create_task(control.selftest.run()))

@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 
 class Leading:
-    """Keeps the lease and runs placement under it. ``leads``: this process is the leader now.
+    """Keeps the lease and runs placement under it. ``leads``: this process is the leader now. ``wanted``: placement is
+    not turned off.
 
     ``make`` makes a placement for a term. Its reasons are asked of ``placement``, which is None before the first term.
     """
@@ -45,9 +46,15 @@ class Leading:
         self._holder = secrets.token_hex(8)
         self._deposed = 0
         self._silent = False
+        self.wanted = True
         self.leads = False
         self.term = 0
         self.placement: Placement | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether somebody is to say what stands where, and it is not this one."""
+        return self.wanted and not self.leads
 
     async def run(self) -> None:
         """Until cancelled; then another may lead at once."""

@@ -73,7 +73,7 @@ async def control_page(control: Control) -> bytes:
 
 def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> Iterator[Metric]:
     yield labelled(GaugeMetricFamily, "corral_build_info", "1, by version.", ("version",), {__version__: 1})
-    yield gauge("corral_control_leader", "1 while this control leads.", control.leading.leads)
+    yield gauge("corral_control_leader", "1 while this control leads.", not control.leading.missing)
     yield gauge("corral_database_up", "1 while the database answers.", keys is not None)
     yield gauge("corral_valkey_up", "1 while Valkey answers.", valkey)
     gateways = control.hub.known()

@@ -32,7 +32,7 @@ async def status(control: Here) -> dict[str, Any]:
     return {
         "control": {
             "pid": os.getpid(),
-            "leader": control.leading.leads,
+            "leader": not control.leading.missing,
             "url": f"http://{control.settings.control.listen}",
         },
         "snapshot": {"version": control.hub.version},
