@@ -37,8 +37,9 @@ class AuditSettings(Section):
         64 << 10, gt=0, le=256 << 10, description="Most bytes of a prompt, and of an answer, that are kept."
     )
     content_redact: tuple[str, ...] = Field(
-        (r"[\w.+-]+@[\w-]+\.[\w.-]+", r"\b(?:\d[ -]?){12,18}\d\b"),
-        description="Regular expressions of what is left out of it: e-mail addresses, card numbers. Keys always are.",
+        (r"(?<![\w.+-])[\w.+-]++(?:@[\w-]++\.[\w.+-]++)+", r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)"),
+        description="Regular expressions of what is left out of it: e-mail addresses, card numbers. Keys always are. "
+        "Requests wait while one is looked for: it must not read the same text over and over, as `\\w+@` would.",
     )
     checkpoint: Duration = Field(60.0, gt=0, description="How often what came is signed.")
     checkpoints: Path = Field(
