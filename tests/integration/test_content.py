@@ -60,6 +60,17 @@ def test_it_is_kept_for_the_keys_that_want_it_and_lies_nowhere_in_clear(tmp_path
         assert kept(gw, gw.post(headers=wants).headers["x-request-id"]) == []
 
 
+def test_a_request_that_is_refused_as_the_spool_is_full_adds_nothing_to_it(tmp_path: Path) -> None:
+    with gateway(tmp_path, audit=FULL, gateway={"spool_max": "20KB"}) as gw:
+        wants = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
+        gw.control.busy = True
+        until(lambda: gw.post(headers=wants).status_code == 503, "requests are shed", 30)
+        held = gw.spooled()
+        for _ in range(20):
+            assert gw.post(headers=wants).status_code == 503
+        assert gw.spooled() == held
+
+
 def test_it_is_cut_after_it_was_redacted() -> None:
     keeper = Keeper(AuditSettings.model_validate({**FULL, "content_max": 20}))
     told = open_content(b64decode(keeper.keep(b"0123456789 ann@example.org", "x" * 21 + LINE.decode())), [ME])

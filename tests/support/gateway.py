@@ -326,6 +326,10 @@ class Gateway:
         """Requests that were admitted without the store: on a machine that halts for 50 ms, some are."""
         return page(f"http://127.0.0.1:{self._metrics}/metrics").value("corral_local_admissions_total")
 
+    def spooled(self) -> int:
+        """Bytes of its spool's segments."""
+        return sum(path.stat().st_size for path in (self.folder / "spool").rglob("*.seg"))
+
     def entry(self, key_id: str, text: str, **more: Any) -> dict[str, Any]:
         """A key as the snapshot has it."""
         verifiers = [keys.verifier(self.pepper, text)]

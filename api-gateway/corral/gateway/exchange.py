@@ -344,7 +344,7 @@ class Exchange(Waiter):
         if self.resumption is not None:
             gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
-        if self._admitted and gateway.content_wanted(self.key):
+        if self.attempts and gateway.content_wanted(self.key):
             gateway.keep_content(self, record)
         gateway.journal.record(record, self, access=True)
 
