@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from corral.gateway.shipper import Shipper
 from corral.stack import doctor
 from corral.stack.state import StateFolder
 from corral.store.database import Database, resolve
-from corral.store.spool import SpoolWriter, encode_frame
+from corral.store.spool import HEADER, SpoolWriter, encode_frame
 from corral.store.tables import audit, keys
 
 
@@ -222,6 +223,11 @@ def test_a_corrupt_segment_is_put_aside_and_the_rest_counts_once(
     damaged = writer.segment
     bad = bytearray(record(2))
     bad[-3] ^= 1
+    # With good checksums, and no records all the same.
+    nothing = [b"[" * 5000, b"{" + b'"a":[' * 5000, b'{"t":"settle","id":"\xff"}', b'{"t":"settle","id":1e999}']
+    for unreadable in nothing:
+        payload = unreadable + b"\n" + record(5)[HEADER.size :]
+        bad += HEADER.pack(len(payload), zlib.crc32(payload)) + payload
     damaged.write_bytes(record(1) + bytes(bad) + record(3))
     token = control.internal.headers["authorization"].removeprefix("Bearer ")
     shipper = Shipper(writer, folder, control.url, token, "gateway-1")
@@ -240,7 +246,7 @@ def test_a_corrupt_segment_is_put_aside_and_the_rest_counts_once(
     (line,) = [entry.getMessage() for entry in caplog.records if entry.name == "corral.gateway.shipper"]
     assert str(damaged) in line and str(aside) in line and f"byte {len(record(1))} " in line
     rows = control.admin.get("/admin/audit", params={"model": "m:latest"}).json()["audit"]
-    assert [(row["id"], row["tokens"]) for row in rows] == [("e1", 1), ("e3", 3), ("e4", 4)]
+    assert [(row["id"], row["tokens"]) for row in rows] == [("e1", 1), ("e5", 5), ("e3", 3), ("e4", 4)]
     writer.close()
     (found,) = [one for one in doctor._backlog(state) if one.level != "ok"]
     assert found.level == "problem"
