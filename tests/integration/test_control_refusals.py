@@ -13,6 +13,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from sqlalchemy import select
+from sqlalchemy import text as sql
 from support.control import FakeNode, Running, make_key, recorded, until
 from support.servers import valkey
 
@@ -181,6 +182,34 @@ def test_a_flood_without_a_key_is_bounded_and_counted(tmp_path: Path) -> None:
     assert [row["key"] for row in rows if row["status"] == 403] == ["abc"]
     assert [row["after"] for row in rows].count({"query": "limit=5"}) == NOTES_MAX
     assert [row["after"] for row in rows if row["method"] == ""] == [{"more_refused": 7}, {"more_read": 2}]
+
+
+def test_no_read_is_only_counted_while_no_row_is_taken(tmp_path: Path) -> None:
+    database = Database(resolve("sqlite:///corral.db", tmp_path))
+    database.migrate()
+    notes, someone = Notes(database), Principal("abc", "admin", "10.1.2.4", "")
+    refuse = "CREATE TRIGGER refuse BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no record'); END"
+
+    async def ask(times: int) -> list[bool]:
+        return [await notes.note(someone, "GET", "/admin/keys", 200) for _ in range(times)]
+
+    async def read() -> None:
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        assert not any(await ask(NOTES_MAX + 7)), "nothing is shown"
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        assert all(await ask(NOTES_MAX + 3))
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        await notes.flush()
+        assert not any(await ask(3)), "this caller's rows of the minute are used up"
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        assert all(await ask(2))
+        await notes.flush()
+
+    asyncio.run(read())
+    rows = database.read_now(lambda c: [dict(row) for row in c.execute(select(audit)).mappings()])
+    database.close()
+    told = [row["after"] for row in rows if row["after"] is not None]
+    assert sum(more["more_read"] for more in told) + len(rows) - len(told) == NOTES_MAX + 3 + 2
 
 
 def test_reads_of_records_and_keys_are_recorded_before_they_are_answered(control: Running) -> None:
