@@ -356,6 +356,14 @@ def test_a_node_that_lost_the_model_sends_its_request_elsewhere_and_keeps_the_ot
     assert (response.status_code, response.json()) == (404, {"error": "model 'm' not found"})
 
 
+def test_a_node_that_has_nothing_of_what_it_says_to_hold_is_not_asked_first_each_time(gw: Gateway) -> None:
+    liar = gw.nodes[0]
+    liar.script = [says(404, {"error": "model 'm' not found"})] * 40
+    for _ in range(20):
+        assert gw.post().status_code == 200
+    assert len(liar.requests) < 10, "as often as a node is asked that may have it again"
+
+
 def test_the_callers_error_is_not_retried(gw: Gateway) -> None:
     everywhere(gw, says(400, {"error": "the input length exceeds the context length"}))
     response = gw.post()

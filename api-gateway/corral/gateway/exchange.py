@@ -19,7 +19,7 @@ from corral.gateway.decode import decode
 from corral.gateway.journal import Waiter
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import WHOLE, Pace
-from corral.gateway.recover import CRASHES, SHUN, Failure, final_error, may_retry
+from corral.gateway.recover import CRASHES, Failure, final_error, holds, may_retry, shun
 from corral.gateway.relay import Attempt
 from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -246,6 +246,7 @@ class Exchange(Waiter):
         attempt, self._attempt = self._attempt, None
         assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
+        holds(attempt.node, self.model)
         try:
             if self.resumption is not None and goes_on(self, attempt.node):
                 return
@@ -283,8 +284,7 @@ class Exchange(Waiter):
             blame(self, failure, node)
         if failure is not Failure.CALLER:
             self.tried += (node.name,)
-            if failure is not Failure.MISSING:  # with its other models nothing is wrong
-                node.shunned_until = monotonic() + SHUN
+            shun(node, failure, self.model, monotonic())
         if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
             self._again()
