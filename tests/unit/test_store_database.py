@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -255,6 +256,29 @@ def test_use_of_a_key_is_noted(database: Database) -> None:
     offset = take(database, 0, encode_frame(settle(1, ts=50.0)))
     take(database, offset, encode_frame(settle(2, ts=40.0)))
     assert database.read_now(lambda connection: connection.execute(select(keys.c.last_used)).scalar()) == 50.0
+
+
+def test_a_call_that_connects_after_the_close_keeps_no_connection(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, closed, read = threading.Event(), threading.Event(), database.read_now
+
+    def late(*call: Any) -> Any:
+        begun.set()
+        assert closed.wait(60)
+        return read(*call)
+
+    async def ask() -> None:
+        asked = asyncio.create_task(database.read(lambda connection: connection.execute(text("SELECT 1")).scalar()))
+        await asyncio.to_thread(begun.wait, 60)
+        database.close()
+        closed.set()
+        assert await asked == 1
+
+    monkeypatch.setattr(database, "read_now", late)
+    asyncio.run(ask())
+    pool: Any = database.engine.pool
+    assert (pool.checkedin(), pool.checkedout()) == (0, 0)
 
 
 def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> None:
