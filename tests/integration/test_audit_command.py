@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import update
+from sqlalchemy import Connection, Engine, event, update
 from support.control import FakeNode, Running, make_key, recorded, until
 
 from corral.cli.main import cli
@@ -142,6 +142,22 @@ def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> Non
     assert len(json.loads(run(control, "usage", "report", "--json", key=mine).stdout)["usage"]) == 1
     assert json.loads(run(control, "usage", "report", "--json", key=other).stdout)["usage"] == []
     assert run(control, "usage", "report", "--tenant", "team", key=other).exit_code == 1
+
+
+def test_no_writer_waits_while_records_are_looked_for(control: Running) -> None:
+    writes: list[bool] = []
+
+    def asked(connection: Connection, cursor: object, statement: str, *rest: object) -> None:
+        if statement.startswith("SELECT") and "prompt_hash" in statement:
+            writes.append(connection.get_execution_options().get("corral_write", False))
+
+    event.listen(Engine, "before_cursor_execute", asked)
+    try:
+        body = {"request": "nobody", "prompt": ["0" * 64]}
+        assert control.admin.post("/admin/audit/compare", json=body).status_code == 404
+    finally:
+        event.remove(Engine, "before_cursor_execute", asked)
+    assert writes == [False]
 
 
 def test_compare_tells_whether_a_text_was_it_and_leaves_the_text_at_home(control: Running, tmp_path: Path) -> None:

@@ -73,7 +73,13 @@ async def compare(control: Here, caller: Caller, texts: Texts) -> dict[str, Any]
     """
     if texts.prompt is None and texts.answer is None:
         raise Problem(400, "bad_request", "give a prompt, an answer, or both")
-    return {"records": await control.database.write(_compare, caller, texts, control.hashes)}
+    found = await control.database.read(_compare, caller, texts, control.hashes)
+    # Who may ask this often enough may guess: each question is in the trail, with its answer. Written by itself: no
+    # other writer has to wait until the records are found.
+    shown = [{name: one[name] for name in one if name not in ("seq", "ts")} for one in found[-20:]]
+    told = {"request": texts.request, "records": shown}
+    await control.database.write(record, caller, "POST", "/admin/audit/compare", None, told)
+    return {"records": found}
 
 
 def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashes) -> list[dict[str, Any]]:
@@ -96,9 +102,6 @@ def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashe
                 kept = row[f"{name}_hash"]
                 one[name] = None if kept is None else kept in [keyed.of(bytes.fromhex(digest)) for digest in given]
         found.append(one)
-    # Who may ask this often enough may guess: each question is in the trail, with its answer.
-    shown = [{name: one[name] for name in one if name not in ("seq", "ts")} for one in found[-20:]]
-    record(connection, who, "POST", "/admin/audit/compare", None, {"request": texts.request, "records": shown})
     return found
 
 
