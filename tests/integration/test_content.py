@@ -173,6 +173,7 @@ def test_control_keeps_it_for_its_time_and_shows_it_to_who_has_the_identity(
         ]
         assert (len(read), read[0]["after"]) == (1, {"query": "request=req-1"})
         assert control.admin.get("/admin/audit/content", params={"request": "r3"}).status_code == 404
+        assert control.admin.get("/admin/audit/content", params={"request": "r1\0"}).status_code == 400
         with control.client(make_key(control, role="operator")["key"]) as operator:
             assert operator.get("/admin/audit/content", params={"request": "req-1"}).status_code == 403
         gone = lambda: control.admin.get("/admin/audit/content", params={"request": "r1"}).status_code == 404  # noqa: E731

@@ -28,6 +28,8 @@ MONTH = 30 * 86400.0
 SAME_ID_MAX = 1000
 """Records of one request id, which is the caller's to choose, that are compared."""
 
+REQUEST = r"^[A-Za-z0-9._-]+$"
+
 router = APIRouter()
 _encode = msgspec.json.Encoder().encode
 
@@ -41,7 +43,7 @@ class Texts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    request: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")] = Field(
+    request: Annotated[str, Field(min_length=1, max_length=128, pattern=REQUEST)] = Field(
         description="`X-Request-ID` of its answer, or the record's id."
     )
     prompt: Digests = Field(None, description="SHA-256 of the request's body.")
@@ -107,7 +109,8 @@ def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashe
 
 @router.get("/admin/audit/content", tags=["audit"])
 async def content(
-    control: Here, request: Annotated[str, Query(max_length=128, description="`X-Request-ID`, or a record's id.")]
+    control: Here,
+    request: Annotated[str, Query(max_length=128, pattern=REQUEST, description="`X-Request-ID`, or a record's id.")],
 ) -> dict[str, Any]:
     """Prompt and answer of a request whose key has them kept: an age file in base64, by record."""
     named = (audit.c.id == request) | (audit.c.request_id == request)
