@@ -347,8 +347,10 @@ class Gateway:
         self._keys.pop()
         self.publish()
 
-    def publish(self, versions: dict[str, str] | None = None, tags: list[dict[str, Any]] | None = None) -> None:
-        """Tell the gateway of keys and nodes, and wait until it has them."""
+    def publish(
+        self, versions: dict[str, str] | None = None, tags: list[dict[str, Any]] | None = None, known: bool = True
+    ) -> None:
+        """Tell the gateway of keys and nodes, and wait until it has them, where it can (`known`)."""
         tags = tags or [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]
         nodes = [
             {
@@ -363,7 +365,7 @@ class Gateway:
             for node in self.nodes
         ]
         self.control.publish(keys=list(self._keys), nodes=nodes)
-        if hasattr(self, "process"):
+        if known and hasattr(self, "process"):
             self.control.until_known()
 
     @property
