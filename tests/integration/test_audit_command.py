@@ -224,6 +224,8 @@ def test_export_has_every_record_in_each_form(control: Running, tmp_path: Path) 
     of_requests = [line for line in cef if "src=192.0.2.7" in line]
     assert len(of_requests) == 1500 and all("cn2Label=tokens cn2=5" in line for line in of_requests)
     file = tmp_path / "events.jsonl"
+    nowhere = run(control, "audit", "export", "--output", str(file / "x"))
+    assert (nowhere.exit_code, "--output: " in nowhere.stderr, "Traceback" in nowhere.stderr) == (1, True, False)
     done = run(control, "audit", "export", "--format", "ocsf", "--output", str(file), "--json")
     assert json.loads(done.stdout)["lines"] == len(file.read_text().splitlines())
     events = [json.loads(line) for line in file.read_text().splitlines()]

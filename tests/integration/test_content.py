@@ -134,7 +134,15 @@ def test_no_cut_leaves_half_of_what_is_redacted(tmp_path: Path) -> None:
         assert (told["answer"], told["cut"]) == ("[redacted]", ["prompt", "answer"]), "its end was behind what is kept"
 
 
-@pytest.mark.parametrize("wrong", [{"content_recipient": None}, {"content_redact": ["("]}, {"content_max": 300 << 10}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"content_recipient": None},
+        {"content_recipient": "age1" + 58 * "q"},
+        {"content_redact": ["("]},
+        {"content_max": 300 << 10},
+    ],
+)
 def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         AuditSettings.model_validate({**FULL, **wrong})

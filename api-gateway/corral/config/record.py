@@ -53,6 +53,18 @@ class AuditSettings(Section):
         None, pattern=r"^https?://\S+$", description="Gets each checkpoint by POST, so that it is kept elsewhere."
     )
 
+    @field_validator("content_recipient")
+    @classmethod
+    def _recipient(cls, given: str | None) -> str | None:
+        if given is not None:
+            import pyrage  # most that read settings have none of it
+
+            try:
+                pyrage.x25519.Recipient.from_str(given)
+            except pyrage.RecipientError as error:
+                raise ValueError(f"is no public key of age's: {error}") from None
+        return given
+
     @field_validator("content_redact")
     @classmethod
     def _expressions(cls, given: tuple[str, ...]) -> tuple[str, ...]:
