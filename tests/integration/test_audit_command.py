@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import update
+from sqlalchemy import Connection, Engine, event, update
 from support.control import FakeNode, Running, make_key, recorded, until
 
 from corral.cli.main import cli
@@ -144,6 +144,22 @@ def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> Non
     assert run(control, "usage", "report", "--tenant", "team", key=other).exit_code == 1
 
 
+def test_no_writer_waits_while_records_are_looked_for(control: Running) -> None:
+    writes: list[bool] = []
+
+    def asked(connection: Connection, cursor: object, statement: str, *rest: object) -> None:
+        if statement.startswith("SELECT") and "prompt_hash" in statement:
+            writes.append(connection.get_execution_options().get("corral_write", False))
+
+    event.listen(Engine, "before_cursor_execute", asked)
+    try:
+        body = {"request": "nobody", "prompt": ["0" * 64]}
+        assert control.admin.post("/admin/audit/compare", json=body).status_code == 404
+    finally:
+        event.remove(Engine, "before_cursor_execute", asked)
+    assert writes == [False]
+
+
 def test_compare_tells_whether_a_text_was_it_and_leaves_the_text_at_home(control: Running, tmp_path: Path) -> None:
     hashes = Hashes(read_pepper(control.state / "pepper"))
     key = make_key(control, tenant="team")["id"]
@@ -208,6 +224,8 @@ def test_export_has_every_record_in_each_form(control: Running, tmp_path: Path) 
     of_requests = [line for line in cef if "src=192.0.2.7" in line]
     assert len(of_requests) == 1500 and all("cn2Label=tokens cn2=5" in line for line in of_requests)
     file = tmp_path / "events.jsonl"
+    nowhere = run(control, "audit", "export", "--output", str(file / "x"))
+    assert (nowhere.exit_code, "--output: " in nowhere.stderr, "Traceback" in nowhere.stderr) == (1, True, False)
     done = run(control, "audit", "export", "--format", "ocsf", "--output", str(file), "--json")
     assert json.loads(done.stdout)["lines"] == len(file.read_text().splitlines())
     events = [json.loads(line) for line in file.read_text().splitlines()]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from base64 import b64decode
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
+import httpx
 import pyrage
 import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 from support.control import FakeNode, Running, make_key, recorded
 from support.control import until as wait
-from support.gateway import LINE, Gateway, gateway
+from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway
 from support.process import until
 
 from corral.cli.main import cli
@@ -57,6 +60,17 @@ def test_it_is_kept_for_the_keys_that_want_it_and_lies_nowhere_in_clear(tmp_path
         assert kept(gw, gw.post(headers=wants).headers["x-request-id"]) == []
 
 
+def test_a_request_that_is_refused_as_the_spool_is_full_adds_nothing_to_it(tmp_path: Path) -> None:
+    with gateway(tmp_path, audit=FULL, gateway={"spool_max": "20KB"}) as gw:
+        wants = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
+        gw.control.busy = True
+        until(lambda: gw.post(headers=wants).status_code == 503, "requests are shed", 30)
+        held = gw.spooled()
+        for _ in range(20):
+            assert gw.post(headers=wants).status_code == 503
+        assert gw.spooled() == held
+
+
 def test_it_is_cut_after_it_was_redacted() -> None:
     keeper = Keeper(AuditSettings.model_validate({**FULL, "content_max": 20}))
     told = open_content(b64decode(keeper.keep(b"0123456789 ann@example.org", "x" * 21 + LINE.decode())), [ME])
@@ -69,7 +83,66 @@ def test_it_is_cut_after_it_was_redacted() -> None:
         open_content(b64decode(whole.keep(b"", "")), [pyrage.x25519.Identity.generate()])
 
 
-@pytest.mark.parametrize("wrong", [{"content_recipient": None}, {"content_redact": ["("]}, {"content_max": 300 << 10}])
+@pytest.mark.parametrize("piece", ["a", "1", "a.", "1-", "a@", "a@b.", "\\n", "\\u0041", "crl_", " "])
+def test_whatever_was_sent_is_redacted_in_no_time(piece: str) -> None:
+    keeper = Keeper(AuditSettings.model_validate(FULL))
+    text = piece * (400_000 // len(piece))
+    began = time.process_time()
+    told = open_content(b64decode(keeper.keep(f'{{"prompt":"{text}"}}'.encode(), text)), [ME])
+    assert time.process_time() - began < 3, "all other requests wait meanwhile"
+    assert told["cut"] == ["prompt", "answer"]
+
+
+def test_what_is_redacted_is_what_json_means() -> None:
+    patterns = [r"\b\d{4}( \d{4}){3}\b", r"\S+@\S+", "é"]
+    keeper = Keeper(AuditSettings.model_validate({**FULL, "content_redact": patterns}))
+    said = "the card:\n4111 1111 1111 1111\t4222 2222 2222 2222\u2028ann@example.org é \\4333 3333 3333 3333"
+    for body in (json.dumps(said), json.dumps(said, ensure_ascii=False), json.dumps(said).replace("@", r"\u0040")):
+        told = open_content(b64decode(keeper.keep(body.encode(), said)), [ME])
+        expected = "the card:\n[redacted]\t[redacted]\u2028[redacted] [redacted] \\[redacted]"
+        assert (json.loads(told["prompt"]), told["answer"]) == (expected, expected)
+    for text in ("1ann@b.example+bob@c.example", "a@b@c.example", "x4111-1111-1111-1111y"):
+        told = open_content(b64decode(Keeper(AuditSettings.model_validate(FULL)).keep(b"", text)), [ME])
+        assert "example" not in told["answer"], told
+        assert "1111" not in told["answer"], told
+
+
+def test_no_cut_leaves_half_of_what_is_redacted(tmp_path: Path) -> None:
+    keeper = Keeper(AuditSettings.model_validate({**FULL, "content_max": 9000}))
+    long = f"{'a' * 60}@example.org "
+    text = long * 1000
+    told = open_content(b64decode(keeper.keep(text.encode(), text)), [ME])
+    assert (told["cut"], told["answer"].replace("[redacted] ", "")) == (["prompt", "answer"], "")
+    with gateway(tmp_path, audit={**FULL, "content_max": 10, "content_redact": ["w0 .*w99"]}) as gw:
+        wants = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
+        heard = Semaphore(0)
+
+        def in_turns(connection: socket.socket) -> None:
+            """Each word after the caller has the one before."""
+            connection.sendall(HEAD)
+            for number in range(101):
+                connection.sendall(chunk(LINE % b"w%d " % number))
+                assert heard.acquire(timeout=30)
+            connection.sendall(chunk(LAST % 101) + END)
+
+        for node in gw.nodes:
+            node.script = [in_turns]
+        with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=wants, timeout=60) as answer:
+            for _ in answer.iter_lines():
+                heard.release()
+        (told,) = kept(gw, answer.headers["x-request-id"])
+        assert (told["answer"], told["cut"]) == ("[redacted]", ["prompt", "answer"]), "its end was behind what is kept"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"content_recipient": None},
+        {"content_recipient": "age1" + 58 * "q"},
+        {"content_redact": ["("]},
+        {"content_max": 300 << 10},
+    ],
+)
 def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         AuditSettings.model_validate({**FULL, **wrong})
@@ -108,6 +181,7 @@ def test_control_keeps_it_for_its_time_and_shows_it_to_who_has_the_identity(
         ]
         assert (len(read), read[0]["after"]) == (1, {"query": "request=req-1"})
         assert control.admin.get("/admin/audit/content", params={"request": "r3"}).status_code == 404
+        assert control.admin.get("/admin/audit/content", params={"request": "r1\0"}).status_code == 400
         with control.client(make_key(control, role="operator")["key"]) as operator:
             assert operator.get("/admin/audit/content", params={"request": "req-1"}).status_code == 403
         gone = lambda: control.admin.get("/admin/audit/content", params={"request": "r1"}).status_code == 404  # noqa: E731

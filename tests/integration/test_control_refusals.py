@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from sqlalchemy import select
+from sqlalchemy import text as sql
 from support.control import FakeNode, Running, make_key, recorded, until
 from support.servers import valkey
 
@@ -24,7 +26,7 @@ from corral.gateway.shipper import Shipper
 from corral.stack import doctor
 from corral.stack.state import StateFolder
 from corral.store.database import Database, resolve
-from corral.store.spool import SpoolWriter, encode_frame
+from corral.store.spool import HEADER, SpoolWriter, encode_frame
 from corral.store.tables import audit, keys
 
 
@@ -182,6 +184,34 @@ def test_a_flood_without_a_key_is_bounded_and_counted(tmp_path: Path) -> None:
     assert [row["after"] for row in rows if row["method"] == ""] == [{"more_refused": 7}, {"more_read": 2}]
 
 
+def test_no_read_is_only_counted_while_no_row_is_taken(tmp_path: Path) -> None:
+    database = Database(resolve("sqlite:///corral.db", tmp_path))
+    database.migrate()
+    notes, someone = Notes(database), Principal("abc", "admin", "10.1.2.4", "")
+    refuse = "CREATE TRIGGER refuse BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no record'); END"
+
+    async def ask(times: int) -> list[bool]:
+        return [await notes.note(someone, "GET", "/admin/keys", 200) for _ in range(times)]
+
+    async def read() -> None:
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        assert not any(await ask(NOTES_MAX + 7)), "nothing is shown"
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        assert all(await ask(NOTES_MAX + 3))
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        await notes.flush()
+        assert not any(await ask(3)), "this caller's rows of the minute are used up"
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        assert all(await ask(2))
+        await notes.flush()
+
+    asyncio.run(read())
+    rows = database.read_now(lambda c: [dict(row) for row in c.execute(select(audit)).mappings()])
+    database.close()
+    told = [row["after"] for row in rows if row["after"] is not None]
+    assert sum(more["more_read"] for more in told) + len(rows) - len(told) == NOTES_MAX + 3 + 2
+
+
 def test_reads_of_records_and_keys_are_recorded_before_they_are_answered(control: Running) -> None:
     operator = make_key(control, role="operator")
     seen = {"X-Request-ID": "mine", "X-Forwarded-For": "10.1.2.3"}
@@ -222,6 +252,11 @@ def test_a_corrupt_segment_is_put_aside_and_the_rest_counts_once(
     damaged = writer.segment
     bad = bytearray(record(2))
     bad[-3] ^= 1
+    # With good checksums, and no records all the same.
+    nothing = [b"[" * 5000, b"{" + b'"a":[' * 5000, b'{"t":"settle","id":"\xff"}', b'{"t":"settle","id":1e999}']
+    for unreadable in nothing:
+        payload = unreadable + b"\n" + record(5)[HEADER.size :]
+        bad += HEADER.pack(len(payload), zlib.crc32(payload)) + payload
     damaged.write_bytes(record(1) + bytes(bad) + record(3))
     token = control.internal.headers["authorization"].removeprefix("Bearer ")
     shipper = Shipper(writer, folder, control.url, token, "gateway-1")
@@ -240,7 +275,7 @@ def test_a_corrupt_segment_is_put_aside_and_the_rest_counts_once(
     (line,) = [entry.getMessage() for entry in caplog.records if entry.name == "corral.gateway.shipper"]
     assert str(damaged) in line and str(aside) in line and f"byte {len(record(1))} " in line
     rows = control.admin.get("/admin/audit", params={"model": "m:latest"}).json()["audit"]
-    assert [(row["id"], row["tokens"]) for row in rows] == [("e1", 1), ("e3", 3), ("e4", 4)]
+    assert [(row["id"], row["tokens"]) for row in rows] == [("e1", 1), ("e5", 5), ("e3", 3), ("e4", 4)]
     writer.close()
     (found,) = [one for one in doctor._backlog(state) if one.level != "ok"]
     assert found.level == "problem"

@@ -331,6 +331,10 @@ class Gateway:
         """A metric without labels."""
         return page(f"http://127.0.0.1:{self._metrics}/metrics").value(name)
 
+    def spooled(self) -> int:
+        """Bytes of its spool's segments."""
+        return sum(path.stat().st_size for path in (self.folder / "spool").rglob("*.seg"))
+
     def entry(self, key_id: str, text: str, **more: Any) -> dict[str, Any]:
         """A key as the snapshot has it."""
         verifiers = [keys.verifier(self.pepper, text)]
@@ -348,8 +352,10 @@ class Gateway:
         self._keys.pop()
         self.publish()
 
-    def publish(self, versions: dict[str, str] | None = None, tags: list[dict[str, Any]] | None = None) -> None:
-        """Tell the gateway of keys and nodes, and wait until it has them."""
+    def publish(
+        self, versions: dict[str, str] | None = None, tags: list[dict[str, Any]] | None = None, known: bool = True
+    ) -> None:
+        """Tell the gateway of keys and nodes, and wait until it has them, where it can (`known`)."""
         tags = tags or [{"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "size": 1}]
         nodes = [
             {
@@ -364,7 +370,7 @@ class Gateway:
             for node in self.nodes
         ]
         self.control.publish(keys=list(self._keys), nodes=nodes)
-        if hasattr(self, "process"):
+        if known and hasattr(self, "process"):
             self.control.until_known()
 
     @property

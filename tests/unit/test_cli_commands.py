@@ -237,3 +237,18 @@ def test_a_taken_port_is_reported_with_its_holder(run: Runner) -> None:
     assert f"port {port} is taken by " in result.stderr
     assert "(pid " in result.stderr
     assert not list((run.state / "run").glob("lock"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--listen", "foo"], "--listen: expected HOST:PORT"),
+        (["--listen", "127.0.0.1:99999"], "--listen: expected HOST:PORT"),
+        (["--simulated", "nofile"], "--simulated: nofile cannot be read"),
+    ],
+)
+def test_a_node_that_is_started_wrongly_is_told_in_a_line(run: Runner, words: list[str], said: str) -> None:
+    result = run("serve", "node", *words)
+    assert result.exit_code == 1
+    assert said in result.output + str(result.exception)
+    assert "Traceback" not in result.output

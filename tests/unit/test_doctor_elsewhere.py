@@ -10,7 +10,7 @@ import pytest
 from corral.stack import doctor
 from corral.stack.state import StackError, StateFolder
 
-NODE = {"name": "n1", "url": "http://n1:11434", "state": "ready", "version": "0.17.4", "reason": None}
+NODE = {"name": "n1", "url": "http://n1:11434", "state": "ready", "version": "0.17.4", "reason": None, "models": ["m"]}
 
 
 def told(**changes: Any) -> dict[str, Any]:
@@ -47,8 +47,22 @@ def test_what_is_wrong(tmp_path: Path, changes: dict[str, Any], check: str, leve
 
 
 def test_a_node_that_is_down(tmp_path: Path) -> None:
-    answers = told() | {"/nodes": [{**NODE, "state": "down", "reason": "it does not answer"}]}
-    assert levels(tmp_path, answers)["n1"] == "warning"
+    down = {**NODE, "name": "n2", "state": "down", "reason": "it does not answer"}
+    found = levels(tmp_path, told() | {"/nodes": [NODE, down]})
+    assert (found["n1"], found["n2"], "nodes" in found) == ("ok", "warning", False)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "level"),
+    [
+        ([], "problem"),
+        ([{**NODE, "state": "down"}], "problem"),
+        ([{**NODE, "state": "draining"}], "problem"),
+        ([{**NODE, "models": []}], "warning"),
+    ],
+)
+def test_a_fleet_that_serves_nobody(tmp_path: Path, nodes: list[Any], level: str) -> None:
+    assert levels(tmp_path, told() | {"/nodes": nodes})["nodes"] == level
 
 
 def test_an_edge_that_does_not_answer(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_node_that_failed_is_the_last_resort() -> None:
     assert name_of(choose([failed, other], "m:latest", now=11.0)) == "a"
     assert name_of(choose([failed], "m:latest", now=9.0)) == "a"
     assert name_of(choose([node("a"), other], "m:latest", now=9.0, tried={"a"})) == "b"
+    assert name_of(choose([node("b"), failed], "m:latest", now=9.0, tried={"b"})) == "a"
 
 
 def test_a_name_without_a_tag_is_latest() -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from corral.gateway.recover import Failure, RetryBudget, classify, final_error, may_retry
+from corral.fleet.choose import choose
+from corral.fleet.node import Node
+from corral.gateway.recover import LOST, SHUN, Failure, RetryBudget, classify, final_error, holds, may_retry, shun
 from corral.wire.errors import ApiError
 
 
@@ -89,3 +91,19 @@ def test_what_the_caller_hears() -> None:
     assert final_error(Failure.CONNECT, History(), None).retry_after
     assert final_error(Failure.TIMEOUT, History(attempts=3), None).status == 504
     assert final_error(Failure.RESET, History(attempts=2), None).status == 502
+
+
+def test_a_node_that_lacks_a_model_is_left_alone_with_that_one_and_one_that_failed_with_all() -> None:
+    held = frozenset({"m:latest", "other:latest"})
+    liar, other = (Node(name, "", 2, held=held, in_flight=busy) for name, busy in (("a", 0), ("b", 9)))
+    shun(liar, Failure.MISSING, "m", 100.0)
+    chosen = {(model, at): choose([liar, other], model, at) for model in held for at in (100.1, 100.1 + LOST)}
+    assert [key for key, node in chosen.items() if node is other] == [("m:latest", 100.1)]
+    assert choose([liar], "m:latest", 100.1) is liar, "where no other is left"
+    assert choose([other, liar], "m:latest", 100.1, ("b",)) is liar, "before one that this request has tried"
+    shun(liar, Failure.MISSING, "other", 110.0)
+    assert liar.lost.keys() == {"other:latest"}
+    holds(liar, "other")
+    assert not liar.lost
+    shun(liar, Failure.NODE, "m", 200.0)
+    assert (choose([liar, other], "m:latest", 200.1), liar.shunned_until) == (other, 200.0 + SHUN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import sqlite3
 import stat
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, insert, select, text
+from sqlalchemy import Connection, event, insert, select, text
 
 from corral.store import tenants
 from corral.store.database import MIGRATIONS, Database, DatabaseError, DatabaseTooNew, resolve, revisions
 from corral.store.ingest import WrongOffset, ingest
-from corral.store.spool import SpoolCorrupt, encode_frame
-from corral.store.tables import audit, keys, metadata
+from corral.store.spool import HEADER, SpoolCorrupt, encode_frame
+from corral.store.tables import audit, audit_content, keys, metadata
 
 
 @pytest.fixture
@@ -221,6 +224,31 @@ def test_a_field_of_the_wrong_type_costs_the_field_alone(database: Database) -> 
     assert (row["tokens"], row["status"], row["model"], row["ms"]) == (None, None, "ab", 12.25)
 
 
+def test_whatever_number_a_record_has_it_is_taken(database: Database) -> None:
+    huge = settle(ts=10**400, ms=-(10**400), tokens=10**30)
+    payload = json.dumps(huge).encode()
+    take(database, 0, HEADER.pack(len(payload), zlib.crc32(payload)) + payload)
+    (row,) = rows(database)
+    assert (row["ms"], row["tokens"], row["outcome"]) == (None, None, "ok")
+
+
+def test_what_is_kept_of_a_request_is_kept_once_and_for_its_time_at_most(database: Database) -> None:
+    now = time.time()
+    kept = {"t": "content", "of": "edge-1", "ts": now + 1e9, "data": "AAAA"}
+    others = [{**kept, "of": f"r{number}"} for number in range(1000)]
+    begun = [{"t": "begin", "gw": "gateway-1", "ts": now}] * 1000
+    data = b"".join(encode_frame(one) for one in (kept, {**kept, "data": "BBBB"}, *others, *begun))
+    statements: list[str] = []
+    event.listen(database.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    offset = take(database, 0, data)
+    assert len(statements) < 20, "the gateway that waits for an answer would give up"
+    take(database, offset, encode_frame({**kept, "data": "CCCC"}))
+    found = database.read_now(lambda c: c.execute(select(audit_content.c.data, audit_content.c.ts)).all())
+    assert len(found) == 1001
+    assert {bytes(row.data) for row in found} == {bytes(3)}, "the first counts"
+    assert all(now - 60 < row.ts <= time.time() for row in found), "a wrong clock keeps nothing for ever"
+
+
 def test_use_of_a_key_is_noted(database: Database) -> None:
     now = time.time()
     row = {"id": "k", "name": "n", "tenant": "t", "role": "inference", "models": ["*"], "class": "batch"}
@@ -228,6 +256,29 @@ def test_use_of_a_key_is_noted(database: Database) -> None:
     offset = take(database, 0, encode_frame(settle(1, ts=50.0)))
     take(database, offset, encode_frame(settle(2, ts=40.0)))
     assert database.read_now(lambda connection: connection.execute(select(keys.c.last_used)).scalar()) == 50.0
+
+
+def test_a_call_that_connects_after_the_close_keeps_no_connection(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, closed, read = threading.Event(), threading.Event(), database.read_now
+
+    def late(*call: Any) -> Any:
+        begun.set()
+        assert closed.wait(60)
+        return read(*call)
+
+    async def ask() -> None:
+        asked = asyncio.create_task(database.read(lambda connection: connection.execute(text("SELECT 1")).scalar()))
+        await asyncio.to_thread(begun.wait, 60)
+        database.close()
+        closed.set()
+        assert await asked == 1
+
+    monkeypatch.setattr(database, "read_now", late)
+    asyncio.run(ask())
+    pool: Any = database.engine.pool
+    assert (pool.checkedin(), pool.checkedout()) == (0, 0)
 
 
 def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> None:

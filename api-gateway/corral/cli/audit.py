@@ -158,8 +158,11 @@ def export(as_json: bool, state: str | None, form: str, output: str | None, **gi
         for line in lines:
             click.echo(line)
         return
-    with Path(output).open("w", encoding="utf-8") as file:
-        count = sum(file.write(line + "\n") > 0 for line in lines)
+    try:
+        with Path(output).open("w", encoding="utf-8") as file:
+            count = sum(file.write(line + "\n") > 0 for line in lines)
+    except OSError as error:
+        raise StackError(f"--output: {output} cannot be written: {error.strerror}") from None
     common.emit({"file": output, "lines": count}, as_json, lambda: f"{count} lines in {output}")
 
 

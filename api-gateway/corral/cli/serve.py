@@ -11,6 +11,7 @@ import click
 
 from corral.cli import common
 from corral.config.settings import load
+from corral.stack.state import StackError
 
 
 @click.group("serve")
@@ -63,4 +64,10 @@ def node(simulated: str | None, as_json: bool, state: str | None, **chosen: Any)
 
     if chosen["threads"] is None:
         chosen["threads"] = len(os.sched_getaffinity(0))
-    run(simulated=json.loads(Path(simulated).read_text()) if simulated else None, **chosen)
+    described = None
+    if simulated:
+        try:
+            described = json.loads(Path(simulated).read_text())
+        except (OSError, ValueError) as error:
+            raise StackError(f"--simulated: {simulated} cannot be read: {error}") from None
+    run(simulated=described, **chosen)

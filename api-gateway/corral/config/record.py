@@ -37,8 +37,9 @@ class AuditSettings(Section):
         64 << 10, gt=0, le=256 << 10, description="Most bytes of a prompt, and of an answer, that are kept."
     )
     content_redact: tuple[str, ...] = Field(
-        (r"[\w.+-]+@[\w-]+\.[\w.-]+", r"\b(?:\d[ -]?){12,18}\d\b"),
-        description="Regular expressions of what is left out of it: e-mail addresses, card numbers. Keys always are.",
+        (r"(?<![\w.+-])[\w.+-]++(?:@[\w-]++\.[\w.+-]++)+", r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)"),
+        description="Regular expressions of what is left out of it: e-mail addresses, card numbers. Keys always are. "
+        "Requests wait while one is looked for: it must not read the same text over and over, as `\\w+@` would.",
     )
     checkpoint: Duration = Field(60.0, gt=0, description="How often what came is signed.")
     checkpoints: Path = Field(
@@ -51,6 +52,18 @@ class AuditSettings(Section):
     webhook: str | None = Field(
         None, pattern=r"^https?://\S+$", description="Gets each checkpoint by POST, so that it is kept elsewhere."
     )
+
+    @field_validator("content_recipient")
+    @classmethod
+    def _recipient(cls, given: str | None) -> str | None:
+        if given is not None:
+            import pyrage  # most that read settings have none of it
+
+            try:
+                pyrage.x25519.Recipient.from_str(given)
+            except pyrage.RecipientError as error:
+                raise ValueError(f"is no public key of age's: {error}") from None
+        return given
 
     @field_validator("content_redact")
     @classmethod

@@ -5,6 +5,7 @@ A node is another program on another machine: whatever it answers may fail what 
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import httpx
@@ -62,22 +63,28 @@ async def fetch(
     json: object = None,
     timeout: float | None = None,  # noqa: ASYNC109
 ) -> tuple[int, bytes]:
-    """Status and body of an answer.
+    """Status and body of an answer, which is whole within `timeout` seconds: a node may send a byte now and then.
 
     Raises:
         ValueError: it is longer than LIMIT, or compressed though nobody asked for that.
         httpx.HTTPError: there was none.
     """
     headers = {"Accept-Encoding": "identity"}
-    async with client.stream(method, url, json=json, timeout=timeout, headers=headers) as answer:
-        if answer.headers.get("content-encoding", "identity") != "identity":
-            raise ValueError("the answer is compressed")
-        body = bytearray()
-        async for chunk in answer.aiter_raw():
-            body += chunk
-            if len(body) > LIMIT:
-                raise ValueError(f"the answer is longer than {LIMIT >> 20} MiB")
-        return answer.status_code, bytes(body)
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            client.stream(method, url, json=json, timeout=timeout, headers=headers) as answer,
+        ):
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise ValueError("the answer is compressed")
+            body = bytearray()
+            async for chunk in answer.aiter_raw():
+                body += chunk
+                if len(body) > LIMIT:
+                    raise ValueError(f"the answer is longer than {LIMIT >> 20} MiB")
+            return answer.status_code, bytes(body)
+    except TimeoutError:
+        raise httpx.ReadTimeout("the answer is not whole in time") from None
 
 
 def value(body: bytes) -> dict[str, Any]:

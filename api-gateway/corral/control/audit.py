@@ -77,10 +77,14 @@ class Notes:
             await self.flush()
         caller = who.key_id, who.tenant, status >= 400
         count = self._counts[caller] = self._counts.get(caller, 0) + 1
-        if count <= NOTES_MAX:
-            asked = {"query": query} if query else None
-            return await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
-        return True
+        if count > NOTES_MAX and not self._silent:
+            return True
+        # Where the last row was not taken, the one that says how many more there were may not be either.
+        asked = {"query": query} if query else None
+        done = await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
+        if (count > NOTES_MAX if done else status < 400) and self._counts.get(caller):
+            self._counts[caller] -= 1  # it has a row of its own, or is not answered
+        return done
 
     async def flush(self) -> None:
         """Enter how many were left out of those that were noted, one row a caller, and count anew."""

@@ -28,6 +28,8 @@ MONTH = 30 * 86400.0
 SAME_ID_MAX = 1000
 """Records of one request id, which is the caller's to choose, that are compared."""
 
+REQUEST = r"^[A-Za-z0-9._-]+$"
+
 router = APIRouter()
 _encode = msgspec.json.Encoder().encode
 
@@ -41,7 +43,7 @@ class Texts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    request: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")] = Field(
+    request: Annotated[str, Field(min_length=1, max_length=128, pattern=REQUEST)] = Field(
         description="`X-Request-ID` of its answer, or the record's id."
     )
     prompt: Digests = Field(None, description="SHA-256 of the request's body.")
@@ -73,7 +75,13 @@ async def compare(control: Here, caller: Caller, texts: Texts) -> dict[str, Any]
     """
     if texts.prompt is None and texts.answer is None:
         raise Problem(400, "bad_request", "give a prompt, an answer, or both")
-    return {"records": await control.database.write(_compare, caller, texts, control.hashes)}
+    found = await control.database.read(_compare, caller, texts, control.hashes)
+    # Who may ask this often enough may guess: each question is in the trail, with its answer. Written by itself: no
+    # other writer has to wait until the records are found.
+    shown = [{name: one[name] for name in one if name not in ("seq", "ts")} for one in found[-20:]]
+    told = {"request": texts.request, "records": shown}
+    await control.database.write(record, caller, "POST", "/admin/audit/compare", None, told)
+    return {"records": found}
 
 
 def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashes) -> list[dict[str, Any]]:
@@ -96,15 +104,13 @@ def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashe
                 kept = row[f"{name}_hash"]
                 one[name] = None if kept is None else kept in [keyed.of(bytes.fromhex(digest)) for digest in given]
         found.append(one)
-    # Who may ask this often enough may guess: each question is in the trail, with its answer.
-    shown = [{name: one[name] for name in one if name not in ("seq", "ts")} for one in found[-20:]]
-    record(connection, who, "POST", "/admin/audit/compare", None, {"request": texts.request, "records": shown})
     return found
 
 
 @router.get("/admin/audit/content", tags=["audit"])
 async def content(
-    control: Here, request: Annotated[str, Query(max_length=128, description="`X-Request-ID`, or a record's id.")]
+    control: Here,
+    request: Annotated[str, Query(max_length=128, pattern=REQUEST, description="`X-Request-ID`, or a record's id.")],
 ) -> dict[str, Any]:
     """Prompt and answer of a request whose key has them kept: an age file in base64, by record."""
     named = (audit.c.id == request) | (audit.c.request_id == request)

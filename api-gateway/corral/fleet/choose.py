@@ -11,9 +11,9 @@ def choose(nodes: Iterable[Node], model: str, now: float, tried: Collection[str]
     """The least busy node that holds `model` (canonical name), or None.
 
     Nodes with a free slot come first, among them those where the model is resident, among those the one
-    with the smallest share of its slots in use. Nodes in `tried`, nodes that failed a moment
-    ago and runners that are suspect are used only where no other is left: a second try on a node that came back is
-    better than an error.
+    with the smallest share of its slots in use. Nodes in `tried`, nodes that failed or did not have the model a moment
+    ago and runners that are suspect are used only where no other is left, those that did not fail this request first: a
+    second try on a node that came back is better than an error.
     """
     best: Node | None = None
     best_rank = 0.0
@@ -26,7 +26,11 @@ def choose(nodes: Iterable[Node], model: str, now: float, tried: Collection[str]
             rank += 1e4
         if node.in_flight >= node.slots:
             rank += 1e8
-        if node.shunned_until > now or node.name in tried or model in node.suspects:
+        if node.name in tried or model in node.suspects:
+            rank += 1e14
+        elif node.lost and node.lost.get(model, 0.0) > now:
+            rank += 1e13
+        elif node.shunned_until > now:
             rank += 1e12
         if best is None or rank < best_rank:
             best, best_rank = node, rank

@@ -22,9 +22,10 @@ class Node:
     """One Ollama server.
 
     ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and ``resident``
-    are the model names in them, ``header`` the line of HTTP that names it. ``in_flight`` counts this gateway's
-    requests on it, and ``shunned_until`` (monotonic seconds) is set when it failed this gateway. ``memory`` is bytes
-    for models, 0 where it was not declared. ``suspects`` are models whose runners seem to hang there.
+    are the model names in them, ``header`` the line of HTTP that names it. ``memory`` is bytes for models, 0 where it
+    was not declared. ``in_flight`` counts this gateway's requests on it, and ``shunned_until`` (monotonic seconds) is
+    set when it failed this gateway. ``suspects`` are models whose runners seem to hang there, ``lost`` those that it
+    said not to hold, whatever control says, each until when it is not asked for them (monotonic seconds).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Node:
     in_flight: int = 0
     shunned_until: float = 0.0
     suspects: frozenset[str] = frozenset()
+    lost: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.header = b"X-Corral-Node: %b\r\n" % self.name.encode()

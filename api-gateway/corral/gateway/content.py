@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from base64 import b64encode
+from bisect import bisect_right
 from typing import Any
 
 import msgspec
@@ -17,12 +18,19 @@ from corral.config.record import AuditSettings
 from corral.store.keys import masked
 
 REDACTED = "[redacted]"
+MARGIN = 4096
+"""Characters behind what is kept that are looked at too: a cut must leave no half of what a pattern would find."""
 
 _encode = msgspec.json.Encoder().encode
+_ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
+_MEANT = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
 
 
 class Keeper:
-    """Makes of a prompt and an answer what the record keeps of them. ``most``: bytes of each."""
+    """Makes of a prompt and an answer what the record keeps of them.
+
+    ``most``: bytes of each that are kept; ``window``: characters of each that it has to see for that.
+    """
 
     def __init__(self, settings: AuditSettings) -> None:
         """Raises ValueError where the recipient is none."""
@@ -31,20 +39,55 @@ class Keeper:
         except pyrage.RecipientError as error:
             raise ValueError(f"audit.content_recipient: {error}") from None
         self.most = settings.content_max
+        self.window = self.most + MARGIN + 1
         self._patterns = [re.compile(one) for one in settings.content_redact]
 
     def keep(self, prompt: bytes, answer: str) -> str:
         """Base64 of an age file that holds deflated JSON: ``prompt`` (the request's body), ``answer``, ``cut``."""
         told: dict[str, Any] = {"cut": []}
-        for name, text in (("prompt", prompt.decode("utf-8", "replace")), ("answer", answer)):
-            # Redacted first: a cut must not leave half of what a pattern would have found.
-            for pattern in self._patterns:
-                text = pattern.sub(REDACTED, text)
-            data = masked(text).encode()
+        # A character has four bytes at most. All this is done between two turns of all other requests.
+        begins = prompt[: 4 * self.window].decode("utf-8", "replace")
+        for name, text, escaped in (("prompt", begins, True), ("answer", answer, False)):
+            whole = len(text) < self.window
+            kept = self._redact(text[: self.window - 1], escaped)
+            data = (kept if whole else kept[:-MARGIN]).encode()
             told[name] = data[: self.most].decode("utf-8", "ignore")
-            if len(data) > self.most:
+            if not whole or len(data) > self.most:
                 told["cut"].append(name)
         return b64encode(pyrage.encrypt(zlib.compress(_encode(told), 1), [self._recipient])).decode()
+
+    def _redact(self, text: str, escaped: bool) -> str:
+        """`text` without what the patterns find, and without keys; `escaped`: what they look at is what JSON means."""
+        said, steps, places = _unescaped(text) if escaped else (text, [0], [0])
+
+        def place(at: int) -> int:
+            step = bisect_right(steps, at) - 1
+            return places[step] + at - steps[step]
+
+        parts, end = [], 0
+        for first, last in sorted(found.span() for pattern in self._patterns for found in pattern.finditer(said)):
+            start, stop = place(first), place(last)
+            if stop > max(start, end):
+                if start >= end:
+                    parts += [text[end:start], REDACTED]
+                end = stop
+        return masked("".join([*parts, text[end:]]))
+
+
+def _unescaped(text: str) -> tuple[str, list[int], list[int]]:
+    """JSON with the characters that its escapes mean, so that a word behind a line end begins there.
+
+    Its character ``steps[i]`` is at ``places[i]`` of `text`; up to the next step both go on alike.
+    """
+    parts, steps, places, length, end = [], [0], [0], 0, 0
+    for escape in _ESCAPE.finditer(text):
+        code, letter = escape.groups()
+        parts += [text[end : escape.start()], chr(int(code, 16)) if code else _MEANT.get(letter, letter)]
+        length += escape.start() - end + 1
+        end = escape.end()
+        steps.append(length)
+        places.append(end)
+    return "".join([*parts, text[end:]]), steps, places
 
 
 def open_content(data: bytes, identities: list[pyrage.x25519.Identity]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
 from corral.gateway.metrics import WHOLE
-from corral.gateway.recover import CRASHES, GIVEN_UP, Failure, final_error, may_retry
+from corral.gateway.recover import CRASHES, GIVEN_UP, Failure, final_error, holds, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -224,6 +224,7 @@ class Exchange(State):
         attempt, self._attempt = self._attempt, None
         assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
+        holds(attempt.node, self.model)
         try:
             if (self.resumption is not None or self.decoded.more) and goes_on(self, attempt.node):
                 return
@@ -269,8 +270,7 @@ class Exchange(State):
             blame(self, failure, node)
         if failure is not Failure.CALLER:
             self.tried += (node.name,)
-            if failure is not Failure.MISSING:  # with its other models nothing is wrong
-                gateway.queue.shun(node, monotonic())
+            gateway.queue.shun(node, failure, self.model, monotonic())
         if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
             self._again()
@@ -338,7 +338,7 @@ class Exchange(State):
         if self.resumption is not None:
             gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
-        if self._admitted and gateway.content_wanted(self.key):
+        if self.attempts and gateway.content_wanted(self.key):
             gateway.keep_content(self, record)
         gateway.journal.record(record, self, access=True)
 

@@ -30,7 +30,7 @@ from corral.gateway import admit, settle
 from corral.gateway.authenticate import check
 from corral.gateway.health import RATE
 from corral.gateway.local import Local
-from corral.gateway.recover import SHUN
+from corral.gateway.recover import LOST, SHUN, Failure, shun
 from corral.gateway.snapshot import Pool
 from corral.store.slots import Answer, Slots, Wanted
 from corral.wire.errors import ApiError
@@ -194,11 +194,14 @@ class Queue:
             if self.local.active:
                 self.local.read(wanted.id, now)
 
-    def shun(self, node: Node, now: float) -> None:
-        """A node has failed a request: for a moment it is used only where no other has the model."""
-        if node.name not in self._troubled:
+    def shun(self, node: Node, failure: Failure, model: str, now: float) -> None:
+        """A node has failed a request: for a moment it is used only where no other has the model (`recover.shun`)."""
+        shun(node, failure, model, now)
+        missing = failure is Failure.MISSING
+        if not missing and node.name not in self._troubled:
             self.affinity.forget(node.name)
-        node.shunned_until = self._troubled[node.name] = now + SHUN
+        until = now + (LOST if missing else SHUN)
+        self._troubled[node.name] = max(until, self._troubled.get(node.name, 0.0))
 
     def note(self, model: str, seconds: float) -> None:
         """A request of a model has taken a slot for so long."""
@@ -303,7 +306,8 @@ class Queue:
             return True
         if not self._troubled and not node.suspects:
             return False
-        troubled = node.shunned_until > now or model_of(wanted.model) in node.suspects
+        model = model_of(wanted.model)
+        troubled = _failed(node, model, now) or model in node.suspects
         return troubled and LATE + node.name not in words
 
     def _bounce(self, exchange: Exchange, name: str, now: float) -> None:
@@ -327,13 +331,16 @@ class Queue:
             for other in pool.nodes.values():
                 if not resume.suits(other):
                     never[other.name] = None
-        late = dict.fromkeys(exchange.tried)
-        for node, until in self._troubled.items():
-            if until > now:
-                late[node] = None
-        for node, model in self._gateway.health.canaries:
-            if model == name:
-                late[node] = None
+        # In the order in which they are used where no other is left, as in `choose`.
+        shunned: list[str] = []
+        lost: list[str] = []
+        for node in self._troubled:
+            known = pool.nodes.get(node)
+            if known is not None and _failed(known, name, now):
+                (lost if known.lost and name in known.lost else shunned).append(node)
+        last = [node for node, model in self._gateway.health.canaries if model == name]
+        last += exchange.tried
+        late = dict.fromkeys([node for node in shunned + lost if node not in last] + last)
         words = [NEVER + node for node in never]
         words += [LATE + node for node in late if node in pool.nodes and node not in never]
         return tuple(words)
@@ -349,6 +356,10 @@ class Queue:
     def _overloaded(self, message: str, seconds: float) -> ApiError:
         retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))
         return ApiError(503, "overloaded", f"{message}; retry in {retry} s", retry_after=retry)
+
+
+def _failed(node: Node, model: str, now: float) -> bool:
+    return node.shunned_until > now or (bool(node.lost) and node.lost.get(model, 0.0) > now)
 
 
 def _since(exchange: Exchange, now: float) -> str:

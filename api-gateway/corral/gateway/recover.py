@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from corral.fleet.node import Node, canonical_name
 from corral.wire.errors import ApiError
 
 ATTEMPTS_MAX = 3
 CRASHES_MAX = 2
 SHUN = 2.0
+LOST = 5.0
+"""Seconds in which control asks each node what it holds."""
 BUDGET_SHARE = 0.2
 BUDGET_FLOOR = 3.0
 BUDGET_CAP = 100.0
@@ -80,6 +83,22 @@ def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudge
     if failure is Failure.MISSING:
         return history.attempts < ATTEMPTS_MAX
     return history.attempts < ATTEMPTS_MAX and budget.spend()
+
+
+def shun(node: Node, failure: Failure, model: str, now: float) -> None:
+    """Leave a node that failed alone for a moment; one that lacks a model, with that model: it would always be free."""
+    if failure is Failure.MISSING:
+        lost = {name: until for name, until in node.lost.items() if until > now}
+        lost[canonical_name(model)] = now + LOST
+        node.lost = lost
+    else:
+        node.shunned_until = now + SHUN
+
+
+def holds(node: Node, model: str) -> None:
+    """A node has answered for a model."""
+    if node.lost:
+        node.lost.pop(canonical_name(model), None)
 
 
 def final_error(failure: Failure, history: History, cause: ApiError | None) -> ApiError:

@@ -180,9 +180,9 @@ class Gateway:
         return self.limits.gateways
 
     def content_wanted(self, key: Key | None) -> int:
-        """Most bytes that are kept of a key's prompts and answers; 0 where nothing is."""
+        """Characters of an answer that keeping it needs, for a key whose prompts and answers are kept; else 0."""
         keeper = self.keeper
-        return keeper.most if keeper is not None and key is not None and key.content else 0
+        return keeper.window if keeper is not None and key is not None and key.content else 0
 
     def keep_content(self, exchange: Exchange, record: Settled) -> None:
         """Keep prompt and answer of a request whose key has them kept; where that fails, the request does not."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from corral.store.spool import SpoolReader, SpoolWriter, opened, salvage
+from corral.store.spool import SpoolReader, SpoolWriter, opened, readable, salvage
 
 PAUSE = 0.2
 PAUSE_BUSY = 0.5
@@ -123,7 +123,8 @@ class Shipper:
             file.seek(offset)
             data = file.read()
         records = [one for payload in salvage(data) for one in payload.split(b"\n")]
-        records = [one for one in records if not one.startswith(b'{"t":"begin"')]
+        # What control could not read either would be put aside again and again.
+        records = [one for one in records if not one.startswith(b'{"t":"begin"') and readable(one)]
         for record in records:
             self._writer.append(record)
         self._writer.flush()

@@ -62,6 +62,8 @@ def run(
     empty folder gets SmolLM2 (True: smollm2:135m, False or empty: none).
     """
     host, _, port = listen.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        sys.exit(f"corral node: --listen: expected HOST:PORT, such as 127.0.0.1:11434, got {listen!r}")
     try:
         node = build(backend, models, threads, parallel, max_loaded, simulated, default_model)
     except (ValueError, OSError) as error:

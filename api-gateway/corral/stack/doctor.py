@@ -182,6 +182,12 @@ def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Fin
             yield Finding(name, "warning", f"{said}{reason}", _node_advice(said, node))
         if version := node.get("version"):
             versions[name] = str(version)
+    if not told:
+        yield Finding("nodes", "problem", "the fleet has none: every request gets a 503", "`corral nodes add URL`")
+    elif not any(node.get("state") == "ready" for node in told):
+        yield Finding("nodes", "problem", "none is ready: every request gets a 503", "see each node's line")
+    elif not any(node.get("models") for node in told):
+        yield Finding("nodes", "warning", "none holds a model: every request gets a 404", "`corral models pull NAME`")
     if len(set(versions.values())) > 1:
         yield Finding("ollama", "warning", f"versions differ: {versions}", "upgrade the nodes one after the other")
     for name, version in versions.items():

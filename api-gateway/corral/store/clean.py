@@ -27,9 +27,13 @@ def _whole(bits: int) -> Callable[[object], int | None]:
 
 
 def _real(value: object) -> float | None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    return float(value)
+    try:
+        real = float(value)
+    except OverflowError:
+        return None
+    return real if math.isfinite(real) else None
 
 
 def _flag(value: object) -> bool | None:

@@ -179,7 +179,9 @@ class Database:
             return run(*args)
         finally:
             if self._closed is not None:
-                self._closed.dispose()  # this call has outlived `close`: it gave its connection back after that
+                # This call has outlived `close`: it gave its connection back after that, or has only then taken one.
+                self._closed.dispose()
+                self.engine.pool.dispose()
 
     async def answers(self, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
         """Whether the database answers within `timeout` seconds."""

@@ -80,13 +80,17 @@ def _store(
     admits: dict[str, dict[str, Any]] = {}
     settles: dict[str, dict[str, Any]] = {}
     moved: dict[str, dict[str, Any]] = {}
+    contents: dict[str, dict[str, Any]] = {}
+    begun = False
     for record in records:
         kind = record.get("t")
         if kind == "begin":
-            progress.begun(connection, gateway)
+            begun = True
             continue
         if kind == "content":
-            _keep(connection, record)
+            content = _content(record)
+            if content is not None:
+                contents.setdefault(content["id"], content)
             continue
         if kind == "progress":
             moved.update(progress.read(record))
@@ -98,6 +102,11 @@ def _store(
             admits.setdefault(row["id"], row)
         else:
             settles.setdefault(row["id"], row)
+    # Once each, and before this segment's own rows: a call may bring tens of thousands of records.
+    if begun:
+        progress.begun(connection, gateway)
+    if contents:
+        connection.execute(insert(connection, audit_content).on_conflict_do_nothing(), list(contents.values()))
     _own(connection, [*admits.values(), *settles.values()])
     read = list(admits.values())
     for known, row in settles.items():
@@ -118,15 +127,16 @@ def _store(
     return read, done
 
 
-def _keep(connection: Connection, record: Mapping[str, Any]) -> None:
+def _content(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A row of a prompt and an answer, from now at the latest, or it would never end; None where it cannot be one."""
     request, ts, data = CLEAN["id"](record.get("of")), CLEAN["ts"](record.get("ts")), record.get("data")
     try:
         sealed = b64decode(data, validate=True) if isinstance(data, str) else b""
     except ValueError:
         sealed = b""
-    if request and ts is not None and sealed:
-        row = {"id": request, "ts": ts, "data": sealed}
-        connection.execute(insert(connection, audit_content).values(row).on_conflict_do_nothing())
+    if not request or ts is None or not sealed:
+        return None
+    return {"id": request, "ts": min(ts, time.time()), "data": sealed}
 
 
 def _own(connection: Connection, rows: list[dict[str, Any]]) -> None:

@@ -42,6 +42,7 @@ ASIDE = (".torn", ".corrupt")
 
 _SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
 _decode_lines = msgspec.json.Decoder(dict[str, Any]).decode_lines
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encode = msgspec.json.Encoder().encode
 _pack = HEADER.pack
 
@@ -84,11 +85,20 @@ def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             raise SpoolCorrupt(position, "wrong checksum")
         try:
             records = _decode_lines(payload)
-        except msgspec.DecodeError as error:
+        except _UNREADABLE as error:
             raise SpoolCorrupt(position, str(error)) from None
         for record in records:
             yield end, record
         position = end
+
+
+def readable(payload: bytes) -> bool:
+    """Whether a payload is what `decode_frames` can read: a good checksum says that it was written, not what."""
+    try:
+        _decode_lines(payload)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def whole_frames(data: bytes) -> int:
