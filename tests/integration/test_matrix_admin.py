@@ -217,7 +217,7 @@ near = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=80) | near | st.sampled_from(["' OR 1=1 --", "crl_'||(select 1)||'_x", "%00", "crl_*_*"]))
 def test_a_store_is_asked_for_well_formed_ids_alone(
     control: Running, monkeypatch: pytest.MonkeyPatch, text: str

@@ -215,7 +215,7 @@ def carried_out(made: Plan, nodes: list[Holdings], wanted: list[Wanted]) -> list
     return list(after.values())
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(wanteds, fleets(), st.booleans())
 def test_after_its_steps_nothing_is_left_to_do(wanted: list[Wanted], nodes: list[Holdings], everywhere: bool) -> None:
     made = plan(wanted, nodes, everywhere)

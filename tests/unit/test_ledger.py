@@ -169,7 +169,7 @@ class Scheduler(RuleBasedStateMachine):
 
 TestScheduler = Scheduler.TestCase
 TestScheduler.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=150, stateful_step_count=60, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 

@@ -19,7 +19,7 @@ from corral.store.budget import Budget, month_end, month_of
 from corral.store.limits import Verdict
 
 WHAT = ["ask", "settle", "again"]
-PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.fixture(scope="module", params=STORES)

@@ -176,7 +176,7 @@ demands = st.tuples(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=400, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(hosts, min_size=1, max_size=4), demands)
 def test_no_decision_breaks_what_is_promised(fleet: list[Host], asked: tuple[Demand, ...]) -> None:
     for number, one in enumerate(fleet):
@@ -211,7 +211,7 @@ def test_no_decision_breaks_what_is_promised(fleet: list[Host], asked: tuple[Dem
         assert not one.memory or sum(models[model].size for model in after) <= one.memory
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     st.lists(
         st.tuples(st.floats(0, 120), st.sampled_from(MODELS), st.integers(1, 12000), st.integers(1, 600)),

@@ -63,7 +63,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(steps=operations)
 def test_the_store_gives_what_the_ledger_gives(store: Server, steps: list[tuple[Any, ...]]) -> None:
     """One after the other, from three gateways: the same slots to the same requests, the same tickets."""

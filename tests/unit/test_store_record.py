@@ -148,6 +148,19 @@ def test_what_nobody_settled_is_settled_at_its_last_progress(database: Database)
     assert (sums["requests"], sums["failed"], sums["estimated"], sums["tokens"]) == (3, 2, 2, 15)
 
 
+def test_each_begin_leaves_others_their_time_to_tell(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, other = Spool(database), Spool(database, "gateway-2")
+    began = time.time()
+    killed.ship(admit(1))
+    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON}, admit(2))
+    monkeypatch.setattr(time, "time", lambda: began + recovery.GRACE - 1)
+    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON})
+    assert recovered(database, began + recovery.GRACE + 1) == 0, "gateway-2 has request 2, and has not told yet"
+    other.ship(settle(2, gw="gateway-2"))
+    assert recovered(database, began + 2 * recovery.GRACE) == 1
+    assert [row["outcome"] for row in rows(database)] == ["interrupted", "ok"]
+
+
 def test_a_request_that_the_edge_gave_to_another_gateway_is_its(database: Database) -> None:
     killed, other = Spool(database), Spool(database, "gateway-2")
     other.ship(admit(1, ts=NOON + 1))

@@ -27,7 +27,7 @@ from corral.backup.restore import SQLITE, Wishes, checked, restore
 from corral.config.settings import Settings
 from corral.stack.state import write_private
 from corral.store import keys as keytext
-from corral.store.database import Database, DatabaseError, resolve
+from corral.store.database import Database, DatabaseError, reason, resolve
 
 RECORD = "drill.json"
 FOLDER = "corral-drill-"
@@ -169,10 +169,9 @@ def _scratch(place: Place) -> Iterator[tuple[str, Path | None]]:
             try:
                 connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template0"))
             except SQLAlchemyError as error:
-                reason = str(getattr(error, "orig", None) or error).splitlines()[0]
                 raise BackupError(
-                    f"{_address(own)}: no scratch database can be made there: {reason}; ALTER ROLE … CREATEDB, or "
-                    "drill with --sqlite"
+                    f"{_address(own)}: no scratch database can be made there: {reason(error)}; ALTER ROLE … CREATEDB, "
+                    "or drill with --sqlite"
                 ) from None
             try:
                 address = make_url(resolve(store.database, place.root)).set(database=name)

@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from corral.backup.place import Place, open_database, sqlite_file
 from corral.store import actions
-from corral.store.database import DatabaseError
+from corral.store.database import DatabaseError, reason
 
 METHOD = "RUN"
 """What stands where a call of the admin API has its method."""
@@ -45,7 +45,7 @@ def enter(place: Place, action: str, told: dict[str, Any]) -> str | None:
     try:
         database.write_now(note, action, told)
     except SQLAlchemyError as error:
-        return str(getattr(error, "orig", None) or error).splitlines()[0]
+        return reason(error)
     finally:
         database.close()
     return None

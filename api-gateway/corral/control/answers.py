@@ -87,6 +87,18 @@ async def fetch(
         raise httpx.ReadTimeout("the answer is not whole in time") from None
 
 
+async def resident(client: httpx.AsyncClient, url: str, model: str, timeout: float) -> list[dict[str, Any]]:  # noqa: ASYNC109
+    """The entries of a node's `/api/ps` of this name: an older version may still be there beside the new one.
+
+    Raises:
+        ValueError, httpx.HTTPError: it does not say.
+    """
+    status, body = await fetch(client, "GET", url + "/api/ps", timeout=timeout)
+    if status != 200:
+        raise ValueError(f"status {status}")
+    return [entry for entry in models(body) if entry["name"] == model]
+
+
 def value(body: bytes) -> dict[str, Any]:
     """A JSON object, nested at most DEPTH deep. ValueError says what else it is."""
     found: dict[str, Any] = _decode(_anything, body)

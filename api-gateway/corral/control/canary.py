@@ -81,8 +81,7 @@ class Canary:
             if running is not None and running >= member.slots:
                 return
             async with member.loads:
-                entry = await self._resident(client, member, model)
-                if entry is not None:
+                for entry in (await answers.resident(client, member.url, model, self._settings.timeout))[:1]:
                     await self._prove(client, member, entry, residence)
         except (httpx.HTTPError, TimeoutError, ValueError):
             return  # it does not even say what is resident: the prober's to judge
@@ -105,13 +104,6 @@ class Canary:
         member.measured.canary_duration = time.monotonic() - began
         member.measured.canary_success = time.time()
         residence.proven, residence.failing = True, False
-
-    async def _resident(self, client: httpx.AsyncClient, member: Member, model: str) -> dict[str, Any] | None:
-        """The model's entry of /api/ps as it is now, None where it has left."""
-        status, content = await answers.fetch(client, "GET", member.url + "/api/ps", timeout=self._settings.timeout)
-        if status != 200:
-            raise ValueError(f"status {status}")
-        return next((entry for entry in answers.models(content) if entry["name"] == model), None)
 
     async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> None:
         """Have it generate. ValueError where the answer is none."""

@@ -12,6 +12,8 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from corral.store.database import reason
+
 log = logging.getLogger(__name__)
 
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
@@ -65,7 +67,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(SQLAlchemyError)
     async def database(request: Request, error: SQLAlchemyError) -> JSONResponse:
-        log.error("the database failed: %s", str(getattr(error, "orig", None) or error).splitlines()[0])
+        log.error("the database failed: %s", reason(error))
         return answer(unrecorded() if request.method not in ("GET", "HEAD") else _AWAY)
 
     @app.exception_handler(Exception)

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from corral.config.record import AuditSettings
 from corral.store import recovery
 from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
-from corral.store.database import Database
+from corral.store.database import Database, reason
 from corral.store.retention import drop, drop_content, due
 from corral.store.tables import audit, audit_checkpoints, audit_streams
 
@@ -78,7 +78,7 @@ class Ledger:
             await work()  # type: ignore[operator]
         except (SQLAlchemyError, OSError, ValueError, ChainBroken, httpx.HTTPError) as error:
             if trouble not in self._silent:
-                log.error("%s: %s", trouble, str(getattr(error, "orig", None) or error).splitlines()[0])
+                log.error("%s: %s", trouble, reason(error))
             self._silent.add(trouble)
         except Exception:
             log.exception("%s", trouble)

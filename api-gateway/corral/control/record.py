@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from corral.control.audit import moment, record
 from corral.control.auth import Caller, Principal
@@ -67,6 +67,11 @@ async def chain(control: Here) -> Response:
     return _json({**found, "public_key": control.ledger.signer.public})
 
 
+def _named(request: str) -> ColumnElement[bool]:
+    """Records of a request by its `X-Request-ID`, or the one of that id."""
+    return (audit.c.id == request) | (audit.c.request_id == request)
+
+
 @router.post("/admin/audit/compare", tags=["audit"])
 async def compare(control: Here, caller: Caller, texts: Texts) -> dict[str, Any]:
     """Whether a text is the prompt or the answer of a request: true, false, or null where its record has no hash of it.
@@ -86,7 +91,7 @@ async def compare(control: Here, caller: Caller, texts: Texts) -> dict[str, Any]
 
 def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashes) -> list[dict[str, Any]]:
     column = audit.c
-    wanted = [(column.id == texts.request) | (column.request_id == texts.request), column.api != "admin"]
+    wanted = [_named(texts.request), column.api != "admin"]
     if who.bound is not None:
         wanted.append(column.tenant == who.bound)
     chosen = select(column.id, column.seq, column.ts, column.prompt_hash, column.answer_hash).where(*wanted)
@@ -113,8 +118,9 @@ async def content(
     request: Annotated[str, Query(max_length=128, pattern=REQUEST, description="`X-Request-ID`, or a record's id.")],
 ) -> dict[str, Any]:
     """Prompt and answer of a request whose key has them kept: an age file in base64, by record."""
-    named = (audit.c.id == request) | (audit.c.request_id == request)
-    chosen = select(audit_content).join(audit, audit.c.id == audit_content.c.id).where(named).order_by(audit.c.seq)
+    chosen = (
+        select(audit_content).join(audit, audit.c.id == audit_content.c.id).where(_named(request)).order_by(audit.c.seq)
+    )
     rows = await control.database.read(lambda c: c.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all())
     if not rows:
         raise Problem(404, "not_found", f"nothing is kept of a request {request!r}")

@@ -118,11 +118,11 @@ class SelfTest:
                 if path == SHOW:
                     return await _post(client, member.url + path, body)
                 # As long as it is to stay now: somebody may have said something else since the last request.
-                now = await _resident(client, member, entry)
-                if now is None:
-                    raise ValueError("it is not in memory any more")
-                stay = {"keep_alive": stays(now.get("expires_at"), time.time())}
-                return await _post(client, member.url + path, {**body, **stay})
+                for now in await answers.resident(client, member.url, entry["name"], PATIENCE):
+                    if now.get("digest") == entry.get("digest"):
+                        stay = {"keep_alive": stays(now.get("expires_at"), time.time())}
+                        return await _post(client, member.url + path, {**body, **stay})
+                raise ValueError("it is not in memory any more")
 
         try:
             async with asyncio.timeout(PATIENCE):
@@ -161,13 +161,6 @@ async def examine(post: Post, kept: Mapping[str, Any]) -> None:
             again = msgspec.json.decode(rest.request(rendering.prompt))
             if "".join(await _pieces(post, GENERATE.decode(), again)) != "".join(pieces[cut:]):
                 raise Unfit(f"{route}: cut after {cut} tokens it went on otherwise")
-
-
-async def _resident(client: httpx.AsyncClient, member: Member, wanted: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The model's entry of /api/ps as it is now; None where it has left, or is another file."""
-    status, content = await answers.fetch(client, "GET", member.url + "/api/ps")
-    same = [entry for entry in answers.models(content) if entry["name"] == wanted["name"]] if status == 200 else []
-    return next((entry for entry in same if entry.get("digest") == wanted.get("digest")), None)
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: object) -> bytes:

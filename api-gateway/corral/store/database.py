@@ -136,7 +136,7 @@ class Database:
     def _unusable(self, error: SQLAlchemyError) -> DatabaseError:
         away = self.dialect != "sqlite" and isinstance(error, OperationalError)
         kind = DatabaseAway if away else DatabaseError
-        return kind(f"the database {self.shown} cannot be used: {_reason(error)}")
+        return kind(f"the database {self.shown} cannot be used: {reason(error)}")
 
     def version(self) -> str | None:
         """The schema's version, None for an empty database."""
@@ -294,5 +294,6 @@ def _password(path: Path) -> str:
         raise DatabaseError(f"{path}: the database's password cannot be read: {reason}") from None
 
 
-def _reason(error: SQLAlchemyError) -> str:
+def reason(error: Exception) -> str:
+    """What the database itself said, in a line."""
     return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -17,10 +17,14 @@ FIELDS = ("node", "attempts", "prompt_tokens", "tokens", "resp_bytes", "queue_ms
 
 
 def begun(connection: Connection, gateway: str) -> None:
-    """The gateway began: what is open of it up to here is to be recovered."""
+    """The gateway began: what is open of it up to here is to be recovered.
+
+    Where it has begun a moment ago too, the wait begins anew for all: what was open only now may still be told.
+    """
     last = connection.execute(select(func.max(audit.c.seq))).scalar() or 0
-    statement = insert(connection, spool_begun).values(gateway=gateway, seq=last, since=time.time())
-    connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_={"seq": last}))
+    now = time.time()
+    statement = insert(connection, spool_begun).values(gateway=gateway, seq=last, since=now)
+    connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_={"seq": last, "since": now}))
 
 
 def read(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

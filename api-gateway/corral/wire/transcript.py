@@ -14,6 +14,8 @@ TEXT_MAX: Final = 1 << 20
 """Characters of an answer that are kept: a longer one is not continued."""
 TOGETHER: Final = 32
 """Pieces that are read at once: reading each by itself costs three times as much."""
+BYTES: Final = 1 << 14
+"""Bytes of pieces that are read at once, however few they are: a caller who takes nothing must not fill the memory."""
 
 _chat: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
 _generate: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
@@ -34,6 +36,7 @@ class Transcript:
         self.tokens = 0
         self._chat = chat
         self._pieces: list[bytes] = []
+        self._waiting = 0
         self._texts: list[str] = []
         self._size = 0
         self._rest = b""
@@ -46,7 +49,8 @@ class Transcript:
         """Bytes of the node's body, in any cut, once what they say has gone to the caller."""
         pieces = self._pieces
         pieces.append(data)
-        if len(pieces) >= TOGETHER:
+        self._waiting += len(data)
+        if len(pieces) >= TOGETHER or self._waiting >= BYTES:
             self._read()
 
     def close(self) -> bool:
@@ -72,7 +76,7 @@ class Transcript:
 
     def _read(self) -> None:
         data = self._rest + b"".join(self._pieces)
-        self._pieces = []
+        self._pieces, self._waiting = [], 0
         whole, _, self._rest = data.rpartition(b"\n")
         if not (self._plain or self._hash is not None) or not whole.strip():
             return
