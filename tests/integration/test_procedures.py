@@ -99,7 +99,7 @@ def test_503(operator: Operator) -> None:
     operator.run("corral nodes drain node-1 && corral nodes drain node-2")
     try:
         until(lambda: ask(operator).status_code == 503, "nobody can take it", every=0.2)
-        said = operator.run(blocks(INCIDENT, "503: nobody can take it"))
+        said = operator.run(blocks(INCIDENT, "503: nobody can take it"), status=1)  # the doctor: PROBLEM
         assert "unhealthy" in said and said.count("draining") >= 2
     finally:
         operator.run("corral nodes resume node-1 && corral nodes resume node-2")

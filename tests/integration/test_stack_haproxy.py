@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -82,6 +84,7 @@ class Rig:
     gateways: list[Origin]
     control: Origin
     node: Origin
+    process: Process
 
     def ask(
         self, path: str = "/", headers: dict[str, str] | None = None, body: bytes | None = None, port: int = 0
@@ -111,12 +114,13 @@ def rig(haproxy: str, tmp_path: Path) -> Iterator[Rig]:
         control=("127.0.0.1", control.port),
         nodes=[("node-1", f"http://127.0.0.1:{node.port}"), ("node-2", f"http://127.0.0.1:{free_port()}")],
         max_duration=60.0,
+        ollama=("127.0.0.1", free_port()),
     )
     (tmp_path / "haproxy.cfg").write_text(render(plan))
-    made = Rig(plan, gateways, control, node)
     for origin in (*gateways, control, node):
         origin.start()
     process = Process([haproxy, "-W", "-f", tmp_path / "haproxy.cfg"], tmp_path / "haproxy.log")
+    made = Rig(plan, gateways, control, node, process)
     try:
         process.wait_until(lambda: made.ask("/ready")[0].status == 200)
         yield made
@@ -201,6 +205,25 @@ def test_a_dead_gateway_costs_no_request(rig: Rig) -> None:
     rig.gateways[0].stop()
     assert {rig.ask("/api/tags")[0].status for _ in range(20)} == {200}
     rig.gateways[0].start()
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("front_end", ["edge", "ollama"])
+def test_a_reload_closes_no_connection_that_a_caller_keeps(rig: Rig, front_end: str, used: bool) -> None:
+    assert rig.plan.ollama is not None
+    ports = {"edge": rig.plan.edge_port, "ollama": rig.plan.ollama[1]}
+    connection = HTTPConnection("127.0.0.1", ports[front_end], timeout=10)
+    with contextlib.closing(connection):
+        connection.connect()
+        if used:
+            connection.request("GET", "/api/tags")
+            connection.getresponse().read()
+        os.kill(rig.process.pid, signal.SIGUSR2)
+        rig.process.wait_until(lambda: f"Proxy {front_end} stopped" in rig.process.log.read_text())
+        # The caller's next request may be on its way when the old worker hears that it is to stop.
+        connection.request("GET", "/api/tags")
+        with connection.getresponse() as answer:
+            assert (answer.read(), answer.headers["Connection"]) == (b"ok", "close"), "the old worker's last"
 
 
 def test_an_error_of_a_gateway_is_not_replayed(rig: Rig) -> None:

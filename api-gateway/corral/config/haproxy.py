@@ -28,6 +28,12 @@ _TLS = [
     "    ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!SHA1:!AESCCM",
 ]
 
+# A reload would close a connection under a request that is on its way: many a caller takes that for an error.
+_RELOADED = (
+    "    # At a reload the old worker takes one more request of a caller, and says in its answer that it closes.",
+    "    option idle-close-on-response",
+)
+
 # What the front end for other programs lets through: by method, exact paths.
 _INFERENCE = (
     "/api/generate /api/chat /api/embed /api/embeddings /api/show"
@@ -180,6 +186,7 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         "    # The whole of a small request is here before a gateway sees it: slow callers cost no gateway, and",
         "    # a replay has what it needs.",
         "    option http-buffer-request",
+        *_RELOADED,
         *well_formed(),
         *for_hosts(plan.hosts),
         *shared_with(plan.origins),
@@ -294,6 +301,7 @@ def _ollama(plan: HaproxyPlan, host: str, port: int) -> list[str]:
         "frontend ollama",
         f"    bind {_address(host, port)}",
         "    option http-buffer-request",
+        *_RELOADED,
         *well_formed(),
         "    # Nor from a page of the web: a browser that was told another name, or sends what it need not ask for.",
         *for_hosts(tuple(name for name in plan.hosts if name != "*")),
