@@ -6,49 +6,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway, says
+from support.gateway import Gateway, gateway, says
+from support.held import MODEL, Held, hold, led, placed
 from support.leader import Leader
 from support.process import until
-
-MODEL = "m:latest"
-
-
-class Held:
-    """Node behaviour: an answer that begins, and ends when it is let go."""
-
-    def __init__(self) -> None:
-        self.running = 0
-        self.most = 0
-        self.began = 0
-        self._lock = threading.Lock()
-        self._free = threading.Semaphore(0)
-
-    def __call__(self, connection: socket.socket) -> None:
-        with self._lock:
-            self.running += 1
-            self.began += 1
-            self.most = max(self.most, self.running)
-        connection.sendall(HEAD + chunk(LINE % b"w0"))
-        self._free.acquire()
-        with self._lock:
-            self.running -= 1
-        connection.sendall(chunk(LAST % 1) + END)
-
-    def release(self, count: int = 1) -> None:
-        """Let so many end."""
-        self._free.release(count)
 
 
 @pytest.fixture
 def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
     limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
-    queue = {"length": 3, "wait": getattr(request, "param", "30s")}
+    wait, length = getattr(request, "param", ("30s", 3))
+    queue = {"length": length, "wait": wait}
     with gateway(tmp_path, gateway={"queue": queue}, limits=limits) as made:
         yield made
 
@@ -65,34 +39,6 @@ def leader(gw: Gateway) -> Leader:
 def callers() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(64) as pool:
         yield pool
-
-
-def placed(gw: Gateway, leader: Leader, slots: int, *nodes: str) -> None:
-    """Have the model on these nodes alone, and the gateway know it: where the store stalls, its share is no other."""
-    gw.slots = slots
-    gw.states = {node.name: "ready" if node.name in nodes else "down" for node in gw.nodes}
-    gw.publish()
-    for node in nodes:
-        leader.place(node, MODEL, slots)
-    led(gw, leader)
-
-
-def led(gw: Gateway, leader: Leader) -> None:
-    """Wait until the gateway has seen that there is a leader: what it asks for is asked of the store."""
-
-    def counted() -> bool:
-        before = int(leader.ask(b"HGET", b"corral:1:asked", MODEL.encode()) or 0)
-        assert gw.post().status_code == 200
-        return int(leader.ask(b"HGET", b"corral:1:asked", MODEL.encode()) or 0) == before + 1
-
-    until(counted, "the gateway asks the store")
-    until(lambda: not leader.used(), "nothing runs")
-
-
-def hold(gw: Gateway, behaviour: Callable[[socket.socket], None], count: int = 40) -> None:
-    """Have both nodes do so at the next requests."""
-    for node in gw.nodes:
-        node.script = [behaviour] * count
 
 
 def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(
@@ -130,7 +76,7 @@ def test_a_model_that_is_placed_while_somebody_waits(gw: Gateway, leader: Leader
     assert float(answer.headers["X-Corral-Queue-Ms"]) > 0
 
 
-@pytest.mark.parametrize("gw", ["2s"], indirect=True)
+@pytest.mark.parametrize("gw", [("2s", 3)], indirect=True)
 def test_who_waits_too_long_hears_how_long_it_takes(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
     placed(gw, leader, 1, "node-1")
     held = Held()
@@ -405,3 +351,57 @@ def test_a_node_that_died_is_left_for_the_other(gw: Gateway, leader: Leader) -> 
     finally:
         gw.nodes[0].restart()
     until(lambda: not leader.used(), "nothing is held")
+
+
+def test_interactive_is_served_before_batch(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    placed(gw, leader, 1, "node-1")
+    batch = gw.new_key(**{"class": "batch"})
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    last = callers.submit(gw.post, headers={"Authorization": f"Bearer {batch}"})
+    until(lambda: leader.waiting() == 1, "a batch waits")
+    first = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 2, "and one that came later")
+    for one, began in ((runs, 2), (first, 3)):
+        held.release()
+        until(lambda began=began: held.began == began, "the next one runs")  # type: ignore[misc]
+        assert one.result().status_code == 200
+    assert not last.done()
+    held.release()
+    assert last.result().status_code == 200
+
+
+@pytest.mark.parametrize("gw", [("1s", 3)], indirect=True)
+def test_who_waits_for_a_model_that_is_nowhere_has_the_time_of_a_load(gw: Gateway, leader: Leader) -> None:
+    """1.5 times what a load takes, as the leader measured, and a drain: here requests take no time."""
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    leader.place("node-1", MODEL, 1, "absent")
+    leader.ask(b"HSET", b"corral:1:loads", MODEL.encode(), b"3000000")
+    began = time.monotonic()
+    late = gw.post()
+    assert late.status_code == 503 and "no slot for 'm' within" in late.json()["error"]
+    assert 4.5 <= time.monotonic() - began <= 6.5
+
+
+@pytest.mark.parametrize("gw", [("30s", 64)], indirect=True)
+def test_bodies_of_those_who_wait_are_bounded(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    """By 256 MB of what they sent and of what nodes are to get, before the queue's length is."""
+    placed(gw, leader, 1, "node-1")
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    large = gw.chat(stream=False, messages=[{"role": "user", "content": "x" * (31 << 20)}])
+    waits = []
+    for number in range(4):  # each is held twice
+        waits.append(callers.submit(gw.post, body=large))
+        until(lambda number=number: leader.waiting() == number + 1, "it waits")  # type: ignore[misc]
+    assert gw.post(body=large).status_code == 503
+    until(lambda: leader.waiting() == 4, "its ticket is given up")
+    small = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 5, "what is small waits all the same")
+    held.release(6)
+    assert [one.result(30).status_code for one in (runs, small, *waits)] == [200] * 6

@@ -22,6 +22,8 @@ class Told:
     embed: bool
     batch: bool
     at: int
+    avoids: frozenset[str] = frozenset()
+    """Nodes that it may not use."""
 
 
 @dataclass
@@ -67,7 +69,10 @@ class Promises:
         return [
             node
             for node, model in self.spots
-            if model == told.model and self.free(node, model) > 0 and self.allows(node, told)
+            if model == told.model
+            and node not in told.avoids
+            and self.free(node, model) > 0
+            and self.allows(node, told)
         ]
 
     def given(self, told: Told, node: str) -> None:
@@ -78,6 +83,7 @@ class Promises:
         assert spot is not None and spot.state == "resident", f"{told.id} on a model that is {spot and spot.state}"
         assert self.free(node, told.model) > 0, f"{node} is over-committed by {told.id}"
         assert self.allows(node, told), f"{told.id} breaks a limit of {node}"
+        assert node not in told.avoids, f"{told.id} is on {node}, which it avoids"
         self.waiting.pop(told.id, None)
         self.running[told.id] = told, node
         if told.prompt > LONG and not told.embed:

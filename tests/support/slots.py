@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from corral.fleet.slots import step_of
 from corral.store import keeper
+from corral.store.lua import PREFIX
 from corral.store.slots import Answer, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown
 from support.limits import flush
@@ -20,6 +23,7 @@ class Gateway:
         self.store = Valkey(url, scripts=keeper.SCRIPTS, timeout=patience)
         self.ears = Valkey(url, timeout=patience)
         self.slots = Slots(self.store, name, lease=lease)
+        self.store.on_connect = self.slots.connected
         self.slots.gateways = lambda: count
         works = (self.store.run(), keeper.listen(self.slots, self.ears), keeper.keep(self.slots))
         self.tasks = [asyncio.create_task(work) for work in works]
@@ -30,6 +34,8 @@ class Gateway:
 
         def heard(answer: Answer) -> None:
             future = answers[0] if not answers[0].done() else answers[1]
+            if future is answers[1] and not answer.node and not answer.away:
+                return  # its position again
             if not future.cancelled():
                 future.set_result(answer)
 
@@ -52,6 +58,9 @@ async def gateways(url: str, count: int, lease: float = 10.0, patience: float = 
     made = [Gateway(url, f"g{number}", lease, patience, count) for number in range(1, count + 1)]
     try:
         await granting(made[0])
+        async with asyncio.timeout(30):
+            while not all(one.slots.usable for one in made):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         yield made
     finally:
         for one in made:
@@ -66,3 +75,27 @@ async def granting(gateway: Gateway, seconds: float = 30.0) -> None:
                 if gateway.store.connected and await gateway.store.request(b"EXISTS", keeper.GRANTS):
                     return
             await asyncio.sleep(0.02)
+
+
+async def place(gateway: Gateway, node: str, model: str, state: str, generation: int, slots: int) -> bool:
+    """Say where a model stands."""
+    return await keeper.place(gateway.store, node, model, state, generation, slots, step_of(slots, 0, 0))
+
+
+async def settled(made: list[Gateway], ids: dict[str, str]) -> None:
+    """What the store counts is what is held, neither more nor less."""
+    request = made[-1].store.request  # the first may be dead
+    used: Counter[tuple[bytes, bytes]] = Counter()
+    found = {}
+    for one in made:
+        held = await request(b"HGETALL", PREFIX + b"held:" + one.name.encode())
+        for id, text in zip(held[::2], held[1::2], strict=True):
+            found[id.decode()] = one.name
+            words = text.split(b" ")
+            if words[0] == b"g":
+                used[words[1], words[3]] += 1
+    assert found == ids
+    for model in (b"a", b"b"):
+        counts = await request(b"HGETALL", PREFIX + b"used:" + model)
+        for node, count in zip(counts[::2], counts[1::2], strict=True):
+            assert int(count) == used[model, node]

@@ -10,7 +10,7 @@ from support.scheduler import Promises, Spot, Told
 
 from corral.fleet.ledger import LEASE, Grant, Ledger
 from corral.fleet.slots import ABORTED, ABORTED_MAX, PlaceState, cool_down, own_slots, step_of
-from corral.fleet.tickets import AHEAD_MAX, BATCH_LATER, LONG, Request, Ticket, estimate, wait_bound
+from corral.fleet.tickets import AHEAD_MAX, BATCH_LATER, LONG, NEVER, Request, Ticket, estimate, wait_bound
 
 NODES = ("n1", "n2", "n3")
 MODELS = ("a", "b")
@@ -55,17 +55,27 @@ class Scheduler(RuleBasedStateMachine):
         batch=st.booleans(),
         key=st.sampled_from(("k1", "k2")),
         preferred=st.lists(st.sampled_from(NODES), max_size=2),
+        avoids=st.one_of(st.just(frozenset()), st.frozensets(st.sampled_from(NODES), max_size=2)),
     )
     def ask(
-        self, gateway: str, model: str, prompt: int, embed: bool, batch: bool, key: str, preferred: list[str]
+        self,
+        gateway: str,
+        model: str,
+        prompt: int,
+        embed: bool,
+        batch: bool,
+        key: str,
+        preferred: list[str],
+        avoids: frozenset[str],
     ) -> None:
         self.number += 1
-        told = Told(f"r{self.number:03}", gateway, model, prompt, embed, batch, self.number)
+        told = Told(f"r{self.number:03}", gateway, model, prompt, embed, batch, self.number, avoids)
         self.told[told.id] = told
-        request = Request(told.id, gateway, model, key, prompt, 2.0, 1.0, batch, embed)
+        request = Request(told.id, gateway, model, key, prompt, 2.0, 1.0, batch, embed, bool(avoids))
         waiting = [other for other in self.promises.waiting.values() if other.model == model]
         usable = self.promises.usable(told)
-        answer = self.ledger.ask(request, tuple(preferred), self.now)
+        words = (*preferred, *(NEVER + node for node in sorted(avoids)))
+        answer = self.ledger.ask(request, words, self.now)
         self.alive[gateway] = self.now + LEASE
         if isinstance(answer, Grant):
             for other in waiting:
@@ -116,7 +126,8 @@ class Scheduler(RuleBasedStateMachine):
         told, _ = self.promises.running.pop(id)
         self.promises.reading.discard(id)
         self.promises.waiting[id], self.scores[id] = told, 0.0
-        self.heard(self.ledger.requeue(id, 0.0, 0.0, (), self.now))
+        words = tuple(NEVER + node for node in sorted(told.avoids))
+        self.heard(self.ledger.requeue(id, 0.0, 0.0, words, self.now))
 
     @rule(
         node=st.sampled_from(NODES),
@@ -315,3 +326,19 @@ def test_what_is_told_to_who_waits() -> None:
     assert estimate(1, 4, 4.0, load=8.0) == 9.0
     assert wait_bound(30.0, 40.0, 10.0, placed=False) == 70.0
     assert wait_bound(30.0, 40.0, 10.0, placed=True) == 30.0
+
+
+def test_one_that_avoids_the_free_node_holds_up_none_that_may_use_it() -> None:
+    made = Ledger()
+    for node in ("n1", "n2"):
+        made.place(node, "a", RESIDENT, 1, 0.0, 1)
+        assert isinstance(made.ask(Request(node, "g", "a"), (node,), 0.0), Grant)
+    for id, avoided in (("first", "n2"), ("second", "n2"), ("third", "n1")):
+        assert isinstance(made.ask(Request(id, "g", "a", picky=True), (NEVER + avoided,), 0.0), Ticket)
+    (grant,) = made.release("n2", 0.0)
+    assert (grant.request.id, grant.node) == ("third", "n2")
+    assert made.release("third", 0.0) == []
+    fourth = made.ask(Request("fourth", "g", "a", picky=True), (NEVER + "n1",), 0.0)
+    assert isinstance(fourth, Grant), "nor do they wait"
+    (grant,) = made.release("n1", 0.0)
+    assert (grant.request.id, grant.node) == ("first", "n1")

@@ -121,8 +121,8 @@ class Ledger:
         if ticket is not None:
             return ticket
         self.leases[request.gateway] = now + LEASE
-        # One of its kind that waits may use no slot, else it had one: nor may this.
-        if not queue.orders[request.kind]:
+        # One of its kind that waits may use no slot, else it had one: nor may this, unless they avoid other nodes.
+        if request.kind >= PICKY or not queue.orders[request.kind]:
             place = self._find(request, preferred)
             if place is not None:
                 return self._give(request, place, now)

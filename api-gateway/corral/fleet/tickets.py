@@ -21,6 +21,8 @@ SHORT_KIND, LONG_KIND, EMBED_KIND = 0, 1, 2
 PICKY = 3
 """Is added to the kind of a request that may not use every node: it holds up none of those that may."""
 KINDS = range(2 * PICKY)
+SCAN = 64
+"""So many picky tickets of a kind are looked at for one that may use a slot: they do not avoid the same nodes."""
 LATE, NEVER = "!", "~"
 """Before the name of a node among those that a request prefers: it is used only where the model is resident on no
 other, or not at all."""
@@ -85,7 +87,8 @@ class Ticket:
 class Queue:
     """The tickets of one model: of each kind in the order in which they are served.
 
-    Whether a slot may be used depends on the kind alone, so it is enough to look at the first of each.
+    Whether a slot may be used depends on the kind, and of picky ones on the nodes that they avoid: it is enough to look
+    at the first of each.
     """
 
     __slots__ = ("_finish", "orders", "tickets")
@@ -127,9 +130,16 @@ class Queue:
         return ticket
 
     def heads(self) -> list[Ticket]:
-        """The first of each kind, in the order in which they are served."""
-        found = sorted([order[0] for order in self.orders if order])
-        return [self.tickets[id] for _, id in found]
+        """The first of each kind, in the order in which they are served; of picky ones those of each avoided set."""
+        found = [order[0] for order in self.orders[:PICKY] if order]
+        for order in self.orders[PICKY:]:
+            known: set[tuple[str, ...]] = set()
+            for one in order[:SCAN]:
+                avoided = marks(self.tickets[one[1]].preferred)
+                if avoided not in known:
+                    known.add(avoided)
+                    found.append(one)
+        return [self.tickets[id] for _, id in sorted(found)]
 
     def position(self, id: str) -> int:
         """How many are served up to this one, itself counted; 0 where it does not wait."""
@@ -141,6 +151,11 @@ class Queue:
     def oldest(self) -> float | None:
         """When the one that waits longest began to, or None."""
         return min([ticket.since for ticket in self.tickets.values()], default=None)
+
+
+def marks(preferred: tuple[str, ...]) -> tuple[str, ...]:
+    """The nodes that a request avoids, in the words for them."""
+    return tuple([word for word in preferred if word[0] in (LATE, NEVER)])
 
 
 def head(preferred: tuple[str, ...]) -> str | None:

@@ -1,14 +1,17 @@
-"""Slots while the store does not count them: this gateway's share of each place, in a ledger of its own.
+"""Slots while the store is away: this gateway's share of each place, in a ledger of its own.
 
-It serves while the store is away, or while nobody says what stands where (there is no leader). Then a model may be used
-where it is in memory, and where it is nowhere on each node that holds it: Ollama loads it by itself. What runs already
-counts, and what is given here is told to the store as soon as that hears: nothing is given twice when it counts again.
+A model may be used where it is in memory, and where it is nowhere on each node that holds it: Ollama loads it by
+itself. What runs already counts, and what is given here is told to the store as soon as that is back: from its
+connection on nothing is given here, and nothing by the store before it has heard of all that runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from corral.fleet.ledger import Grant, Ledger
-from corral.fleet.node import NodeState
+from corral.fleet.node import Node, NodeState
+from corral.fleet.pools import counted, model_of
 from corral.fleet.slots import PlaceState, own_slots, step_of
 from corral.fleet.tickets import EMBED_KIND, LONG, LONG_KIND, PICKY, Request, Ticket
 from corral.gateway.snapshot import Pool, Snapshot
@@ -40,8 +43,6 @@ class Local:
 
     def ask(self, wanted: Wanted, heard: Heard, snapshot: Snapshot, pool: Pool, model: str, now: float) -> Answer:
         """A slot of this gateway's share, or a ticket (`heard` gets the node in its turn), or that too many wait."""
-        if not self.active:
-            self._begin(now)
         self._look(snapshot, pool, model, wanted.model, now)
         self._slots.forget(wanted)
         found = self.ledger.ask(_request(wanted, self._gateway), wanted.preferred, now)
@@ -50,7 +51,6 @@ class Local:
             return Answer(found.node)
         if isinstance(found, Ticket):
             self.waiting[wanted.id] = Waiting(wanted, heard, pool, model)
-            self._slots.paused = True
             return Answer(position=self.ledger.position(wanted.id, wanted.model), slots=self.ledger.slots(wanted.model))
         return Answer(full=True, position=self._length)
 
@@ -73,7 +73,6 @@ class Local:
         one = self.waiting.pop(id, None)
         if one is not None:
             self.ledger.cancel(id, one.wanted.model)
-            self._slots.paused = bool(self.waiting)
         return one
 
     def prefer(self, wanted: Wanted, now: float) -> None:
@@ -90,7 +89,7 @@ class Local:
             self._serve(self._look(snapshot, one.pool, one.model, one.wanted.model, now))
 
     def end_all(self) -> list[Waiting]:
-        """The store counts again: those who wait, in their order. What runs is known to it (`Slots.held`)."""
+        """The store is back: those who wait, in their order. What runs it is told (`Slots.held`)."""
         order: list[tuple[float, str]] = []
         for id, one in self.waiting.items():
             ticket = self.ledger.queues[one.wanted.model].tickets.get(id)
@@ -98,10 +97,10 @@ class Local:
         order.sort()
         found = [self.waiting[id] for _, id in order]
         self.waiting, self.active, self.ledger, self._looked = {}, False, Ledger(self._length), {}
-        self._slots.paused = False
         return found
 
-    def _begin(self, now: float) -> None:
+    def begin(self, now: float) -> None:
+        """Count from now on; what runs is in use."""
         self.active = True
         for wanted in self._slots.held.values():
             if wanted.node:
@@ -113,8 +112,7 @@ class Local:
         if self._looked.get(counted) == stamp:
             return []
         self._looked[counted] = stamp
-        ready = [node for node in pool.nodes.values() if node.state is NodeState.READY and model in node.held]
-        resident = {node.name for node in ready if model in node.resident} or {node.name for node in ready}
+        resident = {node.name for node in places(pool.nodes.values(), model)}
         given: list[Grant] = []
         for node in pool.nodes.values():
             place = self.ledger.places.get((node.name, counted))
@@ -139,10 +137,24 @@ class Local:
     def _serve(self, given: list[Grant]) -> None:
         for grant in given:
             one = self.waiting.pop(grant.request.id, None)
-            self._slots.paused = bool(self.waiting)
             if one is not None:
                 self._slots.claim(one.wanted, grant.node)
                 one.heard(Answer(grant.node))
+
+
+def places(nodes: Iterable[Node], model: str) -> list[Node]:
+    """Where a model may be used as long as no leader says it: where it is in memory, else where it can be loaded."""
+    ready = [node for node in nodes if node.state is NodeState.READY and model in node.held]
+    return [node for node in ready if model in node.resident] or ready
+
+
+def stand_in(slots: Slots, snapshot: Snapshot) -> None:
+    """Nobody leads: say where the models may be used that are waited for, as far as this gateway knows."""
+    for name in {slots.held[id].model for id in slots.waiting}:
+        model = model_of(name)
+        members = snapshot.nodes.values()
+        group = [node for node in members if counted(model, snapshot.group_of.get(node.name, "")) == name]
+        slots.stand(name, [(node.name, node.slots) for node in places(group, model)])
 
 
 def _request(wanted: Wanted, gateway: str) -> Request:

@@ -1,8 +1,9 @@
 """Step 6: who gets a slot, where and when. The store decides for all gateways (`corral.store.slots`), or this one does.
 
 A request asks for its slot in the call that asks its limits (step 5). It gets a node, or waits for one with a ticket;
-then its turn is told. Where the store does not count now, it asks for a slot of this gateway's share (`local.py`). The
-slot is given back when the attempt is over, and each further attempt asks anew, at the head of those who wait.
+then its turn is told. While the store is away, it asks for a slot of this gateway's share (`local.py`); while nobody
+leads, gateways say to the store where a model may be used. The slot is given back when the attempt is over, and each
+further attempt asks anew, at the head of those who wait.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from corral.fleet.tickets import (
 from corral.gateway import admit, settle
 from corral.gateway.authenticate import check
 from corral.gateway.health import RATE
-from corral.gateway.local import Local
+from corral.gateway.local import Local, stand_in
 from corral.gateway.recover import LOST, SHUN, Failure, shun
 from corral.gateway.snapshot import Pool
 from corral.store.slots import Answer, Slots, Wanted
@@ -51,6 +52,8 @@ BYTES_MAX = 256 << 20
 LEARN = 0.1
 SECONDS = 4.0
 RETRY_MAX = 60.0
+DRAIN = 2.1
+"""The longest of four requests that run takes so many times as long as they take on average (1 + 1/2 + 1/3 + 1/4)."""
 
 
 class Queue:
@@ -61,6 +64,7 @@ class Queue:
         self._wait = wait
         self.slots = Slots(gateway.store, name, length)
         self.local = Local(self.slots, name, length)
+        self.slots.on_back = self._to_store
         self.affinity = Affinity()
         self.waiting: dict[str, Exchange] = {}
         self.full = self.overdue = self.bytes = 0
@@ -115,7 +119,7 @@ class Queue:
         """Go on with a request as far as its answer lets it: to its node, into the queue, or to a refusal."""
         wanted, answer = exchange.wanted, exchange.answer
         assert wanted is not None
-        if answer is None and self.slots.usable:
+        if answer is None and self._gateway.store.connected:
             self.slots.ask(wanted, exchange.slot_heard)  # it could not be, in the call of the limits
             return
         if answer is None or answer.away:
@@ -135,11 +139,12 @@ class Queue:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
         elif exchange.waiting:
             return
-        elif self.bytes + len(exchange.body) > BYTES_MAX:
+        elif self.bytes + _size(exchange) > BYTES_MAX:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
         else:
             exchange.waiting = True
-            self.bytes += len(exchange.body)
+            exchange.waiting_bytes = _size(exchange)
+            self.bytes += exchange.waiting_bytes
             self.waiting[wanted.id] = exchange
             self._gateway.running.add(exchange)
             if not exchange.wait_until:
@@ -153,10 +158,7 @@ class Queue:
         if wanted is None:
             exchange.unslotted(now)
             return
-        if self.slots.usable:
-            self.slots.ask(wanted, exchange.slot_heard)
-        else:
-            self.go(exchange, now)
+        self.go(exchange, now)
 
     def leave(self, exchange: Exchange, cool: float = 0.0) -> None:
         """Give back what a request holds, a slot after so many seconds or a ticket; nothing where it holds none."""
@@ -231,18 +233,10 @@ class Queue:
         self._troubled = {name: until for name, until in self._troubled.items() if until > now}
         slots, local = self.slots, self.local
         local.names = self._gateway.limits.names
-        if slots.counts:
-            if local.active:
-                for one in local.end_all():
-                    self._move(one.wanted, now)
-                    slots.ask(one.wanted, one.heard)
-        else:
-            for id in list(slots.waiting):
-                exchange = self.waiting.get(id)
-                if exchange is not None and exchange.wanted is not None:
-                    slots.end(id)
-                    self._move(exchange.wanted, now)
-                    exchange.slot_heard(Answer(away=True))
+        if slots.counts and not slots.led and slots.waiting:
+            stand_in(slots, self._gateway.snapshot)
+        if slots.missed and (slots.waiting or slots.early):
+            self._to_local(now)
         if local.active:
             local.look(self._gateway.snapshot, now)
         wall = time()
@@ -278,6 +272,27 @@ class Queue:
                 wanted.preferred = words  # the store hears it when it is asked again
                 self.local.prefer(wanted, now)
 
+    def _to_local(self, now: float) -> None:
+        """The store is away: its tickets wait here from now on."""
+        slots, local = self.slots, self.local
+        if not local.active:
+            local.names = self._gateway.limits.names
+            local.begin(now)
+        for id in (*slots.waiting, *slots.early):
+            exchange = self.waiting.get(id)
+            if exchange is not None and exchange.wanted is not None:
+                slots.end(id)
+                self._move(exchange.wanted, now)
+                exchange.slot_heard(Answer(away=True))
+
+    def _to_store(self) -> None:
+        """The store is back: who waits here is asked for there, once that has heard of what runs."""
+        if self.local.active:
+            now = monotonic()
+            for one in self.local.end_all():
+                self._move(one.wanted, now)
+                self.slots.ask(one.wanted, one.heard)
+
     def _move(self, wanted: Wanted, now: float) -> None:
         """Have one that waits, and moves to the other queue, keep its place by how long it has waited."""
         words, exchange = wanted.preferred, self.waiting.get(wanted.id)
@@ -287,10 +302,12 @@ class Queue:
     def _leave_queue(self, exchange: Exchange, wanted: Wanted) -> None:
         if exchange.waiting:
             exchange.waiting = False
-            self.bytes -= len(exchange.body)
+            self.bytes -= exchange.waiting_bytes
             self.waiting.pop(wanted.id, None)
 
     def _locally(self, exchange: Exchange, wanted: Wanted, now: float) -> Answer:
+        if not self.local.active:
+            self._to_local(now)  # who waits already comes first
         snapshot = self._gateway.snapshot
         pool, name = snapshot.pool(exchange.tenant), canonical_name(exchange.model)
         answer = self.local.ask(wanted, exchange.slot_heard, snapshot, pool, name, now)
@@ -348,7 +365,8 @@ class Queue:
     def _bound(self, exchange: Exchange, answer: Answer) -> float:
         if exchange.resumption is not None:
             return self._gateway.between_tokens
-        return wait_bound(self._wait, answer.load, 0.0, answer.slots > 0)
+        drain = DRAIN * max(self._seconds.values(), default=SECONDS)
+        return wait_bound(self._wait, answer.load, drain, answer.slots > 0)
 
     def _estimate(self, exchange: Exchange, position: int, slots: int) -> float:
         return estimate(position, slots, self._seconds.get(exchange.model, SECONDS))
@@ -360,6 +378,12 @@ class Queue:
 
 def _failed(node: Node, model: str, now: float) -> bool:
     return node.shunned_until > now or (bool(node.lost) and node.lost.get(model, 0.0) > now)
+
+
+def _size(exchange: Exchange) -> int:
+    """Bytes that are held for one that waits: what its caller sent, and what a node is to get."""
+    decoded = exchange.decoded
+    return len(exchange.body) + (len(decoded.body) if decoded is not None else 0)
 
 
 def _since(exchange: Exchange, now: float) -> str:

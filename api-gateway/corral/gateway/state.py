@@ -54,6 +54,7 @@ class State(Waiter):
     fresh = False
     beginnings: list[int] = []  # noqa: RUF012 - set anew, never changed
     waiting = False
+    waiting_bytes = 0
     queued_at = 0.0
     wait_until = 0.0
     queue_ms = 0.0

@@ -12,7 +12,7 @@ from time import monotonic, time_ns
 import hiredis
 
 from corral.store.lua import PREFIX, script, sha, slots_script
-from corral.store.slots import ASK, DECLARE, END, LEASE, Slots, Wanted
+from corral.store.slots import ASK, DECLARE, END, LEASE, STAND, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown, encode
 
 RENEW = 2.0
@@ -25,11 +25,13 @@ ROUNDS = 3
 GRANTS, EPOCH = PREFIX + b"slots-grant", PREFIX + b"slots-epoch"
 LEADER = PREFIX + b"leader"
 """There is one while somebody says what stands where."""
+TERM = LEADER + b"-term"
+"""The greatest term in which somebody did; it stays."""
 
 PLACE, LIVE = slots_script("slots_place"), slots_script("slots_live")
 TELL = f"if redis.call('GET', '{EPOCH.decode()}') ~= ARGV[4] then return 0 end\n" + script("rebuild", metered=False)
 """As in a rebuild of limits, for who has told a store that has the epoch of the last argument."""
-SCRIPTS = (ASK, END, DECLARE, PLACE, LIVE, TELL)
+SCRIPTS = (ASK, END, DECLARE, STAND, PLACE, LIVE, TELL)
 _ASK, _PLACE, _LIVE, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE, LIVE, DECLARE, TELL))
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ async def keep(slots: Slots) -> None:
                     renewed = monotonic()
                 slots.led = bool(await store.request(b"EXISTS", LEADER))
                 slots.told = connection
+                slots.catch_up()
                 await _poll(slots)
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("slots were not renewed: %s", error)
@@ -119,13 +122,16 @@ async def renew(slots: Slots) -> None:
 
 
 async def _poll(slots: Slots) -> None:
-    """Ask again for what has waited longest of each model and kind, and hear what was given while nobody heard."""
+    """Ask again for what has waited longest of each model and kind, and for what avoids other nodes than before; hear
+    what was given while nobody heard."""
     ids = list(slots.waiting)
     first: dict[tuple[str, int], Wanted] = {}
+    changed: list[Wanted] = []
     for id in ids:
         wanted = slots.held[id]
-        first.setdefault((wanted.model, wanted.kind), wanted)
-    for wanted in first.values():
+        if first.setdefault((wanted.model, wanted.kind), wanted) is not wanted and wanted.told != wanted.preferred:
+            changed.append(wanted)
+    for wanted in (*first.values(), *changed[:AT_ONCE]):
         if wanted.id not in slots.waiting:
             continue
         reply = await slots.store.request(*_question(slots, wanted))
@@ -142,6 +148,7 @@ async def _poll(slots: Slots) -> None:
 
 
 def _question(slots: Slots, wanted: Wanted) -> tuple[bytes, ...]:
+    wanted.told = wanted.preferred
     texts = [wanted.id, wanted.model, str(wanted.kind), wanted.key, str(wanted.cost), f"{wanted.weight:f}"]
     texts += ["1" if wanted.batch else "0", slots.length.decode(), *wanted.preferred]
     return (b"EVALSHA", _ASK, b"0", slots.gateway, *(text.encode() for text in texts))

@@ -65,6 +65,8 @@ async def keep(limits: Limits) -> None:
     def came_back() -> None:
         limits.give_back()
         wake.set()
+        if limits.slots is not None:
+            limits.slots.connected()
 
     if store is not None:
         store.on_connect = came_back

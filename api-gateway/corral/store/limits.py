@@ -20,7 +20,7 @@ import hiredis
 from corral.store import share
 from corral.store.budget import CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, sha
 from corral.store.share import Verdict
-from corral.store.slots import Answer, Heard, Slots, Wanted
+from corral.store.slots import Heard, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown, encode
 
 __all__ = ["Limits", "Verdict"]
@@ -179,8 +179,7 @@ class Limits:
         slots = self.slots
         assert slots is not None
         if type(reply) is not list:
-            slots.forget(wanted)
-            heard(Answer(away=True))
+            slots.answered(wanted, heard, reply)
             return reply
         if len(reply) > 1:
             slots.answered(wanted, heard, reply[1])

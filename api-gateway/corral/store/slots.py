@@ -8,7 +8,8 @@ none counts twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import Any
 
 import hiredis
@@ -22,11 +23,15 @@ MOST = 256
 KINDS = 6
 """Of requests, numbered as in `corral.fleet.tickets`."""
 KNOWN_MAX = 4096
+EARLY_MAX = 4.0
+"""How long at most the store is waited for that is there, and does not grant (seconds): longer than a flushed one waits
+for gateways."""
 WORDS = 9
 """How many arguments ask for a slot, besides the nodes that are preferred."""
 
 ASK, END, DECLARE = slots_script("slots_ask"), slots_script("slots_end"), slots_script("slots_declare")
-_ASK, _END, _DECLARE = sha(ASK), sha(END), sha(DECLARE)
+STAND = slots_script("slots_stand")
+_ASK, _END, _DECLARE, _STAND = sha(ASK), sha(END), sha(DECLARE), sha(STAND)
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +39,8 @@ log = logging.getLogger(__name__)
 class Wanted:
     """What asks for a slot, in the store's words. ``cost`` is us of a slot, ``kind`` as in `corral.fleet.tickets`.
 
-    ``node`` is where it has a slot, empty while it waits; ``reads``: its prompt is long and not read yet.
+    ``node`` is where it has a slot, empty while it waits; ``reads``: its prompt is long and not read yet. ``told`` are
+    the ``preferred`` that the store has heard of.
     """
 
     __slots__ = (
@@ -49,6 +55,7 @@ class Wanted:
         "preferred",
         "reads",
         "score",
+        "told",
         "weight",
     )
 
@@ -70,7 +77,7 @@ class Wanted:
         self.cost = cost
         self.weight = weight
         self.batch = batch
-        self.preferred = preferred
+        self.preferred = self.told = preferred
         self.node = ""
         self.generation = 0
         self.reads = kind % 3 == 1
@@ -80,8 +87,8 @@ class Wanted:
 class Answer:
     """What a request hears: a ``node``, or its ``position`` among so many ``slots``, or that too many wait.
 
-    ``away``: the store could not be asked, or does not grant yet. ``load`` is how long a load of the model takes
-    (seconds), said where it has no slots.
+    ``away``: the store could not be asked. ``load`` is how long a load of the model takes (seconds), said where it has
+    no slots.
     """
 
     __slots__ = ("away", "full", "load", "node", "position", "slots")
@@ -109,10 +116,11 @@ Heard = Callable[[Answer], None]
 class Slots:
     """One gateway's.
 
-    ``held`` is all that it holds or waits for, ``waiting`` who hears of a ticket's turn. ``told`` is the store's
-    connection (`Valkey.connections`) on which it was told of what is held; ``led``: somebody says what stands where;
-    ``paused``: somebody waits of whom the store does not know, and comes first. ``length`` is how many may wait for a
-    model, as the store reads it.
+    ``held`` is all that it holds or waits for, ``waiting`` who hears of a ticket's turn. ``early`` are those who came
+    while the store was there and did not grant, for it is still told of what is held: they are asked for once it does,
+    with when they came (monotonic seconds). ``told`` is the store's connection (`Valkey.connections`) on which it was
+    told of what is held; ``led``: somebody says what stands where. ``length`` is how many may wait for a model, as the
+    store reads it.
     """
 
     def __init__(self, store: Valkey, gateway: str, length: int = MOST, lease: float = LEASE) -> None:
@@ -121,35 +129,88 @@ class Slots:
         self.lease = lease
         self.held: dict[str, Wanted] = {}
         self.waiting: dict[str, Heard] = {}
+        self.early: dict[str, tuple[Wanted, Heard, float]] = {}
         self.told = 0
         self.led = False
-        self.paused = False
         self.channel = PREFIX + b"wake:" + self.gateway
         self.gateways: Callable[[], int] = lambda: 1
         """How many gateways there are, at most: so many are waited for when the store has forgotten."""
         self.on_lost: Callable[[], None] = _nothing
-        """Called when the store says that it has forgotten."""
+        """Called when the store is to be told of what is held: it has forgotten, or there is a connection again."""
+        self.on_back: Callable[[], None] = _nothing
+        """Called when the store is back: from now on nobody else grants."""
         self.length = b"%d" % length
+        self._early_since = 0.0
         self._ending: list[bytes] = []
         self._known: dict[tuple[str, int, str], bytes] = {}
         self._name = words(self.gateway)
 
     @property
     def counts(self) -> bool:
-        """Whether the store counts for all gateways now, and has heard of what this one holds."""
-        return self.store.connected and self.told == self.store.connections and self.led
+        """Whether the store has heard of what this gateway holds, on the connection that it has now."""
+        return self.store.connected and self.told == self.store.connections
 
     @property
     def usable(self) -> bool:
-        """Whether it may be asked for a slot: nobody waits of whom it does not know."""
-        return self.counts and not self.paused
+        """Whether it may be asked for a slot: nobody came before, while it did not grant."""
+        return self.counts and not self.early
+
+    @property
+    def missed(self) -> bool:
+        """Whether the store is away, or has refused for longer than it should to hear what this gateway holds."""
+        if not self.store.connected:
+            return True
+        return self._early_since > 0.0 and monotonic() - self._early_since > EARLY_MAX
+
+    def connected(self) -> None:
+        """There is a connection again."""
+        self._early_since = 0.0
+        self.on_back()
+        self.on_lost()
 
     # -- asking
 
     def ask(self, wanted: Wanted, heard: Heard) -> None:
-        """Ask for a slot. `heard` gets an answer; after one with a position a second one, with the node, follows."""
+        """Ask for a slot. `heard` gets an answer; after one with a position another one, with the node, follows.
+
+        Where the store is there, and does not grant yet, that is a position too, and it may be said again.
+        """
+        if self.usable:
+            self._ask(wanted, heard)
+        elif self.missed:
+            heard(Answer(away=True))
+        else:
+            self._later(wanted, heard)
+
+    def catch_up(self) -> None:
+        """Ask for those who came while the store did not grant, as if it had been then."""
+        self.on_back()
+        early, self.early, self._early_since = self.early, {}, 0.0
+        now = monotonic()
+        for wanted, heard, since in early.values():
+            if not any([word[0] == "^" for word in wanted.preferred]):
+                wanted.preferred = (f"^{max(0, int((now - since) * 1e6))}", *wanted.preferred)
+            self._ask(wanted, heard)
+
+    def stand(self, model: str, slots: Iterable[tuple[str, int]]) -> None:
+        """Say where a model may be used, while there is no leader: all such nodes, and the slots of each."""
+        parts: list[bytes] = []
+        for node, count in slots:
+            parts += (node.encode(), b"%d" % count)
+        self.store.call(encode(b"EVALSHA", _STAND, b"0", model.encode(), *parts), _ignore)
+
+    def _later(self, wanted: Wanted, heard: Heard) -> None:
+        now = monotonic()
+        if not self._early_since:
+            self._early_since = now
+        self.early[wanted.id] = wanted, heard, now
+        self.on_lost()
+        heard(Answer(position=len(self.early)))
+
+    def _ask(self, wanted: Wanted, heard: Heard) -> None:
         self.flush()  # what a request gives back comes before what it asks for
         self.held[wanted.id] = wanted
+        wanted.told = wanted.preferred
         command = b"*%d\r\n%b%b" % (3 + WORDS + len(wanted.preferred), _ASK_WORDS, self._arguments(wanted))
 
         def replied(reply: Any) -> None:
@@ -180,8 +241,9 @@ class Slots:
         if type(reply) is not list:
             del self.held[id]
             if reply == 0:
-                self.on_lost()
-            elif isinstance(reply, hiredis.ReplyError):
+                self._later(wanted, heard)
+                return
+            if isinstance(reply, hiredis.ReplyError):
                 log.error("the store refused the script of slots: %s", reply)
                 self.store.reset()
             heard(Answer(away=True))
@@ -232,6 +294,8 @@ class Slots:
         if self.held.pop(id, None) is not None:
             self.waiting.pop(id, None)
             self._end(id.encode())
+        elif self.early:
+            self.early.pop(id, None)
 
     def read(self, id: str) -> None:
         """The prompt has been read: the node may begin another long one."""

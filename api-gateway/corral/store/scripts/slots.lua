@@ -23,6 +23,7 @@
 local FULL, EMBED_SHARE, CANDIDATES, LAST_KIND = 1e12, 4, 16, 5
 local SHORT, LONG, EMBED = { ['0'] = true, ['3'] = true }, { ['1'] = true, ['4'] = true }, { ['2'] = true, ['5'] = true }
 local AHEAD_MAX, BATCH_LATER, LATER, TURNS = 30000000, 60000000, 500000, 100
+local PICKY, SCAN = 3, 64
 local LEASE, AEON = 10000000, 1e15
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -104,14 +105,36 @@ local function give(gateway, id, model, kind, node, reads)
   return generation
 end
 
--- Give what is free of a model to those who wait, in their order; `node` is where something has become free. Who does
+-- The nodes that a request avoids, in the words for them.
+local function marks(preferred)
+  local found = {}
+  for _, word in ipairs(preferred) do
+    local mark = string.byte(word)
+    if mark == 33 or mark == 126 then found[#found + 1] = word end
+  end
+  return table.concat(found, ' ')
+end
+
+-- Give what is free of a model to those who wait, in their order, of those that avoid nodes the first of each avoided
+-- set; `node` is where something has become free. Who does
 -- not listen, since the gateway is dead or connects anew, stands half a second further back.
 local function serve(model, node)
   for _ = 1, TURNS do
     local heads = {}
     for kind = 0, LAST_KIND do
-      local first = redis.call('ZRANGE', P .. 'wait:' .. model .. ':' .. kind, 0, 0, 'WITHSCORES')
-      if first[1] then heads[#heads + 1] = { first[1], tonumber(first[2]), tostring(kind) } end
+      local most = kind < PICKY and 0 or SCAN - 1
+      local first = redis.call('ZRANGE', P .. 'wait:' .. model .. ':' .. kind, 0, most, 'WITHSCORES')
+      local known = {}
+      for at = 1, #first, 2 do
+        local gateway, id = string.match(first[at], '(%S+) (%S+)')
+        local ticket = redis.call('HGET', P .. 'held:' .. gateway, id)
+        local preferred = { unpack(ticket and words(ticket) or {}, 5) }
+        local avoided = kind < PICKY and '' or marks(preferred)
+        if not known[avoided] then
+          known[avoided] = true
+          heads[#heads + 1] = { first[at], tonumber(first[at + 1]), tostring(kind), gateway, id, preferred }
+        end
+      end
     end
     if #heads == 0 then
       redis.call('SREM', P .. 'queued', model)
@@ -120,10 +143,7 @@ local function serve(model, node)
     table.sort(heads, function(a, b) return a[2] < b[2] or (a[2] == b[2] and a[1] < b[1]) end)
     local given = false
     for _, head in ipairs(heads) do
-      local gateway, id = string.match(head[1], '(%S+) (%S+)')
-      local ticket = redis.call('HGET', P .. 'held:' .. gateway, id)
-      local preferred = ticket and words(ticket) or {}
-      local nodes = { unpack(preferred, 5) }
+      local gateway, id, nodes = head[4], head[5], head[6]
       if node then nodes[#nodes + 1] = node end
       local found = find(model, head[3], nodes)
       local queue, channel = P .. 'wait:' .. model .. ':' .. head[3], P .. 'wake:' .. gateway
@@ -179,6 +199,25 @@ local function take_back(gateway, id)
   return node, model
 end
 
+-- Take over the state of a model on a node.
+local function stand(node, model, state, generation, slots, step)
+  local old = place_of(model, node)
+  local before = old and old.state == 'resident' and old.slots or 0
+  local after = state == 'resident' and slots or 0
+  redis.call('HSET', P .. 'places:' .. model, node,
+    string.format('%s %.0f %d %.0f', state, generation, slots, step))
+  redis.call('INCRBY', P .. 'total:' .. model, after - before)
+  redis.call('SADD', P .. 'models:' .. node, model)
+  local used = tonumber(redis.call('HGET', P .. 'used:' .. model, node) or 0)
+  arrange(model, node, place_of(model, node), used)
+  local most = 0
+  for _, other in ipairs(redis.call('SMEMBERS', P .. 'models:' .. node)) do
+    local place = place_of(other, node)
+    if place and place.state == 'resident' then most = math.max(most, place.slots) end
+  end
+  redis.call('HSET', P .. 'busy:' .. node, 'slots', most)
+end
+
 -- A slot for a request, or again for one that waits: {1, node, generation}; or a
 -- ticket: {2, position, slots, start time, us of a load where it has no slots}; or {3, tickets} where too many wait.
 local function ask(gateway, id, model, kind, key, cost, weight, batch, most, preferred)
@@ -187,7 +226,8 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
   if held and held[1] == 'g' then return { 1, held[4], tonumber(held[5]) } end
   local queue = P .. 'wait:' .. model .. ':' .. kind
   local member = gateway .. ' ' .. id
-  if held and redis.call('ZRANK', queue, member) == 0 then
+  local picky = tonumber(kind) >= PICKY
+  if held and (picky or redis.call('ZRANK', queue, member) == 0) then
     -- It could not be told of its turn.
     local node = find(model, kind, preferred)
     if node then
@@ -201,8 +241,8 @@ local function ask(gateway, id, model, kind, key, cost, weight, batch, most, pre
   if not held then
     redis.call('HINCRBY', P .. 'asked', model, 1)
     redis.call('ZADD', P .. 'live', 'NX', now + LEASE, gateway)
-    -- One of its kind that waits may use no slot, else it had one: nor may this.
-    if redis.call('EXISTS', queue) == 0 then
+    -- One of its kind that waits may use no slot, else it had one: nor may this, unless they avoid other nodes.
+    if picky or redis.call('EXISTS', queue) == 0 then
       local node = find(model, kind, preferred)
       if node then return { 1, node, give(gateway, id, model, kind, node, true) } end
     end

@@ -4,20 +4,8 @@
 -- Returns 1, or 0 for a word that is older than the last.
 local node, model = ARGV[1], ARGV[2]
 local old = place_of(model, node)
-local generation, slots = tonumber(ARGV[4]), tonumber(ARGV[5])
+local generation = tonumber(ARGV[4])
 if old and generation < old.generation then return 0 end
-local before = old and old.state == 'resident' and old.slots or 0
-local after = ARGV[3] == 'resident' and slots or 0
-redis.call('HSET', P .. 'places:' .. model, node, table.concat({ ARGV[3], ARGV[4], ARGV[5], ARGV[6] }, ' '))
-redis.call('INCRBY', P .. 'total:' .. model, after - before)
-redis.call('SADD', P .. 'models:' .. node, model)
-local used = tonumber(redis.call('HGET', P .. 'used:' .. model, node) or 0)
-arrange(model, node, place_of(model, node), used)
-local most = 0
-for _, other in ipairs(redis.call('SMEMBERS', P .. 'models:' .. node)) do
-  local place = place_of(other, node)
-  if place and place.state == 'resident' then most = math.max(most, place.slots) end
-end
-redis.call('HSET', P .. 'busy:' .. node, 'slots', most)
+stand(node, model, ARGV[3], generation, tonumber(ARGV[5]), tonumber(ARGV[6]))
 if redis.call('EXISTS', P .. 'slots-grant') == 1 then serve_node(node, model) end
 return 1

@@ -1,0 +1,143 @@
+"""Two real gateways that share the slots of a node: together they have no more running than there are slots."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from support.gateway import Gateway, gateway
+from support.held import MODEL, Held, hold, led, placed
+from support.leader import Leader
+from support.process import Process, free_port, until
+from support.servers import python_env
+
+
+class Second:
+    """Another gateway beside the one under test, with all that this one has."""
+
+    def __init__(self, gw: Gateway, folder: Path) -> None:
+        port = free_port()
+        settings = yaml.safe_load((folder / "corral.yaml").read_text())
+        listen = {"name": "gateway-2", "listen": f"127.0.0.1:{port}", "metrics": f"127.0.0.1:{free_port()}"}
+        settings["gateway"] |= listen
+        file = folder / "second.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        self._gw, self.url = gw, f"http://127.0.0.1:{port}"
+        argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", str(file)]
+        self.process = Process(argv, folder / "second.log", python_env())
+
+    def up(self) -> bool:
+        try:
+            return httpx.get(self.url + "/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def post(self) -> httpx.Response:
+        gw = self._gw
+        return httpx.post(self.url + "/api/chat", json=gw.chat(stream=False), headers=gw.auth, timeout=20)
+
+
+@pytest.fixture
+def gw(tmp_path: Path) -> Iterator[Gateway]:
+    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
+    with gateway(tmp_path, gateway={"queue": {"length": 64, "wait": "30s"}}, limits=limits) as made:
+        yield made
+
+
+@pytest.fixture
+def second(gw: Gateway, tmp_path: Path) -> Iterator[Second]:
+    made = Second(gw, tmp_path)
+    try:
+        made.process.wait_until(made.up)
+        yield made
+    finally:
+        made.process.end()
+
+
+@pytest.fixture
+def leader(gw: Gateway, second: Second) -> Leader:
+    made = Leader(gw.valkey.url)
+    until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
+    until(lambda: made.ask(b"ZCARD", b"corral:1:gateways") == 2, "both are known")
+    made.leads()
+    return made
+
+
+@pytest.fixture
+def callers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+def ends(held: Held, asked: list[Future[httpx.Response]]) -> None:
+    """Let all of them end."""
+    while not all(one.done() for one in asked):
+        held.release()
+        time.sleep(0.02)
+    assert [one.result().status_code for one in asked] == [200] * len(asked)
+
+
+def test_a_store_that_was_flushed_grants_what_is_free_and_no_gateway_does_meanwhile(
+    gw: Gateway, second: Second, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """All slots are taken at one gateway, which tells; the other one's requests wait for that."""
+    placed(gw, leader, 4, "node-1")
+    held = Held()
+    hold(gw, held)
+    asked = [callers.submit(gw.post) for _ in range(4)]
+    until(lambda: held.running == 4, "all slots are taken")
+    for turn in (1, 2, 3):
+        leader.ask(b"FLUSHALL")
+        asked += [callers.submit(second.post) for _ in range(2)]
+        leader.leads()
+        until(lambda: bool(leader.ask(b"EXISTS", b"corral:1:slots-grant")), "it grants again")
+        leader.place("node-1", MODEL, 4)
+        until(lambda turn=turn: leader.counts() == (4, 4) and leader.waiting() == turn * 2, "the others wait", 10)  # type: ignore[misc]
+    assert held.most == 4
+    ends(held, asked)
+    assert held.most == 4
+    until(lambda: leader.counts() == (0, 0) and not leader.waiting(), "nothing is held")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["placed", "nowhere"])
+def test_without_a_leader_the_store_counts_for_both(
+    gw: Gateway, second: Second, leader: Leader, callers: ThreadPoolExecutor, known: bool
+) -> None:
+    """Whether the last leader had placed the model or not, and then where the node with it goes and another has it."""
+    placed(gw, leader, 1, "node-1")
+    if not known:
+        leader.place("node-1", MODEL, 1, "absent")
+    leader.leaves()
+    held = Held()
+    hold(gw, held)
+    asked = [callers.submit(one.post) for one in (gw, second) * 3]
+    until(lambda: held.running == 1 and leader.waiting() == 5, "one runs, the others wait")
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > 1.5, "and it stays so")
+    assert held.most == 1
+    for began_so_far in (2, 3):
+        held.release()
+        until(lambda n=began_so_far: held.began == n, "the next has its turn")  # type: ignore[misc]
+    gw.states = {"node-1": "down", "node-2": "ready"}
+    gw.publish()
+    places = b"corral:1:places:" + MODEL.encode()
+
+    def moved() -> bool:
+        words = leader.ask(b"HMGET", places, b"node-1", b"node-2")
+        return [word and word.split(b" ")[0] for word in words] == [b"absent", b"resident"]
+
+    until(moved, "it is where both gateways see that it can be")
+    until(lambda: held.began == 4, "the next has its turn")
+    assert gw.nodes[1].requests
+    ends(held, asked)
+    leader.place("node-1", MODEL, 1, "absent")
+    leader.place("node-2", MODEL, 1)
+    leader.leads()
+    led(gw, leader)
+    until(lambda: leader.counts() == (0, 0) and not leader.waiting(), "nothing is held")
