@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from support.limits import flush
 from support.servers import Server, embedded_node, valkey
 from support.slots import Gateway, gateways, granting
 
+from corral.control import placement as hand
 from corral.control.ollama import Ollama
 from corral.control.placement import FRESH, Placement, Spot
 from corral.control.prober import Fleet, Member
+from corral.fleet.placement import Demand
 from corral.fleet.slots import PlaceState
 from corral.store import keeper
-from corral.store.demand import generation
+from corral.store.demand import TERM_BITS, generation
 from corral.store.lua import PREFIX
 from corral.store.slots import Wanted
 from corral.store.valkey import Valkey
@@ -51,11 +53,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 class Leader:
     """Ticks until it is ended."""
 
-    def __init__(self, url: str, fleet: Fleet, term: int = 1) -> None:
+    def __init__(self, url: str, fleet: Fleet, term: int = 1, catalogue: Callable[[str], Demand] = Demand) -> None:
         self.store = Valkey(url, timeout=5.0)
         self.client = httpx.AsyncClient()
         node = lambda member: Ollama(self.client, member.url)  # noqa: E731
-        self.placement = Placement(self.store, node, lambda model: {}, term=term)
+        self.placement = Placement(self.store, node, lambda model: {}, catalogue, term=term)
         self.fleet = fleet
         self.task = asyncio.create_task(self._run())
         self.connection = asyncio.create_task(self.store.run())
@@ -76,7 +78,9 @@ class Leader:
 
 
 @asynccontextmanager
-async def led(nodes: list[Server], store: Server) -> AsyncIterator[tuple[Fleet, Leader, Gateway]]:
+async def led(
+    nodes: list[Server], store: Server, catalogue: Callable[[str], Demand] = Demand
+) -> AsyncIterator[tuple[Fleet, Leader, Gateway]]:
     """A fleet of two nodes with room for a model each, its leader, and a gateway."""
     async with gateways(store.url, 1) as (gateway,), httpx.AsyncClient() as client:
         for node in nodes:
@@ -84,7 +88,7 @@ async def led(nodes: list[Server], store: Server) -> AsyncIterator[tuple[Fleet, 
                 await Ollama(client, node.url).unload(entry["name"])
         fleet = Fleet()
         await fleet.start([Member(f"n{at}", node.url, slots=2, max_models=1) for at, node in enumerate(nodes)])
-        leader = Leader(store.url, fleet)
+        leader = Leader(store.url, fleet, catalogue=catalogue)
         try:
             yield fleet, leader, gateway
         finally:
@@ -222,3 +226,99 @@ def test_what_a_probe_found_before_a_load_or_an_unload_undoes_neither() -> None:
     assert ("n1", "a:latest") not in placement.spots
     placement.look(member, {}, 200.1 + FRESH)
     assert placement.spots["n1", "a:latest"].state is PlaceState.RESIDENT
+
+
+async def stands(fleet: Fleet, leader: Leader, model: str, *names: str) -> None:
+    """Wait until a model is resident on just these nodes, as they say and as the leader has it."""
+    async with asyncio.timeout(20):
+        while True:
+            said = {name for name, member in fleet.members.items() if model in member.resident}
+            spots = leader.placement.spots.items()
+            known = {node for (node, name), spot in spots if name == model and spot.state is PlaceState.RESIDENT}
+            if said == known == set(names):
+                return
+            await asyncio.sleep(0.05)
+
+
+def test_least_copies_come_back(nodes: list[Server], store: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an unload by hand, and after a node was lost; not where an operator unloaded it, before somebody asks
+    for it; never more than nodes that hold it."""
+    monkeypatch.setattr(hand, "SHORT", 0.3)
+    monkeypatch.setattr(hand, "FRESH", 0.3)
+
+    async def work() -> None:
+        catalogue = lambda name: Demand(name, copies=2 if name == MODELS[0] else 0)  # noqa: E731
+        async with led(nodes, store, catalogue) as (fleet, leader, gateway):
+            await stands(fleet, leader, MODELS[0], "n0", "n1")
+            assert any("of 2 copies" in text for _, text in leader.placement.why(MODELS[0]))
+            await Ollama(leader.client, nodes[0].url).unload(MODELS[0])
+            await stands(fleet, leader, MODELS[0], "n1")
+            await stands(fleet, leader, MODELS[0], "n0", "n1")
+            lost = fleet.members["n0"]
+            await fleet.remove("n0")
+            await stands(fleet, leader, MODELS[0], "n1")
+            await Ollama(leader.client, nodes[0].url).unload(MODELS[0])
+            await fleet.add(lost)
+            await stands(fleet, leader, MODELS[0], "n0", "n1")
+            for member in fleet.members.values():
+                member.released.add(MODELS[0])
+                await Ollama(leader.client, member.url).unload(MODELS[0])
+            await stands(fleet, leader, MODELS[0])
+            await asyncio.sleep(1.5)
+            await stands(fleet, leader, MODELS[0])
+            async with asyncio.timeout(30):
+                assert await served(gateway, fleet, "r1", MODELS[0]) in ("n0", "n1")
+
+    asyncio.run(work())
+
+
+def test_an_unload_that_gets_no_turn_is_given_up_and_tried_again(
+    nodes: list[Server], store: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand, "UNLOAD", 0.3)
+
+    async def work() -> None:
+        async with led(nodes[:1], store) as (fleet, leader, gateway):
+            async with asyncio.timeout(30):
+                assert await served(gateway, fleet, "r1", MODELS[0]) == "n0"
+            await fleet.members["n0"].loads.acquire()  # somebody loads or unloads there, and does not end
+            asked = asyncio.create_task(served(gateway, fleet, "r2", MODELS[1]))
+            async with asyncio.timeout(30):
+                while not any("did not unload it" in text for _, text in leader.placement.why(MODELS[0])):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            fleet.members["n0"].loads.release()
+            assert await asyncio.wait_for(asked, 30) == "n0"
+
+    asyncio.run(work())
+
+
+def test_a_leader_puts_right_what_gateways_said_while_nobody_led(nodes: list[Server], store: Server) -> None:
+    """They had the model where it is not, and where it is nowhere; and a word of the store's that is later than all of
+    this leader's is no end of it."""
+
+    async def work() -> None:
+        async with led(nodes, store) as (fleet, leader, gateway):
+            async with asyncio.timeout(30):
+                where = await served(gateway, fleet, "r1", MODELS[0])
+            gateway.slots.stand(MODELS[0], [("n0", 2), ("n1", 2)])
+            gateway.slots.stand(MODELS[1], [("n0", 2)])
+            total = PREFIX + b"total:"
+            async with asyncio.timeout(10):
+                while True:
+                    counts = await gateway.store.request(b"MGET", *(total + name.encode() for name in MODELS[:2]))
+                    if [int(count or 0) for count in counts] == [2, 0]:
+                        break
+                    await asyncio.sleep(0.05)
+            places = await gateway.store.request(b"HGETALL", PREFIX + b"places:" + MODELS[0].encode())
+            assert [
+                name.decode() for name, text in zip(places[::2], places[1::2], strict=True) if b"resident" in text
+            ] == [where]
+            # Flushed between the two calls that say something, the store has a generation beyond its new counter.
+            await gateway.store.request(b"DEL", PREFIX + b"generation:1")
+            leader.placement.spots[where, MODELS[0]].told = ""
+            async with asyncio.timeout(10):
+                while leader.placement.spots[where, MODELS[0]].told != "resident":  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert leader.placement.spots[where, MODELS[0]].generation > (1 << TERM_BITS) + 1
+
+    asyncio.run(work())

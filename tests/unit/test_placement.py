@@ -116,6 +116,51 @@ def test_the_last_copy_is_not_taken_from_those_who_wait_longer() -> None:
     assert did(plan(hosts, Demand("a", rate=0.1, waiting=1, oldest=19.0), waits)) == [("drain", "n1", "a")]
 
 
+@pytest.mark.parametrize(("load", "late"), [(8.0, 12.0), (20.0, 10.0), (60.0, 30.0)])
+def test_room_is_made_so_early_that_the_oldest_is_served_within_its_bound(load: float, late: float) -> None:
+    """What was just loaded goes when a drain and a load end just within max(queue.wait, 1.5 x load + drain)."""
+    hosts = [host("n1", "a", max_models=1, since=-1.0)]
+    hosts[0].places["a"].in_use = 1
+    used = Demand("a", rate=0.5, load=load)
+    waits = Demand("b", rate=0.1, waiting=1, oldest=late - 0.1, load=load)
+    assert plan(hosts, used, waits) == []
+    waits.oldest = late
+    assert did(plan(hosts, used, waits)) == [("drain", "n1", "a")]
+
+
+def test_where_not_all_have_room_that_are_to_have_a_copy_who_waits_has_its_turn() -> None:
+    hosts = [host("n1", "a", max_models=1)]
+    kept = Demand("a", rate=0.5, copies=1)
+    assert plan(hosts, kept, Demand("b", waiting=1, oldest=11.9, load=8.0, copies=1)) == []
+    assert plan(hosts, kept, Demand("b", waiting=0, oldest=99.0, load=8.0, copies=1)) == [], "nobody asks for it"
+    assert plan(hosts, kept, Demand("b", waiting=1, oldest=99.0, load=8.0)) == [], "none is promised to it"
+    assert did(plan(hosts, kept, Demand("b", waiting=1, oldest=12.0, load=8.0, copies=1))) == [("drain", "n1", "a")]
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    load=st.sampled_from((2.0, 8.0, 20.0, 60.0)),
+    nodes=st.integers(1, 3),
+    busy=st.lists(st.tuples(st.floats(0, 400), st.integers(1, 4000), st.integers(1, 300)), max_size=120),
+    at=st.floats(250, 350),
+)
+def test_the_first_request_of_a_model_that_is_nowhere_waits_within_the_bound(
+    load: float, nodes: int, busy: list[tuple[float, int, int]], at: float
+) -> None:
+    """max(queue.wait, 1.5 x load + drain); a turn of the leader, and its own prompt, come to that."""
+    others = [Asked(when, MODELS[number % nodes], *rest) for number, (when, *rest) in enumerate(sorted(busy))]
+    asked = sorted([*others, Asked(at, "d", 100, 60)], key=lambda one: one.at)
+    shape = Shape(nodes=nodes, room=1, load=load)
+    outcome = Simulation(shape, MODELS).run(asked)
+    moves = [when for when, reason in outcome.reasons if "load" in reason and when <= at < when + load + 1]
+    first = outcome.first[asked.index(Asked(at, "d", 100, 60))]
+    # What drains runs when it begins, or was given a slot before that.
+    drain = max([one.prompt / shape.prefill + one.output / 60 for one in others], default=0.0)
+    # A node that loads when it comes does that first.
+    bound = max(30.0, 1.5 * load + drain) + (load if moves else 0.0) + 2 * shape.tick + 100 / shape.prefill
+    assert first <= bound + 1e-6, outcome.reasons
+
+
 def test_equal_demand_moves_nothing() -> None:
     hosts = [host("n1", "a", max_models=1), host("n2", "b", max_models=1)]
     assert plan(hosts, Demand("a", rate=0.30), Demand("b", rate=0.33)) == []
@@ -200,7 +245,11 @@ def test_no_decision_breaks_what_is_promised(fleet: list[Host], asked: tuple[Dem
             assert one.places[step.model].state is RESIDENT
             assert step.node not in models[step.model].pins
             copies[step.model] -= 1
-            assert copies[step.model] >= models[step.model].copies
+            wanted = models[step.wanted]
+            claim = (
+                wanted.copies > 0 == copies[step.wanted] and wanted.waiting and wanted.oldest >= PATIENCE * wanted.load
+            )
+            assert copies[step.model] >= models[step.model].copies or claim
             after = (after - {step.model}) | {step.wanted}
             copies[step.wanted] += 1
         else:

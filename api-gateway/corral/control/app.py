@@ -121,7 +121,10 @@ def _assemble(settings: Settings) -> Control:
 
     def placement(term: int) -> Placement:
         ollama = lambda member: Ollama(fleet.client, member.url)  # noqa: E731
-        return Placement(valkey, ollama, catalogue.options, catalogue.demand, term, groups, fleet.speeds)
+        wait, options, demand = settings.gateway.queue.wait, catalogue.options, catalogue.demand
+        return Placement(
+            valkey, ollama, options, demand, term, groups, fleet.speeds, queue_wait=wait, working=operations.working
+        )
 
     return Control(
         settings=settings,

@@ -1,7 +1,8 @@
 """Who leads among control processes, and what the leader does: it says what stands where, each half second.
 
 The lease is a row of the database (`corral.store.lease`); its term is in the store too, so that a leader that was
-deposed and could not hear of it finds a greater one there and stops. Without the database a leader goes on until then:
+deposed and could not hear of it finds a greater one there and stops; if it still has the lease, as in a database that
+was restored from a backup, it goes on in a greater term. Without the database a leader goes on until then:
 nobody can take the lease from it. Gateways see by the store's key whether there is a leader.
 """
 
@@ -20,7 +21,7 @@ from corral.control.placement import Placement
 from corral.control.prober import Fleet
 from corral.store import lease
 from corral.store.database import Database
-from corral.store.keeper import LEADER
+from corral.store.keeper import LEADER, TERM
 from corral.store.valkey import Valkey, ValkeyDown
 
 TICK = 0.5
@@ -45,6 +46,7 @@ class Leading:
         self._database, self._store, self._fleet, self._make = database, store, fleet, make
         self._holder = secrets.token_hex(8)
         self._deposed = 0
+        self._least = 1
         self._silent = False
         self.wanted = True
         self.leads = False
@@ -84,7 +86,8 @@ class Leading:
         # Beside the turns: a database that hangs must not hold them up.
         while True:
             try:
-                await self._heard(await self._database.write(lease.take, self._holder, time.time(), LEASE))
+                took = self._database.write(lease.take, self._holder, time.time(), LEASE, self._least)
+                await self._heard(await took)
             except AWAY as error:
                 log.warning("the leader's lease is not renewed: %s", error)
             await asyncio.sleep(RENEW)
@@ -100,11 +103,13 @@ class Leading:
     async def _lead(self, now: float) -> None:
         placement = self.placement
         assert placement is not None
-        said = await self._store.request(b"GET", LEADER)
-        if said is not None and int(said) > self.term:
-            self._deposed = self.term
-            await self._stop(f"another control leads, in term {int(said)}")
+        said = int(await self._store.request(b"GET", TERM) or 0)
+        if said > self.term:
+            self._deposed, self._least = self.term, said + 1
+            await self._stop(f"another control leads, or led, in term {said}")
             return
+        if said < self.term:
+            await self._store.request(b"SET", TERM, b"%d" % self.term)
         await placement.tick(self._fleet.members.values(), now)
         await self._store.request(b"SET", LEADER, b"%d" % self.term, b"PX", b"%d" % KEY_MS)
 

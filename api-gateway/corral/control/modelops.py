@@ -189,6 +189,7 @@ class Worker:
 
     async def _load(self, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
         name = work.step.model
+        member.released.discard(name)
         held = await node.digest(name)
         if held is None:
             raise StepFailed(f"the node does not hold it: corral models pull {name} --node {member.name}")
@@ -214,6 +215,7 @@ class Worker:
 
     async def _unload(self, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
         name = work.step.model
+        member.released.add(name)
         if not await node.resident(name):
             work.detail = "was not in memory"
             return

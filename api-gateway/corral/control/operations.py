@@ -136,6 +136,10 @@ class Operations:
         """Every operation, oldest first."""
         return list(self._known.values())
 
+    def working(self) -> bool:
+        """Whether any is not over."""
+        return any(operation.ended is None for operation in self._known.values())
+
     def find(self, operation: str) -> Operation:
         """One by its id. Raises Problem 404."""
         if operation not in self._known:

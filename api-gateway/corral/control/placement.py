@@ -35,6 +35,10 @@ REASONS = 20
 BACKOFF = 30.0
 """How long a node is left alone with a model that it failed to load (seconds)."""
 UNLOADED = 0.2
+UNLOAD = 60.0
+"""How long an unload may take (seconds); then it is tried again."""
+SHORT = 10.0
+"""How long a model has fewer copies than it should before one is loaded (seconds): others may be about to do it."""
 RESTING = "resting"
 """What the store hears of a model that is in the memory of a node that gets no work now."""
 FASTER = 0.2
@@ -69,14 +73,17 @@ class Known:
     load: Mean
     asked: int
     waits_since: float | None = None
+    short_since: float | None = None
     reasons: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=REASONS))
 
 
 class Placement:
     """Keeps the places of a fleet. ``options`` are those with which a model is loaded; ``catalogue`` says of a model
     its size (bytes), least copies and pins as a `Demand`. ``term`` grows from one leader to the next, ``groups`` are
-    those of nodes (`corral.fleet.pools`), ``speeds`` what was measured of them. Within, a model is called as its slots
-    are counted: by node or group. Times are monotonic seconds."""
+    those of nodes (`corral.fleet.pools`), ``speeds`` what was measured of them. ``queue_wait`` is how long a request
+    waits at least (seconds); ``working`` whether an operation is at work on models, such as the catalogue's: copies
+    that are missing are left to it. Within, a model is called as its slots are counted: by node or group. Times are
+    monotonic seconds."""
 
     def __init__(
         self,
@@ -87,8 +94,12 @@ class Placement:
         term: int = 0,
         groups: Mapping[str, str] | None = None,
         speeds: Speeds | None = None,
+        queue_wait: float = 30.0,
+        working: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
+        self._queue_wait, self._working = queue_wait, working
+        self._number = 0
         self.term = term
         self._groups = groups or {}
         self._speeds = speeds or Speeds()
@@ -137,18 +148,19 @@ class Placement:
         for node, model in self.spots:
             if node not in names:
                 self._set(node, model, ABSENT, now)
+        self._unknown(seen, now)
         await self._tell(members, seen)
-        demands = {model: self._demand(model, one, now) for model, one in seen.items()}
+        demands = {model: self._demand(model, one, members, now) for model, one in seen.items()}
         await self._tell_loads()
         hosts = [self._host(member, seen, now) for member in members]
-        planner = Planner(hosts, demands, now)
+        planner = Planner(hosts, demands, now, self._queue_wait)
         steps = planner.plan()
         by_name = {member.name: member for member in members}
         for step in steps:
             self._begin(by_name[step.node], step, now)
         for model, note in planner.notes.items():
             self._note(model, now, f"waits: {note}")
-        await self._tell(members, seen)
+        await self._tell(members, {})
         return steps
 
     async def close(self) -> None:
@@ -217,17 +229,29 @@ class Placement:
                 fastest[name] = self._speeds.fastest(name)
             step = step_of(count, self._speeds.of(node, name), fastest[name])
             same = spot.told == state and (state != RESIDENT or abs(step - spot.step) <= FASTER * spot.step)
-            if same and (word is not None or spot.state is ABSENT or not seen):
+            if same and (not seen or (word is not None and word[0] == state)):
                 continue
-            if same:
+            if same and word is None:
                 self._loads.clear()  # the store has forgotten
-            spot.generation = await generation(self._store, self.term)
-            await place(self._store, node, model, state, spot.generation, count, step)
+            # Its counter begins anew in a store that was flushed; what is under way there must not be later than this.
+            self._number = max(self._number + 1, await generation(self._store, self.term))
+            spot.generation = self._number
+            if not await place(self._store, node, model, state, spot.generation, count, step):
+                spot.told = ""  # a later leader has spoken; if there is none, the next turn says it again
+                log.warning("the store has a later word on %s on %s than that it is %s", model, node, state)
+                continue
             spot.told, spot.step = state, step
             if spot.state is ABSENT:
                 del self.spots[node, model]
 
-    def _demand(self, model: str, seen: Seen, now: float) -> Demand:
+    def _unknown(self, seen: dict[str, Seen], now: float) -> None:
+        """Find what may be used as the store has it and does not stand: gateways said it while nobody led."""
+        for model, one in seen.items():
+            for node, (state, _) in one.places.items():
+                if state == RESIDENT and (node, model) not in self.spots:
+                    self.spots[node, model] = Spot(ABSENT, now)
+
+    def _demand(self, model: str, seen: Seen, members: list[Member], now: float) -> Demand:
         known = self.known.get(model)
         if known is None:
             known = self.known[model] = Known(Rate(now), Mean(0.0), Mean(LOAD, 0.3), seen.asked)
@@ -238,7 +262,7 @@ class Placement:
         demand = self._catalogue(model_of(model))
         demand.name = model
         standing = [node for (node, name), spot in self.spots.items() if name == model and spot.state is RESIDENT]
-        demand.copies = min(demand.copies, len(standing))
+        demand.copies = self._copies(model, demand.copies, len(standing), members, now)
         if demand.pins:
             demand.pins = frozenset(standing)
         demand.rate, demand.waiting = known.rate.value(now), seen.waiting
@@ -247,6 +271,21 @@ class Placement:
         demand.seconds = min(600.0, max(0.1, known.busy.value / demand.rate)) if demand.rate > 0.001 else SECONDS
         demand.load = known.load.value
         return demand
+
+    def _copies(self, model: str, wanted: int, standing: int, members: list[Member], now: float) -> int:
+        """How many copies a model is to have now, of those that the catalogue wants."""
+        able = [
+            member
+            for member in members
+            if member.state == "ready" and model in self._held(member) and model_of(model) not in member.released
+        ]
+        known = self.known[model]
+        if standing >= min(wanted, len(able)) or self._working():
+            known.short_since = None
+        elif known.short_since is None:
+            known.short_since = now
+        short = known.short_since is not None and now - known.short_since >= SHORT
+        return min(wanted, max(standing, len(able) if short else 0))
 
     def _host(self, member: Member, seen: dict[str, Seen], now: float) -> Host:
         held = self._held(member)
@@ -306,13 +345,16 @@ class Placement:
     async def _unload(self, member: Member, model: str) -> None:
         node = self._node(member)
         try:
-            async with member.loads:
+            # It drains until then, and is tried again: nothing else begins on the node meanwhile.
+            async with asyncio.timeout(UNLOAD), member.loads:
                 await node.unload(model_of(model))
                 while await node.resident(model_of(model)):  # noqa: ASYNC110
                     await asyncio.sleep(UNLOADED)
             self.finished(member.name, model, ABSENT, asyncio.get_running_loop().time())
         except NodeFailed as error:
             self._note(model, asyncio.get_running_loop().time(), f"{member.name} could not unload it: {error}")
+        except TimeoutError:
+            self._note(model, asyncio.get_running_loop().time(), f"{member.name} did not unload it in {UNLOAD:g} s")
         finally:
             del self._work[member.name, model]
 

@@ -32,9 +32,10 @@ class Member:
     """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them.
 
     ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
-    wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used. ``memory`` is
-    bytes, as configured; ``loads`` is held by who loads or unloads, and by who asks what is resident there and then has
-    it generate: a request that arrives behind an unload would bring the model back.
+    wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used; ``released`` ones
+    were unloaded by an operator, and come back for who asks, not for the catalogue's copies. ``memory`` is bytes,
+    as configured; ``loads`` is held by who loads or unloads, and by who asks what is resident there and then has it
+    generate: a request that arrives behind an unload would bring the model back.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Member:
     warning: str | None = None
     answered: bool = False
     withheld: set[str] = field(default_factory=set)
+    released: set[str] = field(default_factory=set)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
     loads: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
     measured: Measured = field(default_factory=Measured)

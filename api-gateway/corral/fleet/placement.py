@@ -26,7 +26,8 @@ STAY = 4.0
 """A model stays for so many times its load at least, unless nobody uses it or another's oldest is
 overdue."""
 OVERDUE = 1.5
-"""The oldest request of a model that is nowhere is overdue when it has waited so many times the load."""
+"""The oldest request of a model that is nowhere is overdue when it has waited so many times the load, or for so long
+that a drain and a load just end within its bound (`corral.fleet.tickets.wait_bound`): see `Planner.overdue`."""
 PERIOD = 60.0
 """The time in which an exchange must be worth it (seconds)."""
 WORTH = 0.002
@@ -110,7 +111,10 @@ class Step:
 class Planner:
     """Decides; a snapshot in, steps out. Nothing is remembered but what it counts within one call."""
 
-    def __init__(self, hosts: Sequence[Host], models: Mapping[str, Demand], now: float) -> None:
+    def __init__(
+        self, hosts: Sequence[Host], models: Mapping[str, Demand], now: float, queue_wait: float = 30.0
+    ) -> None:
+        self._queue_wait = queue_wait
         self.hosts = [host for host in hosts if host.ready]
         self.models = models
         self.now = now
@@ -145,6 +149,11 @@ class Planner:
         slots = self.slots.get(model.name, 0) + more
         return cost(model.rate, model.waiting, model.seconds, model.load, slots)
 
+    def overdue(self, model: Demand) -> bool:
+        """Whether a model that is nowhere must have room now, or its oldest request is refused before it is there."""
+        latest = max(PATIENCE * model.load, self._queue_wait - model.load)
+        return model.oldest >= min(OVERDUE * model.load, latest)
+
     # -- models that get room whatever it costs others
 
     def _due(self) -> list[tuple[Demand, str]]:
@@ -156,7 +165,7 @@ class Planner:
                 if host is not None and model.name not in host.places:
                     found.append((-1e9, model, f"pinned to {node}"))
             if copies < model.copies:
-                found.append((-1e6, model, f"{copies} of {model.copies} copies"))
+                found.append((-1e6 - model.oldest, model, f"{copies} of {model.copies} copies"))
             elif not copies and model.waiting and model.oldest >= PATIENCE * model.load:
                 found.append(
                     (-model.oldest, model, f"is nowhere, and {model.waiting} wait, up to {model.oldest:.1f} s")
@@ -243,14 +252,19 @@ class Planner:
         other = self.models.get(name)
         if other is None:
             return True
-        if host.name in other.pins or self.copies.get(name, 0) <= other.copies:
+        if host.name in other.pins:
             return False
+        if self.copies.get(name, 0) <= other.copies:
+            # Where not all have room that are to have a copy, those without one have as good a claim.
+            equal = model.copies > 0 and not self.copies.get(model.name, 0) and model.waiting > 0
+            if not (forced and equal and self.copies.get(name, 0) > 0 and self.overdue(model)):
+                return False
         if other.waiting and self.copies.get(name, 0) <= 1 and other.oldest >= model.oldest:
             return False
         # A model that was just loaded serves those it was loaded for first.
         if self.now - stand.since >= STAY * other.load:
             return True
-        return forced and ((not stand.in_use and not other.waiting) or model.oldest >= OVERDUE * model.load)
+        return forced and ((not stand.in_use and not other.waiting) or self.overdue(model))
 
     def _fits(self, host: Host, model: Demand, without: str) -> bool:
         stands = [name for name in host.places if name != without]

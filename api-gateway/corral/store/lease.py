@@ -10,17 +10,17 @@ from corral.store.tables import leases
 LEADER = "leader"
 
 
-def take(connection: Connection, holder: str, now: float, seconds: float) -> int | None:
+def take(connection: Connection, holder: str, now: float, seconds: float, least: int = 1) -> int | None:
     """Take the lease, or renew it, for so many seconds; the term, or None while another holds it.
 
-    `now` is epoch seconds. Whoever takes over what another held has a greater term than all before.
+    `now` is epoch seconds. Whoever takes over what another held has a greater term than all before, and `least` at
+    least: a database that was restored from a backup does not know of all terms that there were.
     """
     first = {"name": LEADER, "holder": holder, "term": 0, "until": 0.0}
     connection.execute(insert(connection, leases).values(first).on_conflict_do_nothing())
     known = leases.c
     term = case((known.holder == holder, known.term), else_=known.term + 1)
-    # The first term is 1.
-    term = case((known.term == 0, 1), else_=term)
+    term = case((term < least, least), else_=term)
     mine = known.name == LEADER, or_(known.holder == holder, known.until <= now)
     taken = connection.execute(update(leases).where(*mine).values(holder=holder, until=now + seconds, term=term))
     if not taken.rowcount:
