@@ -150,7 +150,7 @@ def places(nodes: Iterable[Node], model: str) -> list[Node]:
 
 def stand_in(slots: Slots, snapshot: Snapshot) -> None:
     """Nobody leads: say where the models may be used that are waited for, as far as this gateway knows."""
-    for name in {slots.held[id].model for id in slots.waiting}:
+    for name in {wanted.model for wanted in slots.held.values() if not wanted.node}:
         model = model_of(name)
         members = snapshot.nodes.values()
         group = [node for node in members if counted(model, snapshot.group_of.get(node.name, "")) == name]
