@@ -1,4 +1,4 @@
-"""Nodes that hold their answers back until they are let go, and a leader's word that the gateway has heard."""
+"""Answers of a node that begin, and end when a test lets them; and where their model stands."""
 
 from __future__ import annotations
 

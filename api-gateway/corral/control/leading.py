@@ -46,12 +46,12 @@ class Leading:
         self._database, self._store, self._fleet, self._make = database, store, fleet, make
         self._holder = secrets.token_hex(8)
         self._deposed = 0
-        self._least = 1
         self._silent = False
         self.wanted = True
         self.leads = False
         self.term = 0
         self.placement: Placement | None = None
+        self._least = 1
 
     @property
     def missing(self) -> bool:
@@ -86,8 +86,7 @@ class Leading:
         # Beside the turns: a database that hangs must not hold them up.
         while True:
             try:
-                took = self._database.write(lease.take, self._holder, time.time(), LEASE, self._least)
-                await self._heard(await took)
+                await self._heard(await self._database.write(lease.take, self._holder, time.time(), LEASE))
             except AWAY as error:
                 log.warning("the leader's lease is not renewed: %s", error)
             await asyncio.sleep(RENEW)
@@ -95,6 +94,8 @@ class Leading:
     async def _heard(self, term: int | None) -> None:
         if term is None or term <= self._deposed:
             await self._stop("another control leads")
+            if term is not None and term < self._least:
+                await self._database.write(lease.raise_to, self._holder, self._least)
         elif not self.leads or term != self.term:
             await self._stop("")
             log.info("this control leads, in term %d", term)

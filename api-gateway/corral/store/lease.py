@@ -10,17 +10,17 @@ from corral.store.tables import leases
 LEADER = "leader"
 
 
-def take(connection: Connection, holder: str, now: float, seconds: float, least: int = 1) -> int | None:
+def take(connection: Connection, holder: str, now: float, seconds: float) -> int | None:
     """Take the lease, or renew it, for so many seconds; the term, or None while another holds it.
 
-    `now` is epoch seconds. Whoever takes over what another held has a greater term than all before, and `least` at
-    least: a database that was restored from a backup does not know of all terms that there were.
+    `now` is epoch seconds. Whoever takes over what another held has a greater term than all before.
     """
     first = {"name": LEADER, "holder": holder, "term": 0, "until": 0.0}
     connection.execute(insert(connection, leases).values(first).on_conflict_do_nothing())
     known = leases.c
     term = case((known.holder == holder, known.term), else_=known.term + 1)
-    term = case((term < least, least), else_=term)
+    # The first term is 1.
+    term = case((known.term == 0, 1), else_=term)
     mine = known.name == LEADER, or_(known.holder == holder, known.until <= now)
     taken = connection.execute(update(leases).where(*mine).values(holder=holder, until=now + seconds, term=term))
     if not taken.rowcount:
@@ -31,3 +31,12 @@ def take(connection: Connection, holder: str, now: float, seconds: float, least:
 def give_up(connection: Connection, holder: str) -> None:
     """Let another have it at once."""
     connection.execute(update(leases).where(leases.c.name == LEADER, leases.c.holder == holder).values(until=0.0))
+
+
+def raise_to(connection: Connection, holder: str, term: int) -> None:
+    """Have who holds the lease go on in a term that is greater than its own: others have heard of later ones.
+
+    A database that was restored from a backup knows nothing of terms that there were since.
+    """
+    mine = leases.c.name == LEADER, leases.c.holder == holder, leases.c.term < term
+    connection.execute(update(leases).where(*mine).values(term=term))
