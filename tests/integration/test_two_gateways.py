@@ -38,6 +38,11 @@ class Second:
         except httpx.TransportError:
             return False
 
+    def knows(self) -> None:
+        """Wait until it has the last snapshot."""
+        control = self._gw.control
+        until(lambda: control.known_to.get("gateway-2") == control.snapshot["version"], "the second one has it too")
+
     def post(self) -> httpx.Response:
         gw = self._gw
         return httpx.post(self.url + "/api/chat", json=gw.chat(stream=False), headers=gw.auth, timeout=20)
@@ -88,6 +93,7 @@ def test_a_store_that_was_flushed_grants_what_is_free_and_no_gateway_does_meanwh
 ) -> None:
     """All slots are taken at one gateway, which tells; the other one's requests wait for that."""
     placed(gw, leader, 4, "node-1")
+    second.knows()
     held = Held()
     hold(gw, held)
     asked = [callers.submit(gw.post) for _ in range(4)]
@@ -111,6 +117,7 @@ def test_without_a_leader_the_store_counts_for_both(
 ) -> None:
     """Whether the last leader had placed the model or not, and then where the node with it goes and another has it."""
     placed(gw, leader, 1, "node-1")
+    second.knows()
     if not known:
         leader.place("node-1", MODEL, 1, "absent")
     leader.leaves()

@@ -148,6 +148,8 @@ class FakeControl:
         """What is not of one request: that a gateway began, how far requests are."""
         self.offsets: dict[str, int] = {}
         self.known = ""
+        self.known_to: dict[str, str] = {}
+        """The version of the snapshot that each gateway has."""
         """The version of the snapshot that the gateway said to have when it last asked."""
         self.stopped = False
         self.busy = False
@@ -178,6 +180,7 @@ class FakeControl:
                     self._send(200, b'{"day": 0, "month": 0, "used": {}, "complete": true}')
                     return
                 control.known = self.path.partition("since=")[2]
+                control.known_to[self.headers["X-Corral-Gateway"]] = control.known
                 if control.known == control.snapshot["version"]:
                     self.send_response(304)
                     self.end_headers()
