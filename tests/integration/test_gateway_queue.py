@@ -405,34 +405,3 @@ def test_bodies_of_those_who_wait_are_bounded(gw: Gateway, leader: Leader, calle
     until(lambda: leader.waiting() == 5, "what is small waits all the same")
     held.release(6)
     assert [one.result(30).status_code for one in (runs, small, *waits)] == [200] * 6
-
-
-def test_a_long_prompt_waits_for_one_that_is_read_beside_others(
-    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
-) -> None:
-    """And holds up nobody with a short one meanwhile."""
-    placed(gw, leader, 4, "node-1")
-    held, read = Held(), threading.Semaphore(0)
-
-    def reads(connection: socket.socket) -> None:
-        read.acquire()
-        held(connection)
-
-    node = gw.nodes[0]
-    node.script = [held, reads, held, reads]
-    long = gw.chat(stream=False, messages=[{"role": "user", "content": "many words " * 9000}])
-    began = len(node.requests)
-    asked = [callers.submit(gw.post)]
-    until(lambda: held.running == 1, "a stream runs")
-    asked.append(callers.submit(gw.post, body=long))
-    until(lambda: len(node.requests) == began + 2, "a long prompt is read")
-    asked.append(callers.submit(gw.post, body=long))
-    until(lambda: leader.waiting() == 1, "another one waits, though there are slots")
-    asked.append(callers.submit(gw.post))
-    until(lambda: held.running == 2 and len(node.requests) == began + 3, "a short one does not")
-    read.release()
-    until(lambda: len(node.requests) == began + 4, "the next long one, when the first has its first token")
-    read.release()
-    held.release(4)
-    assert [one.result().status_code for one in asked] == [200] * 4
-    until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
