@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 GLANCE = 2.0
@@ -29,7 +29,10 @@ class Residence:
 
 @dataclass(slots=True)
 class Measured:
-    """By model, but for the canary's last duration (seconds), its last success (epoch seconds) and failed probes."""
+    """By model, but for the canary's last duration (seconds), its last success (epoch seconds) and failed probes.
+
+    ``on_gpu`` is the largest share of a model's memory that was seen on an accelerator.
+    """
 
     residents: dict[str, Residence] = field(default_factory=dict)
     loads: dict[str, int] = field(default_factory=dict)
@@ -40,6 +43,7 @@ class Measured:
     told: set[str] = field(default_factory=set)
     """Resident models whose load control has timed itself."""
     rates: dict[str, float] = field(default_factory=dict)
+    on_gpu: dict[str, float] = field(default_factory=dict)
     canary_duration: float | None = None
     canary_success: float | None = None
     probe_failures: int = 0
@@ -65,6 +69,11 @@ class Measured:
             if name in self.unseen:
                 self.waited(name, *self.unseen.pop(name))
         self.asked = True
+
+    def shares(self, shares: Mapping[str, float]) -> None:
+        """Of models in memory, the share that is on an accelerator now."""
+        for name, share in shares.items():
+            self.on_gpu[name] = max(share, self.on_gpu.get(name, 0.0))
 
     def loaded(self, model: str, seconds: float) -> None:
         """Control has loaded a model, and knows how long that took."""
