@@ -10,7 +10,7 @@ import httpx
 import pytest
 from support.fleet import MODEL, SINGLE, Fleet
 from support.fleet import fleet as run_fleet
-from support.load import CHAT, WHOLE, body_of
+from support.load import CHAT, WHOLE, Client, body_of
 from support.process import until
 
 EJECTED, FROZEN = "corral_ejections_total", "corral_ejections_frozen_total"
@@ -122,7 +122,9 @@ def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callabl
     before, frozen = patient.sum_of(EJECTED), patient.sum_of(FROZEN)
     for node in patient.nodes.values():
         node.fault(kind="hang", model=MODEL)
-    clients = [patient.client() for _ in range(12)]
+    # At each gateway, so that each has streams on both nodes: two that take turns may have one node each.
+    urls = [gateway["url"] for gateway in patient.stack.corral("status")["gateways"]]
+    clients = [Client(url, patient.stack.key) for url in urls for _ in range(6)]
     with ThreadPoolExecutor(12) as pool:
         # Each its own prompt: where all begin alike, one node may have all of them.
         bodies = [body_of(CHAT, MODEL, 20, f"{number} horses") for number in range(len(clients))]

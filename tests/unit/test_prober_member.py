@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from corral.control.prober import Fleet, Member, gpu_shares
+from corral.control.measured import gpu_shares
+from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import aside
 
 
@@ -147,3 +148,21 @@ def test_what_does_not_answer_goes_as_far_as_the_brakes_let_it() -> None:
         await fleet.close()
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_node_that_answers_nonsense_is_down_whatever_else_it_holds() -> None:
+    async def run() -> None:
+        fleet = Fleet()
+        tags = [{"name": "rare:1"}]
+        lying, silent = (Member(name, "http://x", answered=True, up=True, tags=tags) for name in ("lying", "silent"))
+        for member, wrong in ((lying, True), (silent, False)):
+            member.misses, member.wrong = 2, wrong
+        fine = Member("fine", "http://x", answered=True, up=True, tags=[{"name": "m:1"}])
+        for member, up in ((lying, False), (silent, True)):
+            fleet.members = {
+                one.name: one for one in (member, fine, Member("other", "http://x", answered=True, up=True))
+            }
+            fleet._judge()
+            assert member.up is up
+
+    asyncio.run(run())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 GLANCE = 2.0
 """So much later than it happened may be seen what becomes resident."""
@@ -103,3 +104,13 @@ class Measured:
         if any(residence.failing for residence in self.residents.values()):
             return False
         return True if any(residence.proven for residence in self.residents.values()) else None
+
+
+def gpu_shares(ps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """By model of an `/api/ps`, the share of its memory that is an accelerator's."""
+    sizes = {entry["name"]: (_number(entry.get("size")), _number(entry.get("size_vram"))) for entry in ps}
+    return {name: vram / size for name, (size, vram) in sizes.items() if size > 0}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -6,14 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
 
 from corral.control import answers
-from corral.control.measured import Measured
+from corral.control.measured import Measured, gpu_shares
 from corral.fleet.brakes import Standing, spared
 from corral.fleet.catalogue import is_own
 from corral.fleet.dispatch import Speeds
@@ -22,6 +22,7 @@ INTERVAL = 1.0
 TIMEOUT = 2.0
 TAGS_INTERVAL = 5.0
 MISSES = 2
+UNREACHED = (httpx.NetworkError, httpx.TimeoutException, TimeoutError)
 HEARD = 3.0
 """For so long what a gateway said of runners holds."""
 
@@ -32,9 +33,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Member:
-    """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them. ``spared`` is
-    why it is up though it does not answer (`corral.fleet.brakes`), ``suspected`` which runners gateways suspect there,
-    by gateway, and when they said so (monotonic seconds).
+    """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them.
+
+    ``wrong``: what it said last made no sense. ``spared``: why it is up though it does not answer (`fleet.brakes`).
+    ``suspected``: the runners that gateways suspect, by gateway, and when they said so (monotonic seconds).
 
     ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
     wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used. ``memory`` is
@@ -60,6 +62,7 @@ class Member:
     preloading: str | None = None
     warning: str | None = None
     answered: bool = False
+    wrong: bool = False
     spared: str = ""
     suspected: dict[str, tuple[float, frozenset[str]]] = field(default_factory=dict)
     withheld: set[str] = field(default_factory=set)
@@ -261,7 +264,9 @@ class Fleet:
             for member in serving
             if member.answered
         ]
-        kept = spared(nodes, self._dead)
+        # Who can be reached, and says what makes no sense, is at fault by its own word.
+        wrong = {member.name for member in serving if member.misses and member.wrong}
+        kept = spared(nodes, {*(self._dead or ()), *wrong} if wrong else self._dead)
         for member in self.members.values():
             why = kept.get(member.name, "")
             if why and not member.spared:
@@ -314,6 +319,7 @@ class Fleet:
         except Exception as error:
             if not isinstance(error, httpx.HTTPError | TimeoutError | ValueError):
                 self._tell(member, error)
+            member.wrong = not isinstance(error, UNREACHED)
             member.misses += 1
             member.measured.probe_failures += 1
             member.error = reason(error)
@@ -360,16 +366,6 @@ class Fleet:
 
 async def _nobody() -> None:
     return None
-
-
-def gpu_shares(ps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """By model of an `/api/ps`, the share of its memory that is an accelerator's."""
-    sizes = {entry["name"]: (_number(entry.get("size")), _number(entry.get("size_vram"))) for entry in ps}
-    return {name: vram / size for name, (size, vram) in sizes.items() if size > 0}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
 
 
 def _system(error: BaseException | None) -> str | None:

@@ -341,9 +341,8 @@ class Queue:
                 (lost if known.lost and name in known.lost else shunned).append(node)
         last = [node for node, model in self._gateway.health.canaries if model == name]
         last += exchange.tried
-        worse = lost + last
-        slow = [node for node in slow if node not in worse and node not in shunned]
-        late = dict.fromkeys(slow + [node for node in shunned + lost if node not in last] + last)
+        failed = [node for node in shunned + lost if node not in last] + last
+        late = dict.fromkeys([node for node in slow if node not in failed] + failed)
         words = [NEVER + node for node in never]
         words += [LATE + node for node in late if node in pool.nodes and node not in never]
         return tuple(words)
