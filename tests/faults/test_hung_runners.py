@@ -93,31 +93,6 @@ def test_a_full_queue_of_a_node_that_runs_one_at_a_time_ejects_nothing(
     matrix("one request at a time, full queue", "0 ejections", "0")
 
 
-def test_the_last_runner_of_a_model_is_not_ejected(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:
-    first, other = patient.nodes["node-1"], patient.nodes["node-2"]
-    httpx.request("DELETE", other.url + "/api/delete", json={"model": SINGLE}).raise_for_status()
-    try:
-        until(lambda: patient.holders(SINGLE) == {"node-1"}, "it is known to be on one node alone", 20)
-        before, frozen = patient.sum_of(EJECTED), patient.sum_of(FROZEN)
-        client = patient.client()
-        with ThreadPoolExecutor(1) as pool:
-            first.fault(kind="hang", model=SINGLE, after_tokens=3)
-            asked = pool.submit(client.ask, CHAT, body_of(CHAT, SINGLE, 10), "last")
-            until(lambda: patient.sum_of(FROZEN) > frozen, "its ejection is frozen", BUDGET + EJECTED_WITHIN, every=0.3)
-            first.well()
-            answer = asked.result()
-        client.close()
-        assert (answer.fate, answer.node, answer.attempts) == (WHOLE, "node-1", 1), str(answer)
-        assert patient.sum_of(EJECTED) == before
-    finally:
-        first.well()
-        other.kill()
-        other.start()
-        patient.warm()
-        patient.all_ready()
-    matrix("the last runner of a model hangs", "never the last copy of a model", "0 ejected, its stream goes on")
-
-
 def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:
     before, frozen = patient.sum_of(EJECTED), patient.sum_of(FROZEN)
     for node in patient.nodes.values():
@@ -142,3 +117,28 @@ def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callabl
     ejected = patient.sum_of(EJECTED) - before
     assert ejected <= patient.present_gateways(), "one node of two is half of them; each gateway sees for itself"
     matrix("all runners hang at once", "never more than half of the nodes", f"{ejected:.0f} by 2 gateways, then frozen")
+
+
+def test_the_last_runner_of_a_model_is_not_ejected(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:
+    first, other = patient.nodes["node-1"], patient.nodes["node-2"]
+    httpx.request("DELETE", other.url + "/api/delete", json={"model": SINGLE}).raise_for_status()
+    try:
+        until(lambda: patient.holders(SINGLE) == {"node-1"}, "it is known to be on one node alone", 20)
+        before, frozen = patient.sum_of(EJECTED), patient.sum_of(FROZEN)
+        client = patient.client()
+        with ThreadPoolExecutor(1) as pool:
+            first.fault(kind="hang", model=SINGLE, after_tokens=3)
+            asked = pool.submit(client.ask, CHAT, body_of(CHAT, SINGLE, 10), "last")
+            until(lambda: patient.sum_of(FROZEN) > frozen, "its ejection is frozen", BUDGET + EJECTED_WITHIN, every=0.3)
+            first.well()
+            answer = asked.result()
+        client.close()
+        assert (answer.fate, answer.node, answer.attempts) == (WHOLE, "node-1", 1), str(answer)
+        assert patient.sum_of(EJECTED) == before
+    finally:
+        first.well()
+        other.kill()
+        other.start()
+        patient.warm()
+        patient.all_ready()
+    matrix("the last runner of a model hangs", "never the last copy of a model", "0 ejected, its stream goes on")
