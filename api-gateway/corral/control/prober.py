@@ -262,11 +262,10 @@ class Fleet:
                 frozenset(entry["name"] for entry in member.usable),
             )
             for member in serving
-            if member.answered
+            # Who can be reached, and says what makes no sense, is at fault by its own word.
+            if member.answered and not (member.misses and member.wrong)
         ]
-        # Who can be reached, and says what makes no sense, is at fault by its own word.
-        wrong = {member.name for member in serving if member.misses and member.wrong}
-        kept = spared(nodes, {*(self._dead or ()), *wrong} if wrong else self._dead)
+        kept = spared(nodes, self._dead)
         for member in self.members.values():
             why = kept.get(member.name, "")
             if why and not member.spared:
