@@ -4,86 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from base64 import b64encode
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, delete, insert, select, text, update
-from support.sealed import Direct
+from support.sealed import GATEWAY, Direct, Trail, found
 
-from corral.config.record import AuditSettings
-from corral.control import audit as trail
 from corral.control import ledger as ledgers
-from corral.control.auth import Principal
-from corral.control.ledger import Ledger
-from corral.store.chain import ZERO, Signer, Span, content, leaf_of, link_after, read_checkpoint
+from corral.store.chain import Signer, Span, read_checkpoint
 from corral.store.database import Database, resolve, upgrade
-from corral.store.ingest import ingest
-from corral.store.retention import drop_content
-from corral.store.spool import encode_frame
-from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
-from corral.store.verify import Report, verify
-
-GATEWAY = "gateway-1"
-WHO = Principal("k", "admin", "::1", "")
-
-
-class Trail:
-    """A database with three checkpoints: records 1 to 5, 6 to 10 and 11 to 15, and 16 to 18 that have none yet."""
-
-    def __init__(self, folder: Path, url: str) -> None:
-        self.database = Database(resolve(url, folder))
-        self.database.migrate()
-        self.folder = folder
-        (folder / "audit.key").write_text(secrets.token_hex(32))
-        self.ledger = self.new_ledger()
-        self.offset = 0
-        self.file = folder / "audit/checkpoints.jsonl"
-        for number in range(18):
-            self.ship(number)
-            if number in (4, 9, 14):
-                self.write(lambda connection: trail.record(connection, WHO, "POST", "/admin/x", {"b": 1, "a": 2}, {}))
-                asyncio.run(self.ledger.sign())
-
-    def new_ledger(self, **settings: Any) -> Ledger:
-        return Ledger(self.database, AuditSettings(**settings), self.folder, 1800.0)
-
-    def write(self, change: Callable[[Connection], Any]) -> Any:
-        return self.database.write_now(change)
-
-    def ship(self, number: int, **fields: Any) -> None:
-        record = {"t": "settle", "id": f"r{number}", "request_id": "s", "ts": 1.5 + number, "outcome": "ok", **fields}
-        data = encode_frame({**record, "tokens": number, "ms": 1.25, "estimated": False, "queue_ms": 1e-7})
-        self.offset = self.write(lambda c: ingest(c, GATEWAY, "0000000000000001.seg", self.offset, data)).watermark
-
-    def verify(self, public: str = "") -> Report:
-        return verify(Direct(self.database), self.file.read_bytes().splitlines(), [public or self.ledger.signer.public])
-
-    def change(self, pos: int, /, **values: Any) -> None:
-        self.write(lambda c: c.execute(update(audit).where(audit.c.gw == GATEWAY, audit.c.pos == pos).values(values)))
-
-    def drop(self, first: int, last: int) -> None:
-        which = (audit.c.gw == GATEWAY) & audit.c.pos.between(first, last)
-        self.write(lambda connection: connection.execute(delete(audit).where(which)))
-
-    def rebuild(self) -> None:
-        """Give the records that are there the places, leaves and links of a chain that fits together."""
-
-        def chain(connection: Connection) -> None:
-            found = connection.execute(select(audit).where(audit.c.gw == GATEWAY).order_by(audit.c.pos)).mappings()
-            rows = found.all()
-            connection.execute(update(audit).where(audit.c.gw == GATEWAY).values(pos=None))
-            link = ZERO
-            for pos, row in enumerate(rows, 1):
-                leaf = leaf_of(content({**row, "pos": pos}))
-                link = link_after(link, leaf)
-                connection.execute(update(audit).where(audit.c.seq == row["seq"]).values(pos=pos, leaf=leaf))
-            end = update(audit_streams).where(audit_streams.c.stream == GATEWAY)
-            connection.execute(end.values(pos=len(rows), link=link))
-
-        self.write(chain)
+from corral.store.tables import audit, audit_checkpoints, audit_streams
+from corral.store.verify import verify
 
 
 @pytest.fixture
@@ -91,14 +23,6 @@ def made(tmp_path: Path, database_url: str) -> Any:
     one = Trail(tmp_path, database_url)
     yield one
     one.database.close()
-
-
-def found(made: Trail, *words: str) -> None:
-    """Verify says each of these, and nothing else of other records."""
-    problems = made.verify().problems
-    assert len(problems) == len(words), problems
-    for word, problem in zip(words, problems, strict=True):
-        assert word in problem
 
 
 def test_what_was_not_touched_is_whole(made: Trail) -> None:
@@ -313,92 +237,3 @@ def test_the_file_goes_on_behind_its_last_whole_line(made: Trail, monkeypatch: p
     assert (after[: len(whole)], after.count(b"\n"), ledgers.last_number(made.file)) == (whole, 4, 4)
     made.file.write_bytes(after.splitlines()[0][:50])
     assert ledgers.last_number(made.file) == 0
-
-
-class Texts:
-    """Records r18 to r22 of `made`, of which texts are kept: r18 signed with them, the others not yet."""
-
-    def __init__(self, made: Trail) -> None:
-        self.made = made
-        for number in range(18, 23):
-            made.ship(number, content=b64encode(b"text %d" % number).decode())
-            if number == 18:
-                asyncio.run(made.ledger.sign())
-        assert made.verify().problems == []
-
-    def change(self, record: str, **values: Any) -> None:
-        which = audit_content.c.id == record
-        self.made.write(lambda connection: connection.execute(update(audit_content).where(which).values(values)))
-
-    def drop(self, *records: str) -> None:
-        which = audit_content.c.id.in_(records)
-        self.made.write(lambda connection: connection.execute(delete(audit_content).where(which)))
-
-
-@pytest.fixture
-def texts(made: Trail) -> Texts:
-    return Texts(made)
-
-
-@pytest.mark.parametrize("number", [18, 21])
-def test_a_changed_text(made: Trail, texts: Texts, number: int) -> None:
-    texts.change(f"r{number}", data=b"text 81")
-    found(made, f"gateway-1: the text of record {number + 1} (r{number}) was changed")
-
-
-def test_texts_that_changed_places(made: Trail, texts: Texts) -> None:
-    for record, other in (("r18", "x"), ("r20", "r18"), ("x", "r20")):
-        texts.change(record, id=other)
-    found(made, "the text of record 19 (r18) was changed", "the text of record 21 (r20) was changed")
-
-
-def test_a_dropped_text(made: Trail, texts: Texts) -> None:
-    texts.drop("r18", "r22")
-    found(made, "the text of record 19 (r18) is missing", "the text of record 23 (r22) is missing")
-
-
-def test_a_dropped_text_whose_record_no_longer_names_it(made: Trail, texts: Texts) -> None:
-    texts.drop("r18")
-    made.change(19, content_hash=None)
-    found(made, "record 19 (r18) was changed")
-
-
-def test_a_text_that_no_record_names_is_told(made: Trail) -> None:
-    made.write(lambda c: c.execute(insert(audit_content).values(id="r3", ts=1.0, data=b"of an older version")))
-    report = made.verify()
-    assert report.problems == []
-    assert report.notes == ["1 prompts with their answers are not covered: no record has their digest"]
-
-
-def test_texts_that_retention_removed_are_not_missing(made: Trail, texts: Texts) -> None:
-    # r<n> is of 1.5 + n: r18 and r19 are older.
-    assert made.write(lambda connection: drop_content(connection, 21.0)) == 2
-    assert made.verify().problems == []
-    asyncio.run(made.ledger.sign())
-    assert made.verify().problems == []
-    texts.drop("r20")
-    found(made, "the text of record 21 (r20) is missing")
-
-
-def test_a_text_of_a_gateway_whose_clock_was_ahead_ends_too(made: Trail, texts: Texts) -> None:
-    texts.change("r22", ts=3.0)
-    assert made.write(lambda connection: drop_content(connection, 4.0)) == 1
-    assert made.verify().problems == []
-
-
-def test_what_retention_removes_while_verify_reads_is_not_missing(made: Trail, texts: Texts) -> None:
-    class Meanwhile(Direct):
-        def state(self) -> Any:
-            state = super().state()
-            made.write(lambda connection: drop_content(connection, 21.0))
-            return state
-
-    lines, publics = made.file.read_bytes().splitlines(), [made.ledger.signer.public]
-    assert verify(Meanwhile(made.database), lines, publics).problems == []
-    texts.drop("r20")
-    assert len(verify(Meanwhile(made.database), lines, publics).problems) == 1
-
-
-def test_the_text_is_of_the_settle_that_stands(made: Trail, texts: Texts) -> None:
-    made.ship(22, content=b64encode(b"of a replay").decode())
-    assert made.verify().problems == []
