@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from base64 import b64decode
+from hashlib import sha256
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
@@ -32,9 +33,8 @@ SECRET = "Guten Tag! I am ann@example.org, 4111 1111 1111 1111"
 
 def kept(gw: Gateway, request_id: str) -> list[dict[str, Any]]:
     """What the gateway has shipped of a request's text."""
-    of = gw.control.settled(request_id)["id"]
-    found = [note for note in gw.control.notes if note["t"] == "content" and note["of"] == of]
-    return [open_content(b64decode(note["data"]), [ME]) for note in found]
+    settled = gw.control.settled(request_id)
+    return [open_content(b64decode(settled["content"]), [ME])] if "content" in settled else []
 
 
 def test_it_is_kept_for_the_keys_that_want_it_and_lies_nowhere_in_clear(tmp_path: Path) -> None:
@@ -50,7 +50,9 @@ def test_it_is_kept_for_the_keys_that_want_it_and_lies_nowhere_in_clear(tmp_path
         assert kept(gw, gw.post(body=body).headers["x-request-id"]) == [], "another key does not want it"
         refused = gw.post(body=gw.chat(model="nobody-has-it"), headers=wants)
         assert kept(gw, refused.headers["x-request-id"]) == []
-        until(lambda: len([n for n in gw.control.notes if n["t"] == "content"]) == 2, "two are kept")
+        assert len([one for one in gw.control.records if "content" in one]) == 2
+        until(lambda: (tmp_path / "access.log").read_bytes().count(b"answer_hash") == 4, "the access log is written")
+        assert b'"content"' not in (tmp_path / "access.log").read_bytes()
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert not [path for path in files if b"Guten Tag" in path.read_bytes()]
     other = tmp_path / "hash"
@@ -168,7 +170,8 @@ def test_control_keeps_it_for_its_time_and_shows_it_to_who_has_the_identity(
         settle = {"t": "settle", "request_id": "req-1", "ts": now, "key": key["id"], "outcome": "ok"}
         content = {"t": "content", "ts": now, "data": data}
         broken = [{**content, "of": 5}, {**content, "of": "r3", "data": "%"}, {**content, "of": "r4", "ts": None}]
-        records = [{**content, "of": "r1"}, {**settle, "id": "r1"}, *broken, {**content, "of": "r1", "data": "AAAA"}]
+        of_1 = [{**settle, "id": "r1", "content": data}, {**settle, "id": "r1", "content": "AAAA"}]
+        records = [*of_1, *broken, {**content, "of": "r1", "data": "AAAA"}, {**settle, "id": "r5", "content": 5}]
         frames = b"".join(encode_frame(one) for one in records)
         path = "/internal/spool/gateway-1/0000000000000001.seg"
         assert control.internal.post(path, params={"offset": 0}, content=frames).status_code == 200
@@ -176,6 +179,8 @@ def test_control_keeps_it_for_its_time_and_shows_it_to_who_has_the_identity(
         shown = CliRunner().invoke(cli, ["audit", "content", "req-1", "--identity", str(identity), "--json"], env=env)
         assert shown.exit_code == 0, shown.output
         assert json.loads(shown.stdout) == [{"id": "r1", "prompt": "asked", "answer": "said", "cut": []}]
+        (named, none) = [row["content_hash"] for row in recorded(control.admin) if row["gw"] == "gateway-1"]
+        assert (named, none) == (sha256(b64decode(data)).hexdigest(), None)
         read = [
             row for row in control.admin.get("/admin/audit").json()["audit"] if row["route"] == "/admin/audit/content"
         ]
@@ -186,6 +191,9 @@ def test_control_keeps_it_for_its_time_and_shows_it_to_who_has_the_identity(
             assert operator.get("/admin/audit/content", params={"request": "req-1"}).status_code == 403
         gone = lambda: control.admin.get("/admin/audit/content", params={"request": "r1"}).status_code == 404  # noqa: E731
         wait("it is deleted", gone, 20)
-        assert [row["id"] for row in recorded(control.admin) if row["gw"] == "gateway-1"] == ["r1"], "its record stays"
+        stays = [row["id"] for row in recorded(control.admin) if row["gw"] == "gateway-1"]
+        assert stays == ["r1", "r5"], "its record stays"
+        verified = CliRunner().invoke(cli, ["audit", "verify", "--json"], env=env)
+        assert (verified.exit_code, json.loads(verified.stdout)["problems"]) == (0, []), "what is over is not missing"
     finally:
         control.close()

@@ -4,84 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, delete, insert, select, text, update
-from support.sealed import Direct
+from support.sealed import GATEWAY, Direct, Trail, found
 
-from corral.config.record import AuditSettings
-from corral.control import audit as trail
 from corral.control import ledger as ledgers
-from corral.control.auth import Principal
-from corral.control.ledger import Ledger
-from corral.store.chain import ZERO, Signer, Span, content, leaf_of, link_after, read_checkpoint
+from corral.store.chain import Signer, Span, read_checkpoint
 from corral.store.database import Database, resolve, upgrade
-from corral.store.ingest import ingest
-from corral.store.spool import encode_frame
 from corral.store.tables import audit, audit_checkpoints, audit_streams
-from corral.store.verify import Report, verify
-
-GATEWAY = "gateway-1"
-WHO = Principal("k", "admin", "::1", "")
-
-
-class Trail:
-    """A database with three checkpoints: records 1 to 5, 6 to 10 and 11 to 15, and 16 to 18 that have none yet."""
-
-    def __init__(self, folder: Path, url: str) -> None:
-        self.database = Database(resolve(url, folder))
-        self.database.migrate()
-        self.folder = folder
-        (folder / "audit.key").write_text(secrets.token_hex(32))
-        self.ledger = self.new_ledger()
-        self.offset = 0
-        self.file = folder / "audit/checkpoints.jsonl"
-        for number in range(18):
-            self.ship(number)
-            if number in (4, 9, 14):
-                self.write(lambda connection: trail.record(connection, WHO, "POST", "/admin/x", {"b": 1, "a": 2}, {}))
-                asyncio.run(self.ledger.sign())
-
-    def new_ledger(self, **settings: Any) -> Ledger:
-        return Ledger(self.database, AuditSettings(**settings), self.folder, 1800.0)
-
-    def write(self, change: Callable[[Connection], Any]) -> Any:
-        return self.database.write_now(change)
-
-    def ship(self, number: int, **fields: Any) -> None:
-        record = {"t": "settle", "id": f"r{number}", "request_id": "s", "ts": 1.5 + number, "outcome": "ok", **fields}
-        data = encode_frame({**record, "tokens": number, "ms": 1.25, "estimated": False, "queue_ms": 1e-7})
-        self.offset = self.write(lambda c: ingest(c, GATEWAY, "0000000000000001.seg", self.offset, data)).watermark
-
-    def verify(self, public: str = "") -> Report:
-        return verify(Direct(self.database), self.file.read_bytes().splitlines(), [public or self.ledger.signer.public])
-
-    def change(self, pos: int, /, **values: Any) -> None:
-        self.write(lambda c: c.execute(update(audit).where(audit.c.gw == GATEWAY, audit.c.pos == pos).values(values)))
-
-    def drop(self, first: int, last: int) -> None:
-        which = (audit.c.gw == GATEWAY) & audit.c.pos.between(first, last)
-        self.write(lambda connection: connection.execute(delete(audit).where(which)))
-
-    def rebuild(self) -> None:
-        """Give the records that are there the places, leaves and links of a chain that fits together."""
-
-        def chain(connection: Connection) -> None:
-            found = connection.execute(select(audit).where(audit.c.gw == GATEWAY).order_by(audit.c.pos)).mappings()
-            rows = found.all()
-            connection.execute(update(audit).where(audit.c.gw == GATEWAY).values(pos=None))
-            link = ZERO
-            for pos, row in enumerate(rows, 1):
-                leaf = leaf_of(content({**row, "pos": pos}))
-                link = link_after(link, leaf)
-                connection.execute(update(audit).where(audit.c.seq == row["seq"]).values(pos=pos, leaf=leaf))
-            end = update(audit_streams).where(audit_streams.c.stream == GATEWAY)
-            connection.execute(end.values(pos=len(rows), link=link))
-
-        self.write(chain)
+from corral.store.verify import verify
 
 
 @pytest.fixture
@@ -89,14 +23,6 @@ def made(tmp_path: Path, database_url: str) -> Any:
     one = Trail(tmp_path, database_url)
     yield one
     one.database.close()
-
-
-def found(made: Trail, *words: str) -> None:
-    """Verify says each of these, and nothing else of other records."""
-    problems = made.verify().problems
-    assert len(problems) == len(words), problems
-    for word, problem in zip(words, problems, strict=True):
-        assert word in problem
 
 
 def test_what_was_not_touched_is_whole(made: Trail) -> None:

@@ -137,7 +137,7 @@ def show_content(as_json: bool, state: str | None, request: str, identity: tuple
     try:
         identities = list(read_secrets(None, (), identity).identities)
         found = rows(Admin(common.folder(state))("GET", "/audit/content?" + urlencode({"request": request})), "content")
-        shown = [{"id": one["id"], **open_content(b64decode(one["data"]), identities)} for one in found]
+        shown = [{"id": one["id"], **open_content(_unchanged(one), identities)} for one in found]
     except (BackupError, ValueError) as error:
         common.fail(str(error), as_json)
     lines = [f"{one['id']}\nprompt: {one['prompt']}\nanswer: {one['answer']}" for one in shown]
@@ -167,6 +167,14 @@ def export(as_json: bool, state: str | None, form: str, output: str | None, **gi
     except OSError as error:
         raise StackError(f"--output: {output} cannot be written: {error.strerror}") from None
     common.emit({"file": output, "lines": count}, as_json, lambda: f"{count} lines in {output}")
+
+
+def _unchanged(content: dict[str, Any]) -> bytes:
+    """What is kept of a record. Raises ValueError where it is not what the record names."""
+    data = b64decode(content["data"])
+    if content["content_hash"] not in (None, sha256(data).hexdigest()):
+        raise ValueError(f"{content['id']}: the text is not the one that its record names: it was changed")
+    return data
 
 
 def _all(admin: Admin, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -211,18 +219,19 @@ class _Api:
             name: Head(head["pos"], bytes.fromhex(head["link"]), head["signed"], head["highest"])
             for name, head in told["streams"].items()
         }
-        self._state = State(heads, told["outside"], told["older"])
+        self._state = State(heads, told["outside"], told["older"], told["unnamed"])
 
     def state(self) -> State:
         return self._state
 
     def records(self, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
         asked = urlencode({"stream": stream, "after": after, "limit": limit})
-        found = msgspec.json.decode(self._admin.raw(f"/audit/records?{asked}"))["records"]
+        found = msgspec.json.decode(self._admin.raw(f"/audit/records?{asked}"))
         names = (*self._fields, "leaf")
-        listed = [dict(zip(names, row, strict=True)) for row in found]
+        listed = [dict(zip(names, row, strict=True)) for row in found["records"]]
         for row in listed:
             row["leaf"] = bytes.fromhex(row["leaf"])
+            row["kept"] = found["kept"].get(row["id"])
         return listed
 
 

@@ -15,7 +15,7 @@ FORMATS = ("json", "csv", "cef", "ocsf")
 COLUMNS = (
     *("seq", "id", "request_id", "ts", "gw", "pos", "key", "tenant", "addr", "api", "route", "method", "model"),
     *("status", "outcome", "node", "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "estimated"),
-    *("queue_ms", "ttft_ms", "ms", "before", "after", "prompt_hash", "answer_hash"),
+    *("queue_ms", "ttft_ms", "ms", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
 )
 SEVERITY = {"ok": 1, "client_gone": 2, "refused": 4, "limited": 4, "overloaded": 5}
 """CEF's, 0 to 10; 6 for what is not here."""

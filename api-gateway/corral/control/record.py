@@ -63,8 +63,9 @@ async def chain(control: Here) -> Response:
         name: {"pos": head.pos, "link": head.link.hex(), "signed": head.signed, "highest": head.highest}
         for name, head in state.heads.items()
     }
-    found = {"streams": streams, "outside": state.outside, "older": state.older, "fields": FIELDS}
-    return _json({**found, "checkpoint": checkpoint, "public_key": control.ledger.signer.public})
+    found = {"streams": streams, "outside": state.outside, "older": state.older, "unnamed": state.unnamed}
+    told = {"fields": FIELDS, "checkpoint": checkpoint, "public_key": control.ledger.signer.public}
+    return _json(found | told)
 
 
 def _named(request: str) -> ColumnElement[bool]:
@@ -117,14 +118,20 @@ async def content(
     control: Here,
     request: Annotated[str, Query(max_length=128, pattern=REQUEST, description="`X-Request-ID`, or a record's id.")],
 ) -> dict[str, Any]:
-    """Prompt and answer of a request whose key has them kept: an age file in base64, by record."""
+    """Prompt and answer of a request whose key has them kept: an age file in base64, by record.
+
+    `content_hash` is the SHA-256 that the record names, null where it is of an older version.
+    """
     chosen = (
-        select(audit_content).join(audit, audit.c.id == audit_content.c.id).where(_named(request)).order_by(audit.c.seq)
+        select(audit_content, audit.c.content_hash)
+        .join(audit, audit.c.id == audit_content.c.id)
+        .where(_named(request))
+        .order_by(audit.c.seq)
     )
     rows = await control.database.read(lambda c: c.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all())
     if not rows:
         raise Problem(404, "not_found", f"nothing is kept of a request {request!r}")
-    return {"content": [{"id": row["id"], "ts": row["ts"], "data": b64encode(row["data"]).decode()} for row in rows]}
+    return {"content": [{**row, "data": b64encode(row["data"]).decode()} for row in rows]}
 
 
 @router.get("/admin/audit/records", tags=["audit"])
@@ -134,9 +141,13 @@ async def sealed(
     after: Annotated[int, Query(ge=0, lt=2**63, description="Behind this place.")] = 0,
     limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
 ) -> Response:
-    """Sealed records in the order of the chain: values in the order of `fields`, then the leaf (hex)."""
+    """Sealed records in the order of the chain: values in the order of `fields`, then the leaf (hex).
+
+    `kept`: the SHA-256 of the texts that are kept of some of them, by the record's id.
+    """
     rows = await control.database.read(seal.records, stream, after, limit)
-    return _json({"records": [[*(row[name] for name in FIELDS), row["leaf"].hex()] for row in rows]})
+    kept = {row["id"]: row["kept"] for row in rows if row["kept"] is not None}
+    return _json({"records": [[*(row[name] for name in FIELDS), row["leaf"].hex()] for row in rows], "kept": kept})
 
 
 @router.get("/admin/audit/checkpoints", tags=["audit"])

@@ -15,6 +15,8 @@ import os
 from pathlib import Path
 
 import msgspec
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from corral.gateway.access import AccessLog
 from corral.gateway.records import Admitted, Progress, Settled
@@ -22,6 +24,10 @@ from corral.store.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
+
+
+def _has_content(record: msgspec.Struct) -> bool:
+    return isinstance(record, Settled) and record.content is not UNSET
 
 
 class Waiter:
@@ -70,7 +76,7 @@ class Journal:
             self.spool.append(payload)
             waiting.append(waiter)
         if access:
-            self.access.line(payload)
+            self.access.line(payload if not _has_content(record) else _encode(replace(record, content=UNSET)))
 
     def _sheds(self, record: msgspec.Struct) -> bool:
         """Whether a record is of a request that no node has heard of. Of one whose admission is kept, it is needed."""

@@ -21,14 +21,6 @@ class Progress(msgspec.Struct, tag_field="t", tag="progress"):
     rows: list[tuple[str, str, int, int, int, int, float, float | None, float]]
 
 
-class Content(msgspec.Struct, tag_field="t", tag="content"):
-    """Prompt and answer of a request, encrypted (gateway/content.py). ``ts`` is epoch seconds."""
-
-    of: str
-    ts: float
-    data: str
-
-
 class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
     """The record that is written before a node hears of the request. ``ts`` is epoch seconds.
 
@@ -51,7 +43,8 @@ class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token.
 
     ``continued``: the nodes that wrote the answer, in order, joined by commas, where one went on with another's.
-    ``answer_hash``: the keyed hash of the text that was sent.
+    ``answer_hash``: the keyed hash of the text that was sent. ``content``: prompt and answer, encrypted
+    (gateway/content.py), where they are kept; in the spool alone.
     """
 
     id: str
@@ -78,3 +71,4 @@ class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     ms: float
     continued: str | None = None
     answer_hash: str | None = None
+    content: str | msgspec.UnsetType = msgspec.UNSET

@@ -24,7 +24,7 @@ from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
 from corral.gateway.queue import Queue
 from corral.gateway.recall import Recall
-from corral.gateway.records import Begun, Content, Progress, Settled
+from corral.gateway.records import Begun, Progress, Settled
 from corral.gateway.recover import RetryBudget
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
@@ -186,14 +186,15 @@ class Gateway:
         return keeper.window if keeper is not None and key is not None and key.content else 0
 
     def keep_content(self, exchange: Exchange, record: Settled) -> None:
-        """Keep prompt and answer of a request whose key has them kept; where that fails, the request does not."""
+        """Put prompt and answer into the record of a request whose key has them kept.
+
+        Where that fails, the request does not.
+        """
         assert self.keeper is not None
         try:
-            data = self.keeper.keep(exchange.body, settle.said(exchange, record.outcome))
+            record.content = self.keeper.keep(exchange.body, settle.said(exchange, record.outcome))
         except Exception:
             log.exception("%s: prompt and answer are not kept", exchange.request_id)
-            return
-        self.journal.record(Content(record.id, record.ts, data), NOBODY)
 
     # -- for its life (corral.gateway.life)
 

@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from corral.gateway.records import Admitted, Settled
+from corral.wire.transcript import Transcript
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -49,31 +50,34 @@ def admitted(exchange: Exchange) -> Admitted:
     )
 
 
-def answer_hash(exchange: Exchange, outcome: str) -> str | None:
-    """The keyed hash of the text that went to the caller, however far it came; None where there was none of it."""
-    hashes, decoded = exchange.gateway.hashes, exchange.decoded
-    if hashes is None or decoded is None or not exchange.first_token:
-        return None
+def answered(exchange: Exchange, outcome: str) -> Transcript | str | None:
+    """The text that went to the caller, however far it came, or what has read it; None where there was none."""
     if exchange.resumption is not None:
-        said: str | None = exchange.resumption.said()
-    elif decoded.transcript is not None:
-        digest = decoded.transcript.digest()
-        return hashes.answer.of(digest) if digest is not None else None
-    else:
-        said = decoded.responder.said() if outcome == "ok" else None
-    return hashes.answer.of(sha256(said.encode()).digest()) if said is not None else None
+        return exchange.resumption.said()
+    decoded = exchange.decoded
+    if decoded is None or not exchange.first_token:
+        return None
+    if decoded.transcript is not None:
+        return decoded.transcript
+    return decoded.responder.said() if outcome == "ok" else None
+
+
+def answer_hash(exchange: Exchange, outcome: str) -> str | None:
+    """The keyed hash of that text; None where there is none, or nothing is hashed."""
+    hashes = exchange.gateway.hashes
+    if hashes is None:
+        return None
+    text = answered(exchange, outcome)
+    if text is None:
+        return None
+    digest = text.digest() if isinstance(text, Transcript) else sha256(text.encode()).digest()
+    return hashes.answer.of(digest) if digest is not None else None
 
 
 def said(exchange: Exchange, outcome: str) -> str:
-    """The text that went to the caller, where it is to be kept."""
-    decoded = exchange.decoded
-    if exchange.resumption is not None:
-        return exchange.resumption.said()
-    if decoded is None or not exchange.first_token:
-        return ""
-    if decoded.transcript is not None:
-        return decoded.transcript.captured()
-    return (decoded.responder.said() or "") if outcome == "ok" else ""
+    """As much of that text as is to be kept."""
+    text = answered(exchange, outcome)
+    return text.captured() if isinstance(text, Transcript) else text or ""
 
 
 def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:

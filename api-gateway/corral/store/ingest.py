@@ -6,6 +6,7 @@ import logging
 import time
 from base64 import b64decode
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, select, update
@@ -81,14 +82,15 @@ def _store(
     settles: dict[str, dict[str, Any]] = {}
     moved: dict[str, dict[str, Any]] = {}
     contents: dict[str, dict[str, Any]] = {}
+    kept: dict[str, dict[str, Any]] = {}
     begun = False
     for record in records:
         kind = record.get("t")
         if kind == "begin":
             begun = True
             continue
-        if kind == "content":
-            content = _content(record)
+        if kind == "content":  # of a gateway before 0012: no record names it
+            content = _content(record.get("of"), record.get("ts"), record.get("data"))
             if content is not None:
                 contents.setdefault(content["id"], content)
             continue
@@ -100,8 +102,12 @@ def _store(
             log.error("a record of %s without an id or a known type is left out: %.200r", gateway, record)
         elif kind == "admit":
             admits.setdefault(row["id"], row)
-        else:
-            settles.setdefault(row["id"], row)
+        elif row["id"] not in settles:
+            settles[row["id"]] = row
+            content = _content(row["id"], row["ts"], record.get("content"))
+            if content is not None:
+                row["content_hash"] = sha256(content["data"]).hexdigest()
+                kept[row["id"]] = content
     # Once each, and before this segment's own rows: a call may bring tens of thousands of records.
     if begun:
         progress.begun(connection, gateway)
@@ -123,13 +129,22 @@ def _store(
         )
     progress.note(connection, [row for known, row in moved.items() if known not in settles])
     done = complete(connection, gateway, list(settles.values()))
+    # The text that the record names, which is that of the settle that stands.
+    _keep(connection, [kept[row["id"]] for row in done if row["id"] in kept])
     _note_use(connection, [*admits.values(), *settles.values()])
     return read, done
 
 
-def _content(record: Mapping[str, Any]) -> dict[str, Any] | None:
+def _keep(connection: Connection, contents: list[dict[str, Any]]) -> None:
+    if contents:
+        statement = insert(connection, audit_content)
+        theirs = {"ts": statement.excluded.ts, "data": statement.excluded.data}
+        connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=theirs), contents)
+
+
+def _content(of: object, at: object, data: object) -> dict[str, Any] | None:
     """A row of a prompt and an answer, from now at the latest, or it would never end; None where it cannot be one."""
-    request, ts, data = CLEAN["id"](record.get("of")), CLEAN["ts"](record.get("ts")), record.get("data")
+    request, ts = CLEAN["id"](of), CLEAN["ts"](at)
     try:
         sealed = b64decode(data, validate=True) if isinstance(data, str) else b""
     except ValueError:
@@ -198,9 +213,10 @@ def _row(record: Mapping[str, Any], gateway: str) -> dict[str, Any] | None:
     row = {name: CLEAN[name](record.get(name)) for name in (*ADMITTED, *SETTLED)}
     if kind == "settle":
         row["outcome"] = row["outcome"] or "unknown"
+        row["content_hash"] = None
     row["gw"] = gateway
     row["ts"] = row["ts"] if row["ts"] is not None else time.time()
     return row
 
 
-_COMPLETED = tuple(name for name in (*ADMITTED[1:], "tenant", *SETTLED) if name != "gw")
+_COMPLETED = tuple(name for name in (*ADMITTED[1:], "tenant", *SETTLED, "content_hash") if name != "gw")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, delete, func, select
 
+from corral.store.actions import enter
 from corral.store.chain import read_checkpoint
 from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
+from corral.store.verify import TEXTS_DROPPED
 
 BATCH = 5000
 PAGE = 100
@@ -33,10 +35,21 @@ def due(connection: Connection, until: float) -> dict[str, int]:
 
 
 def drop_content(connection: Connection, until: float) -> int:
-    """Delete a batch of prompts and answers older than `until` (epoch seconds); how many."""
+    """Delete a batch of prompts and answers older than `until` (epoch seconds); how many.
+
+    That they go is a record of its own, or `verify` would miss them. ``ahead``: of records whose gateway's clock was.
+    """
     column = audit_content.c
-    old = select(column.id).where(column.ts < until).order_by(column.ts).limit(BATCH)
-    return connection.execute(delete(audit_content).where(column.id.in_(old))).rowcount
+    aged = column.ts < until
+    joined = audit_content.join(audit, audit.c.id == column.id, isouter=True)
+    listed = select(column.id, audit.c.ts).select_from(joined).where(aged).order_by(column.ts, column.id).limit(BATCH)
+    rows = connection.execute(listed).all()
+    if rows:
+        old = select(column.id).where(aged).order_by(column.ts, column.id).limit(BATCH)
+        connection.execute(delete(audit_content).where(column.id.in_(old)))
+        ahead = [row.id for row in rows if row.ts is not None and row.ts >= until]
+        enter(connection, "DELETE", TEXTS_DROPPED, None, {"until": until, "texts": len(rows), "ahead": ahead})
+    return len(rows)
 
 
 def drop(connection: Connection, until: float) -> int:

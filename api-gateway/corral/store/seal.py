@@ -6,14 +6,18 @@ The database lets one writer in at a time (store/database.py), so that a chain h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import Connection, case, func, select
 
 from corral.store.chain import FIELDS, ZERO, content, leaf_of, link_after
 from corral.store.database import insert
-from corral.store.tables import audit, audit_streams
+from corral.store.tables import audit, audit_content, audit_streams
 from corral.store.verify import Head, State
+
+TEXTS = 100
+"""Texts that are read at once, of up to 700 KB each."""
 
 _EMPTY = dict.fromkeys(FIELDS)
 
@@ -62,12 +66,30 @@ def state(connection: Connection) -> State:
         if name not in heads:
             outside += most
     found = {name: Head(head.pos, head.link, head.signed, highest.get(name, 0)) for name, head in sorted(heads.items())}
-    return State(found, outside, older)
+    named = audit_content.join(audit, column.id == audit_content.c.id, isouter=True)
+    unnamed = select(func.count()).select_from(named).where(column.content_hash.is_(None))
+    return State(found, outside, older, connection.execute(unnamed).scalar_one())
 
 
 def records(connection: Connection, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
-    """Sealed records of a stream behind a place, in order: the fields that are hashed, and ``leaf``."""
+    """Sealed records of a stream behind a place, in order: the fields that are hashed, ``leaf``, and ``kept``.
+
+    ``kept`` is the SHA-256 of the text that is there of it, None where there is none.
+    """
     columns = [*(audit.c[name] for name in FIELDS), audit.c.leaf]
     wanted = select(*columns).where(audit.c.gw == stream, audit.c.pos > after).order_by(audit.c.pos).limit(limit)
     names = (*FIELDS, "leaf")
-    return [dict(zip(names, row, strict=True)) for row in connection.execute(wanted)]
+    found = [dict(zip(names, row, strict=True)) for row in connection.execute(wanted)]
+    texts = _texts(connection, [row["id"] for row in found if row["content_hash"] is not None])
+    for row in found:
+        row["kept"] = texts.get(row["id"])
+    return found
+
+
+def _texts(connection: Connection, ids: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    column = audit_content.c
+    for start in range(0, len(ids), TEXTS):
+        some = select(column.id, column.data).where(column.id.in_(ids[start : start + TEXTS]))
+        found.update((row.id, sha256(row.data).hexdigest()) for row in connection.execute(some))
+    return found

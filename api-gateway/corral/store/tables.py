@@ -117,6 +117,7 @@ disabled_models = Table(
 
 # One row for each request of the data plane (admit inserts, settle completes) and for each admin action. A row that is
 # complete is sealed: `pos` is its place in the chain of its `gw`, `leaf` the hash of its content (store/chain.py).
+# `content_hash` is the SHA-256 of what `audit_content` has of it, so that the chain covers that too.
 audit = Table(
     "audit",
     metadata,
@@ -144,6 +145,7 @@ audit = Table(
     Column("continued", Text),
     Column("prompt_hash", Text),
     Column("answer_hash", Text),
+    Column("content_hash", Text),
     Column("queue_ms", Double),
     Column("ttft_ms", Double),
     Column("ms", Double),

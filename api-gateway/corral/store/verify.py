@@ -2,6 +2,8 @@
 
 Each record is hashed anew. What is found is named by stream and place: a changed, missing or moved record, one beside
 the chain, a cut tail, a chain that fits together but is not the signed one, a checkpoint that is not the signer's.
+The text that is kept of a record has to be the one that the record names; it may be missing where a record of the
+stream `control` says that retention has removed it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,12 @@ from corral.store.chain import (
     signed_by,
 )
 
+CONTROL = "control"
+"""The stream of what administrators and control itself do."""
+
+TEXTS_DROPPED = "/retention/content"
+"""The route of records that say up to which time prompts and answers were removed."""
+
 PAGE = 5000
 SHOWN = 20
 """Changed records of a stream that are named one by one."""
@@ -40,11 +48,15 @@ class Head:
 
 @dataclass(frozen=True)
 class State:
-    """The streams, rows that are complete but in no chain, and rows that are older than the chain."""
+    """The streams, rows that are complete but in no chain, and rows that are older than the chain.
+
+    ``unnamed``: texts that are kept of records that do not name them.
+    """
 
     heads: Mapping[str, Head]
     outside: int
     older: int
+    unnamed: int = 0
 
 
 class Source(Protocol):
@@ -54,7 +66,9 @@ class Source(Protocol):
         """The streams as they are now, in one look."""
 
     def records(self, stream: str, after: int, limit: int) -> Sequence[Mapping[str, Any]]:
-        """The next records of a stream behind a place, in order; each has the fields that are hashed, and ``leaf``."""
+        """The next records of a stream behind a place, in order: each with the fields that are hashed, ``leaf``, and
+        ``kept``, the SHA-256 of the text that is there of it or None.
+        """
 
 
 @dataclass
@@ -83,6 +97,8 @@ def verify(
     state = source.state()
     if state.older:
         report.notes.append(f"{state.older} records are older than the chain and not covered by it")
+    if state.unnamed:
+        report.notes.append(f"{state.unnamed} prompts with their answers are not covered: no record has their digest")
     if state.outside:
         report.problems.append(f"{state.outside} records stand beside the chain: they were inserted")
     spans: dict[str, list[tuple[int, Span]]] = {name: [] for name in sorted(state.heads)}
@@ -91,8 +107,12 @@ def verify(
             spans.setdefault(span.stream, []).append((signed.checkpoint.number, span))
     report.streams = len(spans)
     total = sum(head.pos for head in state.heads.values())
-    for stream, signed_spans in spans.items():
-        _Stream(stream, signed_spans, state.heads.get(stream), report, total, say).check(source)
+    texts = _Texts(report)
+    # Control's first: its records say which texts may be missing.
+    for stream in sorted(spans, key=lambda name: (name != CONTROL, name)):
+        _Stream(stream, spans[stream], state.heads.get(stream), report, total, say, texts).check(source)
+    head = state.heads.get(CONTROL)
+    texts.finish(source, head.pos if head is not None else 0)
     say(report.records, report.records)
     return report
 
@@ -125,13 +145,58 @@ def _checkpoints(lines: Iterable[bytes], publics: Sequence[str], report: Report)
     return good
 
 
+class _Texts:
+    """The texts that are kept of records, as far as they are looked at."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._until = 0.0
+        self._ahead: set[str] = set()
+        self._missing: list[tuple[str, int, str, float]] = []
+
+    def look(self, stream: str, row: Mapping[str, Any]) -> None:
+        """Look at a record that is as it was entered, and at the text of it."""
+        if stream == CONTROL and row["route"] == TEXTS_DROPPED:
+            self._until = max(self._until, row["after"]["until"])
+            self._ahead.update(row["after"]["ahead"])
+        wanted, kept = row["content_hash"], row["kept"]
+        if wanted is None or wanted == kept:
+            return
+        if kept is not None:
+            self._report.problems.append(f"{stream}: the text of record {row['pos']} ({row['id']}) was changed")
+        elif not self._dropped(row["id"], row["ts"]):
+            self._missing.append((stream, row["pos"], row["id"], row["ts"]))
+
+    def _dropped(self, record: str, ts: float) -> bool:
+        return ts < self._until or record in self._ahead
+
+    def finish(self, source: Source, after: int) -> None:
+        """Name those that are missing, but for what retention has removed meanwhile; `after`: control's end before."""
+        while self._missing and (rows := source.records(CONTROL, after, PAGE)):
+            for row in rows:
+                self.look(CONTROL, row)
+            after = rows[-1]["pos"]
+        missing = [one for one in self._missing if not self._dropped(one[2], one[3])]
+        for stream, pos, record, _ in missing[:SHOWN]:
+            self._report.problems.append(f"{stream}: the text of record {pos} ({record}) is missing")
+        if len(missing) > SHOWN:
+            self._report.problems.append(f"the texts of {len(missing) - SHOWN} more records are missing")
+
+
 class _Stream:
     """One stream's pass over its records."""
 
     def __init__(
-        self, name: str, spans: list[tuple[int, Span]], head: Head | None, report: Report, total: int, say: Say
+        self,
+        name: str,
+        spans: list[tuple[int, Span]],
+        head: Head | None,
+        report: Report,
+        total: int,
+        say: Say,
+        texts: _Texts,
     ) -> None:
-        self._name, self._spans, self._head = name, spans, head
+        self._name, self._spans, self._head, self._texts = name, spans, head, texts
         self._report, self._total, self._say = report, total, say
         self._changed: list[Mapping[str, Any]] = []
         self._changes = 0
@@ -186,6 +251,8 @@ class _Stream:
                 if len(self._changed) < SHOWN:
                     self._changed.append(row)
                 whole = False
+            else:
+                self._texts.look(self._name, row)
             tree.add(leaf)
             link = link_after(link, leaf)
             expected = pos + 1

@@ -1,0 +1,153 @@
+"""What is kept of an answer that another node went on with: hash, text and usage are of the whole of it, once."""
+
+from __future__ import annotations
+
+import json
+import socket
+from base64 import b64decode
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyrage
+import pytest
+from support.gateway import END, HEAD, Behaviour, Gateway, chunk, gateway
+
+from corral.gateway.content import open_content
+from corral.store.content import Hashes
+from corral.wire.lines import RENDERED
+
+ME = pyrage.x25519.Identity.generate()
+FULL = {"content": "full", "content_recipient": str(ME.to_public())}
+MESSAGES = [{"role": "user", "content": "Guten Tag!"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/api/chat": {"messages": MESSAGES},
+    "/api/generate": {"prompt": "Guten Tag!"},
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "Guten Tag!"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+}
+DIGEST = "sha256:" + "a" * 64
+
+
+def lines(words: list[str], chat: bool, prompt: int = 0) -> bytes:
+    """Lines of a node that say these words; `prompt`: and the last one, with its counts."""
+    said = [{"message": {"role": "assistant", "content": word}} if chat else {"response": word} for word in words]
+    told: list[dict[str, Any]] = [{"model": "m", **one, "done": False} for one in said]
+    if prompt:
+        end = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
+        counts = {"done": True, "done_reason": "stop", "prompt_eval_count": prompt, "eval_count": len(words)}
+        told.append({"model": "m", **end, **counts})
+    return b"".join(chunk(json.dumps(one).encode() + b"\n") for one in told)
+
+
+def cut(words: list[str], chat: bool) -> Behaviour:
+    """A node that says these words and half a line, and is gone."""
+
+    def behaviour(connection: socket.socket) -> None:
+        connection.sendall(HEAD + lines(words, chat) + chunk(b'{"model":"m","response":"never sent'))
+        connection.close()
+
+    return behaviour
+
+
+def renders(connection: socket.socket) -> None:
+    """A node that shows the prompt as its model gets it."""
+    shown = json.dumps({"model": "m", RENDERED: {"rendered_template": "<u>Guten Tag!<a>"}}).encode()
+    connection.sendall(HEAD + chunk(shown) + END)
+
+
+def says(words: list[str], prompt: int) -> Behaviour:
+    """A node that goes on, to the end."""
+    return lambda connection: connection.sendall(HEAD + lines(words, False, prompt) + END)
+
+
+def text(answer: bytes) -> str:
+    """What the model said in a stream, by any API."""
+    said: list[Any] = []
+    for line in answer.decode().splitlines():
+        line = line.removeprefix("data: ")
+        event = json.loads(line) if line.startswith("{") else {}
+        for part in (event.get("message"), event, *(event.get("choices") or ()), event.get("delta")):
+            if isinstance(part, dict):
+                said += [part.get("response"), part.get("text"), (part.get("delta") or {}).get("content")]
+                said += [part.get("content")]
+    return "".join(part for part in said if isinstance(part, str))
+
+
+class Stage:
+    """A gateway whose nodes do one after the other what a test says, whichever of them is asked."""
+
+    def __init__(self, gw: Gateway, acts: list[Behaviour]) -> None:
+        self.gw = gw
+        for node in gw.nodes:
+            node.script = [lambda connection: acts.pop(0)(connection)] * len(acts)
+        tag = {"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "digest": DIGEST}
+        gw.control.publish(continuable={"m:latest": DIGEST})
+        self.headers = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
+        gw.publish(tags=[tag])
+
+    def kept(self, request_id: str, body: bytes) -> tuple[str, dict[str, Any]]:
+        """The text that is kept of the answer, and the one settle record, whose hashes are of this text."""
+        last = self.gw.control.settled(request_id)
+        of_it = [one for one in self.gw.control.records if one["id"] == last["id"]]
+        assert [one["t"] for one in of_it] == ["admit", "settle"]
+        told = open_content(b64decode(last["content"]), [ME])
+        hashes = Hashes(self.gw.pepper)
+        assert of_it[0]["prompt_hash"] == hashes.prompt.of(sha256(body).digest())
+        assert last["answer_hash"] == hashes.answer.of(sha256(told["answer"].encode()).digest())
+        return told["answer"], last
+
+
+def ask(stage: Stage, path: str) -> tuple[httpx.Response, bytes]:
+    body = json.dumps({"model": "m", "stream": True, **BODIES[path]}).encode()
+    return httpx.post(stage.gw.url + path, content=body, headers=stage.headers, timeout=30), body
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_it_is_of_the_whole_text_that_the_caller_got(tmp_path: Path, path: str) -> None:
+    chat = "chat" in path or "messages" in path
+    with gateway(tmp_path, audit=FULL) as gw:
+        # What was sent is in the next node's prompt: 7 tokens and those 2.
+        stage = Stage(gw, [cut(["wörd ", "two "], chat), renders, says(["three ", "four"], 9)])
+        answered, body = ask(stage, path)
+        assert text(answered.content) == "wörd two three four"
+        kept, settled = stage.kept(answered.headers["x-request-id"], body)
+    assert kept == "wörd two three four"
+    assert (settled["outcome"], settled["estimated"], settled["continued"].count(",")) == ("ok", False, 1)
+    assert (settled["prompt_tokens"], settled["tokens"]) == (7, 4)
+
+
+@pytest.mark.parametrize("rest", [[renders, cut(["three "], False)], [cut([], False)]])
+def test_where_the_next_node_fails_too_it_is_of_what_was_sent(tmp_path: Path, rest: list[Callable[..., None]]) -> None:
+    with gateway(tmp_path, audit=FULL) as gw:
+        # No third node: nobody is left after that.
+        stage = Stage(gw, [cut(["one ", "two "], True), *rest])
+        answered, body = ask(stage, "/api/chat")
+        assert b'"error"' in answered.content
+        kept, settled = stage.kept(answered.headers["x-request-id"], body)
+    assert kept == text(answered.content) == ("one two three " if len(rest) == 2 else "one two ")
+    assert (settled["outcome"], settled["estimated"]) == ("upstream_error", True)
+    assert settled["tokens"] == len(kept.split())
+
+
+def test_where_the_caller_leaves_while_it_goes_on_it_is_of_what_was_sent(tmp_path: Path) -> None:
+    with gateway(tmp_path, audit=FULL) as gw:
+
+        def never_ends(connection: socket.socket) -> None:
+            connection.sendall(HEAD + lines(["three "], False))
+            gw.nodes[0].wait_for_close(connection)
+
+        stage = Stage(gw, [cut(["one ", "two "], True), renders, never_ends])
+        body = json.dumps({"model": "m", "stream": True, **BODIES["/api/chat"]}).encode()
+        got = b""
+        with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=30) as answer:
+            for piece in answer.iter_bytes():
+                got += piece
+                if b"three" in got:
+                    break
+        kept, settled = stage.kept(answer.headers["x-request-id"], body)
+    assert kept == text(got) == "one two three "
+    assert (settled["outcome"], settled["tokens"], settled["estimated"]) == ("client_gone", 3, True)
