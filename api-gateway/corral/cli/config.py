@@ -73,7 +73,10 @@ def reload(as_json: bool, state: str | None) -> None:
 
 def _text(done: Reloaded) -> str:
     if done.file is None:
-        return "HAProxy has read its configuration again; the stack was started without a corral.yaml"
+        return (
+            "HAProxy has read its configuration again; the stack was started without a corral.yaml: to use one, "
+            "`corral down`, then `corral up --config corral.yaml`"
+        )
     lines = [f"{done.file}: right; HAProxy has read its configuration again"]
     lines += [f"  applied   {what}" for what in done.applied]
     lines += [f"  changed   {name}: in force after `corral down` and `corral up`" for name in done.restart]

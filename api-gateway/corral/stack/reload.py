@@ -54,6 +54,11 @@ def remember(
     write_private(state.given, json.dumps({**kept, "settings": given.model_dump(mode="json")}))
 
 
+def file_of(state: StateFolder) -> str | None:
+    """The corral.yaml that a stack was started with; None: without one."""
+    return (read_json(state.given) or {}).get("file")
+
+
 def changes(old: Settings, new: Settings, nodes: bool) -> Changes:
     """What differs. ``nodes``: the stack uses those of the file, so they can come and go."""
     found = Changes()

@@ -120,7 +120,7 @@ def _nodes(told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str
     own = {item["name"] for item in stack.get("nodes", []) if item.get("own")}
     listed = told.get("nodes")
     nodes = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    if not nodes:
+    if not isinstance(listed, list):  # control is away; a fleet without a node is one that it told
         nodes = [{"name": item["name"], "url": item["url"]} for item in stack.get("nodes", [])]
     return [
         {
