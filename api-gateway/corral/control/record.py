@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, select
 
-from corral.control.audit import moment, record
+from corral.control.audit import moment, of_key, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
@@ -155,7 +155,7 @@ async def report(
     since: Annotated[str | None, Query(description="From this day on; 30 days ago by default.")] = None,
     until: Annotated[str | None, Query(description="To this day; today by default.")] = None,
     tenant: str | None = None,
-    key: str | None = None,
+    key: Annotated[str | None, Query(description="Of this key: its id, or the name of one or several.")] = None,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Requests, tokens, time and cost of whole days (UTC). An operator is shown those of its tenant."""
@@ -169,7 +169,8 @@ async def report(
         if tenant not in (None, caller.bound):
             raise Problem(403, "forbidden", f"tenant: a key of tenant {caller.bound!r} sees that tenant alone")
         tenant = caller.bound
-    only = {"tenant": tenant, "key": key, "model": model}
+    ids = None if key is None else await control.database.read(of_key, caller, key)
+    only = {"tenant": tenant, "key": ids, "model": model}
     costs = control.settings.usage
     # Prices are a model's: summed by model first, whatever is asked for.
     inner = columns if "model" in columns or not costs.prices else [*columns, "model"]
