@@ -126,6 +126,23 @@ def test_doctor_finds_nothing_wrong(up: Up) -> None:
     assert done.returncode == 0, [item for item in found["findings"] if item["level"] != "ok"]
 
 
+def test_doctor_sees_a_valkey_that_takes_connections_and_answers_none(up: Up) -> None:
+    """The kernel makes connections for a process that is stopped."""
+    stopped = pids(up)["valkey"]
+
+    def said() -> list[str]:
+        found = json.loads(corral("doctor", "--json", state=up.state.root).stdout)["findings"]
+        return [item["seen"] for item in found if item["check"] == "valkey" and item["level"] == "problem"]
+
+    assert said() == []
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert said() == ["it does not answer a PING"]
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert said() == []
+
+
 def test_a_key_lives_and_ends(up: Up) -> None:
     state = up.state.root
     made = json.loads(corral("keys", "create", "x", "--rpm", "9", "--expires", "30d", "--json", state=state).stdout)

@@ -41,7 +41,7 @@ def command() -> None:
 @click.option("--key", help="Of this key alone: its id or its name.")
 @click.option("--model", help="For this model alone.")
 @click.option("--request", help="Of this request alone: the X-Request-ID that its caller got.")
-@click.option("--since", type=Span(), help="Of the last 10m, 24h, …")
+@click.option("--since", type=Span(unit=True), help="Of the last 10m, 24h, …")
 @common.options
 def list_records(as_json: bool, state: str | None, since: float | None, **given: Any) -> None:
     """List audit records, oldest first."""
@@ -143,7 +143,7 @@ def show_content(as_json: bool, state: str | None, request: str, identity: tuple
 
 @command.command("export")
 @click.option("--format", "form", type=click.Choice(siem.FORMATS), default="json", show_default=True)
-@click.option("--since", type=Span(), help="Of the last 10m, 24h, …")
+@click.option("--since", type=Span(unit=True), help="Of the last 10m, 24h, …")
 @click.option("--key", help="Of this key alone: its id or its name.")
 @click.option("--model", help="For this model alone.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Into this file instead of standard output.")

@@ -10,6 +10,7 @@ import click
 
 from corral.cli import common, progress
 from corral.cli.common import Admin, rows
+from corral.fleet.node import canonical_name
 from corral.stack import reload
 from corral.stack.state import StackError, StateFolder
 
@@ -143,11 +144,28 @@ def unload(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json:
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
 @_nodes
 @click.option("--force", is_flag=True, help="Models of the catalogue too.")
+@click.option("--yes", is_flag=True, help="Do not ask before a model's last copy goes.")
 @common.options
-def remove(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json: bool, state: str | None) -> None:
+def remove(
+    names: tuple[str, ...], nodes: tuple[str, ...], force: bool, yes: bool, as_json: bool, state: str | None
+) -> None:
     """Delete models from the nodes, with the previous versions that are kept there."""
-    body = {"models": names, "nodes": nodes or None, "force": force}
-    _operate(Admin(common.folder(state)), "remove", body, as_json)
+    admin = Admin(common.folder(state))
+    last = [] if yes else _last_copies(admin, names, nodes)
+    if last and not sys.stdin.isatty():
+        raise click.UsageError(f"no node would hold {', '.join(last)} any more: give --yes, or --node NAME")
+    if last:
+        click.confirm(f"No node will hold {', '.join(last)} any more. Delete?", abort=True, err=True)
+    _operate(admin, "remove", {"models": names, "nodes": nodes or None, "force": force}, as_json)
+
+
+def _last_copies(admin: Admin, names: tuple[str, ...], nodes: tuple[str, ...]) -> list[str]:
+    """Of the models, those that would be on no node without these (none given: without all)."""
+    wanted = {canonical_name(name) for name in names}
+    listed = [model for model in rows(admin("GET", "/models"), "models") if model["name"] in wanted]
+    return [
+        str(model["name"]) for model in listed if model["nodes"] and not (nodes and set(model["nodes"]) - set(nodes))
+    ]
 
 
 @command.command("preload")

@@ -91,7 +91,7 @@ def reload(state: StateFolder, ask: Ask) -> Reloaded:
     kept = read_json(state.given)
     done = Reloaded(None, [], [])
     if kept is not None and kept["file"]:
-        new = load(kept["file"], kept["env"])
+        new = load(kept["file"], kept["env"], whole=True)
         if kept["port"] is not None:
             new = new.model_copy(update={"edge": new.edge.model_copy(update={"port": kept["port"]})})
         old = Settings.model_validate(kept["settings"])

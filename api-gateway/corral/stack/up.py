@@ -69,6 +69,7 @@ def up(
         ]
         fleet = nodes.choose(attach, options.nodes, options.backend, env)
         made = plan.make(settings, fleet, state, options.monitoring, partial(_taken, lock))
+        _tenants_have_nodes(made.settings)
         bootstrap(state.root, made.settings)
         plan.write(made, state)
         of_file = bool(attach) and not options.attach
@@ -140,7 +141,7 @@ def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
 
 def configuration(options: Options, env: Mapping[str, str]) -> Settings:
     """The operator's settings: ``--config``, ``$CORRAL_CONFIG`` or ./corral.yaml, and the environment."""
-    settings = load(_file(options, env), env)
+    settings = load(_file(options, env), env, whole=True)
     if options.port is not None:
         edge = settings.edge.model_copy(update={"port": options.port})
         settings = settings.model_copy(update={"edge": edge})
@@ -168,6 +169,16 @@ def _taken(lock: Lock, port: int, host: str = "127.0.0.1") -> bool:
         return False
     lock.claims.append(held)
     return True
+
+
+def _tenants_have_nodes(settings: Settings) -> None:
+    """StackError where tenants.nodes names a node that this start does not have (--nodes, --attach, or none named)."""
+    known = [node.name for node in settings.nodes]
+    for tenant, names in settings.tenants.nodes.items():
+        for name in names:
+            if name not in known:
+                there = f"this start has {', '.join(known)}"
+                raise StackError(f"tenants.nodes.{tenant}: there is no node {name!r}: {there}")
 
 
 def _file(options: Options, env: Mapping[str, str]) -> str | None:
