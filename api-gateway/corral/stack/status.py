@@ -78,15 +78,6 @@ def http_ok(url: str, path: str) -> bool:
         return False
 
 
-def tcp_ok(url: str, port: int = 6379) -> bool:
-    """Whether somebody listens at a URL's host and port."""
-    try:
-        with socket.create_connection(plan.address_of(url, port), timeout=2):
-            return True
-    except OSError:
-        return False
-
-
 def valkey_ok(url: str, timeout: float = 2.0) -> bool:
     """Whether a Valkey (or Redis) answers a PING; that it wants a password is an answer too.
 
