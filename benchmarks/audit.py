@@ -186,7 +186,7 @@ def main() -> int:
         database = Database(resolve(database_url(url), state))
         try:
             database.migrate()
-            settings = AuditSettings(retention=86400.0)
+            settings = AuditSettings(retention="1d")
             ledger = Ledger(database, settings, state, 1800.0)
             return (verified if given.what == "verify" else forgotten)(database, ledger, records)
         finally:

@@ -269,7 +269,7 @@ def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet
     daily = fleet.key("daily", "--daily-tokens", "1500")
     monthly = fleet.key("monthly", "--monthly-tokens", "1500")
     fleet.stack.corral("tenants", "create", "spent", "--daily-tokens", "1500")
-    shared = fleet.key("shared", "--tenant", "spent", "--daily-tokens", "100000")
+    shared = fleet.key("shared", "--tenant", "spent", "--new-tenant", "--daily-tokens", "100000")
     keys = (daily, monthly, shared)
     for key in keys:
         assert 5 <= spend(fleet, key, 200) < 200, "it is used up"

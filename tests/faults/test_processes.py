@@ -38,7 +38,7 @@ def test_a_killed_process_is_back_within_three_seconds(up: Up, name: str) -> Non
     }
 
     def back() -> bool:
-        return status.tcp_ok(stack["valkey"]["url"]) if name == "valkey" else answers(urls[name])
+        return status.valkey_ok(stack["valkey"]["url"]) if name == "valkey" else answers(urls[name])
 
     os.kill(before, signal.SIGKILL)
     killed = time.monotonic()

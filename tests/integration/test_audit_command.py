@@ -154,6 +154,24 @@ def test_what_is_signed_while_verify_reads_is_not_missing(
     assert run(control, "audit", "verify", "--checkpoints", str(older)).exit_code == 1, "no copy of this one"
 
 
+def test_a_key_is_named_by_its_id_or_its_name(control: Running) -> None:
+    first, second = (make_key(control, name="support")["id"] for _ in range(2))
+    other = make_key(control, name="other")["id"]
+    ship(control, first, 2)
+    for words in (["audit", "list"], ["usage", "report"], ["audit", "export"]):
+        whole = run(control, *words, "--key", "support")
+        assert whole.exit_code == 0 and first in whole.stdout, whole.output
+        assert run(control, *words, "--key", first).stdout == whole.stdout
+        assert first not in run(control, *words, "--key", other).stdout
+        assert first not in run(control, *words, "--key", second).stdout
+        unknown = run(control, *words, "--key", "suport")
+        assert unknown.exit_code == 1
+        assert "key: there is no key 'suport': `corral keys list` shows ids and names" in unknown.stderr
+    stranger = make_key(control, tenant="others", role="operator")["key"]
+    hidden = run(control, "audit", "list", "--key", "support", key=stranger)
+    assert (hidden.exit_code, "there is no key" in hidden.stderr) == (1, True)
+
+
 def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> None:
     key = make_key(control, tenant="team")["id"]
     ship(control, key, 3)

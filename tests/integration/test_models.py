@@ -181,7 +181,7 @@ def test_an_update_can_be_rolled_back_without_a_registry(here: Site, source: Sou
     assert (listed["expected"], listed["stated"]) == (source.first, False), "what was stated once is recorded"
 
     control.admin.put("/admin/models/catalogue", json=[])
-    assert here.corral("models", "remove", MODEL).returncode == 0
+    assert here.corral("models", "remove", MODEL, "--yes").returncode == 0
     assert (digests(node.url), resident(node.url)) == ({}, [])
 
 
@@ -250,7 +250,7 @@ def test_load_and_unload(here: Site, source: Source) -> None:
     assert (unknown.returncode, "node-1: nosuch:1: the pull of " in unknown.stderr) == (1, True)
     nowhere = here.corral("models", "pull", MODEL, "--node", "node-9")
     assert (nowhere.returncode, "there is no node 'node-9'" in nowhere.stderr) == (1, True)
-    kept = here.corral("models", "remove", MODEL)
+    kept = here.corral("models", "remove", MODEL, "--yes")
     assert (kept.returncode, "take it out of corral.yaml" in kept.stderr) == (1, True)
 
 

@@ -14,7 +14,7 @@ import pytest
 from support.process import free_port, until
 from support.up import Up, corral, nothing_left, pids
 
-from corral.stack import guard, http
+from corral.stack import guard, http, ports
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,84 @@ def test_a_second_up_says_that_it_runs_already(up: Up) -> None:
     assert f"already running at {up.url}" in done.stderr
 
 
+def test_the_port_of_another_stack_is_refused_with_what_to_do(up: Up, folder: Path) -> None:
+    second = Up(folder / "other", "--detach", port=up.port)
+    assert second.process.wait(120) == 1
+    assert f"port {up.port} is taken by the Corral with the state folder {up.state.root}" in second.said
+    assert f"corral down --state {up.state.root}" in second.said
+    assert "--port N" in second.said
+
+
+def test_of_two_that_start_at_once_on_one_port_one_is_refused(folder: Path) -> None:
+    """HAProxy binds with SO_REUSEPORT: both would come up, and one's keys reach the other."""
+    port = free_port()
+    both = [Up(folder / name, "--detach", port=port) for name in ("one", "two")]
+    try:
+        assert sorted(started.process.wait(120) for started in both) == [0, 1], [started.said for started in both]
+        refused = next(started for started in both if started.process.returncode == 1)
+        assert f"port {port} is taken by" in refused.said
+        assert "--port N" in refused.said
+    finally:
+        for started in both:
+            assert corral("down", state=started.state.root).returncode == 0
+
+
+def test_without_a_node_it_comes_up_and_says_so(folder: Path) -> None:
+    first = Up(folder / "empty", "--detach", "--nodes", "1")
+    assert first.process.wait(120) == 0, first.said
+    url = json.loads(corral("nodes", "list", "--json", state=first.state.root).stdout)[0]["url"]
+    assert corral("nodes", "remove", "node-1", state=first.state.root).returncode == 0
+    assert json.loads(corral("status", "--json", state=first.state.root).stdout)["nodes"] == []
+    assert corral("down", state=first.state.root).returncode == 0
+    again = Up(folder / "empty", "--detach", "--nodes", "1", port=first.port)
+    try:
+        assert again.process.wait(60) == 0, again.said
+        note = str(again.ready_already()["note"])
+        assert "no request is served: the fleet has no node" in note
+        assert f"`corral nodes add {url}` (node-1)" in note
+        assert corral("nodes", "add", url, state=again.state.root).returncode == 0
+        until(lambda: http.request(again.url, "GET", "/health/ready").status == 200, "the node is used again")
+    finally:
+        assert corral("down", state=again.state.root).returncode == 0
+
+
+def test_who_has_no_corral_yaml_is_told_how_to_come_by_a_catalogue(up: Up) -> None:
+    """One command must not send to another that sends back."""
+    for words in (["models", "plan"], ["models", "apply"], ["config", "reload"]):
+        done = corral(*words, state=up.state.root)
+        assert "`corral up --config corral.yaml`" in done.stdout + done.stderr, words
+        assert "`corral down`" in done.stdout + done.stderr, words
+    assert "corral config reload" not in corral("models", "apply", state=up.state.root).stderr
+
+
+def test_a_port_is_its_stacks_while_haproxy_is_away(up: Up) -> None:
+    claimed = ports.claim(up.port)
+    if claimed is not None:
+        claimed.close()
+    assert claimed is None, "the supervisor holds it"
+
+
 def test_doctor_finds_nothing_wrong(up: Up) -> None:
     done = corral("doctor", "--json", state=up.state.root)
     found = json.loads(done.stdout)
     assert done.returncode == 0, [item for item in found["findings"] if item["level"] != "ok"]
+
+
+def test_doctor_sees_a_valkey_that_takes_connections_and_answers_none(up: Up) -> None:
+    """The kernel makes connections for a process that is stopped."""
+    stopped = pids(up)["valkey"]
+
+    def said() -> list[str]:
+        found = json.loads(corral("doctor", "--json", state=up.state.root).stdout)["findings"]
+        return [item["seen"] for item in found if item["check"] == "valkey" and item["level"] == "problem"]
+
+    assert said() == []
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert said() == ["it does not answer a PING"]
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert said() == []
 
 
 def test_a_key_lives_and_ends(up: Up) -> None:

@@ -120,8 +120,9 @@ def test_an_operator_sees_its_own_tenants_records_alone(control: Running, red: h
     assert own == [row for row in everything if row["tenant"] == "red"]
     assert {(row["route"], row["request_id"]) for row in own} >= {(None, "red")}
     assert len([row for row in own if row["route"] == "/admin/keys"]) == 3
-    for params in ({"key": keys["blue"]}, {"request": "blue"}, {"after": 0, "key": keys["blue"]}):
-        assert red.get("/admin/audit", params=params).json()["audit"] == []
+    assert red.get("/admin/audit", params={"request": "blue"}).json()["audit"] == []
+    for params in ({"key": keys["blue"]}, {"key": "blue"}, {"key": "nobody's"}, {"after": 0, "key": keys["blue"]}):
+        assert reason(red.get("/admin/audit", params=params)) == (404, "key"), "as one that is not there"
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def loaded(whole_stage: Stage) -> Stage:
     """The stage after some work: answers to two keys, limits that were met, a model that was loaded anew."""
     stage = whole_stage
     until(stage.quiet, "nothing is wrong", 60, every=0.3)
-    few = stage.key("few", "--rpm", "2", "--tenant", "team-a")
-    many = stage.key("many", "--tenant", "team-b")
+    few = stage.key("few", "--rpm", "2", "--tenant", "team-a", "--new-tenant")
+    many = stage.key("many", "--tenant", "team-b", "--new-tenant")
     # By control: its canary would be on its way to a model that leaves by itself, and bring it back.
     stage.stack.corral("models", "unload", MODEL)
     until(lambda: not stage.query("corral_node_model_resident == 1"), "no model is resident", every=0.2)

@@ -41,6 +41,10 @@ class Up:
             return '"curl"' in self.said
 
         until(said, "the stack is ready", 100)
+        return self.ready_already()
+
+    def ready_already(self) -> dict[str, object]:
+        """The same, of one that was ready."""
         printed: dict[str, object] = json.loads(self.said[self.said.index("{") :])
         return printed
 

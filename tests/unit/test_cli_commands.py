@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
+from support.process import free_port
 
 from corral.cli.common import Admin
 from corral.cli.main import cli
@@ -93,6 +94,7 @@ def test_with_json_the_error_is_json(run: Runner) -> None:
         ["nonsense"], ["up", "--nodes", "0"], ["up", "--attach", "nonsense"], ["up", "--port", "99999"],
         ["up", "--attach", "http://a", "--nodes", "2"], ["keys", "create"], ["keys", "create", "x", "--role", "king"],
         ["keys", "create", "x", "--rpm", "0"], ["keys", "create", "x", "--expires", "soon"],
+        ["keys", "create", "x", "--expires", "30"], ["audit", "list", "--since", "5"],
         ["loadtest", "run", "--no-key"], ["loadtest", "run", "--closed", "2"],
         ["loadtest", "run", "--no-key", "--closed", "2", "--rate", "3"],
         ["loadtest", "run", "--no-key", "--closed", "2", "--threshold", "p95_speed<1s"],
@@ -215,6 +217,42 @@ def test_config_show_hides_passwords(run: Runner, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "hunter2" not in result.output
     assert "redis://:***@host:1/0" in result.output
+
+
+def test_a_number_of_nothing_is_asked_for_its_unit(run: Runner) -> None:
+    assert "30 of what? Write 30s, 30m, 30h or 30d" in run("keys", "create", "x", "--expires", "30").stderr
+    assert "nothing runs" in run("keys", "rotate", "x", "--overlap", "0").stderr, "nothing is nothing in any unit"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "localhost", "ftp://x", "https://"])
+def test_an_address_without_a_scheme_is_told_what_it_needs(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("CORRAL_URL", url)
+    monkeypatch.setenv("CORRAL_ADMIN_KEY", "crl_x")
+    said = run("keys", "list")
+    assert said.exit_code == 1
+    assert "CORRAL_URL: expected an address such as http://127.0.0.1:8080" in said.stderr
+
+
+def test_config_show_has_units_and_says_whose_the_ports_are(run: Runner) -> None:
+    shown = run("config", "show").stdout
+    assert "retention: 400d" in shown and "max_body: 32MiB" in shown
+    assert "`corral status` shows" in shown.splitlines()[1]
+
+
+def test_config_check_knows_the_nodes_that_a_tenant_may_have(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "corral.yaml"
+    file.write_text("nodes: [{name: gpu-1, url: 'http://a:1'}]\ntenants: {nodes: {red: [gpu-9]}}\n")
+    for words in (["config", "check"], ["up"]):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert "corral.yaml:2: tenants.nodes.red: there is no node 'gpu-9'" in result.stderr
+    file.write_text("tenants: {nodes: {red: [gpu-9]}}\n")
+    result = run("up", "--node-backend", "simulated", "--nodes", "1", "--port", str(free_port()))
+    assert result.exit_code == 1
+    assert "tenants.nodes.red: there is no node 'gpu-9': this start has node-1" in result.stderr
+    assert not list((run.state / "run").glob("lock"))
 
 
 def test_config_schema_is_json(run: Runner) -> None:

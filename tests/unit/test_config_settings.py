@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 from urllib.parse import unquote
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from corral.config import settings as model
 from corral.config.errors import ConfigError
-from corral.config.values import base_url, duration, host_port, size
+from corral.config.reader import WORDS
+from corral.config.values import base_url, duration, duration_text, host_port, size, size_text
 from corral.store.valkey import Valkey
 
 
@@ -67,6 +70,30 @@ audit:   {{durability: written, retention: 400d, content: hash}}
         (
             "\ngateway: {max_duration: 30x}",
             "corral.yaml:2: gateway.max_duration: expected a duration such as 500ms, 30s, 30m, 12h or 400d, got '30x'",
+        ),
+        (
+            "audit:\n  retention: 30\n",
+            "corral.yaml:2: audit.retention: a number alone would be seconds: write 30d for days (or 30h, 30w, 30s), "
+            "got 30",
+        ),
+        (
+            "audit: {content_retention: '90'}",
+            "corral.yaml:1: audit.content_retention: a number alone would be seconds: write 90d for days "
+            "(or 90h, 90w, 90s), got '90'",
+        ),
+        (
+            "edge: {host: 'a b'}",
+            "corral.yaml:1: edge.host: expected an address to listen on, such as 127.0.0.1 or ::, got 'a b'",
+        ),
+        (
+            "models: [{name: a, digest: abc}]",
+            "corral.yaml:1: models[0].digest: expected a digest: sha256: and 64 hexadecimal digits, got 'abc'",
+        ),
+        ("limits: {default: {rpm: .inf}}", "corral.yaml:1: limits.default.rpm: expected a number, got inf"),
+        (
+            "haproxy: {gateways: {A: 'h:1'}}",
+            "corral.yaml:1: haproxy.gateways.A: expected lower-case letters, digits and hyphens, such as node-1, "
+            "got 'A'",
         ),
         ("limits: 3", "corral.yaml:1: limits: expected fields (name: value), got 3"),
         ("nodes: [{name: a}]", "corral.yaml:1: nodes[0].url: is needed"),
@@ -286,3 +313,60 @@ def test_a_password_of_valkey_that_cannot_be_read_is_one_line(tmp_path: Path) ->
 
 def test_without_a_file_the_address_is_what_is_said() -> None:
     assert model.load(None, {}).valkey_address() == "redis://127.0.0.1:6390/0"
+
+
+def patterns(model_: type[BaseModel], seen: set[type[BaseModel]]) -> set[str]:
+    seen.add(model_)
+    found: set[str] = set()
+    for field in model_.model_fields.values():
+        found |= {str(rule.pattern) for rule in field.metadata if getattr(rule, "pattern", None)}
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in seen:
+                found |= patterns(inner, seen)
+    return found
+
+
+def test_no_complaint_shows_a_regular_expression() -> None:
+    assert patterns(model.Settings, set()) == set(WORDS)
+
+
+NODES = """
+nodes:
+  - {name: gpu-1, url: "http://10.0.0.11:11434"}
+  - {name: gpu-2, url: "http://10.0.0.12:11434"}
+"""
+
+
+def test_a_tenant_s_node_is_one_of_the_nodes(tmp_path: Path) -> None:
+    path = tmp_path / "corral.yaml"
+    path.write_text(NODES + "tenants:\n  nodes:\n    red:\n      - gpu-1\n      - gpu-3\n")
+    with pytest.raises(ConfigError) as caught:
+        model.load(path, {}, whole=True)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{path}:9: tenants.nodes.red: there is no node 'gpu-3'; did you mean 'gpu-")
+    assert line.endswith("'? the nodes are gpu-1, gpu-2")
+    # What `corral up` wrote may be behind in one of the two.
+    assert model.load(path, {}).tenants.nodes["red"] == ("gpu-1", "gpu-3")
+    path.write_text("tenants: {nodes: {red: [gpu-3]}}\n")
+    assert model.load(path, {}, whole=True).nodes == (), "which nodes there will be is not known here"
+
+
+@given(st.floats(0, 1e15))
+def test_a_duration_is_written_so_that_it_is_read_again(seconds: float) -> None:
+    assert duration(duration_text(seconds)) == seconds
+
+
+@given(st.integers(0, 1 << 60))
+def test_a_size_is_written_so_that_it_is_read_again(octets: int) -> None:
+    assert size(size_text(octets)) == octets
+
+
+def test_what_was_loaded_is_shown_with_units_and_loads_again(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "audit: {retention: 30d}\npreload: {timeout: 90}\ngateway: {max_body: 1MiB}\n")
+    shown = loaded.model_dump(mode="json")
+    assert (shown["audit"]["retention"], shown["preload"]["timeout"], shown["gateway"]["max_body"]) == (
+        "30d",
+        "90s",
+        "1MiB",
+    )
+    assert load(tmp_path, yaml.safe_dump(shown)) == loaded

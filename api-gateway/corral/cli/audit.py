@@ -40,10 +40,10 @@ def command() -> None:
 @command.command("list")
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="Records at most.")
 @click.option("--after", type=click.IntRange(0), help="Records behind this number (seq).")
-@click.option("--key", help="Of this key's id alone.")
+@click.option("--key", help="Of this key alone: its id or its name.")
 @click.option("--model", help="For this model alone.")
 @click.option("--request", help="Of this request alone: the X-Request-ID that its caller got.")
-@click.option("--since", type=Span(), help="Of the last 10m, 24h, …")
+@click.option("--since", type=Span(unit=True), help="Of the last 10m, 24h, …")
 @common.options
 def list_records(as_json: bool, state: str | None, since: float | None, **given: Any) -> None:
     """List audit records, oldest first."""
@@ -146,8 +146,8 @@ def show_content(as_json: bool, state: str | None, request: str, identity: tuple
 
 @command.command("export")
 @click.option("--format", "form", type=click.Choice(siem.FORMATS), default="json", show_default=True)
-@click.option("--since", type=Span(), help="Of the last 10m, 24h, …")
-@click.option("--key", help="Of this key's id alone.")
+@click.option("--since", type=Span(unit=True), help="Of the last 10m, 24h, …")
+@click.option("--key", help="Of this key alone: its id or its name.")
 @click.option("--model", help="For this model alone.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Into this file instead of standard output.")
 @common.options

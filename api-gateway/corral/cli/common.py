@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -119,6 +120,9 @@ class Admin:
     def __init__(self, state: StateFolder) -> None:
         self.url = os.environ.get("CORRAL_URL", "").rstrip("/")
         self.key = os.environ.get("CORRAL_ADMIN_KEY", "")
+        if self.url and not re.match(r"https?://[^/]", self.url):
+            wanted = "expected an address such as http://127.0.0.1:8080 or https://llm.example.com"
+            raise StackError(f"CORRAL_URL: {wanted}, got {self.url!r}")
         if not self.url:
             stack = state.stack() or {}
             if not running(state) or "url" not in stack:

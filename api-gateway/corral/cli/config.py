@@ -33,7 +33,7 @@ def _path(config: str | None) -> str | None:
 def check(file: str | None, as_json: bool, state: str | None) -> None:
     """Check a configuration: every problem, with its line."""
     path = _path(file)
-    model.load(path)
+    model.load(path, whole=True)
     common.emit({"valid": True, "file": path}, as_json, lambda: f"{path or 'the defaults'}: right")
 
 
@@ -43,7 +43,13 @@ def check(file: str | None, as_json: bool, state: str | None) -> None:
 def show(config: str | None, as_json: bool, state: str | None) -> None:
     """Show the effective configuration: file, environment and defaults; passwords are hidden."""
     value = _hidden(model.load(_path(config)).model_dump(mode="json"))
-    common.emit(value, as_json, lambda: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+    common.emit(value, as_json, lambda: _CHOSEN + yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
+
+
+_CHOSEN = """\
+# `corral up` takes edge.port (and edge.tls_port, edge.ollama) from here and chooses free ports for the rest, which
+# `corral status` shows; the others are those of `corral serve`.
+"""
 
 
 @command.command("schema")
@@ -73,7 +79,10 @@ def reload(as_json: bool, state: str | None) -> None:
 
 def _text(done: Reloaded) -> str:
     if done.file is None:
-        return "HAProxy has read its configuration again; the stack was started without a corral.yaml"
+        return (
+            "HAProxy has read its configuration again; the stack was started without a corral.yaml: to use one, "
+            "`corral down`, then `corral up --config corral.yaml`"
+        )
     lines = [f"{done.file}: right; HAProxy has read its configuration again"]
     lines += [f"  applied   {what}" for what in done.applied]
     lines += [f"  changed   {name}: in force after `corral down` and `corral up`" for name in done.restart]

@@ -9,7 +9,7 @@ import click
 
 from corral.cli import common
 from corral.cli.common import Admin, rows, segment
-from corral.config.values import duration
+from corral.config.values import bare, duration
 
 _COLUMNS = (
     *("id", "name", "role", "tenant", "models", "networks", "rpm", "concurrency", "class"),
@@ -18,13 +18,19 @@ _COLUMNS = (
 
 
 class Span(click.ParamType[float]):
-    """A duration such as 30d, in seconds."""
+    """A duration such as 30d, in seconds. With ``unit``, a bare number is refused: it is rarely meant as seconds."""
 
     name = "duration"
 
+    def __init__(self, unit: bool = False) -> None:
+        self._unit = unit
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
-            return duration(value)
+            seconds = duration(value)
+            if seconds and self._unit and (number := bare(value)):
+                raise ValueError(f"{number} of what? Write {number}s, {number}m, {number}h or {number}d")
+            return seconds
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -45,13 +51,16 @@ def command() -> None:
 @click.option("--daily-tokens", type=common.Limit(), metavar="N", help="Tokens a day (UTC).")
 @click.option("--monthly-tokens", type=common.Limit(), metavar="N", help="Tokens a month (UTC).")
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
-@click.option("--expires", type=Span(), help="After how long it ends, such as 30d.")
+@click.option("--expires", type=Span(unit=True), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
-@click.option("--tenant", help="Whom it belongs to; made where it is new.")
+@click.option("--tenant", help="Whom it belongs to.  [default: that of the key that creates it]")
+@click.option("--new-tenant", is_flag=True, help="Make the tenant where it is new; otherwise that is refused.")
 @common.options
 def create(as_json: bool, state: str | None, **given: Any) -> None:
     """Create a key, which may do no more than the one that creates it; it is shown once."""
     body = {name: value for name, value in given.items() if value is not None and name not in ("class_", "expires")}
+    if given["tenant"] is None:
+        del body["new_tenant"]
     if given["class_"]:
         body["class"] = given["class_"]
     if given["expires"] is not None:
@@ -82,7 +91,9 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 
 @command.command("rotate")
 @click.argument("id")
-@click.option("--overlap", type=Span(), default="24h", show_default=True, help="How long the old secret still works.")
+@click.option(
+    "--overlap", type=Span(unit=True), default="24h", show_default=True, help="How long the old secret still works."
+)
 @common.options
 def rotate(id: str, overlap: float, as_json: bool, state: str | None) -> None:
     """Give a key a new secret; it is shown once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,7 +10,9 @@ import click
 
 from corral.cli import common, progress
 from corral.cli.common import Admin, rows
-from corral.stack.state import StackError
+from corral.fleet.node import canonical_name
+from corral.stack import reload
+from corral.stack.state import StackError, StateFolder
 
 _PATIENCE = 60.0
 
@@ -64,13 +67,22 @@ def _why(told: dict[str, Any]) -> str:
 @common.options
 def plan(as_json: bool, state: str | None) -> None:
     """Show the steps that would put the catalogue in force; changes nothing."""
-    made = Admin(common.folder(state))("GET", "/models/plan", timeout=_PATIENCE)
-    common.emit(made, as_json, lambda: _plan(made))
+    folder = common.folder(state)
+    made = Admin(folder)("GET", "/models/plan", timeout=_PATIENCE)
+    common.emit(made, as_json, lambda: _plan(made) if made["catalogue"] else _no_catalogue(folder))
+
+
+def _no_catalogue(folder: StateFolder) -> str:
+    """That there is none, and how this stack comes by one."""
+    none = "no catalogue: the nodes serve whatever they hold. To have one, name models in corral.yaml (models:), then"
+    if os.environ.get("CORRAL_URL"):
+        return f"{none} `corral config reload` where `corral up` runs with that file, or a restart of control"
+    if file := reload.file_of(folder):
+        return f"{none} `corral config reload` ({file})"
+    return f"{none} `corral down` and `corral up --config corral.yaml`: this stack was started without one"
 
 
 def _plan(made: dict[str, Any]) -> str:
-    if not made["catalogue"]:
-        return "no catalogue: corral.yaml names no models, so the nodes serve whatever they hold"
     lines = [f"  {progress.what(step)}: {step['reason']}" for step in made["steps"]]
     lines += [f"  note: {note}" for note in made["notes"]]
     lines += [f"  problem: {problem}" for problem in made["problems"]]
@@ -84,10 +96,11 @@ def _plan(made: dict[str, Any]) -> str:
 @common.options
 def apply(yes: bool, as_json: bool, state: str | None) -> None:
     """Put the catalogue in force: pull what is missing, verify digests, load copies. Shows its progress."""
-    admin = Admin(common.folder(state))
+    folder = common.folder(state)
+    admin = Admin(folder)
     made = admin("GET", "/models/plan", timeout=_PATIENCE)
     if not made["catalogue"]:
-        raise StackError("the catalogue is empty: name models in corral.yaml (models:), then `corral config reload`")
+        raise StackError(_no_catalogue(folder))
     if not yes and made["steps"]:
         if not sys.stdin.isatty():
             raise click.UsageError("nobody is there to ask: give --yes (`corral models plan` shows the steps)")
@@ -131,11 +144,28 @@ def unload(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json:
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
 @_nodes
 @click.option("--force", is_flag=True, help="Models of the catalogue too.")
+@click.option("--yes", is_flag=True, help="Do not ask before a model's last copy goes.")
 @common.options
-def remove(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json: bool, state: str | None) -> None:
+def remove(
+    names: tuple[str, ...], nodes: tuple[str, ...], force: bool, yes: bool, as_json: bool, state: str | None
+) -> None:
     """Delete models from the nodes, with the previous versions that are kept there."""
-    body = {"models": names, "nodes": nodes or None, "force": force}
-    _operate(Admin(common.folder(state)), "remove", body, as_json)
+    admin = Admin(common.folder(state))
+    last = [] if yes else _last_copies(admin, names, nodes)
+    if last and not sys.stdin.isatty():
+        raise click.UsageError(f"no node would hold {', '.join(last)} any more: give --yes, or --node NAME")
+    if last:
+        click.confirm(f"No node will hold {', '.join(last)} any more. Delete?", abort=True, err=True)
+    _operate(admin, "remove", {"models": names, "nodes": nodes or None, "force": force}, as_json)
+
+
+def _last_copies(admin: Admin, names: tuple[str, ...], nodes: tuple[str, ...]) -> list[str]:
+    """Of the models, those that would be on no node without these (none given: without all)."""
+    wanted = {canonical_name(name) for name in names}
+    listed = [model for model in rows(admin("GET", "/models"), "models") if model["name"] in wanted]
+    return [
+        str(model["name"]) for model in listed if model["nodes"] and not (nodes and set(model["nodes"]) - set(nodes))
+    ]
 
 
 @command.command("preload")

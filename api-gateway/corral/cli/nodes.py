@@ -37,7 +37,7 @@ def add(url: str, as_json: bool, state: str | None, **given: Any) -> None:
     """Add an Ollama server; no request is dropped. With a catalogue it gets its models first."""
     body = {"url": url, **{key: item for key, item in given.items() if item is not None}}
     made = Admin(common.folder(state))("POST", "/nodes", body)
-    common.emit(made, as_json, lambda: f"added {made['name']}{_waits(made)}")
+    common.emit(made, as_json, lambda: f"added {made['name']}{_waits(made) or _silent(made)}")
 
 
 @command.command("remove")
@@ -80,6 +80,13 @@ def resume(name: str, preload: bool, as_json: bool, state: str | None) -> None:
     path = f"/nodes/{segment(name)}/resume{'' if preload else '?preload=false'}"
     done = Admin(common.folder(state))("POST", path)
     common.emit(done, as_json, lambda: f"{name}{_waits(done) or ' is in use again'}")
+
+
+def _silent(node: dict[str, Any]) -> str:
+    """That a node does not answer, and what follows."""
+    if not node.get("error"):
+        return ""
+    return f", which does not answer as Ollama does now ({node['error']}): it gets requests once it does"
 
 
 def _waits(node: dict[str, Any]) -> str:

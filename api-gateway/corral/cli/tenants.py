@@ -43,7 +43,7 @@ def command() -> None:
 @_limits
 @common.options
 def create(name: str, as_json: bool, state: str | None, **limits: int | None) -> None:
-    """Create a tenant; `corral keys create --tenant` makes one that is not there, too."""
+    """Create a tenant; `corral keys create --tenant NAME --new-tenant` makes one too."""
     made = Admin(common.folder(state))("POST", "/tenants", {"name": name, **_given(limits)})
     common.emit(made, as_json, lambda: f"created {name}")
 

@@ -100,4 +100,5 @@ def _welcome(made: dict[str, Any], detach: bool) -> str:
     key = made["key"] or "shown on the first start; another: corral keys create NAME"
     stop = "`corral down` stops it." if detach else "Ctrl-C stops it."
     watched = "".join(f"\n{name:<13} {known['url']}" for name, known in made.get("monitoring", {}).items())
-    return f"\nCorral serves at {made['url']}\nKey   {key}{watched}\n\nTry   {made['curl']}\n\n{stop}"
+    note = f"\n\nBut   {made['note']}" if made.get("note") else ""
+    return f"\nCorral serves at {made['url']}\nKey   {key}{watched}\n\nTry   {made['curl']}{note}\n\n{stop}"

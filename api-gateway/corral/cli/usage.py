@@ -27,9 +27,9 @@ def command() -> None:
 
 @command.command("report")
 @click.option("--by", default="key,model", show_default=True, help="Sum by: day, tenant, key, model.")
-@click.option("--since", type=Span(), help="The days of the last 24h, 30d, …  [default: 30d]")
+@click.option("--since", type=Span(unit=True), help="The days of the last 24h, 30d, …  [default: 30d]")
 @click.option("--tenant", help="Of this tenant alone.")
-@click.option("--key", help="Of this key's id alone.")
+@click.option("--key", help="Of this key alone: its id or its name.")
 @click.option("--model", help="For this model alone.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @common.options

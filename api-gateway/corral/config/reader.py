@@ -24,8 +24,11 @@ _OWN_VARIABLES = frozenset(
 )
 
 
-def read(path: Path | None, env: Mapping[str, str]) -> Settings:
-    """Settings of ``path`` with ``env`` over it. Raises ConfigError with every problem found."""
+def read(path: Path | None, env: Mapping[str, str], whole: bool = False) -> Settings:
+    """Settings of ``path`` with ``env`` over it. Raises ConfigError with every problem found.
+
+    ``whole``: the nodes that are named have to be among its own, where it has any.
+    """
     source = Source()
     if path is not None:
         source.read_file(path)
@@ -33,9 +36,12 @@ def read(path: Path | None, env: Mapping[str, str]) -> Settings:
     if source.problems:
         raise ConfigError(source.problems)
     try:
-        return Settings.model_validate(source.data)
+        settings = Settings.model_validate(source.data)
     except ValidationError as error:
         raise ConfigError([source.explain(dict(item)) for item in error.errors()]) from None
+    if whole and settings.nodes and (problems := source.unknown_nodes(settings)):
+        raise ConfigError(problems)
+    return settings
 
 
 class Source:
@@ -159,12 +165,14 @@ class Source:
 
     def explain(self, error: dict[str, Any]) -> str:
         """One line for one of pydantic's errors."""
-        place: Place = tuple(error["loc"])
+        place: Place = tuple(part for part in error["loc"] if part != "[key]")
         where = self._nearest(place)
         if error["type"] == "extra_forbidden":
             return f"{where}: unknown field {dotted(place)!r}{_suggest(place)}"
         message = _MESSAGES.get(error["type"])
-        if message is None:
+        if error["type"] == "string_pattern_mismatch":
+            message = "expected " + WORDS[error["ctx"]["pattern"]]
+        elif message is None:
             message = str(error["msg"]).removeprefix("Value error, ")
             message = message[0].lower() + message[1:].replace("Input should", "it should")
         else:
@@ -180,6 +188,17 @@ class Source:
         if "://" in shown and "@" in shown:
             shown = ""  # it may hold a password
         return f"{where}: {dotted(place) + ': ' if place else ''}{message}{shown}"
+
+    def unknown_nodes(self, settings: Settings) -> list[str]:
+        """A line for each node of ``tenants.nodes`` that the fleet does not have."""
+        known = [node.name for node in settings.nodes]
+        return [
+            f"{self._nearest(('tenants', 'nodes', tenant, index))}: tenants.nodes.{tenant}: there is no node {name!r}"
+            f"{_hint(name, known) or ';'} the nodes are {', '.join(known)}"
+            for tenant, names in settings.tenants.nodes.items()
+            for index, name in enumerate(names)
+            if name not in known
+        ]
 
     def _nearest(self, place: Place) -> str:
         while place and place not in self.where:
@@ -205,9 +224,21 @@ _MESSAGES = {
     "greater_than": "expected more than {gt:g}",
     "greater_than_equal": "expected at least {ge:g}",
     "less_than_equal": "expected at most {le:g}",
-    "string_pattern_mismatch": "expected text like {pattern}",
     "string_too_short": "expected some text",
+    "string_too_long": "expected at most {max_length} letters",
+    "finite_number": "expected a number",
+    "int_parsing_size": "expected a smaller number",
 }
+WORDS = {
+    r"^sha256:[0-9a-f]{64}$": "a digest: sha256: and 64 hexadecimal digits",
+    r"^[0-9A-Za-z.:_-]+$": "an address to listen on, such as 127.0.0.1 or ::",
+    r"^[#@]?[\w.-]{1,80}$": "a channel such as #llm-alerts",
+    r"^(https?://\S+[^/\s])?$": "an address such as https://example.com/runbooks, without a slash at its end",
+    r"^age1[02-9ac-hj-np-z]{58}$": "a public key of age's (age1…), as age-keygen prints it",
+    r"^https?://\S+$": "an address such as https://example.com/hook",
+    r"^[A-Za-z]{1,8}$": "one to eight letters, such as EUR",
+}
+"""What the patterns of the settings ask for."""
 
 
 def dotted(place: Place) -> str:

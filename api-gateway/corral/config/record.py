@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corral.config.values import Duration, Size
+from corral.config.values import Duration, Retention, Size
 
 
 class Section(BaseModel):
@@ -24,7 +24,7 @@ class AuditSettings(Section):
     durability: Literal["written", "synced"] = Field(
         "written", description="A record survives a killed process, or a power cut as well."
     )
-    retention: Duration = Field(400 * 86400.0, description="How long records are kept.")
+    retention: Retention = Field(400 * 86400.0, description="How long records are kept.")
     content: Literal["none", "hash", "full"] = Field(
         "hash",
         description="Kept of prompts and answers: nothing, keyed hashes, or also the text of keys that have it kept.",
@@ -32,7 +32,7 @@ class AuditSettings(Section):
     content_recipient: str | None = Field(
         None, pattern=r"^age1[02-9ac-hj-np-z]{58}$", description="Whom that text is encrypted for, by age's public key."
     )
-    content_retention: Duration = Field(30 * 86400.0, description="How long it is kept.")
+    content_retention: Retention = Field(30 * 86400.0, description="How long it is kept.")
     content_max: Size = Field(
         64 << 10, gt=0, le=256 << 10, description="Most bytes of a prompt, and of an answer, that are kept."
     )

@@ -35,8 +35,8 @@ expected and the nearest name.
   set; `none` is null; lists and mappings are written as YAML in one line, as `[{url: "http://10.0.0.11:11434"}]`.
 - `OLLAMA_URL` (one address, or some with commas) stands for `nodes`, `REDIS_URL` for `store.valkey`.
 
-Durations: `500ms`, `30s`, `30m`, `12h`, `400d`, or seconds. Sizes: `64KiB`, `32MiB`, `22GiB` (powers of 1024), `22GB`
-(powers of 1000), or bytes.
+Durations: `500ms`, `30s`, `30m`, `12h`, `400d`, or seconds; how long records are kept always has its unit. Sizes:
+`64KiB`, `32MiB`, `22GiB` (powers of 1024), `22GB` (powers of 1000), or bytes.
 
 ```yaml
 nodes:
@@ -51,6 +51,7 @@ limits:
 
 _KINDS: list[tuple[Any, str]] = [
     (values.Duration, "duration"),
+    (values.Retention, "duration with its unit"),
     (values.Size, "size"),
     (values.Whole, "whole number"),
     (values.BaseUrl, "`http(s)://host:port`"),
@@ -89,31 +90,15 @@ def kind(hint: Any) -> str:
     raise TypeError(f"no words for {hint!r}")
 
 
-def seconds(value: float) -> str:
-    """``30m`` of 1800.0: the largest unit that leaves no rest."""
-    for unit, letter in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
-        if value and value % unit == 0:
-            return f"{value / unit:.0f}{letter}"
-    return f"{value:g}"
-
-
-def octets(value: int) -> str:
-    """``32MiB`` of 33554432."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value and value % 1024**power == 0:
-            return f"{value // 1024**power}{unit}"
-    return str(value)
-
-
 def default(field: FieldInfo, hint: Any) -> str:
     """The default as corral.yaml would have it."""
     if field.is_required():
         return "needed"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if hint == values.Duration:
-        return f"`{seconds(value)}`"
+    if hint in (values.Duration, values.Retention):
+        return f"`{values.duration_text(value)}`"
     if hint == values.Size:
-        return f"`{octets(value)}`"
+        return f"`{values.size_text(value)}`"
     plain = (
         [str(item) for item in value] if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     )

@@ -87,7 +87,8 @@ class TenantsSettings(Section):
 
     nodes: dict[str, tuple[Name, ...]] = Field(
         default_factory=dict,
-        description="A tenant's nodes: it is served by no other, and they serve no tenant that does not name them.",
+        description="A tenant's nodes, of those of `nodes`: it is served by no other, and they serve no tenant that "
+        "does not name them.",
     )
 
     @field_validator("nodes")
@@ -351,11 +352,15 @@ class Settings(Section):
         return self
 
 
-def load(path: str | Path | None = None, env: Mapping[str, str] | None = None) -> Settings:
-    """Settings of a file (none: the defaults) with the environment over it. Raises ConfigError."""
+def load(path: str | Path | None = None, env: Mapping[str, str] | None = None, *, whole: bool = False) -> Settings:
+    """Settings of a file (none: the defaults) with the environment over it. Raises ConfigError.
+
+    ``whole``: what an operator wrote, so that a node which is named there and is none of its nodes is a slip. (What
+    `corral up` wrote may be behind in one of the two: a reload changes nodes at once, tenants at the next start.)
+    """
     from corral.config.reader import read
 
-    return read(Path(path) if path is not None else None, os.environ if env is None else env)
+    return read(Path(path) if path is not None else None, os.environ if env is None else env, whole)
 
 
 def schema() -> dict[str, Any]:

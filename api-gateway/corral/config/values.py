@@ -6,10 +6,11 @@ import ipaddress
 import math
 import re
 import sys
+from decimal import Decimal
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _BYTES = {"": 1, "b": 1} | {
@@ -40,12 +41,45 @@ def duration(value: object) -> float:
     raise ValueError("expected a duration such as 500ms, 30s, 30m, 12h or 400d")
 
 
+def bare(value: object) -> str:
+    """The number of a duration that is written without a unit; "" of any other."""
+    text = str(value).strip()
+    return text if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII) else ""
+
+
+def retention(value: object) -> float:
+    """Seconds of a duration that has a unit (or is 0): nobody keeps a record for 30 seconds. ValueError otherwise."""
+    seconds = duration(value)
+    if seconds and (number := bare(value)):
+        raise ValueError(
+            f"a number alone would be seconds: write {number}d for days (or {number}h, {number}w, {number}s)"
+        )
+    return seconds
+
+
+def duration_text(seconds: float) -> str:
+    """``30m`` of 1800.0: in the largest unit that leaves no rest; `duration` makes the same number of it again."""
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _SECONDS[unit] == 0:
+            return f"{seconds / _SECONDS[unit]:.0f}{unit}"
+    return f"{Decimal(repr(seconds)).normalize():f}s"
+
+
+def size_text(octets: int) -> str:
+    """``32MiB`` of 33554432: in the largest power of 1024 that leaves no rest."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if octets and octets % 1024**power == 0:
+            return f"{octets // 1024**power}{unit}"
+    return f"{octets}B"
+
+
 def size(value: object) -> int:
     """Bytes of ``1024``, ``"22GiB"`` (powers of 1024) or ``"22GB"`` (of 1000). ValueError otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())) and match[2].lower() in _BYTES:
-        return int(float(match[1]) * _BYTES[match[2].lower()])
+        number = float(match[1]) if "." in match[1] else int(match[1])
+        return int(number * _BYTES[match[2].lower()])
     raise ValueError("expected a size such as 64KiB, 32MiB or 22GiB")
 
 
@@ -163,9 +197,21 @@ _TEXT_OR_NUMBER = ["string", "number"]
 Duration = Annotated[
     float,
     BeforeValidator(duration),
+    PlainSerializer(duration_text, when_used="json"),
     WithJsonSchema({"type": _TEXT_OR_NUMBER, "examples": ["30s", "30m", "400d"]}),
 ]
-Size = Annotated[int, BeforeValidator(size), WithJsonSchema({"type": _TEXT_OR_NUMBER, "examples": ["32MiB"]})]
+Retention = Annotated[
+    float,
+    BeforeValidator(retention),
+    PlainSerializer(duration_text, when_used="json"),
+    WithJsonSchema({"type": "string", "examples": ["30d", "400d"]}),
+]
+Size = Annotated[
+    int,
+    BeforeValidator(size),
+    PlainSerializer(size_text, when_used="json"),
+    WithJsonSchema({"type": _TEXT_OR_NUMBER, "examples": ["32MiB"]}),
+]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Listen = Annotated[str, AfterValidator(_listen)]
 ListenOrNone = Annotated[

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Table, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.values import duration
@@ -20,7 +20,8 @@ from corral.control.context import Here
 from corral.control.errors import Problem
 from corral.store.actions import enter
 from corral.store.database import Database
-from corral.store.tables import audit
+from corral.store.keys import masked
+from corral.store.tables import audit, keys, usage
 
 MINUTE = 60.0
 NOTES_MAX = 20
@@ -126,7 +127,7 @@ async def list_audit(
     limit: Annotated[int, Query(ge=1, le=1000, description="Rows at most.")] = 100,
     after: Annotated[int | None, Query(description="Rows behind this `seq`.")] = None,
     before: Annotated[str | None, Query(description="Rows before this `seq`, or before a time.")] = None,
-    key: Annotated[str | None, Query(description="Of this key's id.")] = None,
+    key: Annotated[str | None, Query(description="Of this key: its id, or the name of one or several.")] = None,
     model: Annotated[str | None, Query(description="Of this model.")] = None,
     request: Annotated[str | None, Query(description="Of this request: the `X-Request-ID` of its answer.")] = None,
     since: Annotated[str | None, Query(description="Not older: epoch seconds, 1h, or ISO 8601.")] = None,
@@ -149,7 +150,7 @@ async def list_audit(
         else:
             wanted.append(column.ts < moment(before, "before"))
     if key is not None:
-        wanted.append(column.key == key)
+        wanted.append(column.key.in_(await control.database.read(of_key, caller, key)))
     if model is not None:
         wanted.append(column.model == model)
     if request is not None:
@@ -162,6 +163,31 @@ async def list_audit(
     rows = await control.database.read(lambda c: [dict(row) for row in c.execute(statement).mappings()])
     rows.sort(key=lambda row: row["seq"])
     return {"audit": rows, "next": rows[-1]["seq"] if rows else after}
+
+
+def of_key(connection: Connection, who: Principal, key: str) -> list[str]:
+    """The ids of the keys that are meant by an id or a name, revoked ones too; of a name, all that have it.
+
+    Raises:
+        Problem: 404 where there is no such key, and no record of one either.
+    """
+    column = keys.c
+    wanted = select(column.id).where((column.id == key) | (column.name == key))
+    if who.bound is not None:
+        wanted = wanted.where(column.tenant == who.bound)
+    found = list(connection.execute(wanted).scalars())
+    if key in found or (not found and any(_on_record(connection, who, key, table) for table in (audit, usage))):
+        return [key]  # of records that a backup brought, say
+    if not found:
+        raise Problem(404, "not_found", f"key: there is no key {masked(key)!r}: `corral keys list` shows ids and names")
+    return found
+
+
+def _on_record(connection: Connection, who: Principal, key: str, table: Table) -> bool:
+    row = select(table.c.key).where(table.c.key == key).limit(1)
+    if who.bound is not None:
+        row = row.where(table.c.tenant == who.bound)
+    return connection.execute(row).first() is not None
 
 
 def moment(text: str, field: str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -85,7 +87,8 @@ class NewKey(BaseModel):
         None, description="Seconds from now, a duration such as 30d, or an ISO 8601 time; null: never."
     )
     content: bool = Field(False, description="Its prompts and answers are kept, with `audit.content: full`.")
-    tenant: Text | None = Field(None, description="That of the key that makes it, by default; made where it is new.")
+    tenant: Text | None = Field(None, description="That of the key that makes it, by default.")
+    new_tenant: bool = Field(True, description="The tenant is made where it is new; false: that is refused.")
 
 
 class Rotation(BaseModel):
@@ -218,10 +221,12 @@ def _create(
     connection: Connection, who: Principal, wanted: NewKey, defaults: Mapping[str, Any], key_id: str, proof: str
 ) -> dict[str, Any]:
     now = time.time()
-    row = {**wanted.model_dump(by_alias=True), "id": key_id, "created": now}
+    row = {**wanted.model_dump(by_alias=True, exclude={"new_tenant"}), "id": key_id, "created": now}
     row["tenant"] = tenant = wanted.tenant or who.tenant
     row["networks"] = wanted.networks or None
     _no_more(who, row, defaults)
+    if wanted.tenant and not wanted.new_tenant and tenants.find(connection, tenant) is None:
+        raise Problem(404, "no_tenant", _no_tenant(tenant, [one["name"] for one in tenants.listed(connection)]))
     if tenants.enter(connection, tenant):
         record(connection, who, "POST", "/admin/tenants", None, tenants.find(connection, tenant), 201, tenant)
     connection.execute(insert(keys).values(row))
@@ -229,6 +234,12 @@ def _create(
     made = _describe(connection, _find(connection, who, key_id))
     record(connection, who, "POST", "/admin/keys", None, made, status=201, tenant=tenant)
     return made
+
+
+def _no_tenant(tenant: str, known: list[str]) -> str:
+    near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(tenant, known, 1))
+    new = f"if it is to be new: `corral tenants create {shlex.quote(tenant)}`, or --new-tenant (new_tenant)"
+    return f"tenant: there is no tenant {tenant!r}{near or ';'} {new}"
 
 
 def _rotate(

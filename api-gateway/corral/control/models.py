@@ -217,7 +217,9 @@ async def remove_models(control: Here, caller: Caller, wanted: Choice) -> dict[s
     for name in names:
         if name in control.catalogue.entries and not wanted.force:
             raise Problem(409, "in_catalogue", f"the catalogue names {name}: take it out of corral.yaml first")
-    steps = [Step(REMOVE, node, name, "asked for") for node in _nodes(control, wanted) for name in names]
+    chosen = _nodes(control, wanted)
+    await _held(control, names, chosen)
+    steps = [Step(REMOVE, node, name, "asked for") for node in chosen for name in names]
     if wanted.nodes is None:
         for name in names:
             await control.catalogue.forget(name)
@@ -264,6 +266,17 @@ def _names(wanted: Choice) -> list[str]:
     if not names:
         raise Problem(400, "bad_request", "models: name at least one")
     return names
+
+
+async def _held(control: Control, names: list[str], nodes: list[str]) -> None:
+    """Refuse names that none of the nodes has, in a previous version either. Of one that is down nobody can tell."""
+    members = [control.fleet.members[node] for node in nodes]
+    await asyncio.gather(*(control.fleet.probe(member, fresh=True) for member in members))
+    held = {entry["name"] for member in members for entry in member.tags}
+    for name in names if all(member.up for member in members) else ():
+        if not held & {name, decide.aside(name, "previous"), decide.aside(name, "aside")}:
+            where = f"none of {', '.join(nodes)} holds" if len(nodes) < len(control.fleet.members) else "no node holds"
+            raise Problem(404, "model_not_found", f"{where} {name}: `corral models list` shows what there is")
 
 
 def _permit(control: Control, names: list[str]) -> None:

@@ -7,20 +7,23 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+import httpx
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.settings import NodeSettings
-from corral.config.values import BaseUrl, Name, Size, Whole
+from corral.config.values import BaseUrl, Name, Size, Whole, host_port, loopback
+from corral.control import answers
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyUnwritten
-from corral.control.prober import Member
+from corral.control.prober import TIMEOUT, Member
 from corral.store.database import insert
 from corral.store.tables import nodes
 
@@ -57,7 +60,10 @@ async def list_nodes(control: Here) -> dict[str, Any]:
 
 @router.post("/admin/nodes", status_code=201)
 async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, Any]:
-    """Add a node: HAProxy gets its back end first, then the gateways hear of it."""
+    """Add a node: HAProxy gets its back end first, then the gateways hear of it.
+
+    One that does not answer is added all the same: `state` is down, and `reason` says why.
+    """
     async with control.fleet.changing:
         members = control.fleet.members
         name = wanted.name or next(
@@ -66,12 +72,13 @@ async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, 
         if name in members:
             raise Problem(409, "conflict", f"name: there is a node {name} already")
         for member in members.values():
-            if member.url == wanted.url:
-                raise Problem(409, "conflict", f"url: {member.name} is at {wanted.url} already")
-        await _serve(control, [*_pairs(control), (name, wanted.url)])
+            if _place(member.url) == _place(wanted.url):
+                raise Problem(409, "conflict", f"url: {member.name} is at {member.url} already")
         row = {**wanted.model_dump(exclude={"preload"}), "name": name, "source": "api"}
-        await _recorded(control, _enter, caller, row)
         member = Member(**row)
+        await _refuse_corral(control, member)
+        await _serve(control, [*_pairs(control), (name, wanted.url)])
+        await _recorded(control, _enter, caller, row)
         await control.fleet.add(member, control.preloader.begin if wanted.preload else lambda _: None)
     return member.describe()
 
@@ -123,6 +130,39 @@ async def resume_node(
         control.preloader.forget(member)
         control.hub.refresh()
     return member.describe()
+
+
+def _place(url: str) -> tuple[str, int]:
+    """Where a URL leads: host and port, one word for this machine's loopback."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").rstrip(".")
+    return "127.0.0.1" if loopback(host) else host, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+async def _refuse_corral(control: Control, member: Member) -> None:
+    """Ask a node that is to be added, and refuse an address of Corral itself: requests would go in a circle."""
+    settings = control.settings
+    own = [settings.edge.port, *([settings.edge.tls_port] if settings.edge.certificate else [])]
+    listens = [settings.control.listen, settings.gateway.listen, *filter(None, [settings.edge.ollama])]
+    ports = {*own, _place(settings.gateway.nodes_url)[1], *(host_port(listen)[1] for listen in listens)}
+    host, port = _place(member.url)
+    itself = host == "127.0.0.1" and port in ports
+    if not itself:
+        await control.fleet.probe(member)
+        if not member.answered and "status 40" in (member.error or ""):
+            itself = await _is_corral(control, member.url)
+    if itself:
+        wanted = "a node is an Ollama server, such as http://10.0.0.11:11434"
+        raise Problem(409, "conflict", f"url: {member.url} is an address of Corral itself: {wanted}")
+
+
+async def _is_corral(control: Control, url: str) -> bool:
+    """Whether what asks for a key, or has no such route, is a part of Corral; Ollama has no /health."""
+    try:
+        status, body = await answers.fetch(control.fleet.client, "GET", url + "/health", timeout=TIMEOUT)
+    except (httpx.HTTPError, ValueError):
+        return False
+    return status == 200 and b'"healthy"' in body
 
 
 async def _set_draining(

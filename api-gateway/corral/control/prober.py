@@ -199,7 +199,8 @@ class Fleet:
 
     async def add(self, member: Member, first: Callable[[Member], None] = lambda member: None) -> None:
         """Take a node in, asked once already; ``first`` is called before anybody hears of it."""
-        await self.probe(member)
+        if not member.answered and not member.misses:
+            await self.probe(member)
         self.members[member.name] = member
         first(member)
         self._watch(member)

@@ -13,7 +13,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, select
 
-from corral.control.audit import moment, record
+from corral.config.record import AuditSettings
+from corral.config.values import duration_text
+from corral.control.audit import moment, of_key, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
@@ -21,7 +23,8 @@ from corral.control.ledger import last_checkpoint, whole_lines
 from corral.store import seal, usage
 from corral.store.chain import FIELDS
 from corral.store.content import Hashes
-from corral.store.tables import audit, audit_content
+from corral.store.tables import audit, audit_content, keys
+from corral.store.usage import REFUSED
 from corral.store.verify import PAGE
 
 MONTH = 30 * 86400.0
@@ -98,7 +101,7 @@ def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashe
     chosen = select(column.id, column.seq, column.ts, column.prompt_hash, column.answer_hash).where(*wanted)
     rows = connection.execute(chosen.order_by(column.seq.desc()).limit(SAME_ID_MAX)).mappings().all()
     if not rows:
-        raise Problem(404, "not_found", f"there is no record of a request {texts.request!r}")
+        raise Problem(404, "not_found", _unknown(connection, who, texts.request))
     found = []
     for row in reversed(rows):
         one: dict[str, Any] = {name: row[name] for name in ("id", "seq", "ts")}
@@ -116,6 +119,7 @@ def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashe
 @router.get("/admin/audit/content", tags=["audit"])
 async def content(
     control: Here,
+    caller: Caller,
     request: Annotated[str, Query(max_length=128, pattern=REQUEST, description="`X-Request-ID`, or a record's id.")],
 ) -> dict[str, Any]:
     """Prompt and answer of a request whose key has them kept: an age file in base64, by record.
@@ -130,8 +134,41 @@ async def content(
     )
     rows = await control.database.read(lambda c: c.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all())
     if not rows:
-        raise Problem(404, "not_found", f"nothing is kept of a request {request!r}")
+        why = await control.database.read(_why_nothing, caller, request, control.settings.audit)
+        raise Problem(404, "not_found", why)
     return {"content": [{**row, "data": b64encode(row["data"]).decode()} for row in rows]}
+
+
+def _unknown(connection: Connection, who: Principal, request: str) -> str:
+    """Why there is nothing to look at of a request that has no record of its own."""
+    wanted = select(audit.c.route).where(_named(request), audit.c.api == "admin")
+    if who.bound is not None:
+        wanted = wanted.where(audit.c.tenant == who.bound)
+    if connection.execute(wanted.limit(1)).first() is not None:
+        return f"{request!r} is a call of the admin API: only requests for models have a prompt and an answer"
+    late = "that of one which has just ended comes within some seconds"
+    return f"there is no record of a request {request!r}: `corral audit list` shows those that there are; {late}"
+
+
+def _why_nothing(connection: Connection, who: Principal, request: str, settings: AuditSettings) -> str:
+    """Why no text is kept of a request."""
+    column = audit.c
+    chosen = select(column.key, column.ts, column.outcome, keys.c.name, keys.c.content)
+    chosen = chosen.outerjoin_from(audit, keys, column.key == keys.c.id).where(_named(request), column.api != "admin")
+    row = connection.execute(chosen.order_by(column.seq.desc()).limit(1)).first()
+    if row is None:
+        return _unknown(connection, who, request)
+    if settings.content != "full":
+        why = f"audit.content is {settings.content!r}; with 'full' it is kept for keys made with --content"
+    elif not row.content:
+        why = f"its key {row.name or ''} ({row.key}) was made without --content"
+    elif row.outcome in REFUSED:
+        why = f"it was refused (outcome {row.outcome}), and no node has seen it"
+    elif row.ts < time.time() - settings.content_retention:
+        why = f"audit.content_retention ({duration_text(settings.content_retention)}) is over"
+    else:
+        why = "its text has not come from its gateway yet (some seconds), or the key had none kept then"
+    return f"nothing is kept of the request {request!r}: {why}"
 
 
 @router.get("/admin/audit/records", tags=["audit"])
@@ -166,7 +203,7 @@ async def report(
     since: Annotated[str | None, Query(description="From this day on; 30 days ago by default.")] = None,
     until: Annotated[str | None, Query(description="To this day; today by default.")] = None,
     tenant: str | None = None,
-    key: str | None = None,
+    key: Annotated[str | None, Query(description="Of this key: its id, or the name of one or several.")] = None,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Requests, tokens, time and cost of whole days (UTC). An operator is shown those of its tenant."""
@@ -180,7 +217,8 @@ async def report(
         if tenant not in (None, caller.bound):
             raise Problem(403, "forbidden", f"tenant: a key of tenant {caller.bound!r} sees that tenant alone")
         tenant = caller.bound
-    only = {"tenant": tenant, "key": key, "model": model}
+    ids = None if key is None else await control.database.read(of_key, caller, key)
+    only = {"tenant": tenant, "key": ids, "model": model}
     costs = control.settings.usage
     # Prices are a model's: summed by model first, whatever is asked for.
     inner = columns if "model" in columns or not costs.prices else [*columns, "model"]

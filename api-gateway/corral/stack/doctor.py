@@ -122,9 +122,9 @@ def _ports(state: StateFolder) -> Iterator[Finding]:
             continue
         if isinstance(port, int) and ports.is_free(port):
             yield Finding(f"port of {name}", "problem", f"nobody listens at {port}", f"`corral logs` of {name}")
-    if not status.tcp_ok(stack.get("valkey", {}).get("url", "")):
+    if not status.valkey_ok(stack.get("valkey", {}).get("url", "")):
         advice = "limits are shared out locally until it is back; see `corral logs --program valkey`"
-        yield Finding("valkey", "problem", "it does not answer", advice)
+        yield Finding("valkey", "problem", "it does not answer a PING", advice)
 
 
 def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:

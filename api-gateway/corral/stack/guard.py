@@ -34,6 +34,18 @@ def left_behind(stack: str, program: str | None = None) -> list[int]:
     return found
 
 
+def stack_of(pid: int) -> str:
+    """The state folder of the stack that a process was started for; "" of any other."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            for entry in file.read().split(b"\0"):
+                if entry.startswith(f"{STACK}=".encode()):
+                    return os.fsdecode(entry.partition(b"=")[2])
+    except OSError:
+        pass
+    return ""
+
+
 def die_with_parent(number: int, parent: int) -> None:
     """Have the kernel send this process a signal when ``parent`` dies; it survives exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)

@@ -6,7 +6,7 @@ import json
 import signal
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,16 @@ class Plan:
         }
 
 
-def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = False) -> Plan:
+def make(
+    given: Settings,
+    fleet: Fleet,
+    state: StateFolder,
+    monitored: bool = False,
+    take: Callable[[int], bool] = lambda port: True,
+) -> Plan:
     """Choose ports and complete the settings. StackError where a program is missing.
 
-    ``monitored``: with Prometheus and Alertmanager.
+    ``monitored``: with Prometheus and Alertmanager. ``take`` claims a port that was chosen.
     """
     gateways = [f"gateway-{number}" for number in range(1, given.gateway.processes + 1)]
     names = ["valkey", "control", "nodes", "stats", *gateways, *fleet.names]
@@ -92,7 +98,7 @@ def make(given: Settings, fleet: Fleet, state: StateFolder, monitored: bool = Fa
     names += [metrics_of(name) for name in gateways if given.gateway.metrics]
     names += [monitoring.PROMETHEUS, monitoring.ALERTMANAGER] if monitored else []
     before = {name: port for name, port in (read_json(state.ports_file) or {}).items() if isinstance(port, int)}
-    chosen = ports.choose(names, before, avoid=(given.edge.port,))
+    chosen = ports.choose(names, before, avoid=(given.edge.port,), take=take)
     own_valkey, valkey_url, chosen["valkey"] = _valkey(given, chosen["valkey"])
     settings = _effective(given, fleet, state, chosen, valkey_url)
     haproxy = HaproxyPlan(

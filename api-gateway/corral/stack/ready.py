@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -39,8 +39,10 @@ def until(what: str, holds: Callable[[], bool], timeout: float = PATIENCE) -> No
         time.sleep(0.05)
 
 
-def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progress: Progress) -> None:
-    """Wait for every part. StackError naming the part and the end of its log."""
+def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progress: Progress) -> str | None:
+    """Wait for every part; what is to be said of a fleet that serves nobody. StackError naming the part that does not
+    come, and the end of its log.
+    """
     started = time.monotonic()
     checked = 0.0
 
@@ -70,11 +72,32 @@ def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progr
                 raise
             progress(f"{node.name} at {node.url} does not answer: left for later")
     _models(plan, progress)
-    step("edge to nodes", lambda: _ok(plan.url, "/health/ready") and _proxied(state, answering))
     admin = state.admin_key.read_text(encoding="utf-8").strip()
     step("edge to control", lambda: _ok(plan.url, "/admin/status", key=admin))
+    used = fleet(plan, state)
+    note = _unserved(plan, used, answering)
+    if note is None:
+        step("edge to nodes", lambda: _ok(plan.url, "/health/ready") and _proxied(state, answering))
     for name, known in (plan.monitoring.describe() if plan.monitoring is not None else {}).items():
         step(f"{name} at {known['url']}", lambda url=known["url"]: _ok(url, "/-/ready"))  # type: ignore[misc]
+    return note
+
+
+def fleet(plan: Plan, state: StateFolder) -> list[str]:
+    """The nodes that control uses: not those that an operator removed. Raises http.Unreachable."""
+    admin = state.admin_key.read_text(encoding="utf-8").strip()
+    listed = http.request(plan.url, "GET", "/admin/nodes", key=admin).json()
+    return [str(node["name"]) for node in listed["nodes"]] if isinstance(listed, dict) and "nodes" in listed else []
+
+
+def _unserved(plan: Plan, used: list[str], answering: list[str]) -> str | None:
+    """Why no request would be served; None where a node that was waited for is in the fleet."""
+    if set(answering) & set(used):
+        return None
+    removed = [f"`corral nodes add {node.url}` ({node.name})" for node in plan.settings.nodes if node.name not in used]
+    what = "; ".join(f"{name} is not waited for" for name in used) or "the fleet has no node: all were removed"
+    again = f"; to use one again: {', or '.join(removed)}" if removed else ""
+    return f"no request is served: {what}{again}"
 
 
 def _proxied(state: StateFolder, nodes: list[str]) -> bool:
@@ -86,9 +109,11 @@ def _proxied(state: StateFolder, nodes: list[str]) -> bool:
     return all(seen.get(name) != "DOWN" for name in nodes)
 
 
-def first_model(plan: Plan) -> str | None:
-    """A model to show in the example; None where no node has any."""
+def first_model(plan: Plan, used: Collection[str] | None = None) -> str | None:
+    """A model to show in the example; None where no node (of ``used``, where given) has any."""
     for node in plan.settings.nodes:
+        if used is not None and node.name not in used:
+            continue
         try:
             if names := models.listed(node.url):
                 return min(names, key=lambda name: "embed" in name)

@@ -54,6 +54,11 @@ def remember(
     write_private(state.given, json.dumps({**kept, "settings": given.model_dump(mode="json")}))
 
 
+def file_of(state: StateFolder) -> str | None:
+    """The corral.yaml that a stack was started with; None: without one."""
+    return (read_json(state.given) or {}).get("file")
+
+
 def changes(old: Settings, new: Settings, nodes: bool) -> Changes:
     """What differs. ``nodes``: the stack uses those of the file, so they can come and go."""
     found = Changes()
@@ -86,7 +91,7 @@ def reload(state: StateFolder, ask: Ask) -> Reloaded:
     kept = read_json(state.given)
     done = Reloaded(None, [], [])
     if kept is not None and kept["file"]:
-        new = load(kept["file"], kept["env"])
+        new = load(kept["file"], kept["env"], whole=True)
         if kept["port"] is not None:
             new = new.model_copy(update={"edge": new.edge.model_copy(update={"port": kept["port"]})})
         old = Settings.model_validate(kept["settings"])

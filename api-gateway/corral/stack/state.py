@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -134,11 +135,20 @@ class StateFolder:
 
 
 class Lock:
-    """One stack per state folder. Held by `up` and, inherited, by the supervisor: until both have ended."""
+    """One stack per state folder. Held by `up` and, inherited, by the supervisor: until both have ended.
+
+    ``claims`` are what keeps the stack's addresses (ports.claim), held for as long.
+    """
 
     def __init__(self, state: StateFolder) -> None:
         self._path = state.run / "lock"
         self.fd = -1
+        self.claims: list[socket.socket] = []
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What the supervisor inherits."""
+        return (self.fd, *(claim.fileno() for claim in self.claims))
 
     def acquire(self) -> bool:
         """Take it; False if another has it."""
@@ -161,14 +171,20 @@ class Lock:
 
     def remove(self) -> None:
         """Give it up for good; no file is left. Needs to be held."""
+        self._free()  # before another can have the folder
         self._path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
         """Let this process's hold go; the supervisor may keep its own."""
+        self._free()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def _free(self) -> None:
+        while self.claims:
+            self.claims.pop().close()
 
 
 def running(state: StateFolder) -> bool:

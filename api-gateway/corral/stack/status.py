@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from corral.stack import http, plan, supervisor
 from corral.stack.state import StackError, StateFolder
@@ -75,12 +78,27 @@ def http_ok(url: str, path: str) -> bool:
         return False
 
 
-def tcp_ok(url: str, port: int = 6379) -> bool:
-    """Whether somebody listens at a URL's host and port."""
+def valkey_ok(url: str, timeout: float = 2.0) -> bool:
+    """Whether a Valkey (or Redis) answers a PING; that it wants a password is an answer too.
+
+    A connection alone says nothing: the kernel makes one for a process that is stopped.
+    """
+    parts = urlsplit(url)
     try:
-        with socket.create_connection(plan.address_of(url, port), timeout=2):
-            return True
-    except OSError:
+        with contextlib.ExitStack() as stack:
+            if parts.scheme == "unix":
+                connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+                connection.settimeout(timeout)
+                connection.connect(parts.path)
+            else:
+                connection = stack.enter_context(socket.create_connection(plan.address_of(url, 6379), timeout))
+            if parts.scheme in ("rediss", "valkeys"):
+                unchecked = ssl.create_default_context()
+                unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
+                connection = stack.enter_context(unchecked.wrap_socket(connection))
+            connection.sendall(b"*1\r\n$4\r\nPING\r\n")
+            return connection.recv(1) in (b"+", b"-")
+    except (OSError, ValueError):
         return False
 
 
@@ -93,7 +111,7 @@ def _valkey(store: Mapping[str, Any], stack: Mapping[str, Any]) -> str:
     if told:
         return str(told)
     url = stack.get("valkey", {}).get("url")
-    return _state(tcp_ok(url)) if url else "unknown"
+    return _state(valkey_ok(url)) if url else "unknown"
 
 
 def _gateways(
@@ -120,7 +138,7 @@ def _nodes(told: Mapping[str, Any], stack: Mapping[str, Any], pid: Callable[[str
     own = {item["name"] for item in stack.get("nodes", []) if item.get("own")}
     listed = told.get("nodes")
     nodes = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    if not nodes:
+    if not isinstance(listed, list):  # control is away; a fleet without a node is one that it told
         nodes = [{"name": item["name"], "url": item["url"]} for item in stack.get("nodes", [])]
     return [
         {

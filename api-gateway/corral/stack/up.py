@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,13 +62,14 @@ def up(
     try:
         sweep(state)
         write_private(state.stack_file, json.dumps({"pid": os.getpid(), "state": "starting"}))
-        _ports_free(settings.edge)
+        _claim_ports(settings.edge, lock)
         attach = [
             *(NodeSettings(name=f"node-{number}", url=url) for number, url in enumerate(options.attach, 1)),
             *(() if options.attach or options.nodes or options.backend else settings.nodes),
         ]
         fleet = nodes.choose(attach, options.nodes, options.backend, env)
-        made = plan.make(settings, fleet, state, options.monitoring)
+        made = plan.make(settings, fleet, state, options.monitoring, partial(_taken, lock))
+        _tenants_have_nodes(made.settings)
         bootstrap(state.root, made.settings)
         plan.write(made, state)
         of_file = bool(attach) and not options.attach
@@ -76,8 +78,8 @@ def up(
         supervisor = _start_supervisor(state, lock, options.detach)
         pids = {"supervisor": supervisor.pid, "pid": supervisor.pid if options.detach else os.getpid()}
         _save(state, {**described, **pids, "state": "starting"})
-        ready.wait(made, state, supervisor, progress)
-        described |= _welcome(made, state)
+        note = ready.wait(made, state, supervisor, progress)
+        described |= {**_welcome(made, state), "note": note}
         _save(state, {**made.describe(), **pids, "state": "running"})
     except BaseException:
         if supervisor is not None:
@@ -139,23 +141,44 @@ def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
 
 def configuration(options: Options, env: Mapping[str, str]) -> Settings:
     """The operator's settings: ``--config``, ``$CORRAL_CONFIG`` or ./corral.yaml, and the environment."""
-    settings = load(_file(options, env), env)
+    settings = load(_file(options, env), env, whole=True)
     if options.port is not None:
         edge = settings.edge.model_copy(update={"port": options.port})
         settings = settings.model_copy(update={"edge": edge})
     return settings
 
 
-def _ports_free(edge: EdgeSettings) -> None:
-    """StackError where an address that is not ours to choose is taken."""
-    wanted = [(edge.host, edge.port, "--port")]
+def _claim_ports(edge: EdgeSettings, lock: Lock) -> None:
+    """StackError where an address that is not ours to choose is taken, or another stack is about to take it."""
+    wanted = [(edge.host, edge.port, "--port N")]
     if edge.certificate:
-        wanted.append((edge.host, edge.tls_port, "edge.tls_port"))
+        wanted.append((edge.host, edge.tls_port, "edge.tls_port in corral.yaml"))
     if edge.ollama:
-        wanted.append((*host_port(edge.ollama), "edge.ollama"))
+        wanted.append((*host_port(edge.ollama), "edge.ollama in corral.yaml"))
     for host, port, setting in wanted:
+        other = f"choose another with {setting}, or stop that one"
         if not ports.is_free(port, host):
-            raise StackError(f"port {port} is taken by {ports.holder(port)}: stop it, or use {setting}")
+            raise StackError(f"port {port} is taken by {ports.holder(port)}: {other}")
+        if not _taken(lock, port, host):
+            raise StackError(f"port {port} is taken by another `corral up`, which is about to listen there: {other}")
+
+
+def _taken(lock: Lock, port: int, host: str = "127.0.0.1") -> bool:
+    """Claim an address for this stack; False if another's holds it."""
+    if (held := ports.claim(port, host)) is None:
+        return False
+    lock.claims.append(held)
+    return True
+
+
+def _tenants_have_nodes(settings: Settings) -> None:
+    """StackError where tenants.nodes names a node that this start does not have (--nodes, --attach, or none named)."""
+    known = [node.name for node in settings.nodes]
+    for tenant, names in settings.tenants.nodes.items():
+        for name in names:
+            if name not in known:
+                there = f"this start has {', '.join(known)}"
+                raise StackError(f"tenants.nodes.{tenant}: there is no node {name!r}: {there}")
 
 
 def _file(options: Options, env: Mapping[str, str]) -> str | None:
@@ -213,7 +236,7 @@ def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subproces
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for `up`, which stops them in order
-            pass_fds=(lock.fd,),
+            pass_fds=lock.fds,
             preexec_fn=None if detach else tie,
         )
 
@@ -242,7 +265,7 @@ def _welcome(made: Plan, state: StateFolder) -> dict[str, Any]:
         if answer.status not in (200, 201) or not isinstance(created, dict) or "key" not in created:
             raise StackError(f"no key could be made: {answer.status} {answer.body.decode(errors='replace')[:200]}")
         key = str(created["key"])
-    model = ready.first_model(made)
+    model = ready.first_model(made, ready.fleet(made, state))
     ready.until("the gateway knows key and model", lambda: _knows(made.url, key or admin, model), 20.0)
     shown = key or "$CORRAL_KEY"
     # A small model may never come to an end by itself.

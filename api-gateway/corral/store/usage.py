@@ -56,16 +56,20 @@ def report(
     since: float,
     until: float,
     by: Sequence[str] = BY,
-    **only: str | None,
+    **only: str | Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     """Sums by the columns of `by` of the days from that of `since` to that of `until` (epoch seconds, both included).
 
-    `only`: of one tenant, key or model.
+    `only`: of one tenant, key or model, or of several.
     """
     columns = [usage.c[name] for name in by]
     sums = [func.sum(usage.c[name]).label(name) for name in COUNTS]
     wanted = [usage.c.day >= day_of(since), usage.c.day <= day_of(until)]
-    wanted += [usage.c[name] == value for name, value in only.items() if value is not None]
+    wanted += [
+        usage.c[name].in_([value] if isinstance(value, str) else value)
+        for name, value in only.items()
+        if value is not None
+    ]
     statement = select(*columns, *sums).where(*wanted).group_by(*columns).order_by(*columns)
     found = [dict(row) for row in connection.execute(statement).mappings()]
     # PostgreSQL sums bigint as numeric.
