@@ -133,12 +133,12 @@ def main() -> int:
     kinds.add_argument("--real-time", action="store_true", help="a piece of the trace through the whole product")
     kinds.add_argument("--ollama", action="store_true", help="real Ollama nodes: Corral beside HAProxy's leastconn")
     kinds.add_argument("--dispatch", action="store_true", help="what a decision costs, alone")
-    parser.add_argument("--seconds", type=float, help="of a run in real time (150, with --ollama 60)")
+    parser.add_argument("--seconds", type=float, help="of a run in real time (120, with --ollama 60)")
     parser.add_argument("--rate", type=float, default=fleet_ollama.RATE, help="requests/s of --ollama")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what was started ends too
     if given.real_time:
-        return fleet_simulated.main(given.seconds or 150.0, MODELS, given.seed, given.plot)
+        return fleet_simulated.main(given.seconds or 120.0, MODELS, given.seed, given.plot)
     if given.ollama:
         return fleet_ollama.main(given.seconds or 60.0, given.rate, given.seed, given.plot)
     held = True

@@ -40,7 +40,7 @@ class Piece:
     since: float = 1200.0
 
 
-PIECES = (Piece(0.5, Shape(room=2)), Piece(0.2, Shape(room=1)))
+PIECES = (Piece(0.5, Shape(room=2)), Piece(0.3, Shape(room=1)))
 
 
 def described(shape: Shape, models: list[str]) -> dict[str, object]:

@@ -46,7 +46,7 @@ def test_a_node_loads_and_makes_wait_as_ollama_does() -> None:
 def test_corral_takes_the_same_time_where_there_is_no_choice() -> None:
     trace = [Asked(0.0, "a", 2500, 60), Asked(0.0, "a", 2500, 60), Asked(1.0, "b", 2500, 60)]
     first = Simulation(ONE, ("a", "b")).run(trace).first
-    assert first == pytest.approx([9.0, 11.0, 20.0], abs=1.0)
+    assert first == pytest.approx([9.0, 11.0, 20.0], abs=0.3)
 
 
 def test_a_conversation_of_the_trace_keeps_its_model() -> None:
