@@ -261,6 +261,25 @@ def test_no_decision_breaks_what_is_promised(fleet: list[Host], asked: tuple[Dem
 
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
+def hurries(hosts: list[Host], *demands: Demand) -> bool:
+    """Whether the next look is to be soon, after a plan."""
+    planner = Planner(hosts, {demand.name: demand for demand in demands}, 0.0)
+    planner.plan()
+    return planner.hurries
+
+
+def test_the_next_look_is_soon_while_somebody_waits_for_it() -> None:
+    assert not hurries([host("n1", "a", max_models=1)], Demand("a", rate=1.0, waiting=9), Demand("b"))
+    assert not hurries([host("n1", max_models=1)], Demand("a", rate=1.0, waiting=1, oldest=9.0)), "it loads now"
+    waits = Demand("b", rate=0.1, waiting=1, oldest=0.5)
+    assert hurries([host("n1", "a", max_models=1, since=0.0)], Demand("a", rate=1.0), waits), "for its turn"
+    waits.oldest = 60.0
+    assert hurries([host("n1", "a", max_models=1)], Demand("a"), waits), "for room that is being made"
+    drains = host("n1", "a", max_models=1)
+    drains.places["a"].state, drains.places["a"].in_use, drains.coming = DRAINING, 1, "b"
+    assert hurries([drains], Demand("a"), waits), "for the last request there"
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 120), st.sampled_from(MODELS), st.integers(1, 12000), st.integers(1, 600)),

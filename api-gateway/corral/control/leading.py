@@ -1,4 +1,4 @@
-"""Who leads among control processes, and what the leader does: it says what stands where, each half second.
+"""Who leads among control processes, and what the leader does: it says what stands where, each half second or sooner.
 
 The lease is a row of the database (`corral.store.lease`); its term is in the store too, so that a leader that was
 deposed and could not hear of it finds a greater one there and stops; if it still has the lease, as in a database that
@@ -25,6 +25,10 @@ from corral.store.keeper import LEADER, TERM
 from corral.store.valkey import Valkey, ValkeyDown
 
 TICK = 0.5
+QUICK = 0.1
+"""The pause between two looks while somebody waits for what they change (seconds)."""
+LEISURE = 4.0
+"""Such a pause is so many times as long as the look itself: in a large fleet no more of a core goes into it."""
 RENEW = 2.0
 LEASE = 8.0
 KEY_MS = 3000
@@ -33,6 +37,11 @@ KEY_MS = 3000
 AWAY = (SQLAlchemyError, OSError, TimeoutError)
 
 log = logging.getLogger(__name__)
+
+
+def pause(hurries: bool, took: float) -> float:
+    """How long to wait after a look at the fleet that took so long (seconds)."""
+    return min(TICK, max(QUICK, LEISURE * took)) if hurries else TICK
 
 
 class Leading:
@@ -64,9 +73,12 @@ class Leading:
         """Until cancelled; then another may lead at once."""
         try:
             renewing = asyncio.create_task(self._renew())
+            loop = asyncio.get_running_loop()
             while True:
+                began = loop.time()
                 await self._turn()
-                await asyncio.sleep(TICK)
+                hurries = self.leads and self.placement is not None and self.placement.hurries
+                await asyncio.sleep(pause(hurries, loop.time() - began))
         finally:
             renewing.cancel()
             await self._close()

@@ -31,6 +31,8 @@ from corral.store.valkey import Valkey, ValkeyDown
 LOAD = 10.0
 """How long a load is thought to take (seconds) until one was measured."""
 SECONDS = 4.0
+SAMPLE = 0.45
+"""So far apart (seconds) busy slots are counted for their mean, however often the leader looks."""
 REASONS = 20
 BACKOFF = 30.0
 """How long a node is left alone with a model that it failed to load (seconds)."""
@@ -66,12 +68,14 @@ class Spot:
 
 @dataclass(slots=True)
 class Known:
-    """What is known of a model: arrivals, busy slots, load times, since when requests wait, decisions and why."""
+    """What is known of a model: arrivals, busy slots and when they were counted last, load times, since when requests
+    wait, decisions and why."""
 
     rate: Rate
     busy: Mean
     load: Mean
     asked: int
+    counted: float = -SAMPLE
     waits_since: float | None = None
     short_since: float | None = None
     reasons: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=REASONS))
@@ -82,8 +86,8 @@ class Placement:
     its size (bytes), least copies and pins as a `Demand`. ``term`` grows from one leader to the next, ``groups`` are
     those of nodes (`corral.fleet.pools`), ``speeds`` what was measured of them. ``queue_wait`` is how long a request
     waits at least (seconds); ``working`` whether an operation is at work on models, such as the catalogue's: copies
-    that are missing are left to it. Within, a model is called as its slots are counted: by node or group. Times are
-    monotonic seconds."""
+    that are missing are left to it. ``hurries``: the next `tick` is to be soon. Within, a model is called as its slots
+    are counted: by node or group. Times are monotonic seconds."""
 
     def __init__(
         self,
@@ -101,6 +105,7 @@ class Placement:
         self._queue_wait, self._working = queue_wait, working
         self._number = 0
         self.term = term
+        self.hurries = False
         self._groups = groups or {}
         self._speeds = speeds or Speeds()
         self._node, self._options, self._catalogue = node, options, catalogue
@@ -155,6 +160,7 @@ class Placement:
         hosts = [self._host(member, seen, now) for member in members]
         planner = Planner(hosts, demands, now, self._queue_wait)
         steps = planner.plan()
+        self.hurries = planner.hurries
         by_name = {member.name: member for member in members}
         for step in steps:
             self._begin(by_name[step.node], step, now)
@@ -257,7 +263,9 @@ class Placement:
             known = self.known[model] = Known(Rate(now), Mean(0.0), Mean(LOAD, 0.3), seen.asked)
         known.rate.note(now, max(0, seen.asked - known.asked))
         known.asked = seen.asked
-        known.busy.note(float(sum(seen.used.values())))
+        if now - known.counted >= SAMPLE:
+            known.counted = now
+            known.busy.note(float(sum(seen.used.values())))
         known.waits_since = (known.waits_since or now) if seen.waiting else None
         demand = self._catalogue(model_of(model))
         demand.name = model

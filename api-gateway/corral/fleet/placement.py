@@ -144,6 +144,19 @@ class Planner:
             self._exchange(model, host, victim, f"saves callers {gain:.2g} s of waiting a second")
         return self.steps
 
+    @property
+    def hurries(self) -> bool:
+        """Whether the next look is to be soon, after `plan`: something leaves, or somebody waits for what is nowhere.
+
+        Every load that room is made for is put off by two looks: one sees that nothing runs any more, one that the node
+        is empty.
+        """
+        if any(step.action is not Action.LOAD for step in self.steps):
+            return True
+        if any(stand.state is PlaceState.DRAINING for host in self.hosts for stand in host.places.values()):
+            return True
+        return any(model.waiting and not self.copies.get(model.name) for model in self.models.values())
+
     def cost(self, model: Demand, more: int = 0) -> float:
         """What the model's callers wait with so many slots more."""
         slots = self.slots.get(model.name, 0) + more

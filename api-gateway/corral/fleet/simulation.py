@@ -37,7 +37,7 @@ class Shape:
     """A fleet: ``nodes`` with ``room`` for so many models, ``load`` in seconds, ``prefill`` and ``decode`` in tokens/s.
 
     ``cache``: a slot keeps the last prompt's blocks, so that they need not be read again; ``tick``: seconds between two
-    decisions of the placement.
+    decisions of the placement, ``quick`` where it hurries (`Planner.hurries`).
     """
 
     nodes: int = 4
@@ -48,6 +48,7 @@ class Shape:
     slots: int = 4
     cache: bool = False
     tick: float = 0.5
+    quick: float = 0.1
 
 
 @dataclass(slots=True)
@@ -183,7 +184,10 @@ class Simulation:
                 self._seconds[name].value,
                 self.shape.load,
             )
-        for step in Planner(self.hosts, demands, now).plan():
+        planner = Planner(self.hosts, demands, now)
+        steps = planner.plan()
+        pause = self.shape.quick if planner.hurries else self.shape.tick
+        for step in steps:
             host = self._host(step.node)
             self.outcome.reasons.append((now, f"{step.action} {step.model} on {step.node}: {step.reason}"))
             if step.action is Action.LOAD:
@@ -197,7 +201,7 @@ class Simulation:
             else:
                 self._say(host, step.model, PlaceState.ABSENT, now)
                 self._caches.clear(host.name, step.model)
-        self._at(now + self.shape.tick, "tick")
+        self._at(now + pause, "tick")
 
     def _say(self, host: Host, model: str, state: PlaceState, now: float) -> None:
         self._generation += 1
