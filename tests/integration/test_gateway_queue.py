@@ -6,43 +6,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway, says
+from support.gateway import Gateway, gateway, says
+from support.held import MODEL, Held, hold, led, placed
 from support.leader import Leader
 from support.process import until
-
-MODEL = "m:latest"
-
-
-class Held:
-    """Node behaviour: an answer that begins, and ends when it is let go."""
-
-    def __init__(self) -> None:
-        self.running = 0
-        self.most = 0
-        self.began = 0
-        self._lock = threading.Lock()
-        self._free = threading.Semaphore(0)
-
-    def __call__(self, connection: socket.socket) -> None:
-        with self._lock:
-            self.running += 1
-            self.began += 1
-            self.most = max(self.most, self.running)
-        connection.sendall(HEAD + chunk(LINE % b"w0"))
-        self._free.acquire()
-        with self._lock:
-            self.running -= 1
-        connection.sendall(chunk(LAST % 1) + END)
-
-    def release(self, count: int = 1) -> None:
-        """Let so many end."""
-        self._free.release(count)
 
 
 @pytest.fixture
@@ -65,34 +38,6 @@ def leader(gw: Gateway) -> Leader:
 def callers() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(64) as pool:
         yield pool
-
-
-def placed(gw: Gateway, leader: Leader, slots: int, *nodes: str) -> None:
-    """Have the model on these nodes alone, and the gateway know it: where the store stalls, its share is no other."""
-    gw.slots = slots
-    gw.states = {node.name: "ready" if node.name in nodes else "down" for node in gw.nodes}
-    gw.publish()
-    for node in nodes:
-        leader.place(node, MODEL, slots)
-    led(gw, leader)
-
-
-def led(gw: Gateway, leader: Leader) -> None:
-    """Wait until the gateway has seen that there is a leader: what it asks for is asked of the store."""
-
-    def counted() -> bool:
-        before = int(leader.ask(b"HGET", b"corral:1:asked", MODEL.encode()) or 0)
-        assert gw.post().status_code == 200
-        return int(leader.ask(b"HGET", b"corral:1:asked", MODEL.encode()) or 0) == before + 1
-
-    until(counted, "the gateway asks the store")
-    until(lambda: not leader.used(), "nothing runs")
-
-
-def hold(gw: Gateway, behaviour: Callable[[socket.socket], None], count: int = 40) -> None:
-    """Have both nodes do so at the next requests."""
-    for node in gw.nodes:
-        node.script = [behaviour] * count
 
 
 def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(

@@ -24,6 +24,7 @@ WHO = {
     ("GET", "/admin/keys"): OPERATOR,
     ("POST", "/admin/keys"): OPERATOR,
     ("GET", "/admin/keys/{key}"): OPERATOR,
+    ("PATCH", "/admin/keys/{key}"): OPERATOR,
     ("DELETE", "/admin/keys/{key}"): OPERATOR,
     ("POST", "/admin/keys/{key}/rotate"): OPERATOR,
     ("POST", "/admin/keys/{key}/revoke"): OPERATOR,

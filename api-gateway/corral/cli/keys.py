@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -18,11 +19,16 @@ _COLUMNS = (
 
 
 class Span(click.ParamType[float]):
-    """A duration such as 30d, in seconds."""
+    """A duration such as 30d, in seconds. With ``none``, that word too, which is infinity."""
 
     name = "duration"
 
+    def __init__(self, none: bool = False) -> None:
+        self._none = none
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if self._none and value == "none":
+            return math.inf
         try:
             return duration(value)
         except ValueError as error:
@@ -47,6 +53,7 @@ def command() -> None:
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
+@click.option("--deadline", type=Span(), help="How long its requests may take that do not say so, such as 30s.")
 @click.option("--tenant", help="Whom it belongs to; made where it is new.")
 @common.options
 def create(as_json: bool, state: str | None, **given: Any) -> None:
@@ -78,6 +85,19 @@ def show(id: str, as_json: bool, state: str | None) -> None:
     """Show a key, with the limits in force: its own, or the defaults of corral.yaml."""
     key = Admin(common.folder(state))("GET", f"/keys/{segment(id)}")
     common.emit(key, as_json, lambda: common.pairs(_in_force(_shown(key))))
+
+
+@command.command("update")
+@click.argument("id")
+@click.option("--deadline", type=Span(none=True), help="How long its requests may take that do not say so, or none.")
+@common.options
+def update(id: str, deadline: float | None, as_json: bool, state: str | None) -> None:
+    """Change a key; what is not named stays."""
+    if deadline is None:
+        raise click.UsageError("name what to change, such as --deadline 30s or --deadline none")
+    changes = {"deadline": deadline if math.isfinite(deadline) else None}
+    made = Admin(common.folder(state))("PATCH", f"/keys/{segment(id)}", changes)
+    common.emit(made, as_json, lambda: f"changed {id}{common.late(made)}")
 
 
 @command.command("rotate")

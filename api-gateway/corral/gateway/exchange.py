@@ -47,7 +47,7 @@ class Exchange(State):
             self.key_id, self.tenant = key.id, key.tenant
             if key.networks is not None:
                 locate(key, self.address)
-            self.most = admit.duration(self.headers, gateway.max_duration)
+            self.most = admit.duration(self.headers, gateway.max_duration, key.deadline)
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
