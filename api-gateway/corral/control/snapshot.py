@@ -9,7 +9,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hiredis
@@ -40,7 +40,9 @@ class Gateway:
     """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has, ``left`` whether
     it said that it ends.
 
-    ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds).
+    ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds),
+    ``queues`` who waits there, by model: how many, the oldest's wait (seconds), slots, seconds of a load, seconds that
+    a request takes.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Gateway:
     version: str
     metrics: str = ""
     behind: float = 0.0
+    queues: dict[str, list[float]] = field(default_factory=dict)
     left: bool = False
 
 
@@ -158,9 +161,17 @@ class Hub:
 
     # -- who has it
 
-    async def heard(self, name: str, version: str, metrics: str = "", behind: float = 0.0, left: bool = False) -> None:
+    async def heard(
+        self,
+        name: str,
+        version: str,
+        metrics: str = "",
+        behind: float = 0.0,
+        queues: dict[str, list[float]] | None = None,
+        left: bool = False,
+    ) -> None:
         """Note that a gateway asked, what it has, and what it says of itself."""
-        self.gateways[name] = Gateway(name, time.time(), version, metrics, behind, left)
+        self.gateways[name] = Gateway(name, time.time(), version, metrics, behind, queues or {}, left)
         async with self._arrived:
             self._arrived.notify_all()
 
@@ -172,6 +183,20 @@ class Hub:
         since = time.time() - FORGOTTEN
         self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.seen >= since}
         return sorted((one for one in self.gateways.values() if not one.left), key=lambda gateway: gateway.name)
+
+    def present(self) -> list[Gateway]:
+        """Gateways that were heard just now."""
+        since = time.time() - PRESENT
+        return [one for one in self.known() if one.seen >= since]
+
+    def serving(self) -> tuple[list[str], list[str]]:
+        """Names of gateways that were heard just now, and of others that may serve by what they last heard."""
+        present = self._serving(PRESENT)
+        return present, [name for name in self._serving(self._stale) if name not in present]
+
+    def nudge(self) -> None:
+        """Have gateways look for a snapshot now, where Valkey reaches them."""
+        self._publish()
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""

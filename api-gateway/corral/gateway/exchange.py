@@ -71,7 +71,7 @@ class Exchange(State):
     def broken(self) -> None:
         """End with the fault of the gateway's own that is being handled; it is recorded like any other."""
         log.exception("%s: %s could not be answered", self.request_id, self.path)
-        self._abandon()
+        self.abandon()
         self.give_up(ApiError(500, "internal_error", "the gateway failed at this request"), "upstream_error")
 
     def _health(self) -> None:
@@ -254,9 +254,8 @@ class Exchange(State):
             self.broken()
 
     def _failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
-        gateway = self.gateway
+        gateway, decoded = self.gateway, self.decoded
         self._attempt = None
-        decoded = self.decoded
         assert decoded is not None
         # The node may not know yet that nobody wants its answer.
         gateway.queue.leave(self, gateway.queue.cooling(self) if failure in GIVEN_UP else 0.0)
@@ -356,10 +355,11 @@ class Exchange(State):
         """The caller left: stop the node's work now; it is not the node's fault."""
         if self._settled:
             return
-        self._abandon()
+        self.abandon()
         self._settle(499, "client_gone", NOTHING, b"", b"")
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """End the attempt, if there is one; it is not the node's fault."""
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
@@ -375,7 +375,7 @@ class Exchange(State):
             if now >= min(self.wait_until, self.arrived + self.most):
                 self.give_up(gateway.queue.too_late(self), "overloaded")
         elif now - self.arrived >= self.most:
-            self._abandon()
+            self.abandon()
             self.give_up(ApiError(504, "timeout", f"the request took longer than {self.most:g} s"), "timeout")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):

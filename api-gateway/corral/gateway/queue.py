@@ -224,6 +224,10 @@ class Queue:
         seconds = self._estimate(exchange, answer.position, max(1, answer.slots))
         return self._overloaded(f"{answer.position} requests wait for '{exchange.model}' already", seconds)
 
+    def seconds(self, model: str) -> float:
+        """For how long a request of a model takes a slot, at a guess."""
+        return self._seconds.get(model, SECONDS)
+
     # -- for the gateway
 
     def sweep(self, now: float) -> None:
@@ -351,7 +355,7 @@ class Queue:
         return wait_bound(self._wait, answer.load, 0.0, answer.slots > 0)
 
     def _estimate(self, exchange: Exchange, position: int, slots: int) -> float:
-        return estimate(position, slots, self._seconds.get(exchange.model, SECONDS))
+        return estimate(position, slots, self.seconds(exchange.model))
 
     def _overloaded(self, message: str, seconds: float) -> ApiError:
         retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))

@@ -26,6 +26,7 @@ from corral.gateway.queue import Queue
 from corral.gateway.recall import Recall
 from corral.gateway.records import Begun, Content, Progress, Settled
 from corral.gateway.recover import RetryBudget
+from corral.gateway.report import Report
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
@@ -70,7 +71,8 @@ class Gateway:
         self.snapshot = Snapshot(settings.limits.default.model_dump(), caps)
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
-        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
+        self.report = Report(self)
+        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell, self.report.answer)
         self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS + keeper.SCRIPTS)
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
@@ -217,8 +219,11 @@ class Gateway:
             self.journal.record(Progress(rows[start : start + PROGRESS_ROWS]), NOBODY)
 
     def _tell(self) -> dict[str, str]:
-        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""
-        return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, who
+        waits."""
+        told = {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
+        queues = self.report.queues()
+        return told | {"X-Corral-Queues": queues} if queues else told
 
     def changed(self, message: Any) -> None:
         """Control says that keys or nodes changed, the store whose turn it is, another gateway, which prompt runners
