@@ -87,6 +87,10 @@ def asked(
     return made
 
 
+def queues(site: Stack) -> list[dict[str, Any]]:
+    return list(httpx.get(site.url + "/admin/status", headers=admin(site), timeout=10).json()["queues"])
+
+
 def by_name(site: Stack) -> dict[str, dict[str, Any]]:
     return {one["request_id"]: one for one in listed(site)}
 
@@ -106,6 +110,10 @@ def test_what_runs_and_who_waits_with_place_and_estimate(site: Stack, callers: T
     assert estimates == sorted(estimates) and estimates[0] > 0
     assert all(0 < one["waited"] <= one["age"] for one in waiting)
     assert {one["gateway"] for one in found.values()} == {"gateway-1", "gateway-2"}, "of all gateways"
+    until(lambda: [(one["model"], one["waiting"]) for one in queues(site)] == [(MODEL, 4)], "the status counts them")
+    [queue] = site.corral("status")["queues"]
+    assert queue["oldest"] > 0 and queue["estimate"] > 0
+    assert "Requests that wait for a slot" in corral("status", "--state", str(site.state))
     httpx.post(f"{site.url}/admin/requests/second/cancel", headers=admin(site), timeout=10)
     until(lambda: [one["position"] for one in listed(site)[1:]] == [1, 2, 3], "those behind it move up")
     assert [one["request_id"] for one in site.corral("requests", "list", "--state", "running")["requests"]] == ["runs"]

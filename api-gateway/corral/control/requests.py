@@ -83,7 +83,7 @@ def waits(gateways: Iterable[Gateway]) -> list[dict[str, Any]]:
         seconds = sum(row[0] * row[4] for row in rows) / max(1, waiting)
         wait = estimate(waiting + 1, slots, seconds, max(row[3] for row in rows))
         oldest = max(row[1] for row in rows)
-        shown.append({"model": model, "waiting": waiting, "oldest": round(oldest, 1), "estimate": round(wait, 1)})
+        shown.append({"model": model, "waiting": waiting, "oldest": round(oldest, 1), "estimate": round(wait, 3)})
     return shown
 
 

@@ -98,7 +98,7 @@ class Exchange(State):
 
     def _admit(self, verdict: Verdict, key: Key) -> None:
         self._admitted = not verdict.refused
-        self._rate_headers = admit.headers(verdict, key.budget)
+        self.own_headers = admit.headers(verdict, key.budget)
         if verdict.refused:
             self.refusal = verdict.refused
             self.refuse(admit.refusal(verdict, key.budget))
@@ -139,7 +139,7 @@ class Exchange(State):
         except ApiError as error:
             self.refuse(error)
             return
-        self._finish_whole(200, heads.own(self.request_id, self._rate_headers), body)
+        self._finish_whole(200, heads.own(self.request_id, self.own_headers), body)
 
     # -- schedule, relay
 
@@ -299,14 +299,14 @@ class Exchange(State):
         self.gateway.queue.again(self, monotonic())
 
     def _head(self, content_type: str) -> bytes:
-        rates = self._rate_headers
+        rates = self.own_headers
         return heads.relayed(content_type, self.request_id, self._node_header, self.attempts, self.queue_ms, rates)
 
     # -- the end
 
     def refuse(self, error: ApiError) -> None:
         """Answer with an error; nothing was sent before."""
-        headers = heads.refusal(error, self.request_id, self._rate_headers)
+        headers = heads.refusal(error, self.request_id, self.own_headers)
         self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
 
     def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
