@@ -116,7 +116,7 @@ def test_what_runs_and_who_waits_with_place_and_estimate(site: Stack, callers: T
     assert "Requests that wait for a slot" in corral("status", "--state", str(site.state))
     httpx.post(f"{site.url}/admin/requests/second/cancel", headers=admin(site), timeout=10)
     until(lambda: [one["position"] for one in listed(site)[1:]] == [1, 2, 3], "those behind it move up")
-    assert [one["request_id"] for one in site.corral("requests", "list", "--state", "running")["requests"]] == ["runs"]
+    assert [one["request_id"] for one in site.corral("requests", "list", "--only", "running")["requests"]] == ["runs"]
     assert site.corral("requests", "list", "--model", "other")["requests"] == []
     assert site.corral("requests", "show", "third")["position"] == 1
     text = corral("requests", "list", "--state", str(site.state))

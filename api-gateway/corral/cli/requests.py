@@ -24,11 +24,11 @@ def command() -> None:
 @command.command("list")
 @click.option("--model", help="For this model.")
 @click.option("--key", metavar="ID", help="Of this key.")
-@click.option("--state", "kind", type=click.Choice(["queued", "loading", "running"]), help="In this state.")
+@click.option("--only", type=click.Choice(["queued", "loading", "running"]), help="In this state.")
 @common.options
-def list_requests(model: str | None, key: str | None, kind: str | None, as_json: bool, state: str | None) -> None:
+def list_requests(model: str | None, key: str | None, only: str | None, as_json: bool, state: str | None) -> None:
     """List requests that wait or run, the oldest first; times are seconds."""
-    asked = {name: value for name, value in (("model", model), ("key", key), ("state", kind)) if value}
+    asked = {name: value for name, value in (("model", model), ("key", key), ("state", only)) if value}
     told = Admin(common.folder(state))("GET", f"/requests?{urlencode(asked)}")
     common.emit(told, as_json, lambda: _listed(told))
 

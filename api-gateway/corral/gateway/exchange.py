@@ -304,18 +304,18 @@ class Exchange(State):
 
     # -- the end
 
-    def refuse(self, error: ApiError) -> None:
+    def refuse(self, error: ApiError, outcome: str = "") -> None:
         """Answer with an error; nothing was sent before."""
         headers = heads.refusal(error, self.request_id, self.own_headers)
-        self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
+        self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id), outcome)
 
-    def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
-        self._settle(status, settle.outcome_of(status), RESPOND, headers, body)
+    def _finish_whole(self, status: int, headers: bytes, body: bytes, outcome: str = "") -> None:
+        self._settle(status, outcome or settle.outcome_of(status), RESPOND, headers, body)
 
     def give_up(self, error: ApiError, outcome: str) -> None:
         """End with an error, whatever was sent before."""
         if not self._open:
-            self.refuse(error)
+            self.refuse(error, outcome if outcome == "cancelled" else "")
             return
         self.keep_alive = False
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))
