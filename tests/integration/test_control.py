@@ -97,6 +97,9 @@ def test_a_key_is_shown_once_and_reaches_the_snapshot(control: Running) -> None:
         ({"name": "k", "class": "slow"}, "class"),
         ({"name": "k", "expires": "soon"}, "expires"),
         ({"name": "k", "expires": -1}, "expires"),
+        ({"name": "k", "deadline": "soon"}, "deadline"),
+        ({"name": "k", "deadline": 0}, "deadline"),
+        ({"name": "k", "deadline": "8d"}, "deadline"),
         ({"name": "k", "colour": "red"}, "colour"),
     ],
 )

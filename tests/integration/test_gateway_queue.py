@@ -53,12 +53,15 @@ def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(
     refused = gw.post()
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
     assert "3 requests wait for 'm' already" in refused.json()["error"]
+    assert refused.headers["X-Corral-Queue-Position"] == "4" and int(refused.headers["X-Corral-Queue-Estimate-Ms"]) > 0
     assert gw.metric("corral_queue_length") == 3 and gw.metric("corral_queue_full_total") == 1
     for began in (5, 6, 7):
         held.release()
         until(lambda began=began: held.began == began, "the next one has its turn")  # type: ignore[misc]
     held.release(4)
     assert [one.result().status_code for one in asked] == [200] * 7
+    places = [one.result().headers.get("X-Corral-Queue-Position", "-") for one in asked]
+    assert sorted(places) == ["-"] * 4 + ["1", "2", "3"], "who did not wait had none"
     assert held.most == 4
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
 

@@ -24,6 +24,7 @@ WHO = {
     ("GET", "/admin/keys"): OPERATOR,
     ("POST", "/admin/keys"): OPERATOR,
     ("GET", "/admin/keys/{key}"): OPERATOR,
+    ("PATCH", "/admin/keys/{key}"): OPERATOR,
     ("DELETE", "/admin/keys/{key}"): OPERATOR,
     ("POST", "/admin/keys/{key}/rotate"): OPERATOR,
     ("POST", "/admin/keys/{key}/revoke"): OPERATOR,
@@ -52,6 +53,9 @@ WHO = {
     ("GET", "/admin/operations"): OPERATOR,
     ("GET", "/admin/operations/{operation}"): OPERATOR,
     ("POST", "/admin/operations/{operation}/cancel"): OPERATOR,
+    ("GET", "/admin/requests"): OPERATOR,
+    ("GET", "/admin/requests/{request}"): OPERATOR,
+    ("POST", "/admin/requests/{request}/cancel"): OPERATOR,
     ("GET", "/admin/status"): OPERATOR,
     ("GET", "/admin/audit"): OPERATOR,
     ("POST", "/admin/audit/compare"): OPERATOR,
@@ -62,6 +66,7 @@ WHO = {
     ("GET", "/admin/usage"): OPERATOR,
     ("GET", "/internal/snapshot"): INTERNAL,
     ("GET", "/internal/spent"): INTERNAL,
+    ("POST", "/internal/requests/{gateway}"): INTERNAL,
     ("POST", "/internal/spool/{gateway}/{segment}"): INTERNAL,
 }
 OPEN = {("GET", "/health"), ("GET", "/docs"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}

@@ -90,10 +90,13 @@ def test_an_operator_sees_and_ends_its_own_tenants_keys_alone(control: Running, 
     assert {key["name"] for key in red.get("/admin/keys").json()["keys"]} == {"red", "own"}
     assert [one["name"] for one in red.get("/admin/tenants").json()["tenants"]] == ["red"]
     assert red.get("/admin/tenants/red").json()["keys"] == 2
-    asked: list[tuple[str, str]] = [("GET", ""), ("POST", "/rotate"), ("POST", "/revoke"), ("DELETE", "")]
+    asked: list[tuple[str, str]] = [
+        *(("GET", ""), ("PATCH", ""), ("POST", "/rotate"), ("POST", "/revoke"), ("DELETE", ""))
+    ]
     for method, verb in asked:
         for name in (other["id"], "other", "nobody"):
-            answer = red.request(method, f"/admin/keys/{name}{verb}")
+            body = {"deadline": 1} if method == "PATCH" else None
+            answer = red.request(method, f"/admin/keys/{name}{verb}", json=body)
             assert (answer.status_code, answer.json()["error"]["message"]) == (404, f"there is no key '{name}'")
     for method, path in (("GET", "/admin/tenants/blue"), ("GET", "/admin/tenants/none")):
         assert red.request(method, path).status_code == 404

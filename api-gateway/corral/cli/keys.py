@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -18,14 +19,20 @@ _COLUMNS = (
 
 
 class Span(click.ParamType[float]):
-    """A duration such as 30d, in seconds. With ``unit``, a bare number is refused: it is rarely meant as seconds."""
+    """A duration such as 30d, in seconds.
+
+    With ``unit``, a bare number is refused: it is rarely meant as seconds. With ``none``, that word too, which is
+    infinity.
+    """
 
     name = "duration"
 
-    def __init__(self, unit: bool = False) -> None:
-        self._unit = unit
+    def __init__(self, unit: bool = False, none: bool = False) -> None:
+        self._unit, self._none = unit, none
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if self._none and value == "none":
+            return math.inf
         try:
             seconds = duration(value)
             if seconds and self._unit and (number := bare(value)):
@@ -53,6 +60,7 @@ def command() -> None:
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(unit=True), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
+@click.option("--deadline", type=Span(), help="How long its requests may take that do not say so, such as 30s.")
 @click.option("--tenant", help="Whom it belongs to.  [default: that of the key that creates it]")
 @click.option("--new-tenant", is_flag=True, help="Make the tenant where it is new; otherwise that is refused.")
 @common.options
@@ -87,6 +95,19 @@ def show(id: str, as_json: bool, state: str | None) -> None:
     """Show a key, with the limits in force: its own, or the defaults of corral.yaml."""
     key = Admin(common.folder(state))("GET", f"/keys/{segment(id)}")
     common.emit(key, as_json, lambda: common.pairs(_in_force(_shown(key))))
+
+
+@command.command("update")
+@click.argument("id")
+@click.option("--deadline", type=Span(none=True), help="How long its requests may take that do not say so, or none.")
+@common.options
+def update(id: str, deadline: float | None, as_json: bool, state: str | None) -> None:
+    """Change a key; what is not named stays."""
+    if deadline is None:
+        raise click.UsageError("name what to change, such as --deadline 30s or --deadline none")
+    changes = {"deadline": deadline if math.isfinite(deadline) else None}
+    made = Admin(common.folder(state))("PATCH", f"/keys/{segment(id)}", changes)
+    common.emit(made, as_json, lambda: f"changed {id}{common.late(made)}")
 
 
 @command.command("rotate")

@@ -20,6 +20,7 @@ _COMMANDS = {
     "tenants": "tenants",
     "nodes": "nodes",
     "models": "models",
+    "requests": "requests",
     "usage": "usage",
     "audit": "audit",
     "backup": "backup",

@@ -17,7 +17,7 @@ COLUMNS = (
     *("status", "outcome", "node", "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "estimated"),
     *("queue_ms", "ttft_ms", "ms", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
 )
-SEVERITY = {"ok": 1, "client_gone": 2, "refused": 4, "limited": 4, "overloaded": 5}
+SEVERITY = {"ok": 1, "client_gone": 2, "cancelled": 3, "refused": 4, "limited": 4, "overloaded": 5}
 """CEF's, 0 to 10; 6 for what is not here."""
 
 _OCSF_ACTIVITY = {"POST": 1, "GET": 2, "PUT": 3, "PATCH": 3, "DELETE": 4}
@@ -95,7 +95,11 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
         "class_uid": 6003,
         "type_uid": 600300 + activity,
         "time": moment,
-        "severity_id": 1 if outcome in ("ok", "client_gone") else 2 if outcome in ("refused", "limited") else 3,
+        "severity_id": 1
+        if outcome in ("ok", "client_gone", "cancelled")
+        else 2
+        if outcome in ("refused", "limited")
+        else 3,
         "status_id": 0 if outcome is None else 1 if outcome == "ok" else 2,
         "status_code": str(record["status"]) if record.get("status") is not None else "",
         "status_detail": outcome or "",

@@ -13,7 +13,7 @@ from corral.cli import common
 @click.command("status")
 @common.options
 def command(as_json: bool, state: str | None) -> None:
-    """Show what runs: address, processes, nodes and their models, store."""
+    """Show what runs: address, processes, nodes and their models, store, who waits, alerts."""
     from corral.stack import status
 
     admin = common.Admin(common.folder(state))
@@ -37,6 +37,10 @@ def _text(known: dict[str, Any]) -> str:
         common.table(parts, ("part", "state", "pid", "url"), ""),
         common.table(known["nodes"], columns, "no nodes"),
     ]
+    if known["queues"]:
+        # "estimate": what one more would wait.
+        waiting = common.table(known["queues"], ("model", "waiting", "oldest", "estimate"), "")
+        tables.append(f"Requests that wait for a slot (seconds)\n{waiting}")
     if known["alerts"]:
         firing = common.table(known["alerts"], ("severity", "name", "since", "summary", "runbook"), "")
         tables.append(f"Alerts firing\n{firing}")

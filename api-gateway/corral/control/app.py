@@ -14,7 +14,20 @@ from starlette.types import Receive, Scope, Send
 
 from corral import __version__
 from corral.config.settings import Settings
-from corral.control import audit, errors, internal, keys, models, nodes, openapi, record, status, switches, tenants
+from corral.control import (
+    audit,
+    errors,
+    internal,
+    keys,
+    models,
+    nodes,
+    openapi,
+    record,
+    requests,
+    status,
+    switches,
+    tenants,
+)
 from corral.control.alerts import Alerts
 from corral.control.auth import Gate
 from corral.control.canary import Canary
@@ -31,6 +44,7 @@ from corral.control.operations import Operations
 from corral.control.placement import Placement
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
+from corral.control.questions import Questions
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
@@ -147,6 +161,7 @@ def _assemble(settings: Settings) -> Control:
         leading=Leading(database, valkey, fleet, placement),
         hashes=Hashes(pepper),
         alerts=Alerts(),
+        questions=Questions(hub),
     )
 
 
@@ -220,7 +235,7 @@ def _api(life: object) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    for module in (keys, tenants, nodes, models, switches, status, audit, record, internal):
+    for module in (keys, tenants, nodes, models, requests, switches, status, audit, record, internal):
         app.include_router(module.router)
     openapi.install(app)
 

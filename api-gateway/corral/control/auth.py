@@ -27,11 +27,11 @@ OPEN = frozenset({"/health", "/docs", "/openapi.json"})
 # What may be served is the administrator's to say; bringing nodes to it is the operator's. Keys, tenants and records
 # are an operator's as far as they are of its own tenant, which the routes see to (`Principal.bound`).
 OPERATOR = re.compile(
-    r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|status|keys(/.*)?|audit/compare)"
+    r"/admin/(nodes(/.*)?|models(/(?!catalogue$).*)?|operations(/.*)?|requests(/.*)?|status|keys(/.*)?|audit/compare)"
 )
 OPERATOR_READS = re.compile(r"/admin/(audit|usage|tenants(/.*)?)")
 # What the machines do now, which pages and commands ask for over and over; all other reads are recorded.
-UNRECORDED_READS = re.compile(r"/admin/(status|((nodes|models|operations)(/.*)?))")
+UNRECORDED_READS = re.compile(r"/admin/(status|((nodes|models|operations|requests)(/.*)?))")
 BODY_MAX = 1 << 20
 ROUTE_MAX = 200
 

@@ -15,6 +15,7 @@ from corral.control.haproxy import HaproxyReloader
 from corral.control.leading import Leading
 from corral.control.ledger import Ledger
 from corral.control.prober import Fleet
+from corral.control.questions import Questions
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
@@ -52,6 +53,7 @@ class Control:
     leading: Leading
     hashes: Hashes
     alerts: Alerts
+    questions: Questions
 
 
 def _control(request: Request) -> Control:

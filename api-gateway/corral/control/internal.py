@@ -7,17 +7,20 @@ import re
 from typing import Annotated, Any
 from urllib.parse import unquote
 
+import msgspec
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from corral.control import discovery
 from corral.control.context import Here
 from corral.control.errors import Problem, answer
+from corral.control.snapshot import Told
 from corral.store.ingest import WrongOffset, ingest
 from corral.store.spool import SHIP_MAX, SpoolCorrupt
 
 CHUNK_MAX = SHIP_MAX
 SUSPECTS_MAX = 100
+Row = tuple[float, float, float, float, float]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -31,10 +34,11 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
     if _NAME.fullmatch(name):
-        await hub.heard(name, since, *_told(request), left="x-corral-leaving" in request.headers)
+        await hub.heard(name, since, _told(request), left="x-corral-leaving" in request.headers)
+    asked = {"X-Corral-Asked": "1"} if control.questions.of(name) else None
     if since == hub.version:
-        return Response(status_code=304)
-    return Response(hub.content(), media_type="application/json")
+        return Response(status_code=304, headers=asked)
+    return Response(hub.content(), media_type="application/json", headers=asked)
 
 
 @router.get("/internal/spent")
@@ -51,13 +55,9 @@ async def spool(
     for field, name in (("gateway", gateway), ("segment", segment)):
         if not _NAME.fullmatch(name):
             raise Problem(400, "bad_request", f"{field}: not a name")
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > CHUNK_MAX:
-            raise Problem(413, "request_too_large", f"more than {CHUNK_MAX} bytes of frames at once")
+    data = await _body(request)
     try:
-        taken = await control.database.write(ingest, gateway, segment, offset, bytes(data))
+        taken = await control.database.write(ingest, gateway, segment, offset, data)
     except WrongOffset as error:
         return JSONResponse({"offset": error.offset}, status_code=409)
     except SpoolCorrupt as error:
@@ -66,9 +66,28 @@ async def spool(
     return JSONResponse({"offset": taken.watermark})
 
 
-def _told(request: Request) -> tuple[str, float, dict[str, frozenset[str]]]:
-    """Where a gateway says its metrics are, how long its oldest unshipped record waits, and which runners it suspects:
-    models by node."""
+@router.post("/internal/requests/{gateway}")
+async def answers(control: Here, request: Request, gateway: str) -> dict[str, Any]:
+    """Take a gateway's answers (`Questions.take`); what it has still to answer."""
+    try:
+        told = msgspec.json.decode(await _body(request), type=list[dict[str, Any]])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Problem(400, "bad_request", f"expected a list of answers: {error}") from None
+    control.questions.take(gateway, told)
+    return {"questions": control.questions.of(gateway)}
+
+
+async def _body(request: Request) -> bytes:
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > CHUNK_MAX:
+            raise Problem(413, "request_too_large", f"more than {CHUNK_MAX} bytes at once")
+    return bytes(data)
+
+
+def _told(request: Request) -> Told:
+    """What a gateway says of itself with its question for a snapshot."""
     peer = request.client.host if request.client is not None else ""
     try:
         behind = float(request.headers.get("x-corral-backlog", "0")[:32])
@@ -80,5 +99,13 @@ def _told(request: Request) -> tuple[str, float, dict[str, frozenset[str]]]:
         node, _, model = runner.partition("/")
         if node and model:
             suspects.setdefault(unquote(node), set()).add(unquote(model))
-    told = {node: frozenset(models) for node, models in suspects.items()}
-    return metrics, behind if math.isfinite(behind) and behind > 0.0 else 0.0, told
+    try:
+        queues = msgspec.json.decode(request.headers.get("x-corral-queues", "{}"), type=dict[str, Row])
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        queues = {}
+    return Told(
+        metrics,
+        behind if math.isfinite(behind) and behind > 0.0 else 0.0,
+        {node: frozenset(models) for node, models in suspects.items()},
+        {model: list(row) for model, row in queues.items()},
+    )

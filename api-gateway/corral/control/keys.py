@@ -26,6 +26,7 @@ from corral.store import tenants
 from corral.store.tables import key_verifiers, keys
 
 OVERLAP = 86400.0
+DEADLINE_MAX = 7 * 86400.0
 LATEST = datetime(3000, 1, 1, tzinfo=UTC).timestamp()
 
 router = APIRouter(tags=["keys"])
@@ -62,6 +63,9 @@ Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f
 Glob = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x20\x7f]+$")]
 Cidr = Annotated[str, Field(max_length=64), AfterValidator(_network)]
 Limit = Annotated[Whole, Field(ge=1, le=2**53)] | None
+Deadline = (
+    Annotated[float, BeforeValidator(duration, json_schema_input_type=str | float), Field(gt=0, le=DEADLINE_MAX)] | None
+)
 
 
 class NewKey(BaseModel):
@@ -87,8 +91,21 @@ class NewKey(BaseModel):
         None, description="Seconds from now, a duration such as 30d, or an ISO 8601 time; null: never."
     )
     content: bool = Field(False, description="Its prompts and answers are kept, with `audit.content: full`.")
+    deadline: Deadline = Field(
+        None, description="How long a request may take that has no `X-Corral-Deadline-Ms`: seconds, or 30s."
+    )
     tenant: Text | None = Field(None, description="That of the key that makes it, by default.")
     new_tenant: bool = Field(True, description="The tenant is made where it is new; false: that is refused.")
+
+
+class Changes(BaseModel):
+    """What of a key may be changed; what is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    deadline: Deadline = Field(
+        None, description="How long a request may take that has no `X-Corral-Deadline-Ms`: seconds, or 30s; null: any."
+    )
 
 
 class Rotation(BaseModel):
@@ -125,6 +142,13 @@ async def show_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
     defaults = _defaults(control)
     own = {name: found[name] for name in defaults if found[name] is not None}
     return {**found, "limits": {**defaults, **own}}
+
+
+@router.patch("/admin/keys/{key}")
+async def update_key(control: Here, caller: Caller, key: str, wanted: Changes) -> dict[str, Any]:
+    """Change what is given of a key; says which gateways have taken note within a second."""
+    made = await control.database.write(_update, caller, key, wanted.model_dump(exclude_unset=True))
+    return {**made, "gateways": await control.hub.spread()}
 
 
 @router.post("/admin/keys/{key}/rotate")
@@ -240,6 +264,20 @@ def _no_tenant(tenant: str, known: list[str]) -> str:
     near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(tenant, known, 1))
     new = f"if it is to be new: `corral tenants create {shlex.quote(tenant)}`, or --new-tenant (new_tenant)"
     return f"tenant: there is no tenant {tenant!r}{near or ';'} {new}"
+
+
+def _update(connection: Connection, who: Principal, key: str, changes: dict[str, Any]) -> dict[str, Any]:
+    row = _find(connection, who, key)
+    before = _describe(connection, row)
+    if ROLES.index(row.role) > ROLES.index(who.role):
+        raise Problem(403, "forbidden", f"a key of role {who.role} changes none of role {row.role}")
+    if row.revoked is not None:
+        raise Problem(409, "revoked", "the key was revoked: make a new one")
+    if changes:
+        connection.execute(update(keys).where(keys.c.id == row.id).values(**changes))
+    made = _describe(connection, _find(connection, who, row.id))
+    record(connection, who, "PATCH", f"/admin/keys/{row.id}", before, made, tenant=row.tenant)
+    return made
 
 
 def _rotate(

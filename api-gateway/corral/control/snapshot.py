@@ -10,7 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import hiredis
 import msgspec
@@ -29,10 +30,22 @@ FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
 FIELDS = (
     *("id", "name", "tenant", "role", "models", "networks"),
-    *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "expires", "content"),
+    *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "expires", "content", "deadline"),
 )
 
 log = logging.getLogger(__name__)
+
+
+class Told(NamedTuple):
+    """What a gateway says of itself: see `Gateway`; ``suspects`` are runners that it suspects, models by node."""
+
+    metrics: str = ""
+    behind: float = 0.0
+    suspects: Mapping[str, frozenset[str]] = MappingProxyType({})
+    queues: Mapping[str, list[float]] = MappingProxyType({})
+
+
+NOTHING = Told()
 
 
 @dataclass
@@ -40,7 +53,9 @@ class Gateway:
     """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``at`` the same in monotonic ones, ``version`` what
     it said it has, ``left`` whether it said that it ends.
 
-    ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds).
+    ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds),
+    ``queues`` who waits there, by model: how many, the oldest's wait (seconds), slots, seconds of a load, seconds that
+    a request takes.
     """
 
     name: str
@@ -48,6 +63,7 @@ class Gateway:
     version: str
     metrics: str = ""
     behind: float = 0.0
+    queues: Mapping[str, list[float]] = field(default_factory=dict)
     left: bool = False
     at: float = field(default_factory=time.monotonic)
 
@@ -169,14 +185,12 @@ class Hub:
         self,
         name: str,
         version: str,
-        metrics: str = "",
-        behind: float = 0.0,
-        suspects: Mapping[str, frozenset[str]] | None = None,
+        told: Told = NOTHING,
         left: bool = False,
     ) -> None:
         """Note that a gateway asked, what it has, and what it says of itself and of nodes' runners."""
-        self._fleet.suspect(name, suspects or {})
-        self.gateways[name] = Gateway(name, time.time(), version, metrics, behind, left)
+        self._fleet.suspect(name, told.suspects)
+        self.gateways[name] = Gateway(name, time.time(), version, told.metrics, told.behind, told.queues, left)
         async with self._arrived:
             self._arrived.notify_all()
 
@@ -188,6 +202,19 @@ class Hub:
         since = time.monotonic() - FORGOTTEN
         self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.at >= since}
         return sorted((one for one in self.gateways.values() if not one.left), key=lambda gateway: gateway.name)
+
+    def present(self) -> list[Gateway]:
+        """Gateways that were heard just now."""
+        return [one for one in self.known() if one.present]
+
+    def serving(self) -> tuple[list[str], list[str]]:
+        """Names of gateways that were heard just now, and of others that may serve by what they last heard."""
+        present = self._serving(PRESENT)
+        return present, [name for name in self._serving(self._stale) if name not in present]
+
+    def nudge(self) -> None:
+        """Have gateways look for a snapshot now, where Valkey reaches them."""
+        self._publish()
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""

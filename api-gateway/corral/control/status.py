@@ -12,6 +12,7 @@ from fastapi import APIRouter
 
 from corral.config.local import listeners, loopback_port
 from corral.control.context import Control, Here
+from corral.control.requests import waits
 from corral.store.valkey import ValkeyDown
 
 router = APIRouter(tags=["fleet"])
@@ -42,6 +43,7 @@ async def status(control: Here) -> dict[str, Any]:
             }
             for gateway in control.hub.known()
         ],
+        "queues": waits(control.hub.present()),
         "nodes": [
             {
                 "name": node.name,

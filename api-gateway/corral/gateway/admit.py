@@ -30,15 +30,17 @@ def reserve(decoded: Decoded | None, answer_tokens: int, density: float = 1.0) -
     return int(decoded.estimate * density) + (answer_tokens if bound is None else bound) or 1
 
 
-def duration(headers: Mapping[bytes, bytes], most: float) -> float:
+def duration(headers: Mapping[bytes, bytes], most: float, deadline: float | None = None) -> float:
     """How long a request may take from its arrival on (seconds): `most`, or less where its caller says so.
+
+    `deadline` is that of its key, for a caller who does not.
 
     Raises:
         ApiError: 400 for what is no number; 503 where that time is over already.
     """
     text = headers.get(DEADLINE)
     if text is None:
-        return most
+        return most if deadline is None else min(most, deadline)
     try:
         given = int(text)
     except ValueError:

@@ -26,6 +26,7 @@ class Key:
     """A key as the gateway uses it. ``expires`` is epoch seconds. ``content``: its prompts and answers are kept.
 
     ``density`` is how many tokens its prompts were found to have for each that was guessed (`settle.learn`).
+    ``deadline`` is how long a request of it may take that does not say so (seconds), None for as long as any.
     ``networks`` is None for a key that may be used from anywhere; ``places`` are addresses that were found in them.
     """
 
@@ -39,6 +40,7 @@ class Key:
     batch: bool
     budget: Budget
     content: bool = False
+    deadline: float | None = None
     density: float = 1.0
     places: set[str] = field(default_factory=set)
 
@@ -67,6 +69,7 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
         batch=entry.get("class") == "batch",
         budget=Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant),
         content=bool(entry.get("content")),
+        deadline=entry.get("deadline"),
     )
 
 

@@ -47,7 +47,7 @@ class Exchange(State):
             self.key_id, self.tenant = key.id, key.tenant
             if key.networks is not None:
                 locate(key, self.address)
-            self.most = admit.duration(self.headers, gateway.max_duration)
+            self.most = admit.duration(self.headers, gateway.max_duration, key.deadline)
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
@@ -71,7 +71,7 @@ class Exchange(State):
     def broken(self) -> None:
         """End with the fault of the gateway's own that is being handled; it is recorded like any other."""
         log.exception("%s: %s could not be answered", self.request_id, self.path)
-        self._abandon()
+        self.abandon()
         self.give_up(ApiError(500, "internal_error", "the gateway failed at this request"), "upstream_error")
 
     def _health(self) -> None:
@@ -98,7 +98,7 @@ class Exchange(State):
 
     def _admit(self, verdict: Verdict, key: Key) -> None:
         self._admitted = not verdict.refused
-        self._rate_headers = admit.headers(verdict, key.budget)
+        self.own_headers = admit.headers(verdict, key.budget)
         if verdict.refused:
             self.refusal = verdict.refused
             self.refuse(admit.refusal(verdict, key.budget))
@@ -139,7 +139,7 @@ class Exchange(State):
         except ApiError as error:
             self.refuse(error)
             return
-        self._finish_whole(200, heads.own(self.request_id, self._rate_headers), body)
+        self._finish_whole(200, heads.own(self.request_id, self.own_headers), body)
 
     # -- schedule, relay
 
@@ -254,9 +254,8 @@ class Exchange(State):
             self.broken()
 
     def _failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
-        gateway = self.gateway
+        gateway, decoded = self.gateway, self.decoded
         self._attempt = None
-        decoded = self.decoded
         assert decoded is not None
         # The node may not know yet that nobody wants its answer.
         gateway.queue.leave(self, gateway.queue.cooling(self) if failure in GIVEN_UP else 0.0)
@@ -300,23 +299,23 @@ class Exchange(State):
         self.gateway.queue.again(self, monotonic())
 
     def _head(self, content_type: str) -> bytes:
-        rates = self._rate_headers
+        rates = self.own_headers
         return heads.relayed(content_type, self.request_id, self._node_header, self.attempts, self.queue_ms, rates)
 
     # -- the end
 
-    def refuse(self, error: ApiError) -> None:
+    def refuse(self, error: ApiError, outcome: str = "") -> None:
         """Answer with an error; nothing was sent before."""
-        headers = heads.refusal(error, self.request_id, self._rate_headers)
-        self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id))
+        headers = heads.refusal(error, self.request_id, self.own_headers)
+        self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id), outcome)
 
-    def _finish_whole(self, status: int, headers: bytes, body: bytes) -> None:
-        self._settle(status, settle.outcome_of(status), RESPOND, headers, body)
+    def _finish_whole(self, status: int, headers: bytes, body: bytes, outcome: str = "") -> None:
+        self._settle(status, outcome or settle.outcome_of(status), RESPOND, headers, body)
 
     def give_up(self, error: ApiError, outcome: str) -> None:
         """End with an error, whatever was sent before."""
         if not self._open:
-            self.refuse(error)
+            self.refuse(error, outcome if outcome == "cancelled" else "")
             return
         self.keep_alive = False
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))
@@ -356,10 +355,11 @@ class Exchange(State):
         """The caller left: stop the node's work now; it is not the node's fault."""
         if self._settled:
             return
-        self._abandon()
+        self.abandon()
         self._settle(499, "client_gone", NOTHING, b"", b"")
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """End the attempt, if there is one; it is not the node's fault."""
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
@@ -375,7 +375,7 @@ class Exchange(State):
             if now >= min(self.wait_until, self.arrived + self.most):
                 self.give_up(gateway.queue.too_late(self), "overloaded")
         elif now - self.arrived >= self.most:
-            self._abandon()
+            self.abandon()
             self.give_up(ApiError(504, "timeout", f"the request took longer than {self.most:g} s"), "timeout")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -17,12 +18,22 @@ from corral.gateway.snapshot import Snapshot
 
 POLL = 0.5
 TOUCH = 10.0
+ASKED = "x-corral-asked"
+"""The header by which control says that it asks something."""
+ROUNDS = 5
 
 log = logging.getLogger(__name__)
 
 
+def _nothing(question: dict[str, Any]) -> None:
+    """The answer of who has none."""
+
+
 class Feed:
-    """Keeps a snapshot current from control's internal address; ``tell`` gives more headers for each question."""
+    """Keeps a snapshot current from control's internal address, and answers what control asks.
+
+    ``tell`` gives more headers for each question, ``answer`` the answer to one of control's.
+    """
 
     def __init__(
         self,
@@ -32,12 +43,15 @@ class Feed:
         gateway: str,
         cache: Path,
         tell: Callable[[], dict[str, str]] = dict,
+        answer: Callable[[dict[str, Any]], Any] = _nothing,
     ) -> None:
         self._snapshot = snapshot
         self._file = cache / "snapshot.json"
         self._url = f"{control_url}/internal/snapshot"
         self._headers = {"Authorization": f"Bearer {token}", "X-Corral-Gateway": gateway}
-        self._tell = tell
+        self._tell, self._answer = tell, answer
+        self._answers_url = f"{control_url}/internal/requests/{gateway}"
+        self._answers: list[dict[str, Any]] = []
         self._wake = asyncio.Event()
         self._touched = 0.0
         self._unkept: bytes | None = None
@@ -103,9 +117,25 @@ class Feed:
         elif response.status_code != 304:
             raise ValueError(f"status {response.status_code}")
         self._snapshot.confirmed = now
+        if ASKED in response.headers:
+            await self._reply(client)
         if self._unkept is not None or now - self._touched > TOUCH:
             self._remember(now)
         return response.status_code == 200
+
+    async def _reply(self, client: httpx.AsyncClient) -> None:
+        """Answer what control asks. An answer that it did not take is sent again when it asks the next time."""
+        try:
+            for _ in range(ROUNDS):
+                data = msgspec.json.encode(self._answers)
+                response = await client.post(self._answers_url, content=data, headers=self._headers)
+                questions = msgspec.json.decode(response.raise_for_status().content)["questions"]
+                self._answers = []
+                if not questions:
+                    return
+                self._answers = [{"number": one["number"], "value": self._answer(one)} for one in questions]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            log.warning("control does not take what it asked for: %r", error)
 
     def _remember(self, now: float) -> None:
         # A disk that takes no file says nothing of control: the snapshot in force stays good.

@@ -31,9 +31,9 @@ EVERY_REASON = (
     *LIMIT_REASONS[1:],
     "other",
 )
-ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone"))
+ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone", "cancelled"))
 RETRIED = ("connect", "reset", "crash", "node", "timeout", "nonsense", "missing")
-CONTINUATIONS = ("ok", "failed", "client_gone", "no_node", "ineligible")
+CONTINUATIONS = ("ok", "failed", "client_gone", "cancelled", "no_node", "ineligible")
 """What became of answers that their node left after the first token."""
 WHOLE = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
 """Routes whose answer has no tokens that could be timed."""

@@ -148,6 +148,8 @@ class Queue:
             self.waiting[wanted.id] = exchange
             self._gateway.running.add(exchange)
             if not exchange.wait_until:
+                if not exchange.queued_at:
+                    self._told(exchange, answer.position, answer.slots, answer.load)
                 exchange.queued_at = now
                 exchange.wait_until = now + self._bound(exchange, answer)
 
@@ -223,8 +225,13 @@ class Queue:
     def refused(self, exchange: Exchange, answer: Answer) -> ApiError:
         """The error for a request that may not even wait."""
         self.full += 1
+        self._told(exchange, answer.position + 1, answer.slots, answer.load)
         seconds = self._estimate(exchange, answer.position, max(1, answer.slots))
         return self._overloaded(f"{answer.position} requests wait for '{exchange.model}' already", seconds)
+
+    def seconds(self, model: str) -> float:
+        """For how long a request of a model takes a slot, at a guess."""
+        return self._seconds.get(model, SECONDS)
 
     # -- for the gateway
 
@@ -371,7 +378,13 @@ class Queue:
         return wait_bound(self._wait, answer.load, drain, answer.slots > 0)
 
     def _estimate(self, exchange: Exchange, position: int, slots: int) -> float:
-        return estimate(position, slots, self._seconds.get(exchange.model, SECONDS))
+        return estimate(position, slots, self.seconds(exchange.model))
+
+    def _told(self, exchange: Exchange, position: int, slots: int, load: float) -> None:
+        """Have its answer say which place it had when it came, and for how long it was to wait then at a guess."""
+        wait = estimate(position, slots, self.seconds(exchange.model), load)
+        lines = b"X-Corral-Queue-Position: %d\r\nX-Corral-Queue-Estimate-Ms: %d\r\n"
+        exchange.own_headers += lines % (position, int(wait * 1e3))
 
     def _overloaded(self, message: str, seconds: float) -> ApiError:
         retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))

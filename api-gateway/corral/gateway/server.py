@@ -26,6 +26,7 @@ from corral.gateway.queue import Queue
 from corral.gateway.recall import Recall
 from corral.gateway.records import Begun, Progress, Settled
 from corral.gateway.recover import RetryBudget
+from corral.gateway.report import Report
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
@@ -72,7 +73,8 @@ class Gateway:
         self.snapshot = Snapshot(settings.limits.default.model_dump(), caps)
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
-        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell)
+        self.report = Report(self)
+        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell, self.report.answer)
         self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS + keeper.SCRIPTS)
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
@@ -219,12 +221,14 @@ class Gateway:
             self.journal.record(Progress(rows[start : start + PROGRESS_ROWS]), NOBODY)
 
     def _tell(self) -> dict[str, str]:
-        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, and
-        which runners are suspect."""
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, which
+        runners are suspect, and who waits."""
         told = {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
         suspects = [f"{quote(node, '')}/{quote(model, '')}" for node, model in self.health.canaries]
         if suspects:
             told["X-Corral-Suspects"] = ",".join(suspects[:SUSPECTS_TOLD])
+        if queues := self.report.queues():
+            told["X-Corral-Queues"] = queues
         return told
 
     def changed(self, message: Any) -> None:

@@ -30,7 +30,7 @@ def outcome_of(status: int) -> str:
 
 def continued(outcome: str) -> str:
     """How a continuation ended, as the metrics name it, by the outcome of its request."""
-    return outcome if outcome in ("ok", "client_gone") else "failed"
+    return outcome if outcome in ("ok", "client_gone", "cancelled") else "failed"
 
 
 def admitted(exchange: Exchange) -> Admitted:
@@ -92,7 +92,7 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     responder = decoded.responder
     if outcome == "ok" or responder.prompt_tokens:
         return responder.prompt_tokens, responder.tokens, False
-    worked = exchange.first_token or (outcome == "client_gone" and exchange.attempts)
+    worked = exchange.first_token or (outcome in ("client_gone", "cancelled") and exchange.attempts)
     if not worked or not decoded.estimate:
         return 0, responder.tokens, False
     return decoded.estimate, responder.tokens, True

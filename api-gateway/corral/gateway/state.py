@@ -27,8 +27,8 @@ class State(Waiter):
     ``headers`` has lower-case names; ``modern``: HTTP/1.1. ``wanted`` is the slot that it has or asks for, ``answer``
     what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
-    of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take. What most requests never set
-    stands on the class.
+    of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
+    whatever it is. What most requests never set stands on the class.
     """
 
     body = b""
@@ -68,7 +68,7 @@ class State(Waiter):
     _seen = 0
     paused = False
     _node_header = b""
-    _rate_headers = b""
+    own_headers = b""
     _tail = b""
     _admitted = False
     _recorded = False

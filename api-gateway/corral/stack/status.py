@@ -53,6 +53,7 @@ def status(url: str, ask: Callable[[], Any], state: StateFolder | None) -> dict[
             "valkey": {"state": _valkey(store, stack), "pid": pid("valkey") or _told_pid(store.get("valkey"))},
             "database": {"state": store.get("database", {}).get("state") or ("up" if reached else "unknown")},
         },
+        "queues": told.get("queues") or [],
         "stats_url": stack.get("stats_url"),
         "monitoring": {
             name: {"state": _state(http_ok(known["url"], "/-/ready")), "pid": pid(name), "url": known["url"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,35 @@ async def read(store: Valkey, models: Iterable[str]) -> dict[str, Seen]:
     for name, seen in zip(names, found, strict=True):
         seen.asked = int(counts.get(name, b"0"))
     return dict(zip(names, found, strict=True))
+
+
+async def order(
+    store: Valkey, tickets: Mapping[tuple[str, str], str]
+) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+    """Of tickets (gateway and id, with the model that they wait for): the position of each that waits in the store, and
+    the slots of each model there.
+
+    Raises:
+        ValkeyDown, hiredis.ReplyError: the store did not say.
+    """
+    positions: dict[tuple[str, str], int] = {}
+    slots: dict[str, int] = {}
+    for model in set(tickets.values()):
+        name = model.encode()
+        keys = (PREFIX + b"wait:" + name + b":%d" % kind for kind in range(KINDS))
+        total, *queues = await asyncio.gather(
+            store.request(b"GET", PREFIX + b"total:" + name),
+            *(store.request(b"ZRANGE", key, b"0", b"-1", b"WITHSCORES") for key in keys),
+        )
+        slots[model] = int(total or 0)
+        waiting = sorted(
+            (float(score), member) for flat in queues for member, score in zip(flat[::2], flat[1::2], strict=True)
+        )
+        for at, (_, member) in enumerate(waiting):
+            gateway, _, id = member.decode().partition(" ")
+            if (gateway, id) in tickets:
+                positions[gateway, id] = at + 1
+    return positions, slots
 
 
 async def generation(store: Valkey, term: int) -> int:

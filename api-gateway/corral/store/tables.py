@@ -47,6 +47,7 @@ tenants = Table(
 )
 
 # `networks`: CIDRs that it may be used from, null for anywhere. `content`: its prompts and answers are kept.
+# `deadline`: how long a request of it may take that does not say so (seconds).
 keys = Table(
     "keys",
     metadata,
@@ -63,6 +64,7 @@ keys = Table(
     Column("monthly_tokens", BigInteger),
     Column("class", String(16), nullable=False),
     Column("content", Boolean),
+    Column("deadline", Double),
     Column("created", Double, nullable=False),
     Column("expires", Double),
     Column("revoked", Double),

@@ -18,7 +18,8 @@ COUNTS = (
 )
 REFUSED = frozenset({"refused", "limited"})
 FAILED = frozenset({"upstream_error", "timeout", "overloaded", "interrupted"})
-"""Outcomes that are not the caller's doing. One who left (client_gone) is neither refused nor failed."""
+"""Outcomes that are not the caller's doing. One who left (client_gone) or was cancelled is neither refused
+nor failed."""
 
 LAST = 253402300799.0  # of the year 9999: a clock may be wrong by anything
 
