@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,7 +22,7 @@ from corral.gateway.records import Admitted, Progress, Settled
 from corral.store.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
-_encode = msgspec.json.Encoder().encode
+_encode: Final = msgspec.json.Encoder().encode
 
 
 class Waiter:
@@ -31,7 +32,7 @@ class Waiter:
         """The record is in the spool, or (not `written`) could not be."""
 
 
-NOBODY = Waiter()
+NOBODY: Final = Waiter()
 
 
 class Journal:

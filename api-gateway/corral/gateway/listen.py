@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import httptools
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.server import Gateway
 
-HEADER_BYTES = 32 << 10
-HEADER_COUNT = 100
-PIPELINE_MAX = 8
-HEADER_DEADLINE = 10.0
-BODY_DEADLINE = 60.0
-BODY_RATE = 16 << 10  # bytes a second; a body may take as much longer as it has of these
-BODY_KNOWN = 64 << 10  # more of a body is taken from callers with a key alone
+HEADER_BYTES: Final = 32 << 10
+HEADER_COUNT: Final = 100
+PIPELINE_MAX: Final = 8
+HEADER_DEADLINE: Final = 10.0
+BODY_DEADLINE: Final = 60.0
+BODY_RATE: Final = 16 << 10  # bytes a second; a body may take as much longer as it has of these
+BODY_KNOWN: Final = 64 << 10  # more of a body is taken from callers with a key alone
 BODIES_MAX = 256 << 20  # of all bodies that are not whole yet
-IDLE_DEADLINE = 75.0
-WRITE_DEADLINE = 60.0
-WRITE_BUFFER = 64 << 10
+IDLE_DEADLINE: Final = 75.0
+WRITE_DEADLINE: Final = 60.0
+WRITE_BUFFER: Final = 64 << 10
 
 
-_ONCE = frozenset(
+_ONCE: Final = frozenset(
     (b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id", DEADLINE)
 )
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.gateway.records import Admitted, Settled
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
-LEARN = 0.3
-DENSITY_MAX = 4.0
+LEARN: Final = 0.3
+DENSITY_MAX: Final = 4.0
 
-OUTCOMES = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
+OUTCOMES: Final = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
 
 
 def outcome_of(status: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import groups
@@ -13,7 +13,7 @@ from corral.store.budget import LIMITS, TENANT, Budget
 from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
-GIB = 1 << 30
+GIB: Final = 1 << 30
 
 
 class Pool:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 import httptools
 
 from corral.gateway.dial import dial
 from corral.wire.errors import UpstreamNonsense
 
-IDLE_MAX = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
-IDLE_COUNT = 256
-STALE_WITHIN = 0.02
+IDLE_MAX: Final = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
+IDLE_COUNT: Final = 256
+STALE_WITHIN: Final = 0.02
 """A reused connection that its peer had closed shows that at once; one that ends later took the request along."""
 
 Address = tuple[str, int]
