@@ -171,7 +171,9 @@ DEFENCES = (
         EDGE,
     ),
     Defence(14, "config/haproxy_rules.py", 'if origin_sent !origin_own"', 'if origin_sent !origin_once"', EDGE),
-    Defence(15, "gateway/authenticate.py", "key is None or key.revoked:", "key is None:", "tests/faults/test_revocation.py"),
+    Defence(
+        15, "gateway/authenticate.py", "key is None or key.revoked:", "key is None:", "tests/faults/test_revocation.py"
+    ),
     Defence(
         15,
         "gateway/authenticate.py",

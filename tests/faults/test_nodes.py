@@ -100,7 +100,9 @@ def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_node_that_fails_at_once_attracts_no_requests(fleet: Fleet, status: int) -> None:
+def test_a_node_that_fails_at_once_attracts_no_requests(
+    fleet: Fleet, status: int, matrix: Callable[[str, str, str], None]
+) -> None:
     node = fleet.nodes["node-1"]
     with fleet.load(QUICK, clients=8, paths=[CHAT], tokens=[4], name=f"fails-{status}") as load:
         load.more(20, "node-1")
@@ -115,3 +117,5 @@ def test_a_node_that_fails_at_once_attracts_no_requests(fleet: Fleet, status: in
     # Each of two gateways tries it again after `SHUN`, two requests at once at most, however few a slow machine has.
     tries = 2 * (1 + int(6 / SHUN)) * 2
     assert 0 < len(tried_twice) <= max(tries, len(during) // 100), f"{len(tried_twice)} of {len(during)}"
+    seen = f"{len(tried_twice)} of {len(during)} met it, each answered elsewhere"
+    matrix(f"a node fails at once ({status})", "<= 1%, or 2 a gateway each 2 s", seen)

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from sqlalchemy import Connection, Engine, event, update
 from support.control import FakeNode, Running, make_key, recorded, until
 
+from corral.cli.common import Admin
 from corral.cli.main import cli
 from corral.store.content import Hashes
 from corral.store.database import Database, resolve
@@ -125,6 +126,34 @@ def test_verify_says_whole_and_names_what_is_not(control: Running, hook: Webhook
     assert json.loads(copy.read_text().splitlines()[0]) == hook.taken[0]
 
 
+def test_what_is_signed_while_verify_reads_is_not_missing(
+    control: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = make_key(control)["id"]
+    ship(control, key, 7)
+    signed(control)
+    data = control.admin.get("/admin/audit/checkpoints").content
+    raw = Admin.raw
+
+    def signs_meanwhile(admin: Admin, path: str) -> bytes:
+        found = raw(admin, path)
+        if path == "/audit/checkpoints":
+            monkeypatch.setattr(Admin, "raw", raw)
+            make_key(control)
+            signed(control)
+        return found
+
+    monkeypatch.setattr(Admin, "raw", signs_meanwhile)
+    checked = run(control, "audit", "verify")
+    assert checked.exit_code == 0, checked.output
+    older = tmp_path / "older.jsonl"
+    older.write_bytes(data)
+    checked = run(control, "audit", "verify", "--checkpoints", str(older))
+    assert (checked.exit_code, f"newer than {older} and control's own" in checked.output) == (0, True), checked.output
+    older.write_bytes(data.replace(b"gateway-1", b"gateway-2"))
+    assert run(control, "audit", "verify", "--checkpoints", str(older)).exit_code == 1, "no copy of this one"
+
+
 def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> None:
     key = make_key(control, tenant="team")["id"]
     ship(control, key, 3)
@@ -200,7 +229,8 @@ def test_compare_tells_whether_a_text_was_it_and_leaves_the_text_at_home(control
     assert "Guten Tag" not in json.dumps(asked) and sha256(body).hexdigest() not in json.dumps(asked)
     assert len(asked) == 3
     signed(control)
-    assert run(control, "audit", "verify").exit_code == 0
+    checked = run(control, "audit", "verify")
+    assert checked.exit_code == 0, checked.output
     database = Database(resolve(control.settings.store.database, control.state))
     database.write_now(lambda c: c.execute(update(audit).where(audit.c.id == "r1").values(prompt_hash="0" * 64)))
     database.close()

@@ -74,26 +74,38 @@ class Fleet:
     """Edge, two gateways, control, two nodes. A test leaves it as it found it."""
 
     def __init__(
-        self, folder: Path, exits: ExitStack, patience: str = "3s", first: SimulatedNode | None = None
+        self,
+        folder: Path,
+        exits: ExitStack,
+        patience: str = "3s",
+        first: SimulatedNode | None = None,
+        nodes: Sequence[SimulatedNode] = (),
+        slots: int = 64,
+        **gateway: Any,
     ) -> None:
-        """``patience``: longest wait for a token; ``first``: the node that is node-1."""
+        """``patience``: longest wait for a token; ``first``: the node that is node-1; ``nodes``: all of them; ``slots``
+        of each; ``gateway``: more of its settings.
+        """
         self.folder = folder
         self._exits = exits
         self.nodes: dict[str, SimulatedNode] = {}
         if first is not None:
             self.take(first)
-        else:
+        elif not nodes:
             self.node("node-1")
-        self.node("node-2")
+        for node in nodes:
+            self.take(node)
+        if not nodes:
+            self.node("node-2")
         self.valkey: Server = exits.enter_context(valkey(folder))
         config = folder / "corral.yaml"
         settings: dict[str, Any] = {
-            "gateway": {"processes": 2, "first_token": patience, "between_tokens": patience},
+            "gateway": {"processes": 2, "first_token": patience, "between_tokens": patience, **gateway},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": self.valkey.url},
         }
         # As many at once as the simulated models take: who waits, waits at the node.
-        settings["nodes"] = [{"name": node.name, "url": node.url, "slots": 64} for node in self.nodes.values()]
+        settings["nodes"] = [{"name": node.name, "url": node.url, "slots": slots} for node in self.nodes.values()]
         config.write_text(yaml.safe_dump(settings))
         self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config)))
         self.warm()
@@ -142,6 +154,27 @@ class Fleet:
     def states(self) -> dict[str, str]:
         """The nodes' states, as control has them."""
         return {node["name"]: node["state"] for node in self.stack.corral("nodes", "list")}
+
+    def control_says(self, name: str) -> float:
+        """A metric of control's."""
+        return page(self._parts()["control"]["metrics"]).value(name)
+
+    def node_says(self, node: str, name: str, **labels: str) -> float:
+        """A metric of a node's; 0 where it is not there."""
+        seen = page(f"{self._parts()['control']['metrics']}/nodes/{node}")
+        return seen.value(name, **labels) if seen.has(name) else 0.0
+
+    def holders(self, model: str) -> set[str]:
+        """The nodes that hold a model, as control has them."""
+        return {node["name"] for node in self.stack.corral("nodes", "list") if model in node["models"]}
+
+    def residents(self, model: str) -> set[str]:
+        """The nodes that have a model in memory, as control has them."""
+        return {node["name"] for node in self.stack.corral("nodes", "list") if model in node["resident"]}
+
+    def reasons(self) -> dict[str, str]:
+        """Why the nodes are in their states."""
+        return {node["name"]: node["reason"] or "" for node in self.stack.corral("nodes", "list")}
 
     def all_ready(self) -> None:
         """Wait until each node and gateway is in use: by control, by both gateways, and by HAProxy's own checks."""
@@ -223,7 +256,14 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path, patience: str = "3s", first: SimulatedNode | None = None) -> Iterator[Fleet]:
+def fleet(
+    folder: Path,
+    patience: str = "3s",
+    first: SimulatedNode | None = None,
+    nodes: Sequence[SimulatedNode] = (),
+    slots: int = 64,
+    **gateway: Any,
+) -> Iterator[Fleet]:
     """The fleet, started; ended with the block."""
     with ExitStack() as exits:
-        yield Fleet(folder, exits, patience, first)
+        yield Fleet(folder, exits, patience, first, nodes, slots, **gateway)

@@ -48,6 +48,12 @@ class Namespace:
         """From now on every connection is answered with a reset."""
         self.inside("iptables", "-A", "INPUT", "-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset")
 
+    def drop_asked(self, path: str, *ports: int) -> None:
+        """From now on requests for a path of these ports vanish; no other does."""
+        for port in ports:
+            match = ("-m", "string", "--string", f"GET {path} ", "--algo", "bm")
+            self.inside("iptables", "-A", "INPUT", "-p", "tcp", "--dport", str(port), *match, "-j", "DROP")
+
     def mend(self) -> None:
         """The link is as it was."""
         self.inside("iptables", "-F")

@@ -125,6 +125,8 @@ class Client:
                     if seen is not None:
                         seen(answer)
                 answer.body += data
+            # Whole, as `read1` does not know of an answer with a length: else the connection takes no other request.
+            response.close()
         except (OSError, http.client.HTTPException) as error:
             answer.problem = f"{type(error).__name__}: {error}"
             connection.close()
@@ -145,7 +147,8 @@ class Client:
 class Load:
     """``clients`` callers that ask again and again while the block runs; ``answers`` are those that came so far.
 
-    Each caller has the API and the answer's length that its number picks of ``paths`` and ``tokens``.
+    Each caller has the API and the answer's length that its number picks of ``paths`` and ``tokens``. ``fresh``: no two
+    prompts begin alike, so that no node is preferred for having read one.
     """
 
     def __init__(
@@ -157,11 +160,12 @@ class Load:
         paths: Sequence[str] = APIS,
         tokens: Sequence[int] = (16,),
         name: str = "load",
+        fresh: bool = False,
     ) -> None:
         self.answers: list[Answer] = []
         self.streaming: dict[str, Answer] = {}
         """Requests of which some was answered, not yet all."""
-        self._url, self._key, self._model, self._name = url, key, model, name
+        self._url, self._key, self._model, self._name, self._fresh = url, key, model, name, fresh
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(
@@ -177,6 +181,8 @@ class Load:
             if self._stop.is_set():
                 break
             request_id = f"{self._name}-{number}-{count}"
+            if self._fresh:
+                body = body_of(path, self._model, tokens, f"{request_id}: {PROMPT}")
             answer = client.ask(path, body, request_id, lambda begun: self.streaming.update({begun.request_id: begun}))
             self.streaming.pop(request_id, None)
             self.answers.append(answer)

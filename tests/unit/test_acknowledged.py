@@ -16,14 +16,14 @@ STALE = 600.0
 
 @pytest.fixture
 def hub() -> Hub:
-    fleet: Any = SimpleNamespace(members={})
+    fleet: Any = SimpleNamespace(members={}, suspect=lambda name, runners: None)
     made = Hub(None, fleet, SimpleNamespace(connected=False), [], STALE)  # type: ignore[arg-type]
     made.refresh()
     return made
 
 
 def hear(hub: Hub, name: str, ago: float = 0.0, version: str = "older", left: bool = False) -> None:
-    hub.gateways[name] = Gateway(name, time.time() - ago, version, left=left)
+    hub.gateways[name] = Gateway(name, time.time(), version, left=left, at=time.monotonic() - ago)
 
 
 def told(hub: Hub, within: float = 0.05) -> tuple[list[str], list[str]]:

@@ -48,6 +48,18 @@ def test_only_a_ready_node_is_given_work(state: NodeState) -> None:
     assert name_of(choose([bad, node("b")], "m:latest", now=0.0)) == "b"
 
 
+def test_a_model_that_fell_back_to_the_cpu_is_used_where_no_other_is() -> None:
+    slow = node("a", resident="m:latest")
+    slow.on_cpu = frozenset({"m:latest"})
+    busy = node("b", resident="m:latest", in_flight=9)
+    assert name_of(choose([slow, busy], "m:latest", now=0.0)) == "b"
+    assert name_of(choose([slow], "m:latest", now=0.0)) == "a"
+    busy.shunned_until = 9.0
+    assert name_of(choose([slow, busy], "m:latest", now=0.0)) == "a"
+    slow.on_cpu = frozenset({"other:latest"})
+    assert name_of(choose([slow, node("b", resident="m:latest", in_flight=1)], "m:latest", now=0.0)) == "a"
+
+
 def test_a_node_that_failed_is_the_last_resort() -> None:
     failed = node("a", resident="m:latest")
     failed.shunned_until = 10.0

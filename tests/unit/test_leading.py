@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from corral.control import leading as module
 from corral.control.leading import Leading
+from corral.store import lease
+from corral.store.database import Database
 
 
 def test_no_leader_is_missing_where_none_is_wanted() -> None:
@@ -15,3 +23,37 @@ def test_no_leader_is_missing_where_none_is_wanted() -> None:
     assert not leading.missing
     leading.leads = leading.wanted = False
     assert not leading.missing
+
+
+def test_a_lease_that_is_not_renewed_is_over_whatever_its_holder_s_clock_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(f"sqlite:///{tmp_path}/corral.db")
+    database.migrate()
+    # Its clock was an hour ahead; then it was killed.
+    first = database.write_now(lease.take, "ahead", time.time() + 3600, 8.0)
+    assert first == 1
+    assert database.write_now(lease.take, "other", time.time(), 8.0) is None
+    monkeypatch.setattr(module, "LEASE", 0.3)
+    monkeypatch.setattr(module, "RENEW", 0.05)
+
+    async def run(seconds: float, renewed: bool) -> int:
+        # It writes the lease alone: without a store nothing is led.
+        leading = Leading(database, None, None, lambda term: None)  # type: ignore[arg-type, return-value]
+        task = asyncio.create_task(leading._renew())
+        try:
+            async with asyncio.timeout(seconds):
+                while not leading.leads:
+                    if renewed:
+                        await database.write(lease.take, "ahead", time.time() + 3600, 8.0)
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            pass
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+        return leading.term
+
+    assert asyncio.run(run(1.0, renewed=True)) == 0
+    assert asyncio.run(run(20.0, renewed=False)) == first + 1
+    database.close()

@@ -119,6 +119,40 @@ def test_a_minute_of_tokens_leaves_the_window_after_a_minute(store: Server) -> N
     run(store, 1, work)
 
 
+@pytest.mark.parametrize("limits", [{"rpm": 60}, {"rpm": 60, "tpm": 10_000}])
+def test_a_rate_that_is_used_up_outlives_no_clock_that_is_set_back(store: Server, limits: dict[str, int]) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), **limits)
+        for number in range(60):
+            assert (await gateway.ask(key, f"r{number}", 1)).refused == ""
+        assert (await gateway.ask(key, "more", 1)).refused == "rpm"
+        # The clock is the store's own: what it knows is moved an hour into the future instead.
+        script = "return redis.call('SET', KEYS[1], string.format('%.0f', redis.call('GET', KEYS[1]) + 3600000000))"
+        await gateway.store.request(b"EVAL", script.encode(), b"1", key.rate)
+        waits = await gateway.ask(key, "back", 1)
+        assert waits.refused == "rpm" and waits.retry_after <= 2, "its minute stays used up, and no more than that"
+
+    run(store, 1, work)
+
+
+def test_tokens_that_are_used_up_outlive_no_clock_that_is_set_back(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        key = gateway.budget(unused(), tpm=1000)
+        assert (await gateway.ask(key, "a", 1000)).refused == ""
+        script = (
+            "local u = cmsgpack.unpack(redis.call('GET', KEYS[1])) local n = {} for i = 7, 19 do n[i] = u[i] end "
+            "for i = 0, 12 do u[7 + (i + 720) % 13] = n[7 + i] end u[5] = u[5] + 720 "
+            "redis.call('SET', KEYS[1], cmsgpack.pack(u)) return 1"
+        )
+        await gateway.store.request(b"EVAL", script.encode(), b"1", key.tokens)
+        waits = await gateway.ask(key, "b", 1)
+        assert waits.refused == "tpm" and 50 <= waits.retry_after <= 70, "a minute, not an hour"
+
+    run(store, 1, work)
+
+
 def test_more_than_a_minute_holds_is_paid_off(store: Server) -> None:
     async def work(made: list[Gateway]) -> None:
         gateway = made[0]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 
+import pytest
+
+from corral.control.measured import gpu_shares
 from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import aside
 
@@ -61,3 +65,104 @@ def test_the_memory_of_a_node_is_as_configured() -> None:
     assert held.describe()["memory"] == 22 << 30
     assert member().describe()["memory"] is None
     assert not held.loads.locked()
+
+
+def on_gpu(*shares: float, **more: object) -> Member:
+    """A node that held m:1 on its GPU, by these shares of it one after the other."""
+    made = member(**more)
+    for share in shares:
+        made.ps = [{"name": "m:1", "size": 1000, "size_vram": int(share * 1000)}]
+        made.measured.shares(gpu_shares(made.ps))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "shares", "expected"),
+    [
+        ("gpu", (1.0,), []),
+        ("gpu", (0.6,), []),
+        ("gpu", (0.4,), ["m:1"]),
+        ("cpu", (1.0, 0.0), []),
+        (None, (0.0,), []),
+        (None, (1.0, 0.0), ["m:1"]),
+        (None, (1.0, 0.0, 1.0), []),
+        (None, (0.4, 0.3), []),
+    ],
+)
+def test_a_model_that_is_on_the_cpu_is_told_where_a_gpu_is_declared_or_was_seen(
+    accelerator: str | None, shares: tuple[float, ...], expected: list[str]
+) -> None:
+    held = on_gpu(*shares, accelerator=accelerator)
+    assert held.on_cpu == held.entry()["on_cpu"] == expected
+    assert held.reason == ("m:1 runs on its CPU" if expected else None)
+    held.up = False
+    assert held.on_cpu == []
+
+
+def test_a_node_is_suspect_while_a_gateway_says_so_of_a_runner() -> None:
+    fleet, held = Fleet(), member()
+    fleet.members = {"n1": held}
+    fleet.suspect("gateway-1", {"n1": frozenset({"m:1"}), "gone": frozenset({"x"})})
+    fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})})
+    assert (held.state, held.condition, held.describe()["state"]) == ("ready", "suspect", "suspect")
+    assert held.reason == "no stream of m:1 progresses, says gateway-1, gateway-2"
+    assert held.entry()["state"] == "ready", "its other models are served"
+    fleet.suspect("gateway-1", {})
+    held.suspected["gateway-2"] = time.monotonic() - 60, frozenset({"m:1"})
+    assert (held.condition, held.reason) == ("ready", None)
+    held.spared = "as more than half of the nodes do not"
+    assert (held.condition, held.answers, held.up) == ("suspect", False, True)
+    held.draining = True
+    assert held.condition == "draining"
+
+
+def test_what_does_not_answer_goes_as_far_as_the_brakes_let_it() -> None:
+    dead: set[str] | None = None
+
+    async def second() -> set[str] | None:
+        return dead
+
+    async def run() -> None:
+        nonlocal dead
+        looked = asyncio.Event()
+        fleet = Fleet(looked.set)
+        fleet.second = second
+
+        async def until(holds: Callable[[], bool]) -> None:
+            while not holds():
+                looked.clear()
+                await looked.wait()
+
+        nodes = [Member(name, f"http://127.0.0.1:1/{name}", answered=True, up=True) for name in "abc"]
+        await fleet.start(nodes)
+        assert [node.up for node in nodes] == [True] * 3, "one miss is none"
+        await asyncio.gather(*(fleet.probe(node) for node in nodes))
+        assert [(node.up, node.condition) for node in nodes] == [(True, "suspect")] * 3
+        assert nodes[0].entry()["state"] == "ready"
+        dead = {"a", "b"}
+        await until(lambda: not nodes[0].up)
+        assert [node.condition for node in nodes] == ["down", "suspect", "suspect"]
+        dead = {"a", "b", "c"}
+        await until(lambda: not nodes[2].up)
+        assert [node.condition for node in nodes] == ["down"] * 3, "none is left"
+        await fleet.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_node_that_answers_nonsense_is_down_whatever_else_it_holds() -> None:
+    async def run() -> None:
+        fleet = Fleet()
+        tags = [{"name": "rare:1"}]
+        lying, silent = (Member(name, "http://x", answered=True, up=True, tags=tags) for name in ("lying", "silent"))
+        for member, wrong in ((lying, True), (silent, False)):
+            member.misses, member.wrong = 2, wrong
+        fine = Member("fine", "http://x", answered=True, up=True, tags=[{"name": "m:1"}])
+        for member, up in ((lying, False), (silent, True)):
+            fleet.members = {
+                one.name: one for one in (member, fine, Member("other", "http://x", answered=True, up=True))
+            }
+            fleet._judge()
+            assert member.up is up
+
+    asyncio.run(run())

@@ -23,6 +23,8 @@ from corral.store.chain import Signer
 from corral.store.verify import Head, State, verify
 
 PAGE = 1000
+WRITTEN = 5.0
+"""Within this many seconds control has written a checkpoint to its file."""
 
 _COLUMNS = (
     *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "node", "status", "outcome"),
@@ -65,17 +67,18 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
 def verify_records(as_json: bool, state: str | None, checkpoints: str | None, public_key: tuple[str, ...]) -> None:
     """Check every record against the chain and the signed checkpoints.
 
-    For an independent result give both a copy of the checkpoints and the public key that you noted.
+    For an independent result give both a copy of the checkpoints and the public key that you noted. What was signed
+    after the copy was made is taken from control.
     """
-    folder = common.folder(state)
-    admin = Admin(folder)
-    # Before the chain's end is asked for: what is signed meanwhile would be missing there.
-    data = Path(checkpoints).read_bytes() if checkpoints else admin.raw("/audit/checkpoints")
-    source = _Api(admin)
+    admin = Admin(common.folder(state))
+    own = Path(checkpoints).read_bytes().splitlines() if checkpoints else None
+    source, signed = _signed(admin, own)
     publics = [_public(one) for one in public_key] or [source.public_key]
     bar = Bar("verified", "records")
     begun = time.monotonic()
-    report = verify(source, data.splitlines(), publics, bar.show)
+    report = verify(source, signed, publics, bar.show)
+    if own is not None and len(signed) > len(own):
+        report.notes.append(f"{len(signed) - len(own)} checkpoints are newer than {checkpoints} and control's own")
     seconds = time.monotonic() - begun
     told = {**vars(report), "ok": not report.problems, "public_keys": publics, "seconds": round(seconds, 3)}
     lines = [f"PROBLEM: {one}" for one in report.problems] + [f"note: {one}" for one in report.notes]
@@ -177,6 +180,24 @@ def _all(admin: Admin, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
         after = listed[-1]["seq"] if listed else after
 
 
+def _signed(admin: Admin, own: list[bytes] | None) -> tuple[_Api, list[bytes]]:
+    """The chain's end, and its checkpoints: those of a copy, if there is one, and what control has behind them.
+
+    They are read before the chain's end, so that none of them is passed over, and again where it says that more was
+    signed meanwhile: control writes its file after its database.
+    """
+    known = admin.raw("/audit/checkpoints").splitlines() if own is None else own
+    source = _Api(admin)
+    told, until = known, time.monotonic() + WRITTEN
+    while len(told) < source.checkpoint:
+        told = admin.raw("/audit/checkpoints").splitlines()
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    # Later ones seal records behind the end that was told.
+    return source, told[: max(len(known), source.checkpoint)] if told[: len(known)] == known else known
+
+
 class _Api:
     """Records by the admin API, as `verify` asks for them."""
 
@@ -184,6 +205,7 @@ class _Api:
         self._admin = admin
         told = admin("GET", "/audit/chain", timeout=120.0)
         self.public_key = str(told["public_key"])
+        self.checkpoint = int(told["checkpoint"])
         self._fields = tuple(told["fields"])
         heads = {
             name: Head(head["pos"], bytes.fromhex(head["link"]), head["signed"], head["highest"])

@@ -117,6 +117,7 @@ def _assemble(settings: Settings) -> Control:
     pepper = read_pepper(state / settings.auth.pepper_file)
     hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
     haproxy = _reloader(settings, state)
+    fleet.second = haproxy.unreached
     groups = pools.groups(settings.tenants.nodes)
 
     def placement(term: int) -> Placement:

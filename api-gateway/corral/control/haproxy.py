@@ -121,6 +121,18 @@ class HaproxyReloader:
         # A worker that has no back end for the node runs nothing there.
         return sum(counts)
 
+    async def unreached(self) -> set[str] | None:
+        """The nodes that HAProxy's own checks do not reach; None where it cannot be asked."""
+        if self._master is None:
+            return None
+        try:
+            workers = _WORKER.findall(await ask(self._master, "show proc"))
+            # The first one is the worker of now; old ones check nothing any more.
+            table = await ask(self._master, f"@!{workers[0]} show stat") if workers else ""
+        except (OSError, TimeoutError):
+            return None
+        return _down(table) if table else None
+
     def _restore(self, old: str | None) -> None:
         # What a restart of HAProxy reads must be what runs.
         if old is not None and self._config is not None:
@@ -227,6 +239,12 @@ def _sessions(table: str, name: str) -> int:
     rows = csv.DictReader(table.lstrip("# ").splitlines())
     found = [row for row in rows if (row.get("pxname"), row.get("svname")) in wanted]
     return sum(int(row.get("scur") or 0) + int(row.get("qcur") or 0) for row in found)
+
+
+def _down(table: str) -> set[str]:
+    rows = csv.DictReader(table.lstrip("# ").splitlines())
+    servers = [row for row in rows if (row.get("pxname") or "").startswith("node_") and row.get("svname") != "BACKEND"]
+    return {str(row["svname"]) for row in servers if (row.get("status") or "").startswith("DOWN")}
 
 
 def _write(path: Path, text: str) -> None:

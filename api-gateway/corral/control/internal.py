@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,6 +17,7 @@ from corral.store.ingest import WrongOffset, ingest
 from corral.store.spool import SHIP_MAX, SpoolCorrupt
 
 CHUNK_MAX = SHIP_MAX
+SUSPECTS_MAX = 100
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -64,12 +66,19 @@ async def spool(
     return JSONResponse({"offset": taken.watermark})
 
 
-def _told(request: Request) -> tuple[str, float]:
-    """Where a gateway says its metrics are, and how long its oldest unshipped record waits."""
+def _told(request: Request) -> tuple[str, float, dict[str, frozenset[str]]]:
+    """Where a gateway says its metrics are, how long its oldest unshipped record waits, and which runners it suspects:
+    models by node."""
     peer = request.client.host if request.client is not None else ""
     try:
         behind = float(request.headers.get("x-corral-backlog", "0")[:32])
     except ValueError:
         behind = 0.0
     metrics = discovery.address(request.headers.get("x-corral-metrics", ""), peer)
-    return metrics, behind if math.isfinite(behind) and behind > 0.0 else 0.0
+    suspects: dict[str, set[str]] = {}
+    for runner in request.headers.get("x-corral-suspects", "").split(",")[:SUSPECTS_MAX]:
+        node, _, model = runner.partition("/")
+        if node and model:
+            suspects.setdefault(unquote(node), set()).add(unquote(model))
+    told = {node: frozenset(models) for node, models in suspects.items()}
+    return metrics, behind if math.isfinite(behind) and behind > 0.0 else 0.0, told

@@ -46,6 +46,8 @@ class Leading:
         self._holder = secrets.token_hex(8)
         self._deposed = 0
         self._silent = False
+        self._until: float | None = None
+        self._seen = time.monotonic()
         self.wanted = True
         self.leads = False
         self.term = 0
@@ -84,10 +86,21 @@ class Leading:
         # Beside the turns: a database that hangs must not hold them up.
         while True:
             try:
-                await self._heard(await self._database.write(lease.take, self._holder, time.time(), LEASE))
+                term = await self._database.write(lease.take, self._holder, time.time(), LEASE, self._unrenewed())
+                if term is None:
+                    self._watch(await self._database.read(lease.until))
+                await self._heard(term)
             except AWAY as error:
                 log.warning("the leader's lease is not renewed: %s", error)
             await asyncio.sleep(RENEW)
+
+    def _watch(self, until: float | None) -> None:
+        # Another's clock may be anywhere, and be set: what counts is that it goes on renewing.
+        if until != self._until:
+            self._until, self._seen = until, time.monotonic()
+
+    def _unrenewed(self) -> float | None:
+        return self._until if time.monotonic() - self._seen >= LEASE else None
 
     async def _heard(self, term: int | None) -> None:
         if term is None or term <= self._deposed:

@@ -174,7 +174,7 @@ class Ledger:
     async def _complete_file(self) -> None:
         """Write the checkpoints that the database has and the file lacks."""
         last = await asyncio.to_thread(last_number, self.path)
-        newest = await self._database.read(_newest)
+        newest = await self._database.read(last_checkpoint)
         self.number = max(last, newest)
         if last > newest:
             raise ValueError(
@@ -257,7 +257,8 @@ def lines_after(connection: Connection, number: int, limit: int) -> list[str]:
     return list(connection.execute(wanted).scalars())
 
 
-def _newest(connection: Connection) -> int:
+def last_checkpoint(connection: Connection) -> int:
+    """The number of the last checkpoint that the database has."""
     return connection.execute(select(func.max(audit_checkpoints.c.number))).scalar() or 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 GLANCE = 2.0
 """So much later than it happened may be seen what becomes resident."""
@@ -29,7 +30,10 @@ class Residence:
 
 @dataclass(slots=True)
 class Measured:
-    """By model, but for the canary's last duration (seconds), its last success (epoch seconds) and failed probes."""
+    """By model, but for the canary's last duration (seconds), its last success (epoch seconds) and failed probes.
+
+    ``on_gpu`` is the largest share of a model's memory that was seen on an accelerator.
+    """
 
     residents: dict[str, Residence] = field(default_factory=dict)
     loads: dict[str, int] = field(default_factory=dict)
@@ -40,6 +44,7 @@ class Measured:
     told: set[str] = field(default_factory=set)
     """Resident models whose load control has timed itself."""
     rates: dict[str, float] = field(default_factory=dict)
+    on_gpu: dict[str, float] = field(default_factory=dict)
     canary_duration: float | None = None
     canary_success: float | None = None
     probe_failures: int = 0
@@ -65,6 +70,11 @@ class Measured:
             if name in self.unseen:
                 self.waited(name, *self.unseen.pop(name))
         self.asked = True
+
+    def shares(self, shares: Mapping[str, float]) -> None:
+        """Of models in memory, the share that is on an accelerator now."""
+        for name, share in shares.items():
+            self.on_gpu[name] = max(share, self.on_gpu.get(name, 0.0))
 
     def loaded(self, model: str, seconds: float) -> None:
         """Control has loaded a model, and knows how long that took."""
@@ -94,3 +104,13 @@ class Measured:
         if any(residence.failing for residence in self.residents.values()):
             return False
         return True if any(residence.proven for residence in self.residents.values()) else None
+
+
+def gpu_shares(ps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """By model of an `/api/ps`, the share of its memory that is an accelerator's."""
+    sizes = {entry["name"]: (_number(entry.get("size")), _number(entry.get("size_vram"))) for entry in ps}
+    return {name: vram / size for name, (size, vram) in sizes.items() if size > 0}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from corral import __version__
 from corral.control import audit, measure
 from corral.control.context import Control
 from corral.control.prober import Member
-from corral.control.snapshot import PRESENT
 from corral.store.valkey import ValkeyDown
 
 STATES = ("ready", "suspect", "draining", "down")
@@ -77,10 +75,11 @@ def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> 
     yield gauge("corral_database_up", "1 while the database answers.", keys is not None)
     yield gauge("corral_valkey_up", "1 while Valkey answers.", valkey)
     gateways = control.hub.known()
-    now = time.time()
-    ready = sum(now - gateway.seen < PRESENT for gateway in gateways)
+    ready = sum(gateway.present for gateway in gateways)
     by_state = {"ready": ready, "down": len(gateways) - ready}
     yield labelled(GaugeMetricFamily, "corral_gateways", "Gateways of the last hour.", ("state",), by_state)
+    spared = sum(bool(member.spared) for member in control.fleet.members.values())
+    yield gauge("corral_nodes_spared", "Nodes that do not answer control and are used all the same.", spared)
     lags = {gateway.name: gateway.behind for gateway in gateways}
     text = "How long the gateway's oldest record waits for control, by its own word."
     yield labelled(GaugeMetricFamily, "corral_ingest_lag_seconds", text, ("gateway",), lags)
@@ -131,8 +130,8 @@ def node_page(member: Member) -> bytes:
 
 def _node(member: Member) -> Iterator[Metric]:
     measured = member.measured
-    yield gauge("corral_node_up", "1 while it answers.", member.up)
-    states = {state: int(state == member.state) for state in STATES}
+    yield gauge("corral_node_up", "1 while it answers.", member.answers)
+    states = {state: int(state == member.condition) for state in STATES}
     yield labelled(GaugeMetricFamily, "corral_node_state", "1 for the state it is in.", ("state",), states)
     labels = ("version", "accelerator", "url")
     about = {(member.version, member.accelerator or "", member.url): 1}
@@ -141,7 +140,7 @@ def _node(member: Member) -> Iterator[Metric]:
     if member.memory is not None:
         yield gauge("corral_node_memory_bytes", "Memory for models, as configured.", member.memory)
     yield gauge("corral_node_models", "Models that it holds.", len(member.tags))
-    yield from _residents(member.ps if member.up else [], member.accelerator)
+    yield from _residents(member.ps if member.up else [], member.on_cpu)
     for name, text, counts in (
         ("corral_node_loads", "Seen to become resident.", measured.loads),
         ("corral_node_unloads", "Seen to leave the memory.", measured.unloads),
@@ -158,22 +157,21 @@ def _node(member: Member) -> Iterator[Metric]:
     yield failures
 
 
-def _residents(entries: list[dict[str, Any]], accelerator: str | None) -> Iterator[Metric]:
+def _residents(entries: list[dict[str, Any]], on_cpu: list[str]) -> Iterator[Metric]:
     sizes = {entry["name"]: _number(entry.get("size")) for entry in entries}
     vram = {entry["name"]: _number(entry.get("size_vram")) for entry in entries}
-    fallback = accelerator == "gpu" and any(vram[name] < size / 2 for name, size in sizes.items())
     for name, text, values in (
         ("corral_node_model_resident", "1 for a model in memory.", dict.fromkeys(sizes, 1)),
         ("corral_node_model_size_bytes", "Memory of a resident model.", sizes),
         ("corral_node_model_vram_bytes", "Of it, on the accelerator.", vram),
     ):
         yield labelled(GaugeMetricFamily, name, text, ("model",), values)
-    yield gauge("corral_node_cpu_fallback", "1 while a GPU node has most of a model in main memory.", fallback)
+    yield gauge("corral_node_cpu_fallback", "1 while a GPU node has most of a model in main memory.", bool(on_cpu))
 
 
 def _canary(member: Member) -> Iterator[Metric]:
     measured = member.measured
-    if member.up and (good := measured.canary_ok) is not None:
+    if member.answers and (good := measured.canary_ok) is not None:
         yield gauge("corral_node_canary_success", "1 while each resident model answered its last canary.", good)
     if measured.canary_duration is not None and measured.canary_success is not None:
         text = "Time of the last canary that got its token."

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
 
 from corral.control import answers
-from corral.control.measured import Measured
+from corral.control.measured import Measured, gpu_shares
+from corral.fleet.brakes import Standing, spared
 from corral.fleet.catalogue import is_own
 from corral.fleet.dispatch import Speeds
 
@@ -21,6 +22,9 @@ INTERVAL = 1.0
 TIMEOUT = 2.0
 TAGS_INTERVAL = 5.0
 MISSES = 2
+UNREACHED = (httpx.NetworkError, httpx.TimeoutException, TimeoutError)
+HEARD = 3.0
+"""For so long what a gateway said of runners holds."""
 
 T = TypeVar("T")
 
@@ -30,6 +34,9 @@ log = logging.getLogger(__name__)
 @dataclass(eq=False)
 class Member:
     """A node of the fleet. ``up`` is the prober's verdict; ``tags`` and ``ps`` are as the node sent them.
+
+    ``wrong``: what it said last made no sense. ``spared``: why it is up though it does not answer (`fleet.brakes`).
+    ``suspected``: the runners that gateways suspect, by gateway, and when they said so (monotonic seconds).
 
     ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
     wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used. ``memory`` is
@@ -55,6 +62,9 @@ class Member:
     preloading: str | None = None
     warning: str | None = None
     answered: bool = False
+    wrong: bool = False
+    spared: str = ""
+    suspected: dict[str, tuple[float, frozenset[str]]] = field(default_factory=dict)
     withheld: set[str] = field(default_factory=set)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
     loads: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
@@ -68,13 +78,38 @@ class Member:
         return "ready" if self.up else "down"
 
     @property
+    def condition(self) -> str:
+        """Its state as people see it: suspect is one that is in use while something about it is doubted."""
+        state = self.state
+        return "suspect" if state == "ready" and (self.spared or self.suspects) else state
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers control."""
+        return self.up and not self.spared
+
+    @property
+    def suspects(self) -> dict[str, list[str]]:
+        """Models whose runners gateways suspect here, and those gateways, both sorted."""
+        since = time.monotonic() - HEARD
+        said = sorted((gateway, models) for gateway, (at, models) in self.suspected.items() if at >= since)
+        names = sorted({model for _, models in said for model in models})
+        return {name: [gateway for gateway, models in said if name in models] for name in names}
+
+    @property
     def reason(self) -> str | None:
         """Why it is in this state, where there is more to say; of a node that is up, what else is wrong with it."""
         if not self.up:
             return "; ".join(filter(None, (self.error, self.warning))) or None
+        if self.spared:
+            return f"it does not answer control ({self.error}), and is used all the same, {self.spared}"
+        if suspects := self.suspects:
+            said = (f"no stream of {name} progresses, says {', '.join(by)}" for name, by in suspects.items())
+            return "; ".join(said)
+        on_cpu = f"{', '.join(self.on_cpu)} runs on its CPU" if self.on_cpu else None
         silent = [name for name, residence in self.measured.residents.items() if residence.failing]
         canary = f"its canary gets no token from {', '.join(sorted(silent))}" if silent else None
-        return self.preloading or self.warning or canary
+        return self.preloading or self.warning or on_cpu or canary
 
     @property
     def usable(self) -> list[dict[str, Any]]:
@@ -85,6 +120,17 @@ class Member:
     def resident(self) -> list[str]:
         """Names of the models in its memory, sorted."""
         return sorted({entry["name"] for entry in self.ps if not is_own(entry["name"])})
+
+    @property
+    def on_cpu(self) -> list[str]:
+        """Models most of which are in main memory, though a GPU was declared; else, of which less than half as much as
+        once is on one. Sorted. Where nothing was declared and none was ever on a GPU, nothing is at fault."""
+        if self.accelerator == "cpu" or not self.up:
+            return []
+        seen, declared = self.measured.on_gpu, self.accelerator == "gpu"
+        shares = gpu_shares(self.ps).items()
+        found = [name for name, share in shares if share < (1.0 if declared else seen.get(name, 0.0)) / 2]
+        return sorted(name for name in found if not is_own(name))
 
     def entry(self) -> dict[str, Any]:
         """The node in the gateways' snapshot."""
@@ -97,6 +143,7 @@ class Member:
             "version": self.version,
             "tags": self.usable,
             "ps": [entry for entry in self.ps if not is_own(entry["name"])] if self.up else [],
+            "on_cpu": self.on_cpu,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -108,7 +155,7 @@ class Member:
             "memory": self.memory,
             "max_models": self.max_models,
             "accelerator": self.accelerator,
-            "state": self.state,
+            "state": self.condition,
             "version": self.version,
             "source": self.source,
             "models": sorted(entry["name"] for entry in self.usable),
@@ -120,7 +167,8 @@ class Member:
 
 class Fleet:
     """The nodes and the tasks that ask them. ``on_change`` is called after every probe, ``on_up`` before it with a node
-    that was down and answers again. ``speeds``: as their streams show them.
+    that was down and answers again. ``speeds``: as their streams show them. ``second``: the nodes that somebody else
+    does not reach either, None where nobody can say; it is asked while a node does not answer.
 
     ``changing`` is held by who adds, removes or drains a node.
     """
@@ -130,7 +178,10 @@ class Fleet:
         self.speeds = Speeds()
         self.on_change = on_change
         self.on_up: Callable[[Member], None] = lambda member: None
+        self.second: Callable[[], Awaitable[Collection[str] | None]] = _nobody
         self.changing = asyncio.Lock()
+        self._dead: Collection[str] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._client: httpx.AsyncClient | None = None
         self._told: set[tuple[str, str]] = set()
@@ -142,6 +193,7 @@ class Fleet:
         await asyncio.gather(*(self.probe(member) for member in members))
         for member in members:
             self._watch(member)
+        self._looking = asyncio.get_running_loop().create_task(self._look_twice())
 
     async def add(self, member: Member, first: Callable[[Member], None] = lambda member: None) -> None:
         """Take a node in, asked once already; ``first`` is called before anybody hears of it."""
@@ -157,8 +209,18 @@ class Fleet:
         await self._end(self._tasks.pop(name, None))
         self.on_change()
 
+    def suspect(self, gateway: str, suspects: Mapping[str, frozenset[str]]) -> None:
+        """Note which runners a gateway suspects: models by node."""
+        now = time.monotonic()
+        for member in self.members.values():
+            if models := suspects.get(member.name):
+                member.suspected[gateway] = now, models
+            else:
+                member.suspected.pop(gateway, None)
+
     async def close(self) -> None:
         """Stop asking."""
+        await self._end(self._looking)
         for name in list(self._tasks):
             await self._end(self._tasks.pop(name))
         if self._client is not None:
@@ -187,6 +249,44 @@ class Fleet:
                 self.on_change()
             except Exception as error:
                 self._tell(member, error)
+
+    def _judge(self) -> None:
+        """Put what does not answer out of use, as far as the brakes let it."""
+        serving = [member for member in self.members.values() if not member.draining]
+        nodes = [
+            Standing(
+                member.name,
+                member.misses > 0,
+                member.misses >= MISSES,
+                member.up,
+                frozenset(entry["name"] for entry in member.usable),
+            )
+            for member in serving
+            # Who can be reached, and says what makes no sense, is at fault by its own word.
+            if member.answered and not (member.misses and member.wrong)
+        ]
+        kept = spared(nodes, self._dead)
+        for member in self.members.values():
+            why = kept.get(member.name, "")
+            if why and not member.spared:
+                log.warning("%s does not answer and is used all the same, %s", member.name, why)
+            member.spared = why
+            if member.misses >= MISSES:
+                member.up = bool(why)
+
+    async def _look_twice(self) -> None:
+        """While a node does not answer, hear what another one that checks them says."""
+        while True:
+            await asyncio.sleep(INTERVAL)
+            try:
+                if any(member.answered and member.misses >= MISSES for member in self.members.values()):
+                    self._dead = await self.second()
+                    self._judge()
+                    self.on_change()
+                else:
+                    self._dead = None
+            except Exception:
+                log.exception("nodes that do not answer were not looked at twice")
 
     def _tell(self, member: Member, error: Exception) -> None:
         """Say what should not happen, once of each node and kind."""
@@ -218,20 +318,27 @@ class Fleet:
         except Exception as error:
             if not isinstance(error, httpx.HTTPError | TimeoutError | ValueError):
                 self._tell(member, error)
+            member.wrong = not isinstance(error, UNREACHED)
             member.misses += 1
             member.measured.probe_failures += 1
             member.error = reason(error)
             if member.misses >= MISSES:
-                member.up = False
+                self._judge()
+                if self.members.get(member.name) is not member:
+                    member.up = False  # it is not of the fleet yet
             return
         returned = not member.up and self.members.get(member.name) is member and member.name in self._tasks
         member.ps = ps
         member.measured.held(entry["name"] for entry in member.usable)
         member.measured.resident(names, now)
+        member.measured.shares(gpu_shares(ps))
+        silent = member.misses >= MISSES
         member.up, member.misses, member.error = True, 0, None
         if returned:
             self.on_up(member)
         member.answered = True
+        if silent:
+            self._judge()
 
     @property
     def client(self) -> httpx.AsyncClient:
@@ -254,6 +361,10 @@ class Fleet:
             return read(body)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+async def _nobody() -> None:
+    return None
 
 
 def _system(error: BaseException | None) -> str | None:

@@ -17,7 +17,7 @@ from corral.control.audit import moment, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.control.ledger import whole_lines
+from corral.control.ledger import last_checkpoint, whole_lines
 from corral.store import seal, usage
 from corral.store.chain import FIELDS
 from corral.store.content import Hashes
@@ -57,14 +57,14 @@ def _json(value: object) -> Response:
 
 @router.get("/admin/audit/chain", tags=["audit"])
 async def chain(control: Here) -> Response:
-    """Each stream's end and what of it is signed, the public key, and the names of a record's fields."""
-    state = await control.database.read(seal.state)
+    """Each stream's end and what of it is signed, the last checkpoint, the public key, and a record's fields."""
+    state, checkpoint = await control.database.read(lambda c: (seal.state(c), last_checkpoint(c)))
     streams = {
         name: {"pos": head.pos, "link": head.link.hex(), "signed": head.signed, "highest": head.highest}
         for name, head in state.heads.items()
     }
     found = {"streams": streams, "outside": state.outside, "older": state.older, "fields": FIELDS}
-    return _json({**found, "public_key": control.ledger.signer.public})
+    return _json({**found, "checkpoint": checkpoint, "public_key": control.ledger.signer.public})
 
 
 def _named(request: str) -> ColumnElement[bool]:

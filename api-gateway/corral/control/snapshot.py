@@ -9,7 +9,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hiredis
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Gateway:
-    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``version`` what it said it has, ``left`` whether
-    it said that it ends.
+    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``at`` the same in monotonic ones, ``version`` what
+    it said it has, ``left`` whether it said that it ends.
 
     ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds).
     """
@@ -49,6 +49,12 @@ class Gateway:
     metrics: str = ""
     behind: float = 0.0
     left: bool = False
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def present(self) -> bool:
+        """Whether it was heard lately."""
+        return time.monotonic() - self.at < PRESENT
 
 
 class Hub:
@@ -112,6 +118,7 @@ class Hub:
             [
                 *(node.name, node.url, node.slots, node.memory, node.state, node.version, node.usable),
                 node.resident if node.up else [],
+                node.on_cpu,
             ]
             for node in self._fleet.members.values()
         ]
@@ -158,8 +165,17 @@ class Hub:
 
     # -- who has it
 
-    async def heard(self, name: str, version: str, metrics: str = "", behind: float = 0.0, left: bool = False) -> None:
-        """Note that a gateway asked, what it has, and what it says of itself."""
+    async def heard(
+        self,
+        name: str,
+        version: str,
+        metrics: str = "",
+        behind: float = 0.0,
+        suspects: Mapping[str, frozenset[str]] | None = None,
+        left: bool = False,
+    ) -> None:
+        """Note that a gateway asked, what it has, and what it says of itself and of nodes' runners."""
+        self._fleet.suspect(name, suspects or {})
         self.gateways[name] = Gateway(name, time.time(), version, metrics, behind, left)
         async with self._arrived:
             self._arrived.notify_all()
@@ -169,8 +185,8 @@ class Hub:
 
         Nobody is to be alarmed by one that was taken away in order; who was away for longer is forgotten.
         """
-        since = time.time() - FORGOTTEN
-        self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.seen >= since}
+        since = time.monotonic() - FORGOTTEN
+        self.gateways = {name: gateway for name, gateway in self.gateways.items() if gateway.at >= since}
         return sorted((one for one in self.gateways.values() if not one.left), key=lambda gateway: gateway.name)
 
     def tenant(self, key_id: str) -> str | None:
@@ -211,8 +227,8 @@ class Hub:
 
     def _serving(self, within: float) -> list[str]:
         """Gateways that were heard within so many seconds and did not say that they end."""
-        since = time.time() - within
-        return sorted(name for name, one in self.gateways.items() if one.seen >= since and not one.left)
+        since = time.monotonic() - within
+        return sorted(name for name, one in self.gateways.items() if one.at >= since and not one.left)
 
     # -- making it
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from fastapi import APIRouter
 
 from corral.config.local import listeners, loopback_port
 from corral.control.context import Control, Here
-from corral.control.snapshot import PRESENT
 from corral.store.valkey import ValkeyDown
 
 router = APIRouter(tags=["fleet"])
@@ -28,7 +26,6 @@ async def status(control: Here) -> dict[str, Any]:
     database, valkey, (valkey_pid, *pids) = await asyncio.gather(
         control.database.answers(), _valkey(control), asyncio.to_thread(_pids, [(valkey_url, 6379), *urls])
     )
-    now = time.time()
     return {
         "control": {
             "pid": os.getpid(),
@@ -40,7 +37,7 @@ async def status(control: Here) -> dict[str, Any]:
             {
                 "name": gateway.name,
                 "last_seen": gateway.seen,
-                "state": "ready" if now - gateway.seen < PRESENT else "down",
+                "state": "ready" if gateway.present else "down",
                 "current": gateway.version == control.hub.version,
             }
             for gateway in control.hub.known()
@@ -49,7 +46,7 @@ async def status(control: Here) -> dict[str, Any]:
             {
                 "name": node.name,
                 "url": node.url,
-                "state": node.state,
+                "state": node.condition,
                 "pid": pid,
                 "reason": node.reason,
                 "models": sorted(entry["name"] for entry in node.usable),

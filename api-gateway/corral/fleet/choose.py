@@ -12,8 +12,8 @@ def choose(nodes: Iterable[Node], model: str, now: float, tried: Collection[str]
 
     Nodes with a free slot come first, among them those where the model is resident, among those the one
     with the smallest share of its slots in use. Nodes in `tried`, nodes that failed or did not have the model a moment
-    ago and runners that are suspect are used only where no other is left, those that did not fail this request first: a
-    second try on a node that came back is better than an error.
+    ago, runners that are suspect and those that fell back to the CPU are used only where no other is left, those that
+    did not fail this request first: a second try on a node that came back is better than an error.
     """
     best: Node | None = None
     best_rank = 0.0
@@ -32,6 +32,8 @@ def choose(nodes: Iterable[Node], model: str, now: float, tried: Collection[str]
             rank += 1e13
         elif node.shunned_until > now:
             rank += 1e12
+        elif node.on_cpu and model in node.on_cpu:
+            rank += 1e11
         if best is None or rank < best_rank:
             best, best_rank = node, rank
     return best

@@ -25,7 +25,8 @@ class Node:
     are the model names in them, ``header`` the line of HTTP that names it. ``memory`` is bytes for models, 0 where it
     was not declared. ``in_flight`` counts this gateway's requests on it, and ``shunned_until`` (monotonic seconds) is
     set when it failed this gateway. ``suspects`` are models whose runners seem to hang there, ``lost`` those that it
-    said not to hold, whatever control says, each until when it is not asked for them (monotonic seconds).
+    said not to hold, whatever control says, each until when it is not asked for them (monotonic seconds). ``on_cpu``
+    are models that run there on the CPU though a GPU is expected.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Node:
     shunned_until: float = 0.0
     suspects: frozenset[str] = frozenset()
     lost: dict[str, float] = field(default_factory=dict)
+    on_cpu: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.header = b"X-Corral-Node: %b\r\n" % self.name.encode()
@@ -58,6 +60,7 @@ class Node:
         self.ps = entry.get("ps") or []
         self.held = frozenset(model["name"] for model in self.tags)
         self.resident = frozenset(model["name"] for model in self.ps)
+        self.on_cpu = frozenset(entry.get("on_cpu") or ())
 
 
 @lru_cache(4096)

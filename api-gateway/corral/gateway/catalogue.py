@@ -44,11 +44,11 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     raise ApiError(404, "model_not_found", f"model '{name}' not found", param="model")
 
 
-def readiness(snapshot: Snapshot, wall: float, stale_after: float) -> tuple[int, bytes]:
-    """Status and body of `/health/ready`."""
+def readiness(snapshot: Snapshot, now: float, stale_after: float) -> tuple[int, bytes]:
+    """Status and body of `/health/ready`. `now` is monotonic seconds."""
     if not snapshot.version:
         reason = "no snapshot of keys and nodes yet"
-    elif wall - snapshot.confirmed > stale_after:
+    elif now - snapshot.confirmed > stale_after:
         reason = "the snapshot of keys is too old: control is away"
     elif not any(node.state is NodeState.READY for node in snapshot.nodes.values()):
         reason = "no node is ready"

@@ -1,8 +1,8 @@
 """Prompts that runners crash under: who was present at two crashes is refused for ten minutes.
 
-A request counts its own crashes. Whose node was lost with others on it is not blamed: nodes are killed for many
-reasons, their runners hardly. Beyond one request, a runner's crash is remembered where the prompt was alone with it,
-since a prompt that others send too would be blamed for theirs.
+A request counts its own crashes. No prompt is refused for nodes that were lost: they are for many reasons, several at
+once among them, and their runners hardly. Beyond one request, a runner's crash is remembered where the prompt was alone
+with it, since a prompt that others send too would be blamed for theirs.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Crashing:
 
         ``runner``: the model's runner crashed, the node lives. ``alone``: no other request was on the node.
         """
-        if not alone and not (runner and crashes >= CRASHES_MAX):
+        if not runner or (not alone and crashes < CRASHES_MAX):
             return ""
         name = fingerprint(decoded)
         before = self._seen.get(name, 0.0)
-        if alone and runner:
+        if alone:
             _note(self._seen, name, now + REFUSED_FOR)
         if crashes < CRASHES_MAX and before <= now:
             return ""

@@ -42,7 +42,7 @@ class Exchange(State):
             if kind is Kind.HEALTH:
                 self._health()
                 return
-            snapshot = gateway.snapshot_now(self.wall)
+            snapshot = gateway.snapshot_now(self.arrived)
             self.key = key = authenticate(self.headers, snapshot.keys, gateway.pepper, self.wall, snapshot.verified)
             self.key_id, self.tenant = key.id, key.tenant
             if key.networks is not None:
@@ -78,7 +78,7 @@ class Exchange(State):
         if self.path == "/health":
             status, body = 200, b'{"status":"healthy"}'
         else:
-            status, body = catalogue.readiness(self.gateway.snapshot, self.wall, self.gateway.stale_after)
+            status, body = catalogue.readiness(self.gateway.snapshot, self.arrived, self.gateway.stale_after)
         self._settled = True  # health checks are not requests of anybody: no record
         self.connection.respond(status, heads.JSON, body, self.keep_alive)
 

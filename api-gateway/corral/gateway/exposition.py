@@ -105,7 +105,7 @@ class Page:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._started = time.time()
+        self._started = time.monotonic()
 
     def render(self) -> bytes:
         """In Prometheus's text format."""
@@ -155,7 +155,7 @@ class Page:
         slots = {(node.name,): node.slots for node in nodes}
         yield from family("corral_slots", GAUGE, "Requests at once that a node is for.", ("node",), slots)
         waiting = sum(not exchange.first_token for exchange in gateway.running)
-        age = max(0.0, time.time() - (gateway.snapshot.confirmed or self._started))
+        age = time.monotonic() - max(gateway.snapshot.confirmed, self._started)
         local, health, queue = gateway.limits.local, gateway.health, gateway.queue
         ejected = sum(canary.ejected for canary in health.canaries.values())
         for name, kind, text, value in (

@@ -48,9 +48,10 @@ class Feed:
         """Start from the file of an earlier run, where there is one."""
         try:
             data = msgspec.json.decode(self._file.read_bytes())
-            confirmed = self._file.stat().st_mtime
+            # Its age is all that a wall clock says here: one that is set while this runs ends nothing.
+            age = max(0.0, time.time() - self._file.stat().st_mtime)
             self._snapshot.apply(data)
-            self._snapshot.confirmed = confirmed
+            self._snapshot.confirmed = time.monotonic() - age
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,7 +96,7 @@ class Feed:
 
     async def _poll(self, client: httpx.AsyncClient) -> bool:
         response = await self._ask(client, {})
-        now = time.time()
+        now = time.monotonic()
         if response.status_code == 200:
             self._snapshot.apply(msgspec.json.decode(response.content))
             self._unkept = response.content

@@ -171,7 +171,7 @@ class Health:
         elif now >= canary.until:
             canary.close()
             canary.due = now + AGAIN
-            if not canary.ejected and not self._too_many():
+            if not canary.ejected and not self._too_many(canary):
                 canary.ejected = True
                 self.ejections += 1
                 log.warning("%s: %s gives no token: its %d streams go elsewhere", node.name, runner[1], len(streams))
@@ -186,11 +186,23 @@ class Health:
         del self.canaries[runner]
         log.warning("%s: %s gives tokens again, or has left", canary.node.name, runner[1])
 
-    def _too_many(self) -> bool:
-        """Whether one more would make more than half of the nodes: then it is this gateway that sees wrongly."""
-        ejected = {canary.node.name for canary in self.canaries.values() if canary.ejected}
-        suspect = {canary.node.name for canary in self.canaries.values()}
-        if len(ejected | suspect) * 2 <= len(self._gateway.snapshot.nodes):
+    def _too_many(self, canary: Canary) -> bool:
+        """Whether one more would make more than half of the nodes: then it is this gateway that sees wrongly. Nor does
+        the last one go that has a model: its streams have nowhere else to go on."""
+        suspect = {other.node.name for other in self.canaries.values()}
+        if len(suspect) * 2 <= len(self._gateway.snapshot.nodes) and not self._last(canary):
             return False
         self.frozen += 1
+        return True
+
+    def _last(self, canary: Canary) -> bool:
+        """Whether no other node of its group would take the streams of a runner."""
+        snapshot = self._gateway.snapshot
+        group = snapshot.group_of.get(canary.node.name, "")
+        for other in snapshot.nodes.values():
+            if other is canary.node or snapshot.group_of.get(other.name, "") != group:
+                continue
+            held = other.state is NodeState.READY and canary.model in other.held
+            if held and canary.model not in other.suspects:
+                return False
         return True

@@ -81,7 +81,7 @@ class Queue:
             return None
         first = not exchange.asked
         avoided = pool.others
-        if not first or self._troubled or self._gateway.health.canaries:
+        if not first or self._troubled or self._gateway.health.canaries or self._gateway.snapshot.on_cpu:
             avoided += self._avoid(exchange, pool, name)
         if exchange.resumption is not None:
             # Its requests are small, and go to one path or another.
@@ -305,10 +305,10 @@ class Queue:
         words = wanted.preferred
         if NEVER + node.name in words:
             return True
-        if not self._troubled and not node.suspects:
+        if not self._troubled and not node.suspects and not node.on_cpu:
             return False
         model = model_of(wanted.model)
-        troubled = _failed(node, model, now) or model in node.suspects
+        troubled = _failed(node, model, now) or model in node.suspects or model in node.on_cpu
         return troubled and LATE + node.name not in words
 
     def _bounce(self, exchange: Exchange, name: str, now: float) -> None:
@@ -333,6 +333,7 @@ class Queue:
                 if not resume.suits(other):
                     never[other.name] = None
         # In the order in which they are used where no other is left, as in `choose`.
+        slow = [node.name for node in self._gateway.snapshot.on_cpu if name in node.on_cpu]
         shunned: list[str] = []
         lost: list[str] = []
         for node in self._troubled:
@@ -341,7 +342,8 @@ class Queue:
                 (lost if known.lost and name in known.lost else shunned).append(node)
         last = [node for node, model in self._gateway.health.canaries if model == name]
         last += exchange.tried
-        late = dict.fromkeys([node for node in shunned + lost if node not in last] + last)
+        failed = [node for node in shunned + lost if node not in last] + last
+        late = dict.fromkeys([node for node in slow if node not in failed] + failed)
         words = [NEVER + node for node in never]
         words += [LATE + node for node in late if node in pool.nodes and node not in never]
         return tuple(words)

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from corral.config.settings import Settings
 from corral.gateway import adopt, crashing, settle
@@ -42,6 +42,8 @@ PROGRESS: Final = 1.0
 """How often it is recorded how far requests are; what ends sooner needs no such record."""
 
 PROGRESS_ROWS: Final = 4000
+SUSPECTS_TOLD: Final = 50
+"""They go in one header."""
 
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
@@ -153,22 +155,21 @@ class Gateway:
         self._number += 1
         return self._prefix + str(self._number)
 
-    def snapshot_now(self, wall: float) -> Snapshot:
-        """The snapshot, if it may still be used.
+    def snapshot_now(self, now: float) -> Snapshot:
+        """The snapshot, if it may still be used. `now` is monotonic seconds.
 
         Raises:
             ApiError: 503 before the first one, and when control has been away for `auth.stale`.
         """
         snapshot = self.snapshot
-        if wall - snapshot.confirmed > self.stale_after:
+        if now - snapshot.confirmed > self.stale_after:
             raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
         return snapshot
 
     def check_key(self, headers: dict[bytes, bytes]) -> None:
         """Whether a request has a key, before the rest of a large body is taken from it. Raises ApiError."""
-        wall = time.time()
-        snapshot = self.snapshot_now(wall)
-        authenticate(headers, snapshot.keys, self.pepper, wall, snapshot.verified)
+        snapshot = self.snapshot_now(time.monotonic())
+        authenticate(headers, snapshot.keys, self.pepper, time.time(), snapshot.verified)
 
     def refuse_unread(self, exchange: Exchange, error: ApiError, sent: int) -> None:
         """Record a request that was refused before it could be read whole; `exchange` has what was read of it."""
@@ -217,8 +218,13 @@ class Gateway:
             self.journal.record(Progress(rows[start : start + PROGRESS_ROWS]), NOBODY)
 
     def _tell(self) -> dict[str, str]:
-        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is."""
-        return {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, and
+        which runners are suspect."""
+        told = {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
+        suspects = [f"{quote(node, '')}/{quote(model, '')}" for node, model in self.health.canaries]
+        if suspects:
+            told["X-Corral-Suspects"] = ",".join(suspects[:SUSPECTS_TOLD])
+        return told
 
     def changed(self, message: Any) -> None:
         """Control says that keys or nodes changed, the store whose turn it is, another gateway, which prompt runners

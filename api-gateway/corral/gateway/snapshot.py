@@ -14,6 +14,7 @@ from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
 GIB: Final = 1 << 30
+NEVER_YET: Final = float("-inf")
 
 
 class Pool:
@@ -34,19 +35,20 @@ class Pool:
 
 
 class Snapshot:
-    """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in epoch seconds.
+    """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in monotonic seconds.
 
     ``group_of`` has the group of each node that some tenant has to itself (`corral.fleet.pools`).
     ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
     ``known``: some node ever told its models; before that, nothing can be said to be missing. ``continuable`` has the
-    digest of each model whose answers another node can go on with.
+    digest of each model whose answers another node can go on with. ``on_cpu`` are the nodes with models that fell back
+    to the CPU.
     """
 
     def __init__(self, defaults: Mapping[str, int | None], caps: Caps = CAPS) -> None:
         self._defaults = defaults
         self.caps = caps
         self.version = ""
-        self.confirmed = 0.0
+        self.confirmed = NEVER_YET
         self.keys: dict[str, Key] = {}
         self.tenants: dict[str, Budget] = {}
         self.verified: dict[bytes, Key] = {}
@@ -59,6 +61,7 @@ class Snapshot:
         self.disabled: frozenset[str] = frozenset()
         self.continuable: dict[str, str] = {}
         self.known = False
+        self.on_cpu: list[Node] = []
 
     def apply(self, data: dict[str, Any]) -> None:
         """Take over a snapshot; what runs on a node or counts on a key goes on."""
@@ -78,6 +81,7 @@ class Snapshot:
             nodes[node.name] = node
         self.keys, self.tenants, self.nodes = keys, tenants, nodes
         self.verified = {}
+        self.on_cpu = [node for node in nodes.values() if node.on_cpu]
         self.policies = {
             canonical_name(model["name"]): ModelPolicy.from_entry(model) for model in data.get("models") or []
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from corral.node.errors import NodeError
 
-KINDS = ("hang", "fail", "reset", "slow", "nonsense", "no_done", "cut_after")
+KINDS = ("hang", "fail", "reset", "slow", "nonsense", "no_done", "cut_after", "cpu")
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class Fault:
     - nonsense: a line that is no JSON
     - no_done: the answer ends well-formed but without its last line
     - cut_after: the connection is closed in the middle of the answer
+    - cpu: the model is in main memory, by /api/ps, and each token takes ``delay`` seconds more
 
     ``model`` limits it to one model; ``scope`` "all" has hang, fail, reset and slow meet GET routes too.
     """
@@ -87,6 +88,10 @@ class Faults:
                     del self._active[fault.id]
             return fault
         return None
+
+    def on_cpu(self, model: str) -> bool:
+        """Whether a model is to be in main memory."""
+        return any(fault.kind == "cpu" and fault.model in (None, model) for fault in self._active.values())
 
     async def hang(self) -> None:
         """Wait until the faults are cleared (or the caller is cancelled)."""

@@ -57,6 +57,8 @@ def _sweep() -> None:
 class LlamaRunner:
     """A model in a process. ``size`` estimates its memory in bytes: weights and attention cache."""
 
+    vram = 0
+
     def __init__(self, model: Model, options: Options, parallel: int, threads: int, socket: Path) -> None:
         assert model.path is not None
         head = gguf.read(model.path)

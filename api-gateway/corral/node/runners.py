@@ -51,13 +51,16 @@ class Piece:
 
 
 class Runner(Protocol):
-    """A model in memory of ``size`` bytes that works on ``slots`` requests at once.
+    """A model in memory of ``size`` bytes, ``vram`` of them on a GPU, that works on ``slots`` requests at once.
 
     Every method may raise NodeError; ``start`` is called once, before all others.
     """
 
     size: int
     slots: int
+
+    @property
+    def vram(self) -> int: ...
 
     @property
     def alive(self) -> bool: ...

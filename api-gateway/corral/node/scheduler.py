@@ -202,6 +202,6 @@ def _process(entry: Loaded) -> dict[str, Any]:
         "digest": model.digest,
         "details": dict(model.details),
         "expires_at": expires,
-        "size_vram": 0,
+        "size_vram": entry.runner.vram,
         "context_length": entry.context,
     }

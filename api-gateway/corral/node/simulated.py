@@ -38,6 +38,7 @@ _WORDS = (
 # with an answer behind it.
 _TOKEN = re.compile(r" *(?:<\|\w+\|>|\w+|[^\w\s])|\s")
 _WIDTH = 64
+_SLOW = ("slow", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,15 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """A simulated node: its models, its memory in bytes and how many models it holds at most."""
+    """A simulated node: its models, its memory in bytes and how many models it holds at most.
+
+    ``gpu``: it says that models are in a GPU's memory.
+    """
 
     models: tuple[Profile, ...] = (Profile("sim-small"), Profile("sim-large", load=4.0, decode=25.0, size=16 << 30))
     memory: int | None = None
     max_loaded: int | None = None
+    gpu: bool = False
 
 
 def load(source: Path | Mapping[str, Any] | None) -> Simulation:
@@ -73,10 +78,11 @@ def load(source: Path | Mapping[str, Any] | None) -> Simulation:
     data = yaml.safe_load(source.read_text("utf-8")) if isinstance(source, Path) else source
     if not isinstance(data, Mapping) or not isinstance(data.get("models"), list):
         raise ValueError("models: a list of models is needed")
-    if unknown := set(data) - {"models", "memory", "max_loaded"}:
+    if unknown := set(data) - {"models", "memory", "max_loaded", "gpu"}:
         raise ValueError(f"unknown field {sorted(unknown)[0]}")
     memory = _bytes(data["memory"]) if data.get("memory") is not None else None
-    return Simulation(tuple(_profile(entry) for entry in data["models"]), memory, data.get("max_loaded"))
+    profiles = tuple(_profile(entry) for entry in data["models"])
+    return Simulation(profiles, memory, data.get("max_loaded"), data.get("gpu") is True)
 
 
 def _profile(entry: Any) -> Profile:
@@ -157,11 +163,12 @@ class SimulatedBackend:
 
     def __init__(self, simulation: Simulation) -> None:
         self.store = SimulatedStore(simulation)
+        self._gpu = simulation.gpu
         self.faults = Faults()
 
     def runner(self, model: Model, options: Options, parallel: int) -> Runner:
         profile = self.store.profiles[model.digest]
-        return SimulatedRunner(model, profile, options.num_ctx, profile.slots or parallel, self.faults)
+        return SimulatedRunner(model, profile, options.num_ctx, profile.slots or parallel, self.faults, self._gpu)
 
     async def meet(self) -> None:
         """What a GET route meets: the faults whose scope is "all"."""
@@ -177,13 +184,19 @@ class SimulatedRunner:
 
     alive = True
 
-    def __init__(self, model: Model, profile: Profile, context: int, slots: int, faults: Faults) -> None:
+    def __init__(self, model: Model, profile: Profile, context: int, slots: int, faults: Faults, gpu: bool) -> None:
         self.size = model.size
+        self._gpu = gpu
         self.slots = slots
         self._name = model.name.short
         self._profile = profile
         self._context = context
         self._faults = faults
+
+    @property
+    def vram(self) -> int:
+        """Bytes of it in a GPU's memory."""
+        return self.size if self._gpu and not self._faults.on_cpu(self._name) else 0
 
     async def start(self) -> None:
         await asyncio.sleep(self._profile.load)
@@ -215,7 +228,7 @@ class SimulatedRunner:
             truncated(await self.tokenize(request.prompt), self._context, options.num_keep, request.truncate)
         )
         fault = self._faults.take(self._name)
-        if fault and not fault.after_tokens and fault.kind != "slow":
+        if fault and not fault.after_tokens and fault.kind not in _SLOW:
             await show(fault, self._faults)
         start = time.monotonic()
         await asyncio.sleep(prompt_tokens / profile.prefill)
@@ -229,8 +242,8 @@ class SimulatedRunner:
             delay = due + sent / profile.decode - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
-            if fault and sent >= fault.after_tokens and (sent or fault.kind == "slow"):
-                due += fault.delay if fault.kind == "slow" else 0.0
+            if fault and sent >= fault.after_tokens and (sent or fault.kind in _SLOW):
+                due += fault.delay if fault.kind in _SLOW else 0.0
                 await show(fault, self._faults)
                 if fault.kind == "nonsense":
                     fault = None
@@ -258,7 +271,7 @@ async def show(fault: Fault, faults: Faults) -> None:
         await faults.hang()
     elif fault.kind == "fail":
         raise NodeError(fault.status, BROKEN if fault.after_tokens else fault.message)
-    elif fault.kind == "slow":
+    elif fault.kind in _SLOW:
         await asyncio.sleep(fault.delay)
     elif fault.kind == "no_done":
         raise EndWithoutDone

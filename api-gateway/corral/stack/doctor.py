@@ -184,7 +184,7 @@ def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Fin
             versions[name] = str(version)
     if not told:
         yield Finding("nodes", "problem", "the fleet has none: every request gets a 503", "`corral nodes add URL`")
-    elif not any(node.get("state") == "ready" for node in told):
+    elif not any(node.get("state") in ("ready", "suspect") for node in told):
         yield Finding("nodes", "problem", "none is ready: every request gets a 503", "see each node's line")
     elif not any(node.get("models") for node in told):
         yield Finding("nodes", "warning", "none holds a model: every request gets a 404", "`corral models pull NAME`")

@@ -18,7 +18,13 @@ local MINUTE = 60000000
 
 local arrival = now
 if rpm > 0 then
-  arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now))
+  arrival = tonumber(redis.call('GET', KEYS[1]) or now)
+  -- So far ahead no debt is: the clock was set back.
+  if arrival > now + 5 * MINUTE then
+    arrival = now + MINUTE
+    redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', 61000)
+  end
+  arrival = math.max(now, arrival)
 end
 local interval = rpm > 0 and MINUTE / rpm or 0
 local function left(after) return rpm > 0 and math.floor((MINUTE - (after - now)) / interval + 0.001) or 0 end

@@ -6,6 +6,9 @@
 if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local arrival = math.max(now, tonumber(redis.call('GET', KEYS[1]) or now)) + ARGV[2] * 60000000 / ARGV[1]
+local MINUTE = 60000000
+local arrival = tonumber(redis.call('GET', KEYS[1]) or now)
+if arrival > now + 5 * MINUTE then arrival = now + MINUTE end -- the clock was set back
+arrival = math.max(now, arrival) + ARGV[2] * MINUTE / ARGV[1]
 redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
 return 1

@@ -6,7 +6,7 @@
 --       10 lease, us      11.. requests that run and hold a lease
 local left, tokens = tonumber(ARGV[2]), tonumber(ARGV[5])
 if left > 0 then
-  local arrival = math.max(now + left, tonumber(redis.call('GET', KEYS[2]) or 0))
+  local arrival = math.max(now + left, arrival_of(KEYS[2]))
   redis.call('SET', KEYS[2], string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
 end
 local use = load(KEYS[3])

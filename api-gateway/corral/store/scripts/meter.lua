@@ -30,6 +30,16 @@ end
 
 local this_month = month_of(today)
 
+-- When the rate of a scope is whole again, us. So far ahead no debt is: the clock was set back.
+local function arrival_of(key)
+  local known = tonumber(redis.call('GET', key) or now)
+  if known > now + 5 * MINUTE then
+    known = now + MINUTE
+    redis.call('SET', key, string.format('%.0f', known), 'PX', 61000)
+  end
+  return math.max(now, known)
+end
+
 local function load(key)
   local packed = redis.call('GET', key)
   local use
@@ -38,6 +48,13 @@ local function load(key)
   else
     use = { today, 0, this_month, 0, slice, 0 }
     for place = 7, 6 + SLICES do use[place] = 0 end
+  end
+  if use[5] > slice then
+    -- The clock was set back: what counts is how long ago it was, as if the clock had gone on.
+    local ago = {}
+    for back = 0, SLICES - 1 do ago[back] = use[7 + (use[5] - back) % SLICES] end
+    for back = 0, SLICES - 1 do use[7 + (slice - back) % SLICES] = ago[back] end
+    use[5], use[6] = slice, math.max(0, use[6] - (use[5] - slice) * SLICE)
   end
   if use[1] < today then use[1], use[2] = today, 0 end
   if use[3] < this_month then use[3], use[4] = this_month, 0 end

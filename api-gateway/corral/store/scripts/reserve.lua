@@ -41,7 +41,7 @@ for number = 1, (#KEYS - 3) / 3 do
   local use = scope.use
   if scope.rpm > 0 then
     scope.interval = MINUTE / scope.rpm
-    scope.arrival = math.max(now, tonumber(redis.call('GET', scope.rate) or now))
+    scope.arrival = arrival_of(scope.rate)
     local after = scope.arrival + scope.interval - now - MINUTE
     if after > 0 then refuse(base + 1, after) end
   end

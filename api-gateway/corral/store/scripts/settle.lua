@@ -45,7 +45,7 @@ for _, scope in ipairs(scopes) do
     redis.call('ZREM', scope.leases, unpack(ids, first, math.min(first + 999, #ids)))
   end
   if requests > 0 and scope.rpm > 0 then
-    local arrival = math.max(now, tonumber(redis.call('GET', scope.rate) or now)) + requests * MINUTE / scope.rpm
+    local arrival = arrival_of(scope.rate) + requests * MINUTE / scope.rpm
     redis.call('SET', scope.rate, string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
   end
   if #changes > 0 then
@@ -54,7 +54,7 @@ for _, scope in ipairs(scopes) do
       local by = change.by
       if change.day == today then use[2] = math.max(0, use[2] + by) end
       if change.month == this_month then use[4] = math.max(0, use[4] + by) end
-      if by < 0 and change.slice > slice - SLICES then
+      if by < 0 and change.slice > slice - SLICES and change.slice <= slice then
         local place = 7 + change.slice % SLICES
         use[place] = math.max(0, use[place] + by)
       elseif by > 0 then

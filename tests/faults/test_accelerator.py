@@ -1,0 +1,58 @@
+"""A node's GPU is gone, and Ollama goes on with the CPU: it is said, and traffic goes to others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.fleet import MODEL, SIMULATION, Fleet, SimulatedNode
+from support.fleet import fleet as run_fleet
+from support.load import CHAT, WHOLE
+from support.process import until
+
+FALLBACK = "corral_node_cpu_fallback"
+SCRAPE = 15.0
+"""Seconds between two looks of Prometheus."""
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet whose nodes say that models are in a GPU's memory; nothing of it was declared."""
+    folder = tmp_path_factory.mktemp("gpus")
+    nodes = [SimulatedNode(f"node-{number}", folder, {**SIMULATION, "gpu": True}) for number in (1, 2)]
+    with run_fleet(folder, "20s", nodes=nodes) as made:
+        made.all_ready()
+        made.stack.until_continued(MODEL, seconds=60)
+        yield made
+
+
+def test_a_node_that_falls_back_to_its_cpu_is_said_and_avoided(
+    on_gpus: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    node = on_gpus.nodes["node-1"]
+    assert on_gpus.node_says("node-1", FALLBACK) == 0
+    with on_gpus.load(clients=8, paths=[CHAT], tokens=[10], name="cpu", fresh=True) as load:
+        load.more(8, "node-1")
+        node.fault(kind="cpu", delay=0.3)
+        fell = time.monotonic()
+        until(lambda: on_gpus.node_says("node-1", FALLBACK) == 1, "it is said", SCRAPE, every=0.1)
+        said = time.monotonic() - fell
+        # Gateways hear within half a second; streams that run there end there.
+        load.until(lambda _: time.monotonic() > fell + said + 1.5, "gateways have heard")
+        settled = time.monotonic()
+        load.more(40)
+        avoided = time.monotonic()
+        states, reasons = on_gpus.states(), on_gpus.reasons()
+        # Where all have fallen back, all are used.
+        on_gpus.nodes["node-2"].fault(kind="cpu", delay=0.3)
+        load.more(8, "node-1")
+        for each in on_gpus.nodes.values():
+            each.well()
+        load.more(8, "node-1")
+    assert load.unlike(WHOLE) == []
+    assert {a.node for a in load.answers if settled < a.began < avoided} == {"node-2"}
+    assert (states["node-1"], "runs on its CPU" in reasons["node-1"]) == ("ready", True)
+    until(lambda: on_gpus.node_says("node-1", FALLBACK) == 0, "it is over", 10)
+    measured = f"in {said:.1f} s, then 0 of {sum(settled < a.began < avoided for a in load.answers)} requests on it"
+    matrix("GPU lost, node goes on with its CPU", "<= 1 scrape (15 s), traffic to others", measured)

@@ -1,0 +1,139 @@
+"""Control does not hear its nodes: its own network is gone, or more of them are than may be put out of use at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from support.fleet import MODEL, Fleet
+from support.fleet import fleet as run_fleet
+from support.links import Namespace, RemoteNode, namespace
+from support.load import CHAT, REFUSED, TOLD, WHOLE, body_of
+from support.process import until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+Matrix = Callable[[str, str, str], None]
+
+ASKED = ("/api/ps", "/api/tags")
+"""What control asks of nodes, and nobody else does."""
+SPARED = "corral_nodes_spared"
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Namespace]]:
+    """A fleet of four nodes in a network of their own."""
+    folder = tmp_path_factory.mktemp("four")
+    with namespace() as network:
+        nodes = [RemoteNode(f"node-{number}", folder, network) for number in range(1, 5)]
+        with run_fleet(folder, "3s", nodes=nodes) as made:
+            made.stack.until_continued(MODEL, seconds=60)
+            yield made, network
+        for node in nodes:
+            node.kill()
+
+
+@pytest.mark.parametrize("lost", [3, 4])
+def test_the_prober_s_own_network_is_gone(four: tuple[Fleet, Namespace], matrix: Matrix, lost: int) -> None:
+    fleet, network = four
+    fleet.all_ready()
+    seen: set[str] = set()
+    with fleet.load(clients=8, paths=[CHAT], tokens=[20], name=f"prober-{lost}", fresh=True) as load:
+        load.more(16)
+        ports = [node.port for node in list(fleet.nodes.values())[:lost]]
+        for path in ASKED:
+            network.drop_asked(path, *ports)
+        try:
+            load.until(lambda _: fleet.control_says(SPARED) == lost, "control does not hear them", 20)
+            since = time.monotonic()
+            while time.monotonic() < since + 3:
+                seen |= set(fleet.states().values())
+            reasons = fleet.reasons()
+            used = load.more(40)
+        finally:
+            network.mend()
+        load.until(lambda _: fleet.control_says(SPARED) == 0, "control hears them again", 20)
+    fleet.all_ready()
+    assert load.unlike(WHOLE) == []
+    assert [str(answer) for answer in load.answers if answer.attempts != 1] == []
+    assert seen == ({"suspect", "ready"} if lost < 4 else {"suspect"})
+    assert "more than half" in reasons["node-1"] and "no answer within" in reasons["node-1"]
+    # Also those that control does not hear are given work.
+    assert {answer.node for answer in load.answers if used - 3 < answer.began} == set(fleet.nodes)
+    measured = f"0 ejected, {len(load.answers)} answers at the first attempt"
+    matrix(f"the prober's own network gone ({lost} of 4 nodes)", "0 ejections, requests go on", measured)
+
+
+def test_half_of_the_nodes_fail_at_once(four: tuple[Fleet, Namespace], matrix: Matrix) -> None:
+    kill_at_once(four[0], 2, matrix)
+
+
+def test_more_than_half_of_the_nodes_fail_at_once(four: tuple[Fleet, Namespace], matrix: Matrix) -> None:
+    kill_at_once(four[0], 3, matrix)
+
+
+def kill_at_once(fleet: Fleet, count: int, matrix: Matrix) -> None:
+    """Kill nodes under load: half of them may be down, one more is not, and nobody loses an answer."""
+    fleet.all_ready()
+    killed = list(fleet.nodes.values())[:count]
+    most = 0
+    with fleet.load(clients=8, paths=[CHAT], tokens=[20], name=f"half-{count}", fresh=True) as load:
+        load.more(16)
+        for node in killed:
+            node.process.send(signal.SIGKILL)
+        for node in killed:
+            node.kill()
+        at = time.monotonic() + 0.5
+        load.until(lambda _: list(fleet.states().values()).count("down") == 2, "half of them are down", 20)
+        # HAProxy has its word too by now.
+        while time.monotonic() < at + 6:
+            most = max(most, list(fleet.states().values()).count("down"))
+        states, spared = fleet.states(), fleet.control_says(SPARED)
+        load.more(16)
+        for node in killed:
+            node.start()
+        fleet.warm()
+        load.more(16)
+    fleet.all_ready()
+    # Who was on one of them, and then on another that died in the same moment, was at two crashes: it hears so.
+    twice = [answer for answer in load.answers if answer.fate == REFUSED]
+    assert [str(answer) for answer in twice if answer.status != 502 or answer.began > at] == []
+    assert len(twice) <= 8
+    assert load.unlike(WHOLE, TOLD, REFUSED) == []
+    assert [str(answer) for answer in load.answers if answer.fate == TOLD and not answer.text] == []
+    assert [str(answer) for answer in load.answers if answer.began > at and answer.fate != WHOLE] == []
+    assert most == 2
+    known = Counter(states.values())
+    assert (known["down"], known["suspect"], known["ready"], spared) == (2, count - 2, 4 - count, count - 2)
+    moved = sum(answer.attempts > 1 for answer in load.answers)
+    measured = f"{most} down, {spared:.0f} spared and alerted; {len(load.answers)} requests, {moved} moved, "
+    measured += f"{len(twice)} told that two nodes died under them"
+    matrix(f"{count} of 4 nodes killed at once", "at most half ejected, the rest serves", measured)
+
+
+def test_when_every_node_is_gone_it_is_said(four: tuple[Fleet, Namespace], matrix: Matrix) -> None:
+    fleet = four[0]
+    fleet.all_ready()
+    for node in fleet.nodes.values():
+        node.kill()
+    at = time.monotonic()
+    try:
+        # HAProxy's checks say the same as control's: nobody is spared where nobody is left.
+        until(lambda: set(fleet.states().values()) == {"down"}, "all are down", 20)
+        until(lambda: httpx.get(fleet.stack.url + "/health/ready").status_code == 503, "gateways have heard", 5)
+        took = time.monotonic() - at
+        client = fleet.client()
+        answer = client.ask(CHAT, body_of(CHAT, MODEL, 1), "nobody")
+        client.close()
+        assert answer.status == 503 and int(answer.headers["retry-after"]) >= 1
+        assert answer.ended - answer.began < 1
+    finally:
+        for node in fleet.nodes.values():
+            node.start()
+        fleet.warm()
+    fleet.all_ready()
+    matrix("every node gone", "503 with Retry-After, not ready", f"503 at once, not ready after {took:.1f} s")

@@ -1,0 +1,154 @@
+"""What happens on a good day: parts are restarted one after the other, and a big model is loaded. Nobody is cut off.
+
+The fleet's times are a third of the default, so that a load of 20 s stands for one of a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from support.fleet import MODEL, SIMULATION, Fleet, SimulatedNode
+from support.fleet import fleet as run_fleet
+from support.load import CHAT, REFUSED, WHOLE, Answer, Load, body_of
+from support.process import until
+
+Matrix = Callable[[str, str, str], None]
+
+LONG, BIG = "long:latest", "big:latest"
+LOAD = 20.0
+WAIT, PATIENCE = 10.0, 20.0
+"""A third of `gateway.queue.wait` and of `gateway.first_token`."""
+STREAMS = 200
+LENGTHS = [20, 24, 28, 32, 36, 40]
+"""Tokens of long streams, at five a second: four to eight seconds, never in step."""
+MODELS = [
+    *SIMULATION["models"],
+    {"name": LONG, "load": 0.1, "prefill": 5000.0, "decode": 5.0, "slots": 256},
+    {"name": BIG, "load": LOAD, "prefill": 5000.0, "decode": 40.0, "slots": 64},
+]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet with room for all streams on each of its two nodes."""
+    folder = tmp_path_factory.mktemp("kept")
+    nodes = [SimulatedNode(f"node-{number}", folder, {"models": MODELS}) for number in (1, 2)]
+    with run_fleet(folder, f"{PATIENCE:g}s", nodes=nodes, slots=256, queue={"wait": f"{WAIT:g}s"}) as made:
+        made.all_ready()
+        yield made
+
+
+def warm(fleet: Fleet) -> None:
+    """Have the model of the long streams in memory everywhere."""
+    fleet.warm()
+    for node in fleet.nodes.values():
+        httpx.post(node.url + "/api/generate", json={"model": LONG, "prompt": "a", "options": {"num_predict": 1}})
+
+
+def all_stream(load: Load) -> None:
+    """Wait until nearly every caller is being answered."""
+    load.until(lambda _: len(load.streaming) > STREAMS * 0.9, f"{STREAMS} streams run", 60)
+
+
+def test_rolling_restarts_cut_none_of_200_streams(kept: Fleet, matrix: Matrix) -> None:
+    warm(kept)
+    kept.all_ready()
+    running: dict[str, int] = {}
+
+    def about(what: str, load: Load) -> None:
+        all_stream(load)
+        running[what] = len(load.streaming)
+
+    ended: dict[str, float] = {}
+    with kept.load(LONG, clients=STREAMS, paths=[CHAT], tokens=LENGTHS, name="rolling", fresh=True) as load:
+        for turn in range(2):
+            about(f"reload {turn}", load)
+            kept.stack.corral("config", "reload")
+        ended["HAProxy reloaded"] = time.monotonic()
+        for name, node in kept.nodes.items():
+            about(name, load)
+            told = kept.stack.corral("nodes", "drain", name, "--wait")
+            assert (told["drained"], told["streams"]) == (True, 0)
+            node.process.end(signal.SIGTERM)
+            node.start()
+            warm(kept)
+            kept.stack.corral("nodes", "resume", name)
+            until(lambda name=name: kept.states()[name] == "ready", f"{name} serves", 20)  # type: ignore[misc]
+        ended["nodes restarted"] = time.monotonic()
+        for gateway in kept.stack.corral("status")["gateways"]:
+            about(gateway["name"], load)
+            restart(gateway)
+        ended["gateways restarted"] = time.monotonic()
+        all_stream(load)
+    assert load.unlike(WHOLE) == []
+    assert len(running) == 6
+    began = 0.0
+    for what, at in ended.items():
+        count = sum(began < answer.ended and answer.began < at for answer in load.answers)
+        matrix(f"{what} one after the other, {STREAMS} streams", "0 streams cut", f"0 of {count}")
+        began = at
+
+
+def restart(gateway: dict[str, object]) -> None:
+    """Have a gateway end in order, and wait until the supervisor's next one serves."""
+    pid, url = int(str(gateway["pid"])), str(gateway["url"])
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not os.path.exists(f"/proc/{pid}"), "it has ended", 30)
+    until(lambda: httpx.get(url + "/health/ready", timeout=1).status_code == 200, "the next one serves", 20)
+
+
+def ask_at_once(fleet: Fleet, name: str, count: int = 12) -> list[Answer]:
+    """Callers of the big model, each once, at the same time."""
+    clients = [fleet.client() for _ in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(each.ask, CHAT, body_of(CHAT, BIG, 4), f"{name}-{at}") for at, each in enumerate(clients)]
+        answers = [each.result() for each in asked]
+    for client in clients:
+        client.close()
+    return answers
+
+
+def loads(fleet: Fleet) -> float:
+    """How often the big model has been loaded."""
+    return sum(fleet.node_says(name, "corral_node_loads_total", model=BIG) for name in fleet.nodes)
+
+
+def test_a_big_model_loads_for_long(kept: Fleet, matrix: Matrix) -> None:
+    ejections = kept.sum_of("corral_ejections_total")
+    states: list[set[str]] = []
+    with kept.load(MODEL, clients=4, paths=[CHAT], tokens=[10], name="beside") as load, ThreadPoolExecutor(1) as pool:
+        # Nobody knows how long it takes: who is refused is told when to come back.
+        first = pool.submit(ask_at_once, kept, "big")
+        while not first.done():
+            states.append(set(kept.states().values()))
+        load.until(lambda _: loads(kept) > 0, "it is in memory", LOAD + 10)
+        for node in kept.nodes.values():
+            httpx.post(node.url + "/api/generate", json={"model": BIG, "keep_alive": 0})
+        load.until(lambda _: not kept.residents(BIG), "it is gone again", 20)
+        # By now it is known how long.
+        second = ask_at_once(kept, "again")
+    answers = first.result()
+    assert {answer.fate for answer in answers} <= {WHOLE, REFUSED}
+    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status == 503)
+    assert {answer.status for answer in answers} <= {200, 503}
+    bound = max(WAIT, 1.5 * LOAD)
+    assert max(answer.ended - answer.began for answer in answers) < bound + 2
+    assert [str(answer) for answer in second if answer.fate != WHOLE] == []
+    assert {answer.attempts for answer in second} == {1}
+    assert max(answer.first - answer.began for answer in second) < bound + 2
+    # Those of other models, and the nodes themselves, have noticed nothing.
+    assert load.unlike(WHOLE) == []
+    assert {answer.attempts for answer in load.answers} == {1}
+    assert all(each == {"ready"} for each in states)
+    assert kept.sum_of("corral_ejections_total") == ejections
+    assert loads(kept) <= 4, "at most one on each node, each time"
+    refused = sum(answer.status == 503 for answer in answers)
+    slowest = max(answer.first - answer.began for answer in second)
+    measured = f"0 ejected; {refused} of 12 told to come back, then 12 of 12 answered in {slowest:.0f} s"
+    matrix("a big model loads (20 s for a minute, times a third)", "0 ejections, no retry storm", measured)

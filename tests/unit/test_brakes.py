@@ -1,0 +1,73 @@
+"""How many nodes may go out of use because control does not hear them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corral.fleet.brakes import MOST, Standing, spared
+
+FOUR = ("a", "b", "c", "d")
+
+
+def fleet(*missed: str, names: tuple[str, ...] = FOUR, unused: tuple[str, ...] = ()) -> list[Standing]:
+    return [Standing(name, name in missed, name in missed, name not in unused, frozenset({"m"})) for name in names]
+
+
+def test_half_of_the_nodes_may_go_by_the_prober_s_word_alone() -> None:
+    assert spared(fleet(), None) == {}
+    assert spared(fleet("a", "b"), None) == {}
+    assert spared(fleet("a", names=("a", "b")), None) == {}
+
+
+def test_more_than_half_stay_until_somebody_else_misses_them_too() -> None:
+    assert spared(fleet("a", "b", "c"), None) == dict.fromkeys("abc", MOST)
+    assert spared(fleet(*FOUR), set()) == dict.fromkeys(FOUR, MOST)
+    assert spared(fleet("a", "b", "c"), {"a"}) == dict.fromkeys("bc", MOST)
+
+
+def test_those_that_are_about_to_be_missed_count() -> None:
+    nodes = [Standing(name, True, name == "a", True, frozenset({"m"})) for name in "abc"] + fleet(names=("d",))
+    assert spared(nodes, None) == {"a": MOST}
+
+
+def test_of_those_that_are_gone_half_may_go_and_all_where_none_is_left() -> None:
+    assert spared(fleet("a", "b", "c"), {"a", "b", "c"}) == {"c": MOST}
+    assert spared(fleet("a", "b", "c", unused=("b", "c")), {"a", "b", "c"}) == {"a": MOST}
+    assert spared(fleet(*FOUR), set(FOUR)) == {}
+
+
+def test_the_last_node_with_a_model_stays_until_somebody_else_misses_it_too() -> None:
+    nodes = [
+        Standing("a", True, True, True, frozenset({"m", "rare"})),
+        Standing("b", False, False, True, frozenset({"m"})),
+        Standing("c", False, False, True, frozenset({"m"})),
+    ]
+    assert spared(nodes, None) == spared(nodes, set()) == {"a": "as no other has rare"}
+    assert spared(nodes, {"a"}) == {}
+
+
+def test_one_node_alone_stays_where_haproxy_reaches_it() -> None:
+    one = fleet("a", names=("a",))
+    assert spared(one, None) == {}
+    assert spared(one, set()) == {"a": MOST}
+    assert spared(one, {"a"}) == {}
+
+
+def test_what_is_out_of_use_is_used_again_only_where_somebody_reaches_it() -> None:
+    nodes = fleet("a", "b", "c", unused=("a",))
+    assert spared(nodes, None) == dict.fromkeys("bc", MOST)
+    assert spared(nodes, set()) == dict.fromkeys("abc", MOST)
+
+
+@given(st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")))
+def test_never_more_than_half_of_the_nodes_that_were_in_use_go(
+    missed: set[str], dead: set[str], unused: set[str]
+) -> None:
+    unused &= missed
+    unused = set(sorted(unused)[:3])
+    nodes = fleet(*missed, names=tuple("abcdef"), unused=tuple(unused))
+    kept = spared(nodes, dead)
+    assert kept.keys() <= missed
+    gone = missed - kept.keys()
+    assert len(gone) <= 3 or (gone <= dead | unused and len(dead & missed) == 6)
