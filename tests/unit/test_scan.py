@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import httptools
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.fuzz import changes, mutated
+from support.fuzz import PLACES, changes, cuts, mutated
+from support.listening import Stage
 from support.native import load
 from support.smuggling import body, chunked, corpus, request
+
+from corral.gateway.upstream import UpstreamConnection, Upstreams
+from corral.wire import scan as by_module
 
 KEY = b"Bearer k"
 PLAIN = request(KEY, body("open"), extra=b"X-Forwarded-For: 192.0.2.7\r\nContent-Type: application/json\r\n")
@@ -142,6 +147,65 @@ def test_requests_are_read_as_llhttp_reads_them(scan: ModuleType, data: bytes, e
 @example(ANSWER, [])
 def test_answers_are_read_as_llhttp_reads_them(scan: ModuleType, data: bytes, edits: Any) -> None:
     same_response(scan, mutated(data, edits))
+
+
+class Server(Stage):
+    """Answers at once."""
+
+    def on_start(self, keep_alive: bool) -> None:
+        self.connection.respond(200, b"", b"ok", keep_alive)
+
+
+def served(pieces: list[bytes]) -> Any:
+    """What a caller's connection makes of them."""
+    server = Server()
+    for piece in pieces:
+        if not server.closed:
+            server.connection.data_received(piece)
+            while server.soon:
+                server.turn()
+    return server.served, server.written, server.closed
+
+
+def told(pieces: list[bytes]) -> Any:
+    """What one who waits for a node's answer hears, and whether the connection is kept."""
+    heard: list[Any] = []
+    waiting: Any = SimpleNamespace(
+        on_head=lambda status, proxied: heard.append((status, proxied)),
+        on_body=heard.append,
+        on_end=lambda: heard.append("end"),
+        on_lost=lambda untouched: heard.append("lost"),
+    )
+    loop: Any = SimpleNamespace()
+    connection = UpstreamConnection(Upstreams(loop), ("a", 1), loop)
+    transport: Any = SimpleNamespace(write=lambda data: None, abort=lambda: None)
+    connection.connection_made(transport)
+    connection.send(b"", waiting)
+    for piece in pieces:
+        connection.data_received(piece)
+        if heard[-1:] == ["end"] and connection.transport is not None:
+            connection.send(b"", waiting)
+    return heard, connection.transport is not None
+
+
+@settings(max_examples=1000, deadline=None, database=None)
+@given(st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=3), changes(*TOKENS), PLACES)
+@example([PLAIN, PLAIN], [], [len(PLAIN)])
+def test_a_connection_serves_the_same_with_it(scan: ModuleType, sent: Any, edits: Any, places: Any) -> None:
+    pieces = cuts(mutated(b"".join(sent), edits), places)
+    without = served(pieces)
+    with patch.object(by_module, "request", scan.request):
+        assert served(pieces) == without
+
+
+@settings(max_examples=1000, deadline=None, database=None)
+@given(st.lists(st.sampled_from(ANSWERS), min_size=1, max_size=3), changes(*TOKENS), PLACES)
+@example([ANSWER, ANSWER], [], [len(ANSWER)])
+def test_a_node_is_heard_the_same_with_it(scan: ModuleType, sent: Any, edits: Any, places: Any) -> None:
+    pieces = cuts(mutated(b"".join(sent), edits), places)
+    without = told(pieces)
+    with patch.object(by_module, "response", scan.response):
+        assert told(pieces) == without
 
 
 def test_each_single_byte_that_differs_is_read_as_llhttp_reads_it(scan: ModuleType) -> None:
