@@ -1,9 +1,10 @@
 """Compiles a gateway's request path with mypyc: python compile.py FOLDER, where FOLDER holds the package `corral`.
 
 The sources stay what they are: each module listed here gets an extension module beside its file, which Python imports
-instead. A module with msgspec structs is not compiled, since their annotations are read when they are made; nor is one
-with coroutines: what waits gains nothing, and a cancellation that meets nested contexts is an error there. Needs the
-packages of requirements/compile.txt, those of requirements/runtime.txt, a C compiler and Python's headers.
+instead; what is in C has a module beside it that does without. A module with msgspec structs is not compiled, since
+their annotations are read when they are made; nor is one with coroutines: what waits gains nothing, and a cancellation
+that meets nested contexts is an error there. Needs the packages of requirements/compile.txt, those of
+requirements/runtime.txt, a C compiler and Python's headers.
 """
 
 from __future__ import annotations
@@ -63,9 +64,15 @@ MODULES = (
     "wire/native.py",
     "wire/openai_answers.py",
     "wire/options.py",
+    "wire/scan.py",
     "wire/transcript.py",
 )
+NATIVE = ("wire/_scan.c",)
+"""What is written in C."""
+
 MYPY = ("--config-file=", "--ignore-missing-imports", "--follow-imports=silent")
+DIRECT = ("-fno-semantic-interposition", "-fno-plt")
+"""Nobody puts another function in the place of one of ours: they are called directly, or become part of the caller."""
 
 
 def main() -> int:
@@ -76,19 +83,25 @@ def main() -> int:
     os.chdir(sys.argv[1])
     # mypyc stands in the tests' environment and in none that serves: imported here, so that --help needs neither.
     from mypyc.build import mypycify
-    from setuptools import setup
+    from setuptools import Extension, setup
 
     with tempfile.TemporaryDirectory(prefix="corral-compile-") as work:
+        path = mypycify(
+            [*MYPY, *(f"corral/{module}" for module in MODULES)],
+            opt_level="3",
+            debug_level="0",
+            group_name="corral",
+            target_dir=work,
+        )
+        for extension in path:
+            extension.extra_compile_args += DIRECT
         setup(
             name="corral-compiled",
             packages=[],
-            ext_modules=mypycify(
-                [*MYPY, *(f"corral/{module}" for module in MODULES)],
-                opt_level="3",
-                debug_level="0",
-                group_name="corral",
-                target_dir=work,
-            ),
+            ext_modules=[
+                *path,
+                *(Extension(f"corral.{name[:-2].replace('/', '.')}", [f"corral/{name}"]) for name in NATIVE),
+            ],
             script_args=["--quiet", "build_ext", "--inplace", "--build-temp", f"{work}/objects", "--build-lib", work],
         )
     return 0

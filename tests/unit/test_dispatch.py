@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from corral.fleet.dispatch import BLOCK, CHAIN_MAX, LEAST, Affinity, Speeds, chain, messages
 from corral.wire.common import encode
 
@@ -21,6 +24,11 @@ def test_the_next_turn_of_a_conversation_prefers_the_node_of_the_last() -> None:
     assert affinity.preferred(turns(*first, "Hi!", "And now?")) == ("n1", "n2")
     assert affinity.preferred(turns(first[0], "New")) == ("n2",), "the same tenant's beginning"
     assert affinity.preferred(turns("Something", "else")) == ()
+
+
+@given(st.lists(st.sampled_from([b"}", b"]", b"}]", b"a"]), max_size=60).map(b"".join))
+def test_the_last_message_ends_where_the_list_does(text: bytes) -> None:
+    assert messages(b'{"role":' + text) == [text.partition(b"}]")[0] + b"},"]
 
 
 def test_no_preference_tells_of_another_tenant_or_model() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
-MARK = "|"
+MARK: Final = "|"
 """Between a model and the group of nodes whose slots of it are counted; no model's name has it."""
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Final
 from zlib import crc32
 
-STEP = 1_000_000.0
-FULL = 1e12
+STEP: Final = 1_000_000.0
+FULL: Final = 1e12
 """Added to the load of a place without a free slot, so that those with one come first in the order of loads."""
 
-ABORTED = 0.25
-ABORTED_MAX = 5.0
+ABORTED: Final = 0.25
+ABORTED_MAX: Final = 5.0
 
 
 class PlaceState(StrEnum):

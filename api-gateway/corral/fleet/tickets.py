@@ -9,27 +9,31 @@ every old one: whoever waits is overtaken for `AHEAD_MAX` at most, a batch for `
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import Final
 
-AHEAD_MAX = 30.0
+AHEAD_MAX: Final = 30.0
 """How far into the future the tickets of a key may start (seconds)."""
-BATCH_LATER = 60.0
+BATCH_LATER: Final = 60.0
 """How much later a batch's ticket starts: an interactive request that comes within this time is served before it."""
 
-LONG = 8192
+LONG: Final = 8192
 """Tokens from which a prompt is long: it is read alone among its kind on a node."""
-SHORT_KIND, LONG_KIND, EMBED_KIND = 0, 1, 2
-PICKY = 3
+SHORT_KIND: Final = 0
+LONG_KIND: Final = 1
+EMBED_KIND: Final = 2
+PICKY: Final = 3
 """Is added to the kind of a request that may not use every node: it holds up none of those that may."""
-KINDS = range(2 * PICKY)
-SCAN = 64
+KINDS: Final = range(2 * PICKY)
+SCAN: Final = 64
 """So many picky tickets of a kind are looked at for one that may use a slot: they do not avoid the same nodes."""
-LATE, NEVER = "!", "~"
+LATE: Final = "!"
+NEVER: Final = "~"
 """Before the name of a node among those that a request prefers: it is used only where the model is resident on no
 other, or not at all."""
-HEAD = "^"
+HEAD: Final = "^"
 """Among the nodes that a request prefers: if it waits, then at the head. It had its turn, and a node failed it. With a
 number behind it: as if it had come so many us ago, for it has waited elsewhere. Neither is turned away."""
-AEON = 1e9
+AEON: Final = 1e9
 """So much earlier than others starts who waits at the head (seconds)."""
 
 

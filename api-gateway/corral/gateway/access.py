@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
-FLUSH = 0.05
-BYTES_MAX = 64 << 20
-KEEP = 3
+FLUSH: Final = 0.05
+BYTES_MAX: Final = 64 << 20
+KEEP: Final = 3
 
 log = logging.getLogger(__name__)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from typing import Final
 
 from corral.store.budget import REASONS, Budget
 from corral.store.limits import Verdict
 from corral.wire.common import Decoded
 from corral.wire.errors import ApiError, bad_request
 
-SPREAD_MAX = 60.0
-DEADLINE = b"x-corral-deadline-ms"
+SPREAD_MAX: Final = 60.0
+DEADLINE: Final = b"x-corral-deadline-ms"
 _WORDS = ("requests per minute", "requests at the same time", "tokens per minute", "tokens per day", "tokens per month")
-_NO_ANSWER = frozenset((b"/api/embed", b"/api/embeddings"))
+_NO_ANSWER: Final = frozenset((b"/api/embed", b"/api/embeddings"))
 
 
 def reserve(decoded: Decoded | None, answer_tokens: int, density: float = 1.0) -> int:
@@ -78,17 +79,17 @@ def headers(verdict: Verdict, budget: Budget) -> bytes:
         return b"%b%d\r\nx-ratelimit-reset-requests: %dms\r\n" % (
             budget.rate_header,
             verdict.remaining,
-            verdict.reset * 1e3,
+            int(verdict.reset * 1e3),
         )
     requests = tokens = b""
     if verdict.limit:
         requests = (
             b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\n"
-            b"x-ratelimit-reset-requests: %dms\r\n" % (verdict.limit, verdict.remaining, verdict.reset * 1e3)
+            b"x-ratelimit-reset-requests: %dms\r\n" % (verdict.limit, verdict.remaining, int(verdict.reset * 1e3))
         )
     if verdict.tokens_limit:
         tokens = (
             b"x-ratelimit-limit-tokens: %d\r\nx-ratelimit-remaining-tokens: %d\r\nx-ratelimit-reset-tokens: %dms\r\n"
-            % (verdict.tokens_limit, verdict.tokens_remaining, verdict.tokens_reset * 1e3)
+            % (verdict.tokens_limit, verdict.tokens_remaining, int(verdict.tokens_reset * 1e3))
         )
     return requests + tokens

@@ -9,7 +9,7 @@ from fnmatch import translate
 from ipaddress import ip_network
 from re import Pattern
 from re import compile as compile_pattern
-from typing import Any
+from typing import Any, Final
 
 from corral.fleet.node import canonical_name
 from corral.store import keys
@@ -17,8 +17,8 @@ from corral.store.budget import LIMITS, Budget
 from corral.store.keys import Network
 from corral.wire.errors import ApiError
 
-VERIFIED_MAX = 10_000
-PLACES_MAX = 1000
+VERIFIED_MAX: Final = 10_000
+PLACES_MAX: Final = 1000
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -13,7 +13,7 @@ from corral.gateway.authenticate import Key, disabled
 from corral.gateway.snapshot import Snapshot
 from corral.wire.errors import ApiError
 
-_encode = msgspec.json.Encoder().encode
+_encode: Final = msgspec.json.Encoder().encode
 
 
 def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:

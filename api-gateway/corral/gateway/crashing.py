@@ -23,8 +23,8 @@ KNOWN_MAX: Final = 1000
 CHANNEL: Final = b"corral:crashing"
 """Where gateways tell each other the fingerprints."""
 
-_body: Callable[[bytes], dict[str, Any]] = msgspec.json.Decoder(dict[str, Any]).decode
-_PROMPT: Final = ("messages", "prompt", "system", "suffix", "images", "input")
+_body: Final[Callable[[bytes], dict[str, Any]]] = msgspec.json.Decoder(dict[str, Any]).decode
+_PROMPT = ("messages", "prompt", "system", "suffix", "images", "input")
 
 
 def fingerprint(decoded: Decoded) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from corral.fleet.node import canonical_name
 from corral.gateway.authenticate import Key, authorize, disabled
 from corral.gateway.snapshot import Snapshot
 from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError
 
-SHOW = b"/api/show"
+SHOW: Final = b"/api/show"
 
 
 def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapshot) -> Decoded:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from corral.wire.errors import ApiError
 
-JSON = b"Content-Type: application/json\r\n"
+JSON: Final = b"Content-Type: application/json\r\n"
 
 
 def relayed(content_type: str, request_id: str, node: bytes, attempts: int, queue_ms: float, rates: bytes) -> bytes:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec import UNSET
@@ -23,7 +24,7 @@ from corral.gateway.records import Admitted, Progress, Settled
 from corral.store.spool import SpoolWriter
 
 log = logging.getLogger(__name__)
-_encode = msgspec.json.Encoder().encode
+_encode: Final = msgspec.json.Encoder().encode
 
 
 def _has_content(record: msgspec.Struct) -> bool:
@@ -37,7 +38,7 @@ class Waiter:
         """The record is in the spool, or (not `written`) could not be."""
 
 
-NOBODY = Waiter()
+NOBODY: Final = Waiter()
 
 
 class Journal:

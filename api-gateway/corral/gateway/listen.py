@@ -5,33 +5,33 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import httptools
 
 from corral.gateway.admit import DEADLINE
 from corral.gateway.route import api_of
-from corral.wire import errors, http1
+from corral.wire import errors, http1, scan
 from corral.wire.errors import ApiError
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.server import Gateway
 
-HEADER_BYTES = 32 << 10
-HEADER_COUNT = 100
-PIPELINE_MAX = 8
-HEADER_DEADLINE = 10.0
-BODY_DEADLINE = 60.0
-BODY_RATE = 16 << 10  # bytes a second; a body may take as much longer as it has of these
-BODY_KNOWN = 64 << 10  # more of a body is taken from callers with a key alone
+HEADER_BYTES: Final = 32 << 10
+HEADER_COUNT: Final = 100
+PIPELINE_MAX: Final = 8
+HEADER_DEADLINE: Final = 10.0
+BODY_DEADLINE: Final = 60.0
+BODY_RATE: Final = 16 << 10  # bytes a second; a body may take as much longer as it has of these
+BODY_KNOWN: Final = 64 << 10  # more of a body is taken from callers with a key alone
 BODIES_MAX = 256 << 20  # of all bodies that are not whole yet
-IDLE_DEADLINE = 75.0
-WRITE_DEADLINE = 60.0
-WRITE_BUFFER = 64 << 10
+IDLE_DEADLINE: Final = 75.0
+WRITE_DEADLINE: Final = 60.0
+WRITE_BUFFER: Final = 64 << 10
 
 
-_ONCE = frozenset(
+_ONCE: Final = frozenset(
     (b"authorization", b"x-api-key", b"host", b"content-type", b"x-request-id", b"x-corral-edge-id", DEADLINE)
 )
 
@@ -51,6 +51,7 @@ class ClientConnection:
         "_head_bytes",
         "_headers",
         "_headers_done",
+        "_last",
         "_modern",
         "_parser",
         "_pieces",
@@ -71,7 +72,7 @@ class ClientConnection:
         self.gateway = gateway
         self._parser = httptools.HttpRequestParser(self)
         self._feed = self._parser.feed_data
-        self._reading = self._headers_done = False
+        self._reading = self._headers_done = self._last = False
         self._fed = self._head_bytes = self._body_bytes = 0
         self._body_since = 0.0
         self._target = self._body = b""
@@ -103,6 +104,11 @@ class ClientConnection:
             return
         self._fed = len(data)
         try:
+            if not self._reading and not self._last:
+                whole = scan.request(data)
+                if whole is not None and len(whole[3]) <= self.gateway.max_body:
+                    self._take(*whole)
+                    return
             self._feed(data)
             if self._reading:
                 self._wait_for_more(len(data))
@@ -117,6 +123,16 @@ class ClientConnection:
             self.reject(cause)
         except httptools.HttpParserError as malformed:
             self.reject(ApiError(400, "bad_request", f"malformed HTTP: {malformed}"))
+
+    def _take(self, method: bytes, target: bytes, headers: dict[bytes, bytes], body: bytes) -> None:
+        # A plain request that is at hand whole: the parser, which stands between two requests, would call all of the
+        # methods below for it.
+        self._target, self._head, self._body = target, headers, body
+        self._headers_done = False
+        exchange = self.gateway.exchange(self, method, target, headers)
+        exchange.body = body
+        exchange.keep_alive = True
+        self._accept(exchange)
 
     def _wait_for_more(self, size: int) -> None:
         # Only a message that came in pieces needs a deadline and a count of what may still be the head.
@@ -262,6 +278,10 @@ class ClientConnection:
             exchange.modern = False
         elif b"host" not in self._head:
             raise ApiError(400, "bad_request", "a request of HTTP/1.1 names its host")
+        self._last = not keep_alive
+        self._accept(exchange)
+
+    def _accept(self, exchange: Exchange) -> None:
         # With none running, one of the queue may be about to: what is read now comes after it.
         if self.exchange is None and not self._queue and not self._closing:
             self._serve(exchange)

@@ -6,7 +6,7 @@ A model is a label only if a node holds it or the catalogue names it, so that no
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import canonical_name
 from corral.store.budget import REASONS as LIMIT_REASONS
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 DURATION = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
-BETWEEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
+BETWEEN: Final[tuple[float, ...]] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0)
 QUEUE = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 RATE = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 200.0, 400.0)
 
-REASONS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 413: "too_large", 431: "too_large"}
+REASONS: Final = {400: "bad_request", 401: "unauthorized", 404: "not_found", 413: "too_large", 431: "too_large"}
 """Refusals that their status explains; of a 429 or 503 the exchange knows more."""
 EVERY_REASON = (
     *("unauthorized", "not_found", "bad_request", "too_large", "store", "no_node", "recording", "crashing"),
     *LIMIT_REASONS[1:],
     "other",
 )
-ANSWERED = frozenset(("ok", "upstream_error", "timeout", "client_gone", "cancelled"))
+ANSWERED: Final = frozenset(("ok", "upstream_error", "timeout", "client_gone", "cancelled"))
 RETRIED = ("connect", "reset", "crash", "node", "timeout", "nonsense", "missing")
 CONTINUATIONS = ("ok", "failed", "client_gone", "cancelled", "no_node", "ineligible")
 """What became of answers that their node left after the first token."""
-WHOLE = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
+WHOLE: Final = frozenset(("/api/embed", "/api/embeddings", "/api/show"))
 """Routes whose answer has no tokens that could be timed."""
 
 

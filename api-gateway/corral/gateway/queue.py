@@ -9,7 +9,7 @@ further attempt asks anew, at the head of those who wait.
 from __future__ import annotations
 
 from time import monotonic, time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.fleet.dispatch import Affinity, chain, messages
 from corral.fleet.node import Node, NodeState, canonical_name
@@ -40,19 +40,20 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.server import Gateway
 
-SHOW = b"/api/show"
+SHOW: Final = b"/api/show"
 _AVOIDED = (LATE, NEVER)
-_EMBEDS = frozenset((b"/api/embed", b"/api/embeddings"))
-PREFILL_US, DECODE_US = 400, 20_000
+_EMBEDS: Final = frozenset((b"/api/embed", b"/api/embeddings"))
+PREFILL_US: Final = 400
+DECODE_US: Final = 20_000
 """What a token of a prompt and one of an answer take at a guess (us): it is for the order of those who wait."""
-COST_MAX = 600_000_000
-BOUNCES_MAX = 8
-BYTES_MAX = 256 << 20
+COST_MAX: Final = 600_000_000
+BOUNCES_MAX: Final = 8
+BYTES_MAX: Final = 256 << 20
 """Of the bodies of those who wait."""
-LEARN = 0.1
-SECONDS = 4.0
-RETRY_MAX = 60.0
-DRAIN = 2.1
+LEARN: Final = 0.1
+SECONDS: Final = 4.0
+RETRY_MAX: Final = 60.0
+DRAIN: Final = 2.1
 """The longest of four requests that run takes so many times as long as they take on average (1 + 1/2 + 1/3 + 1/4)."""
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from corral.fleet.node import Node, canonical_name
 from corral.wire.errors import ApiError
 
-ATTEMPTS_MAX = 3
-CRASHES_MAX = 2
-SHUN = 2.0
-LOST = 5.0
+ATTEMPTS_MAX: Final = 3
+CRASHES_MAX: Final = 2
+SHUN: Final = 2.0
+LOST: Final = 5.0
 """Seconds in which control asks each node what it holds."""
-BUDGET_SHARE = 0.2
-BUDGET_FLOOR = 3.0
-BUDGET_CAP = 100.0
+BUDGET_SHARE: Final = 0.2
+BUDGET_FLOOR: Final = 3.0
+BUDGET_CAP: Final = 100.0
 
 
 class Failure(Enum):
@@ -32,11 +32,11 @@ class Failure(Enum):
     CALLER = "the request itself is at fault"
 
 
-CRASHES = frozenset((Failure.RESET, Failure.CRASH))
+CRASHES: Final = frozenset((Failure.RESET, Failure.CRASH))
 """What was present at one of these may be its cause."""
 
 
-GIVEN_UP = frozenset((Failure.TIMEOUT, Failure.NONSENSE))
+GIVEN_UP: Final = frozenset((Failure.TIMEOUT, Failure.NONSENSE))
 """At these it is the gateway that ends the attempt: the node may work on it for a while."""
 
 

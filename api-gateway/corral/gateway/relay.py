@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import Node
 from corral.gateway.recover import Failure, classify, crashed
@@ -13,8 +13,8 @@ from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
-ERROR_BODY_MAX = 64 << 10
-NO_SUCH_NODE = b"no-such-node"
+ERROR_BODY_MAX: Final = 64 << 10
+NO_SUCH_NODE: Final = b"no-such-node"
 
 
 class Attempt(Handler):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import Node, canonical_name
 from corral.fleet.slots import ABORTED
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.relay import Attempt
 
-CHAT = b"/api/chat"
+CHAT: Final = b"/api/chat"
 
 log = logging.getLogger(__name__)
 

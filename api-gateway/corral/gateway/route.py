@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from corral.wire.errors import ApiError
 
-MODEL_PREFIX = b"/v1/models/"
+MODEL_PREFIX: Final = b"/v1/models/"
 
 
 class Kind(Enum):
@@ -28,7 +29,7 @@ class Route:
     kind: Kind
 
 
-_ROUTES: dict[tuple[bytes, bytes], Route] = {
+_ROUTES: Final[dict[tuple[bytes, bytes], Route]] = {
     (method.encode(), path.encode()): Route(path, api, kind)
     for method, path, api, kind in [
         ("POST", "/api/generate", "native", Kind.RELAY),
@@ -50,7 +51,7 @@ _ROUTES: dict[tuple[bytes, bytes], Route] = {
         ("GET", "/health/ready", "native", Kind.HEALTH),
     ]
 }
-_MODEL = Route("/v1/models/{id}", "openai", Kind.FLEET)
+_MODEL: Final = Route("/v1/models/{id}", "openai", Kind.FLEET)
 
 
 def resolve(method: bytes, target: bytes) -> Route:

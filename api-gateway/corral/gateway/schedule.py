@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 from corral.fleet.choose import choose
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.gateway.snapshot import Snapshot
 from corral.wire.errors import ApiError
 
-RETRY_AFTER = 2
+RETRY_AFTER: Final = 2
 
 
 def schedule(snapshot: Snapshot, tenant: str, model: str, now: float, tried: Collection[str] = ()) -> Node:

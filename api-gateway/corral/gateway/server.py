@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from corral.config.settings import Settings
@@ -39,14 +39,14 @@ from corral.wire.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-PROGRESS = 1.0
+PROGRESS: Final = 1.0
 """How often it is recorded how far requests are; what ends sooner needs no such record."""
 
-PROGRESS_ROWS = 4000
-SUSPECTS_TOLD = 50
+PROGRESS_ROWS: Final = 4000
+SUSPECTS_TOLD: Final = 50
 """They go in one header."""
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
 
 class Gateway:
@@ -139,7 +139,7 @@ class Gateway:
                 record_id = edge_id.decode()
             forwarded = headers.get(b"x-forwarded-for")
             if forwarded is not None:
-                if b"," in forwarded:
+                if forwarded.find(b",") >= 0:
                     forwarded = forwarded.rpartition(b",")[2].strip()
                 address = forwarded.decode("latin-1")
                 if len(address) > 64:
@@ -148,7 +148,7 @@ class Gateway:
             record_id = self.new_id()
         shown = headers.get(b"x-request-id")
         # Some clients take their key for an id: it would be shown and recorded.
-        if shown is None or b"crl_" in shown or not _REQUEST_ID(shown):
+        if shown is None or shown.find(b"crl_") >= 0 or not _REQUEST_ID(shown):
             return record_id, record_id, address
         return record_id, shown.decode(), address
 

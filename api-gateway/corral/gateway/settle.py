@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.gateway.records import Admitted, Settled
 from corral.wire.transcript import Transcript
@@ -11,10 +11,10 @@ from corral.wire.transcript import Transcript
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
-LEARN = 0.3
-DENSITY_MAX = 4.0
+LEARN: Final = 0.3
+DENSITY_MAX: Final = 4.0
 
-OUTCOMES = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
+OUTCOMES: Final = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
 
 
 def outcome_of(status: int) -> str:

@@ -13,7 +13,7 @@ from corral.store.budget import LIMITS, TENANT, Budget
 from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
-GIB = 1 << 30
+GIB: Final = 1 << 30
 NEVER_YET: Final = float("-inf")
 
 

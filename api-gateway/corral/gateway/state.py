@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic, time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from corral.gateway.authenticate import Key
 from corral.gateway.journal import Waiter
@@ -17,7 +17,10 @@ from corral.wire.decode import Decoded
 if TYPE_CHECKING:
     from corral.gateway.server import Gateway
 
-NOTHING, RESPOND, STREAM, END = range(4)
+NOTHING: Final = 0
+RESPOND: Final = 1
+STREAM: Final = 2
+END: Final = 3
 """What is left to send once the last record is written: an answer, a whole stream, or the end of one."""
 
 

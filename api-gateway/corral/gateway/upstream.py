@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 import httptools
 
 from corral.gateway.dial import dial
+from corral.wire import scan
 from corral.wire.errors import UpstreamNonsense
 
-IDLE_MAX = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
-IDLE_COUNT = 256
-STALE_WITHIN = 0.02
+IDLE_MAX: Final = 4.0  # below HAProxy's keep-alive time-out: the pool closes before its peer does
+IDLE_COUNT: Final = 256
+STALE_WITHIN: Final = 0.02
 """A reused connection that its peer had closed shows that at once; one that ends later took the request along."""
 
 Address = tuple[str, int]
@@ -88,13 +89,21 @@ class UpstreamConnection:
         if handler is None:
             self.abort()  # bytes that nobody asked for: the connection cannot be trusted
             return
+        whole = None if self._touched else scan.response(data)
         self._touched = True
-        try:
-            self._feed(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._drop()
-            self.abort()
-            return
+        if whole is not None:
+            status, proxied, content = whole
+            self._complete = self._keep_alive = True
+            if content:
+                self._body.append(content)
+            handler.on_head(status, proxied)
+        else:
+            try:
+                self._feed(data)
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+                self._drop()
+                self.abort()
+                return
         # Chunks that arrived together go on together.
         body = self._body
         if body and self._handler is handler:

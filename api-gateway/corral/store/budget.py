@@ -9,6 +9,7 @@ from __future__ import annotations
 import calendar
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from corral.store.lua import PREFIX, combined, script, sha
 from corral.store.valkey import words
@@ -17,18 +18,18 @@ __all__ = ["PREFIX", "combined", "script", "sha"]
 
 EPOCH, GRANTS = PREFIX + b"epoch", PREFIX + b"grants"
 """There is an epoch when gateways have told a store what it last said, and it grants when they have told the rest."""
-ACTIVE = PREFIX + b"active"
-LEASE = 10.0
-MINUTE = 60.0
-DAY = 86400.0
-HELD_MS = 86_400_000
+ACTIVE: Final = PREFIX + b"active"
+LEASE: Final = 10.0
+MINUTE: Final = 60.0
+DAY: Final = 86400.0
+HELD_MS: Final = 86_400_000
 """How long a reservation is known that nobody settles."""
-SETTLED_MS = 60_000
+SETTLED_MS: Final = 60_000
 """How long a settled request is known: it may be settled again, or admitted by a call that was late."""
-TENANT = "t:"
+TENANT: Final = "t:"
 """Before a tenant's name, where the store tells it from a key."""
-LIMITS = ("rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens")
-REASONS = ("", *LIMITS, *(f"tenant_{limit}" for limit in LIMITS))
+LIMITS: Final[tuple[str, ...]] = ("rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens")
+REASONS: Final[tuple[str, ...]] = ("", *LIMITS, *(f"tenant_{limit}" for limit in LIMITS))
 """What a script's number of a limit means."""
 
 ADMIT, CHARGE = script("admit", metered=False), script("charge", metered=False)
@@ -81,6 +82,10 @@ class Budget:
     rate_header: bytes = b""
     ending: list[bytes] = field(default_factory=list)
     """The command that ends requests, up to those requests."""
+    ending_words: bytes = b""
+    """Those words, encoded."""
+    numbered: tuple[int, ...] = ()
+    """Its own limits by a script's numbers, from 1 on."""
     leaving: list[bytes] = field(default_factory=list)
     """Requests that end in this turn: id, and of a metered one tokens used and reserved."""
     in_flight: dict[str, int] = field(default_factory=dict)
@@ -97,6 +102,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         tokens = self.token_limits()
+        self.numbered = (0, *self.limits())
         tenant = self.tenant
         if tenant is not None:
             tokens += tenant.token_limits()
@@ -105,11 +111,13 @@ class Budget:
         self.rate_header = b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: " % (self.rpm or 0)
         if self.metered:
             self._metered()
+            self.ending_words = words(*self.ending)
             return
         numbers = (self.rpm or 0, self.concurrency or 0, LEASE * 1e6)
         arguments = [b"%d" % number for number in numbers]
         self._commands(_ADMIT, _ADMIT_SLOT, [self.rate, self.leases, GRANTS], arguments, 1)
         self.ending = [b"ZREM", self.leases]
+        self.ending_words = words(*self.ending)
 
     def _metered(self) -> None:
         scopes = self.scopes
@@ -156,7 +164,7 @@ class Budget:
     def limit(self, number: int) -> int:
         """The limit that a script calls by this number; 0 is none."""
         scope = self if number <= len(LIMITS) or self.tenant is None else self.tenant
-        return (0, *scope.limits())[(number - 1) % len(LIMITS) + 1] if number else 0
+        return scope.numbered[(number - 1) % len(LIMITS) + 1] if number else 0
 
     def limits(self) -> tuple[int, ...]:
         """Its own limits in the order of `LIMITS`; 0 is none."""

@@ -14,15 +14,16 @@ import string
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
-ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
-ID_LENGTH = 10
-SECRET_ALPHABET = string.ascii_letters + string.digits
-SECRET_LENGTH = 32
-PEPPER_BYTES = 32
+ID_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
+ID_LENGTH: Final = 10
+SECRET_ALPHABET: Final = string.ascii_letters + string.digits
+SECRET_LENGTH: Final = 32
+PEPPER_BYTES: Final = 32
 
-_KEY_LIKE = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}}_)?[A-Za-z0-9_]*", re.ASCII)
-_SHAPE = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}})_[A-Za-z0-9]{{{SECRET_LENGTH}}}([0-9a-f]{{8}})", re.ASCII)
+_KEY_LIKE: Final = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}}_)?[A-Za-z0-9_]*", re.ASCII)
+_SHAPE: Final = re.compile(rf"crl_([a-z2-7]{{{ID_LENGTH}}})_[A-Za-z0-9]{{{SECRET_LENGTH}}}([0-9a-f]{{8}})", re.ASCII)
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

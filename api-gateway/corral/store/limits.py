@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import hiredis
 
@@ -21,14 +21,14 @@ from corral.store import share
 from corral.store.budget import CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, sha
 from corral.store.share import Verdict
 from corral.store.slots import Heard, Slots, Wanted
-from corral.store.valkey import Valkey, ValkeyDown, encode
+from corral.store.valkey import Valkey, ValkeyDown, encode, words
 
 __all__ = ["Limits", "Verdict"]
 
 OWED_MAX = 10_000
-OWED_TIMES = 2
-TOLD_AT_ONCE = 500
-_CHARGE = sha(CHARGE)
+OWED_TIMES: Final = 2
+TOLD_AT_ONCE: Final = 500
+_CHARGE: Final = sha(CHARGE)
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +337,8 @@ class Limits:
                 else:
                     self.on_lost()
 
-        store.call(encode(*budget.ending, *leaving), heard)
+        count = len(budget.ending) + len(leaving)
+        store.call(b"*%d\r\n%b%b" % (count, budget.ending_words, words(*leaving)), heard)
 
     def _enter(self, budget: Budget, request_id: str, reserved: int) -> None:
         budget.in_flight[request_id] = reserved

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from importlib.resources import files
+from typing import Final
 
-PREFIX = b"corral:1:"
+PREFIX: Final = b"corral:1:"
 """Stands before each key; the number is that of the schema, so that two releases coexist."""
 
-_FOLDER = files("corral.store") / "scripts"
+_FOLDER: Final = files("corral.store") / "scripts"
 
 
 def script(name: str, metered: bool = True) -> str:

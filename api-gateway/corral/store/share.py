@@ -6,26 +6,47 @@ Times are monotonic seconds, ``wall`` is epoch seconds.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from corral.store.budget import DAY, MINUTE, Budget, month_end
 
 
-class Verdict(NamedTuple):
-    """The answer to one request; times are seconds.
+class Verdict:
+    """The answer to one request; times are seconds. Plain, as a named tuple's `__new__` is not compiled.
 
     ``refused`` is "", one of `REASONS`, or "store"; ``remaining`` and ``reset`` are of requests a minute. The rest is
     of metered keys alone: the limits that have the least left, of requests and of tokens (0: none).
     """
 
-    refused: str
-    remaining: int
-    reset: float
-    retry_after: float
-    limit: int = 0
-    tokens_limit: int = 0
-    tokens_remaining: int = 0
-    tokens_reset: float = 0.0
+    __slots__ = (
+        "limit",
+        "refused",
+        "remaining",
+        "reset",
+        "retry_after",
+        "tokens_limit",
+        "tokens_remaining",
+        "tokens_reset",
+    )
+
+    def __init__(
+        self,
+        refused: str,
+        remaining: int,
+        reset: float,
+        retry_after: float,
+        limit: int = 0,
+        tokens_limit: int = 0,
+        tokens_remaining: int = 0,
+        tokens_reset: float = 0.0,
+    ) -> None:
+        self.refused = refused
+        self.remaining = remaining
+        self.reset = reset
+        self.retry_after = retry_after
+        self.limit = limit
+        self.tokens_limit = tokens_limit
+        self.tokens_remaining = tokens_remaining
+        self.tokens_reset = tokens_reset
 
 
 def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int) -> list[tuple[str, float]]:

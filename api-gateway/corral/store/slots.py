@@ -10,23 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 import hiredis
 
 from corral.store.lua import PREFIX, sha, slots_script
 from corral.store.valkey import Valkey, encode, words
 
-LEASE = 10.0
-MOST = 256
+LEASE: Final = 10.0
+MOST: Final = 256
 """Tickets of a model, at most."""
-KINDS = 6
+KINDS: Final = 6
 """Of requests, numbered as in `corral.fleet.tickets`."""
-KNOWN_MAX = 4096
-EARLY_MAX = 4.0
+KNOWN_MAX: Final = 4096
+EARLY_MAX: Final = 4.0
 """How long at most the store is waited for that is there, and does not grant (seconds): longer than a flushed one waits
 for gateways."""
-WORDS = 9
+WORDS: Final = 9
 """How many arguments ask for a slot, besides the nodes that are preferred."""
 
 ASK, END, DECLARE = slots_script("slots_ask"), slots_script("slots_end"), slots_script("slots_declare")
@@ -316,7 +316,8 @@ class Slots:
         """Tell the store now of what has ended."""
         if self._ending:
             ending, self._ending = self._ending, []
-            self.store.call(encode(b"EVALSHA", _END, b"0", self.gateway, *ending), _ignore)
+            command = b"*%d\r\n%b%b%b" % (4 + len(ending), _END_WORDS, self._name, words(*ending))
+            self.store.call(command, _ignore)
 
     def _arguments(self, wanted: Wanted) -> bytes:
         about = self._known.get((wanted.model, wanted.kind, wanted.key))
@@ -342,9 +343,10 @@ class Slots:
         return text + words(*[node.encode() for node in preferred]) if preferred else text
 
 
-_ASK_WORDS = words(b"EVALSHA", _ASK, b"0")
-_INTERACTIVE = words(b"1", b"0")
-_COUNTS = [words(b"%d" % count) for count in range(32)]
+_ASK_WORDS: Final = words(b"EVALSHA", _ASK, b"0")
+_END_WORDS: Final = words(b"EVALSHA", _END, b"0")
+_INTERACTIVE: Final = words(b"1", b"0")
+_COUNTS: Final = [words(b"%d" % count) for count in range(32)]
 
 
 def _rest(wanted: Wanted) -> bytes:

@@ -22,29 +22,29 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-HEADER = struct.Struct("<II")
-SEGMENT_BYTES = 64 << 20
-FRAME_MAX = 1 << 20
-SHIP_MAX = 4 << 20
+HEADER: Final = struct.Struct("<II")
+SEGMENT_BYTES: Final = 64 << 20
+FRAME_MAX: Final = 1 << 20
+SHIP_MAX: Final = 4 << 20
 """Most bytes of frames that are shipped at once."""
 
-LOCK = "lock"
+LOCK: Final = "lock"
 """The file of a spool that its owner has locked."""
 
-_BEGIN = b'{"t":"'
+_BEGIN: Final = b'{"t":"'
 """How a payload begins."""
 
 ASIDE = (".torn", ".corrupt")
 
-_SEGMENT_NAME = re.compile(r"(\d{16})\.seg")
-_decode_lines = msgspec.json.Decoder(dict[str, Any]).decode_lines
+_SEGMENT_NAME: Final = re.compile(r"(\d{16})\.seg")
+_decode_lines: Final = msgspec.json.Decoder(dict[str, Any]).decode_lines
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_encode = msgspec.json.Encoder().encode
-_pack = HEADER.pack
+_encode: Final = msgspec.json.Encoder().encode
+_pack: Final = HEADER.pack
 
 log = logging.getLogger(__name__)
 

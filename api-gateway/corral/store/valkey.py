@@ -12,12 +12,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from corral.store import link
 
-TIMEOUT = 0.05
+TIMEOUT: Final = 0.05
 
 log = logging.getLogger(__name__)
 

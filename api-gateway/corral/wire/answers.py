@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -11,10 +11,10 @@ from corral.wire.common import LINE_MAX, Responder, count, decode_line, encode, 
 from corral.wire.errors import ApiError, UpstreamNonsense
 from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
-DONE = b'"done":true'
-GOES_ON = b'"done":false'
-ERROR = b'"error"'
-OBJECT_MAX = 256 << 20
+DONE: Final = b'"done":true'
+GOES_ON: Final = b'"done":false'
+ERROR: Final = b'"error"'
+OBJECT_MAX: Final = 256 << 20
 SUMS = ("total_duration", "load_duration", "prompt_eval_count")
 """Of several answers that make one."""
 
@@ -56,8 +56,8 @@ class Pass(Responder):
         if (
             self.done
             or data.count(GOES_ON) != lines
-            or DONE in data
-            or ERROR in data
+            or data.find(DONE) >= 0  # `in` costs several times as much: it tries a number first
+            or data.find(ERROR) >= 0
             or not data.startswith(b'{"model"')
         ):
             return self._closely(data)
@@ -97,11 +97,12 @@ class Pass(Responder):
         self._rest, self.error = b"", None
 
 
-_chat_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
-_chat_line: Callable[[bytes], Any] = msgspec.json.Decoder(ChatLine).decode
-_generate_line: Callable[[bytes], Any] = msgspec.json.Decoder(GenerateLine).decode
-_generate_lines: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
-_EMPTY = b'"message":{"role":"assistant","content":""}'
+_chat_lines: Final[Callable[[bytes], list[Any]]] = msgspec.json.Decoder(ChatLine).decode_lines
+_chat_line: Final[Callable[[bytes], Any]] = msgspec.json.Decoder(ChatLine).decode
+_generate_line: Final[Callable[[bytes], Any]] = msgspec.json.Decoder(GenerateLine).decode
+_generate_lines: Final[Callable[[bytes], list[Any]]] = msgspec.json.Decoder(GenerateLine).decode_lines
+_EMPTY: Final = b'"message":{"role":"assistant","content":""}'
+_CONTENT: Final = b'"message":{"role":"assistant","content":'
 
 
 class Whole(Responder):
@@ -196,9 +197,11 @@ class Whole(Responder):
         if self._chat and not (self._thinking or self._tool_calls or self._logprobs):
             # Plain text, by far the most common: it takes the place of the last line's empty message. These bytes
             # stand for nothing else, since a quote within a JSON string is escaped.
-            before, empty, after = self.last.partition(_EMPTY)
-            if empty and _EMPTY not in after:
-                return b'%b"message":{"role":"assistant","content":%b}%b' % (before, encode("".join(self._text)), after)
+            last = self.last
+            at = last.find(_EMPTY)
+            if at >= 0 and last.find(_EMPTY, at + 1) < 0:
+                content = encode("".join(self._text))
+                return b"".join((last[:at], _CONTENT, content, b"}", last[at + len(_EMPTY) :]))
         return encode(self.value())
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from corral.wire import answers
 from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, text
 from corral.wire.errors import UpstreamNonsense
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens"}
 
 
 def stop_reason(line: dict[str, Any], called: bool) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -15,12 +15,12 @@ from corral.wire.errors import ApiError, UpstreamNonsense, bad_request
 from corral.wire.options import ModelPolicy
 from corral.wire.transcript import Transcript
 
-LINE_MAX = 1 << 20
-MARK = "corral"
+LINE_MAX: Final = 1 << 20
+MARK: Final = "corral"
 """The field of an answer's last event that says that other nodes went on with it, and which."""
-COUNT_MAX = (1 << 31) - 1
+COUNT_MAX: Final = (1 << 31) - 1
 
-BRACKETS_MAX = 100_000
+BRACKETS_MAX: Final = 100_000
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,17 +35,17 @@ class Caps:
     nesting: int = 64
 
 
-CAPS = Caps()
+CAPS: Final = Caps()
 PolicyOf = Callable[[str], ModelPolicy | None]
 T = TypeVar("T", bound=msgspec.Struct)
 
-encode = msgspec.json.Encoder().encode
-_any = msgspec.json.Decoder().decode
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+encode: Final = msgspec.json.Encoder().encode
+_any: Final = msgspec.json.Decoder().decode
+_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NO_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_UNKNOWN = "Object contains unknown field"
+_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_UNKNOWN: Final = "Object contains unknown field"
 
 
 class Responder:
@@ -91,30 +91,55 @@ class Responder:
         self.error = None
 
 
-@dataclass(slots=True)
 class Decoded:
-    """A request as it goes to a node.
+    """A request as it goes to a node. Written out, as a dataclass's `__init__` is not compiled.
 
-    ``estimate`` is a guess of the prompt's tokens; ``max_tokens`` the caller's bound of the answer.
+    ``estimate`` is a guess of the prompt's tokens; ``max_tokens`` the caller's bound of the answer. ``fallback``: the
+    body for a model that cannot think, where the caller does not insist on it (Anthropic clients). ``ignored``: fields
+    of the body that mean nothing here. ``resumable``: a stream of nothing but text, as far as the request says: another
+    node could go on with it. ``more``: bodies for what is to be asked after that, one after the other: one answer is
+    made of all. ``transcript``: what is said, kept where the fleet could go on with it, hashed where the record wants
+    that.
     """
 
-    upstream_path: bytes
-    model: str
-    body: bytes
-    estimate: int
-    max_tokens: int | None
-    responder: Responder
-    fallback: bytes = b""
-    """The body for a model that cannot think, where the caller does not insist on it (Anthropic clients)."""
-    ignored: int = 0
-    """Fields of the body that mean nothing here."""
-    resumable: bool = False
-    """A stream of nothing but text, as far as the request says: another node could go on with it."""
-    transcript: Transcript | None = None
-    """What is said: kept where the fleet could go on with it, hashed where the record wants that."""
+    __slots__ = (
+        "body",
+        "estimate",
+        "fallback",
+        "ignored",
+        "max_tokens",
+        "model",
+        "more",
+        "responder",
+        "resumable",
+        "transcript",
+        "upstream_path",
+    )
 
-    more: Sequence[bytes] = ()
-    """Bodies for what is to be asked after that, one after the other: one answer is made of all."""
+    def __init__(
+        self,
+        upstream_path: bytes,
+        model: str,
+        body: bytes,
+        estimate: int,
+        max_tokens: int | None,
+        responder: Responder,
+        fallback: bytes = b"",
+        ignored: int = 0,
+        resumable: bool = False,
+        more: Sequence[bytes] = (),
+    ) -> None:
+        self.upstream_path = upstream_path
+        self.model = model
+        self.body = body
+        self.estimate = estimate
+        self.max_tokens = max_tokens
+        self.responder = responder
+        self.fallback = fallback
+        self.ignored = ignored
+        self.resumable = resumable
+        self.more = more
+        self.transcript: Transcript | None = None
 
     def go_on(self) -> None:
         """An answer is whole, and there is more to ask."""
@@ -211,7 +236,7 @@ def require_model(model: str) -> str:
     return model
 
 
-_MODEL = re.compile(r"[A-Za-z0-9._:/-]+")
+_MODEL: Final = re.compile(r"[A-Za-z0-9._:/-]+")
 
 
 def fields_of(text: bytes) -> dict[str, msgspec.Raw]:

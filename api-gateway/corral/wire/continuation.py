@@ -19,9 +19,9 @@ from corral.wire.lines import RENDERED
 GENERATE: Final = b"/api/generate"
 RENDERED_MAX: Final = 64 << 20
 
-_body: Callable[[bytes], dict[str, Any]] = msgspec.json.Decoder(dict[str, Any]).decode
-_UNFIT: Final = ("tools", "format", "images", "logprobs", "suffix", "context", "_debug_render_only")
-_UNFIT_MESSAGE: Final = ("images", "tool_calls", "thinking", "tool_name", "tool_call_id")
+_body: Final[Callable[[bytes], dict[str, Any]]] = msgspec.json.Decoder(dict[str, Any]).decode
+_UNFIT = ("tools", "format", "images", "logprobs", "suffix", "context", "_debug_render_only")
+_UNFIT_MESSAGE = ("images", "tool_calls", "thinking", "tool_name", "tool_call_id")
 
 
 class Rest:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from corral.wire import anthropic, native, openai
 from corral.wire.common import Caps, Decoded, PolicyOf, Responder
 
 __all__ = ["DECODERS", "Decoded", "Responder"]
 
-DECODERS: dict[str, Callable[[bytes, str, PolicyOf, Caps], Decoded]] = {
+DECODERS: Final[dict[str, Callable[[bytes, str, PolicyOf, Caps], Decoded]]] = {
     "/api/generate": native.decode_generate,
     "/api/chat": native.decode_chat,
     "/api/embed": native.decode_embed,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-_encode = msgspec.json.Encoder().encode
+_encode: Final = msgspec.json.Encoder().encode
 
 
 class ApiError(Exception):
@@ -36,7 +36,7 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, "bad_request", message, param)
 
 
-_OPENAI_TYPES = {
+_OPENAI_TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",

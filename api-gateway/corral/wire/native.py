@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from corral.wire import options as opts
 from corral.wire.answers import Object, Pass, Whole
@@ -10,19 +10,19 @@ from corral.wire.bodies import UNSET, Chat, Embed, Embeddings, Generate, Show
 from corral.wire.common import CAPS, Caps, Decoded, PolicyOf, Reader, check_depth, encode, require_model
 from corral.wire.errors import bad_request
 
-KEEP_ALIVE = -1
-CHARS_PER_TOKEN = 4
-TOKENS_PER_IMAGE = 256
+KEEP_ALIVE: Final = -1
+CHARS_PER_TOKEN: Final = 4
+TOKENS_PER_IMAGE: Final = 256
 """Guesses, for what a node did not come to count."""
 
-EMBED_BATCH = 64
+EMBED_BATCH: Final = 64
 """How many inputs of an embedding request go to a node at once: others have their turn between them."""
 
-_chat = Reader(Chat)
-_generate = Reader(Generate)
-_embed = Reader(Embed)
-_embeddings = Reader(Embeddings)
-_show = Reader(Show)
+_chat: Final = Reader(Chat)
+_generate: Final = Reader(Generate)
+_embed: Final = Reader(Embed)
+_embeddings: Final = Reader(Embeddings)
+_show: Final = Reader(Show)
 
 
 def decode_show(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = CAPS) -> Decoded:

@@ -7,7 +7,7 @@ import struct
 import time
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -15,7 +15,7 @@ from corral.wire import answers
 from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, text
 from corral.wire.errors import UpstreamNonsense
 
-FINGERPRINT = "fp_ollama"
+FINGERPRINT: Final = "fp_ollama"
 
 
 def tool_calls(calls: Any) -> list[dict[str, Any]]:

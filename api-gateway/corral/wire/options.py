@@ -10,12 +10,12 @@ from typing import Any, Final
 from corral.config.options import BOOL, FLOAT, INT, REFUSE, RELOADING, STRINGS, TYPES
 from corral.wire.errors import bad_request
 
-STOP_MAX = 16
+STOP_MAX: Final = 16
 INT_MAX: Final = 2_147_483_647
-SEED_MAX = 1 << 53
-FLOAT_MAX = 3.4e38
+SEED_MAX: Final = 1 << 53
+FLOAT_MAX: Final = 3.4e38
 
-_PLAIN: dict[str, Any] = {
+_PLAIN: Final[dict[str, Any]] = {
     name: {INT: int, FLOAT: float}[kind]
     for name, kind in TYPES.items()
     if kind in (INT, FLOAT) and name not in RELOADING
@@ -52,7 +52,7 @@ class ModelPolicy:
         )
 
 
-NO_POLICY = ModelPolicy()
+NO_POLICY: Final = ModelPolicy()
 
 
 def check(options: dict[str, Any], policy: ModelPolicy, stop_max: int = STOP_MAX) -> dict[str, Any]:

@@ -17,8 +17,8 @@ TOGETHER: Final = 32
 BYTES: Final = 1 << 14
 """Bytes of pieces that are read at once, however few they are: a caller who takes nothing must not fill the memory."""
 
-_chat: Callable[[bytes], list[Any]] = msgspec.json.Decoder(ChatLine).decode_lines
-_generate: Callable[[bytes], list[Any]] = msgspec.json.Decoder(GenerateLine).decode_lines
+_chat: Final[Callable[[bytes], list[Any]]] = msgspec.json.Decoder(ChatLine).decode_lines
+_generate: Final[Callable[[bytes], list[Any]]] = msgspec.json.Decoder(GenerateLine).decode_lines
 
 
 class Transcript:
