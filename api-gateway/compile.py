@@ -24,6 +24,7 @@ MODULES = (
     "gateway/access.py",
     "gateway/admit.py",
     "gateway/authenticate.py",
+    "gateway/avoid.py",
     "gateway/catalogue.py",
     "gateway/crashing.py",
     "gateway/decode.py",

@@ -12,8 +12,8 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
 from corral.fleet.dispatch import Affinity, chain, messages
-from corral.fleet.node import Node, NodeState, canonical_name
-from corral.fleet.pools import counted, model_of
+from corral.fleet.node import Node, canonical_name
+from corral.fleet.pools import counted
 from corral.fleet.slots import ABORTED_MAX, cool_down
 from corral.fleet.tickets import (
     EMBED_KIND,
@@ -29,10 +29,10 @@ from corral.fleet.tickets import (
 )
 from corral.gateway import admit, settle
 from corral.gateway.authenticate import check
+from corral.gateway.avoid import avoided, unfit
 from corral.gateway.health import RATE
 from corral.gateway.local import Local, stand_in
 from corral.gateway.recover import LOST, SHUN, Failure, shun
-from corral.gateway.snapshot import Pool
 from corral.store.slots import Answer, Slots, Wanted
 from corral.wire.errors import ApiError
 
@@ -84,9 +84,9 @@ class Queue:
         if name not in pool.ready:
             return None
         first = not exchange.asked
-        avoided = pool.others
+        kept = pool.others
         if not first or self._troubled or self._gateway.health.canaries or self._gateway.snapshot.on_cpu:
-            avoided += self._avoid(exchange, pool, name)
+            kept += avoided(self._gateway, exchange, pool, name, self._troubled, monotonic())
         if exchange.resumption is not None:
             # Its requests are small, and go to one path or another.
             kind = SHORT_KIND
@@ -94,13 +94,13 @@ class Queue:
             kind = EMBED_KIND
         else:
             kind = LONG_KIND if decoded.estimate > LONG else SHORT_KIND
-        words = avoided
+        words = kept
         if kind != EMBED_KIND and exchange.resumption is None and len(pool.nodes) > 1:
             if first:
                 exchange.beginnings = chain(exchange.tenant, name, messages(decoded.body))
             if exchange.beginnings:
-                words = self.affinity.preferred(exchange.beginnings) + avoided
-        if avoided:
+                words = self.affinity.preferred(exchange.beginnings) + kept
+        if kept:
             kind += PICKY
         id = exchange.record_id
         if not first:
@@ -130,7 +130,7 @@ class Queue:
             if self.local.active:
                 self.local.hold(wanted, now)
             node = self._gateway.snapshot.pool(exchange.tenant).nodes.get(answer.node)
-            if node is None or self._unfit(node, wanted, now):
+            if node is None or unfit(node, wanted, now):
                 self._bounce(exchange, answer.node, now)
             else:
                 if exchange.beginnings:
@@ -275,7 +275,7 @@ class Queue:
             self.again(exchange, now)
         elif wanted.kind >= PICKY:
             others = tuple([word for word in wanted.preferred if word[0] not in _AVOIDED])
-            words = others + pool.others + self._avoid(exchange, pool, name)
+            words = others + pool.others + avoided(self._gateway, exchange, pool, name, self._troubled, now)
             if words != wanted.preferred:
                 wanted.preferred = words  # the store hears it when it is asked again
                 self.local.prefer(wanted, now)
@@ -322,19 +322,6 @@ class Queue:
         exchange.answer = answer
         return answer
 
-    def _unfit(self, node: Node, wanted: Wanted, now: float) -> bool:
-        """Whether a request must not go where it was sent: what a gateway sees by itself, the store does not know."""
-        if node.state is not NodeState.READY:
-            return True
-        words = wanted.preferred
-        if NEVER + node.name in words:
-            return True
-        if not self._troubled and not node.suspects and not node.on_cpu:
-            return False
-        model = model_of(wanted.model)
-        troubled = _failed(node, model, now) or model in node.suspects or model in node.on_cpu
-        return troubled and LATE + node.name not in words
-
     def _bounce(self, exchange: Exchange, name: str, now: float) -> None:
         exchange.bounced += (name,)
         if len(exchange.bounced) > BOUNCES_MAX:
@@ -342,35 +329,6 @@ class Queue:
             exchange.give_up(self._overloaded(f"no node that holds '{exchange.model}' is ready", 1.0), "overloaded")
         else:
             self.again(exchange, now)
-
-    def _avoid(self, exchange: Exchange, pool: Pool, name: str) -> tuple[str, ...]:
-        """Nodes that a request is kept from, as words for the store."""
-        now = monotonic()
-        never: dict[str, None] = {}
-        for node in exchange.bounced:
-            known = pool.nodes.get(node)
-            if known is None or known.state is not NodeState.READY:
-                never[node] = None
-        resume = exchange.resumption
-        if resume is not None:
-            for other in pool.nodes.values():
-                if not resume.suits(other):
-                    never[other.name] = None
-        # In the order in which they are used where no other is left, as in `choose`.
-        slow = [node.name for node in self._gateway.snapshot.on_cpu if name in node.on_cpu]
-        shunned: list[str] = []
-        lost: list[str] = []
-        for node in self._troubled:
-            known = pool.nodes.get(node)
-            if known is not None and _failed(known, name, now):
-                (lost if known.lost and name in known.lost else shunned).append(node)
-        last = [node for node, model in self._gateway.health.canaries if model == name]
-        last += exchange.tried
-        failed = [node for node in shunned + lost if node not in last] + last
-        late = dict.fromkeys([node for node in slow if node not in failed] + failed)
-        words = [NEVER + node for node in never]
-        words += [LATE + node for node in late if node in pool.nodes and node not in never]
-        return tuple(words)
 
     def _bound(self, exchange: Exchange, answer: Answer) -> float:
         if exchange.resumption is not None:
@@ -390,10 +348,6 @@ class Queue:
     def _overloaded(self, message: str, seconds: float) -> ApiError:
         retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))
         return ApiError(503, "overloaded", f"{message}; retry in {retry} s", retry_after=retry)
-
-
-def _failed(node: Node, model: str, now: float) -> bool:
-    return node.shunned_until > now or (bool(node.lost) and node.lost.get(model, 0.0) > now)
 
 
 def _size(exchange: Exchange) -> int:

@@ -1,0 +1,91 @@
+"""Who waits at a real gateway: in which order, for how long at most, and with how many bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.gateway import Gateway, gateway
+from support.held import MODEL, Held, hold, led, placed
+from support.leader import Leader
+from support.process import until
+
+
+@pytest.fixture
+def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
+    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
+    wait, length = getattr(request, "param", ("30s", 3))
+    queue = {"length": length, "wait": wait}
+    with gateway(tmp_path, gateway={"queue": queue}, limits=limits) as made:
+        yield made
+
+
+@pytest.fixture
+def leader(gw: Gateway) -> Leader:
+    made = Leader(gw.valkey.url)
+    until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
+    made.leads()
+    return made
+
+
+@pytest.fixture
+def callers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def test_interactive_is_served_before_batch(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    placed(gw, leader, 1, "node-1")
+    batch = gw.new_key(**{"class": "batch"})
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    last = callers.submit(gw.post, headers={"Authorization": f"Bearer {batch}"})
+    until(lambda: leader.waiting() == 1, "a batch waits")
+    first = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 2, "and one that came later")
+    for one, began in ((runs, 2), (first, 3)):
+        held.release()
+        until(lambda began=began: held.began == began, "the next one runs")  # type: ignore[misc]
+        assert one.result().status_code == 200
+    assert not last.done()
+    held.release()
+    assert last.result().status_code == 200
+
+
+@pytest.mark.parametrize("gw", [("1s", 3)], indirect=True)
+def test_who_waits_for_a_model_that_is_nowhere_has_the_time_of_a_load(gw: Gateway, leader: Leader) -> None:
+    """1.5 times what a load takes, as the leader measured, and a drain: here requests take no time."""
+    leader.place("node-1", MODEL, 1)
+    led(gw, leader)
+    leader.place("node-1", MODEL, 1, "absent")
+    leader.ask(b"HSET", b"corral:1:loads", MODEL.encode(), b"3000000")
+    began = time.monotonic()
+    late = gw.post()
+    assert late.status_code == 503 and "no slot for 'm' within" in late.json()["error"]
+    assert 4.5 <= time.monotonic() - began <= 6.5
+
+
+@pytest.mark.parametrize("gw", [("30s", 64)], indirect=True)
+def test_bodies_of_those_who_wait_are_bounded(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    """By 256 MB of what they sent and of what nodes are to get, before the queue's length is."""
+    placed(gw, leader, 1, "node-1")
+    held = Held()
+    hold(gw, held)
+    runs = callers.submit(gw.post)
+    until(lambda: held.running == 1, "one runs")
+    large = gw.chat(stream=False, messages=[{"role": "user", "content": "x" * (31 << 20)}])
+    waits = []
+    for number in range(4):  # each is held twice
+        waits.append(callers.submit(gw.post, body=large))
+        until(lambda number=number: leader.waiting() == number + 1, "it waits")  # type: ignore[misc]
+    assert gw.post(body=large).status_code == 503
+    until(lambda: leader.waiting() == 4, "its ticket is given up")
+    small = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 5, "what is small waits all the same")
+    held.release(6)
+    assert [one.result(30).status_code for one in (runs, small, *waits)] == [200] * 6

@@ -1,0 +1,250 @@
+"""Slots in a real Valkey and a real Redis: what gateways and the store tell each other after trouble."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.limits import flush
+from support.servers import STORES, Server, valkey
+from support.slots import Gateway, gateways, granting, place, settled
+
+from corral.fleet.slots import PlaceState
+from corral.fleet.tickets import HEAD, NEVER, PICKY
+from corral.store import keeper
+from corral.store.budget import ADMIT, EPOCH, GRANTS, PREFIX, RESERVE, Budget, sha
+from corral.store.lua import combined
+from corral.store.slots import Wanted
+from corral.store.valkey import ValkeyDown, encode
+
+RESIDENT = PlaceState.RESIDENT
+
+
+@pytest.fixture(scope="module", params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
+        yield server
+
+
+def test_a_gateway_that_was_thought_dead_tells_of_what_runs(store: Server) -> None:
+    """Its slots were given to others meanwhile: they are counted again, and nothing more is given until they end."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2, lease=1.0) as made:
+            stalled, other = made
+            await place(other, "n1", "a", "resident", 1, 1)
+            assert (await stalled.ask(Wanted("s1", "a")))[0].node == "n1"
+            keeping = stalled.tasks.pop()
+            keeping.cancel()  # as if it stood still
+            _, more = await other.ask(Wanted("o1", "a"))
+            assert (await asyncio.wait_for(more, 10)).node == "n1"
+            stalled.tasks.append(asyncio.create_task(keeper.keep(stalled.slots)))
+            async with asyncio.timeout(5):
+                while int(await other.store.request(b"HGET", PREFIX + b"used:a", b"n1")) != 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            answer, more = await other.ask(Wanted("o2", "a"))
+            assert answer.position == 1
+            other.slots.end("o1")
+            await other.store.request(b"PING")
+            assert not more.done(), "s1 still runs there"
+            stalled.slots.end("s1")
+            assert (await asyncio.wait_for(more, 5)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_a_flushed_store_gives_nothing_until_all_have_told(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 3, lease=10.0) as made:
+            await place(made[0], "n1", "a", "resident", 1, 2)
+            for number, one in enumerate(made[:2]):
+                assert (await one.ask(Wanted(f"r{number}", "a")))[0].node == "n1"
+            _, waits = await made[2].ask(Wanted("waits", "a"))
+            port = int(store.url.rpartition(":")[2].partition("/")[0])
+            await flush(port)
+            answer, early = await made[2].ask(Wanted("early", "a"))
+            assert (answer.node, answer.away, answer.position) == ("", False, 1), "it waits until the store grants"
+            await flush(port)  # and again, while some have told and others have not
+            await place(made[0], "n1", "a", "resident", 2, 2)
+            await granting(made[0])
+            answer, _ = await made[2].ask(Wanted("late", "a"))
+            assert not answer.node and answer.position >= 2, "both run, and who waited is ahead"
+            made[0].slots.end("r0")
+            assert (await asyncio.wait_for(waits, 5)).node == "n1"
+            async with asyncio.timeout(5):
+                while made[2].slots.early:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await settled(made, {"r1": "g2", "waits": "g3", "early": "g3", "late": "g3"})
+            made[1].slots.end("r1")
+            assert (await asyncio.wait_for(early, 5)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_what_was_given_while_nobody_heard_is_found_by_looking(store: Server) -> None:
+    """The connection that hears is gone when the slot is given."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2) as made:
+            await place(made[0], "n1", "a", "resident", 1, 1)
+            assert (await made[0].ask(Wanted("r0", "a")))[0].node == "n1"
+            _, more = await made[1].ask(Wanted("r1", "a"))
+            made[1].tasks[1].cancel()
+            await asyncio.sleep(0)
+            made[1].ears.lose()
+            made[0].slots.end("r0")
+            assert (await asyncio.wait_for(more, 2)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_what_a_gateway_gave_while_it_could_not_tell_is_counted_where_it_runs(store: Server) -> None:
+    """A ticket of the store's had its turn elsewhere than the store would have sent it, and another gateway waits."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2) as made:
+            cut, other = made
+            for node in ("n1", "n2"):
+                await place(other, node, "a", "resident", 1, 1)
+            for id in ("r1", "r2"):
+                assert (await cut.ask(Wanted(id, "a")))[0].node
+            ticket = Wanted("r3", "a")
+            assert (await cut.ask(ticket))[0].position == 1
+            answer, more = await other.ask(Wanted("r4", "a"))
+            assert answer.position == 2
+            cut.store.lose()
+            for id in ("r1", "r2", "r3"):
+                cut.slots.end(id)
+            cut.slots.claim(ticket, "n2")
+            assert (await asyncio.wait_for(more, 5)).node == "n1"
+            await settled(made, {"r3": "g1", "r4": "g2"})
+            assert await request_of(other, "g1", "r3") == [b"g", b"a", b"0", b"n2", b"1", b"0"]
+            # The same of what the store runs late, of a connection that was given up: it is put right by a renewal.
+            late = b"EVAL", SLOTS_OF_R3_ON_N1, b"0", PREFIX
+            await other.store.request(*late)
+            await keeper.renew(cut.slots)
+            assert (await request_of(other, "g1", "r3"))[3] == b"n2"
+
+    asyncio.run(work())
+
+
+SLOTS_OF_R3_ON_N1 = b"""
+local held, used = ARGV[1] .. 'held:g1', ARGV[1] .. 'used:a'
+redis.call('HSET', held, 'r3', 'g a 0 n1 1 0')
+redis.call('HINCRBY', used, 'n1', 1)
+redis.call('HINCRBY', used, 'n2', -1)
+"""
+
+
+async def request_of(gateway: Gateway, of: str, id: str) -> list[bytes]:
+    """What the store has of a request."""
+    text: bytes = await gateway.store.request(b"HGET", PREFIX + b"held:" + of.encode(), id.encode())
+    return text.split(b" ")
+
+
+def test_who_has_waited_elsewhere_keeps_its_place_and_is_not_turned_away(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            one.slots.length = b"1"
+            await place(one, "n1", "a", "resident", 1, 1)
+            assert (await one.ask(Wanted("r1", "a")))[0].node == "n1"
+            assert (await one.ask(Wanted("r2", "a")))[0].position == 1
+            assert (await one.ask(Wanted("r3", "a")))[0].full
+            for position, word in enumerate((HEAD, HEAD, HEAD + "9000000"), 1):
+                answer, _ = await one.ask(Wanted(f"r{3 + position}", "a", preferred=(word,)))
+                assert answer.position == position, "before r2, in the order in which they came"
+
+    asyncio.run(work())
+
+
+def test_a_prompt_that_was_read_while_the_store_was_away_holds_up_no_other(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 2) as made:
+            cut, other = made
+            await place(other, "n1", "a", "resident", 1, 4)
+            for number in range(2):  # beside others one long prompt at a time
+                assert (await other.ask(Wanted(f"s{number}", "a")))[0].node == "n1"
+            assert (await cut.ask(Wanted("r1", "a", 1)))[0].node == "n1"
+            answer, more = await other.ask(Wanted("r2", "a", 1))
+            assert answer.position == 1
+            cut.store.lose()
+            cut.slots.read("r1")
+            assert (await asyncio.wait_for(more, 5)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_a_flushed_store_hears_what_a_ticket_avoids(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            await place(one, "n1", "a", "resident", 1, 1)
+            answer, more = await one.ask(Wanted("r1", "a", PICKY, preferred=(NEVER + "n1",)))
+            assert answer.position == 1
+            await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
+            await granting(one)
+            await place(one, "n1", "a", "resident", 2, 1)
+            await keeper.renew(one.slots)
+            assert not more.done()
+            await place(one, "n2", "a", "resident", 2, 1)
+            assert (await asyncio.wait_for(more, 5)).node == "n2"
+
+    asyncio.run(work())
+
+
+def test_a_fault_in_taking_one_answer_is_not_the_end_of_others(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            connections = one.store.connections
+
+            def fails(reply: Any) -> None:
+                raise ValueError(reply)
+
+            one.store.call(encode(b"PING"), fails)
+            assert await one.store.request(b"PING") == b"PONG"
+            one.store.call(encode(b"PING"), fails)
+            late = asyncio.create_task(one.store.request(b"PING"))
+            await asyncio.sleep(0)
+            assert one.store.connections == connections
+            one.store.lose()
+            with pytest.raises(ValkeyDown):
+                await late
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("limits", [ADMIT, RESERVE])
+def test_limits_and_slot_are_one_call(store: Server, limits: str) -> None:
+    """What the limits refuse takes no slot; what they admit gets one, or a ticket, in the same answer."""
+    whole = combined(limits)
+    key = Budget("k", rpm=600, concurrency=2, tpm=None if limits is ADMIT else 10_000)
+
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            request = one.store.request
+            await place(one, "n1", "a", "resident", 1, 1)
+            await request(b"SCRIPT", b"LOAD", whole.encode())
+            words = key.prefix.split(b"\r\n")[2::2]  # the command that asks the limits alone, up to the request's id
+            keys = int(words[2])
+
+            async def ask(id: bytes) -> Any:
+                slot = (b"g1", id, b"a", b"0", b"-", b"1000000", b"1", b"0", b"256", b"n1")
+                rest = (*words[3 + keys :], id, *([] if limits is ADMIT else [b"100"]))
+                names = words[3 : 3 + keys]
+                return await request(b"EVALSHA", sha(whole), words[2], *names, b"%d" % len(slot), *slot, *rest)
+
+            assert await ask(b"r1") == 0, "the limits do not grant yet"
+            await request(b"SET", GRANTS, b"1")
+            await request(b"SET", EPOCH, b"1")
+            verdict, slot = await ask(b"r1")
+            assert verdict[0] == 1 and slot == [1, b"n1", 1]
+            verdict, slot = await ask(b"r1")
+            assert verdict[0] == 1 and slot == [1, b"n1", 1], "a repeated call counts once"
+            verdict, slot = await ask(b"r2")
+            assert verdict[0] == 1 and slot[:3] == [2, 1, 1]
+            (verdict,) = await ask(b"r3")
+            assert verdict[0] == 0, "two at once"
+            assert await request(b"HKEYS", PREFIX + b"held:g1") == [b"r1", b"r2"]
+
+    asyncio.run(work())
