@@ -18,6 +18,8 @@ from corral.store.valkey import Valkey
 class Placed:
     """A placement that only counts its turns."""
 
+    hurries = False
+
     def __init__(self, term: int) -> None:
         self.term, self.turns = term, 0
 
