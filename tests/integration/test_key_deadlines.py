@@ -66,6 +66,7 @@ def test_the_deadline_of_a_key_on_the_command_line(control: Running) -> None:
     wrong = corral("update", made["id"])
     assert (wrong.exit_code, "name what to change" in wrong.output) == (2, True)
     assert corral("create", "x", "--deadline", "none").exit_code == 2
+    assert "30 of what?" in corral("update", made["id"], "--deadline", "30").output
 
 
 def test_a_key_has_a_deadline_for_requests_that_state_none(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_what_is_not_there_or_is_not_one_cannot_be_cancelled(site: Stack, caller
     assert refused.status_code == 409
     ids = [one["id"] for one in listed(site)]
     assert all(id in refused.json()["error"]["message"] for id in ids)
-    operator = site.corral("keys", "create", "other", "--role", "operator", "--tenant", "other")["key"]
+    operator = site.corral("keys", "create", "other", "--role", "operator", "--tenant", "other", "--new-tenant")["key"]
     stranger = {"Authorization": f"Bearer {operator}"}
     assert httpx.get(f"{site.url}/admin/requests", headers=stranger).json()["requests"] == []
     for id in ids:

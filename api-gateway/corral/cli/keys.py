@@ -44,7 +44,7 @@ class Span(click.ParamType[float]):
 
 @click.group("keys")
 def command() -> None:
-    """Create, list, rotate and revoke keys."""
+    """Create, change, list, rotate and revoke keys."""
 
 
 @command.command("create")
@@ -60,7 +60,7 @@ def command() -> None:
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(unit=True), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
-@click.option("--deadline", type=Span(), help="How long its requests may take that do not say so, such as 30s.")
+@click.option("--deadline", type=Span(unit=True), help="How long a request may take that does not say so: 30s, 5m.")
 @click.option("--tenant", help="Whom it belongs to.  [default: that of the key that creates it]")
 @click.option("--new-tenant", is_flag=True, help="Make the tenant where it is new; otherwise that is refused.")
 @common.options
@@ -99,7 +99,9 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 
 @command.command("update")
 @click.argument("id")
-@click.option("--deadline", type=Span(none=True), help="How long its requests may take that do not say so, or none.")
+@click.option(
+    "--deadline", type=Span(unit=True, none=True), help="How long a request may take that does not say so, or none."
+)
 @common.options
 def update(id: str, deadline: float | None, as_json: bool, state: str | None) -> None:
     """Change a key; what is not named stays."""
