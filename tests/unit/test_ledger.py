@@ -44,7 +44,7 @@ class Scheduler(RuleBasedStateMachine):
             mine = (self.scores[told.id], told.id)
             for other in self.promises.waiting.values():
                 if other.model == told.model and (self.scores[other.id], other.id) < mine:
-                    assert not self.promises.usable(other), f"{told.id} overtakes {other.id}"
+                    assert grant.node not in self.promises.usable(other), f"{told.id} overtakes {other.id}"
             self.promises.given(told, grant.node)
 
     @rule(
@@ -89,7 +89,7 @@ class Scheduler(RuleBasedStateMachine):
             self.scores[told.id] = answer.score
             self.promises.waiting[told.id] = told
         else:
-            assert len(waiting) == 6 and not usable
+            assert len(waiting) >= 6 and not usable  # an orphan is not turned away
             self.promises.ended.add(told.id)
         again = self.ledger.ask(request, (), self.now) if answer is not None else None
         assert again is answer, "asked twice, answered differently"
