@@ -111,3 +111,17 @@ def test_a_dead_node_that_alone_had_the_model_costs_a_wait_and_no_request(
     answer = asked.result()
     assert (answer.status_code, answer.headers["X-Corral-Node"]) == (200, "node-1"), "it is back"
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
+
+
+def test_an_estimate_knows_for_how_long_those_have_run_that_run(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    placed(gw, leader, 1, "node-1")
+    assert {gw.post().status_code for _ in range(20)} == {200}, "short ones"
+    held = Held()
+    hold(gw, held)
+    asked = [callers.submit(gw.post) for _ in range(4)]
+    until(lambda: leader.waiting() == 3, "the queue is full")
+    until(lambda: int(gw.post().headers["X-Corral-Queue-Estimate-Ms"]) > 3000, "the one that runs is no short one")
+    held.release(4)
+    assert [one.result().status_code for one in asked] == [200] * 4

@@ -162,6 +162,12 @@ def test_the_edge_says_who_called_and_believes_nobody_else(rig: Rig) -> None:
     assert UUID.fullmatch(seen["x-corral-edge-id"][0])
 
 
+def test_a_caller_s_deadline_goes_through_and_nothing_else_of_corral_s(rig: Rig) -> None:
+    seen = ask_for_headers(rig, {"X-Corral-Deadline-Ms": "1500", "X-Corral-Gateway": "gateway-1"})
+    assert seen["x-corral-deadline-ms"] == ["1500"] and "x-corral-gateway" not in seen
+    assert "x-corral-deadline-ms" not in ask_for_headers(rig, {})
+
+
 @pytest.mark.parametrize("given", ["abc-1.2_3", "a" * 64])
 def test_a_well_formed_request_id_is_kept(rig: Rig, given: str) -> None:
     assert ask_for_headers(rig, {"X-Request-ID": given})["x-request-id"] == [given]

@@ -23,7 +23,7 @@ def command() -> None:
 
 @command.command("list")
 @click.option("--model", help="For this model.")
-@click.option("--key", metavar="ID", help="Of this key.")
+@click.option("--key", help="Of this key alone: its id or its name.")
 @click.option("--only", type=click.Choice(["queued", "loading", "running"]), help="In this state.")
 @common.options
 def list_requests(model: str | None, key: str | None, only: str | None, as_json: bool, state: str | None) -> None:

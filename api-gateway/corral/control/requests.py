@@ -10,7 +10,7 @@ import hiredis
 from fastapi import APIRouter, Query
 from sqlalchemy import Connection
 
-from corral.control.audit import record
+from corral.control.audit import of_key, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
@@ -30,7 +30,7 @@ async def list_requests(
     control: Here,
     caller: Caller,
     model: Annotated[str | None, Query(description="For this model.")] = None,
-    key: Annotated[str | None, Query(description="Of this key's id.")] = None,
+    key: Annotated[str | None, Query(description="Of this key: its id or its name.")] = None,
     state: Annotated[Literal["queued", "loading", "running"] | None, Query(description="In this state.")] = None,
 ) -> dict[str, Any]:
     """Requests that wait or run, the oldest first; for an operator those of its tenant.
@@ -38,13 +38,14 @@ async def list_requests(
     ``silent`` are gateways that did not say in time, ``left_out`` counts requests beyond a gateway's first thousand.
     Times are seconds.
     """
+    wanted = None if key is None else await control.database.read(of_key, caller, key)
     told = await control.questions.ask("list")
     found = await _placed(control, caller, told)
     name = None if model is None else canonical_name(model)
     shown = [
         one
         for one in found
-        if name in (None, one["model"]) and key in (None, one["key"]) and state in (None, one["state"])
+        if name in (None, one["model"]) and (wanted is None or one["key"] in wanted) and state in (None, one["state"])
     ]
     left_out = sum(answer["total"] - len(answer["requests"]) for answer in told.answers.values())
     return {"requests": shown, "silent": told.silent, "left_out": left_out}

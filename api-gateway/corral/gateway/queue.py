@@ -71,6 +71,7 @@ class Queue:
         self.full = self.overdue = self.bytes = 0
         self._troubled: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
+        self._ages: dict[str, float] = {}
 
     # -- for an exchange
 
@@ -231,8 +232,9 @@ class Queue:
         return self._overloaded(f"{answer.position} requests wait for '{exchange.model}' already", seconds)
 
     def seconds(self, model: str) -> float:
-        """For how long a request of a model takes a slot, at a guess."""
-        return self._seconds.get(model, SECONDS)
+        """For how long a request of a model takes a slot, at a guess: as those took that have ended, or as those have
+        taken on average that run, who may be longer ones."""
+        return max(self._seconds.get(model, SECONDS), self._ages.get(model, 0.0))
 
     # -- for the gateway
 
@@ -247,6 +249,7 @@ class Queue:
             self._to_local(now)
         if local.active:
             local.look(self._gateway.snapshot, now)
+        self._ages = self._running(now) if self.waiting else {}
         wall = time()
         for exchange in list(self.waiting.values()):
             try:
@@ -255,6 +258,14 @@ class Queue:
                 exchange.broken()
 
     # -- within
+
+    def _running(self, now: float) -> dict[str, float]:
+        """For how long those that run have, on average, by model (seconds)."""
+        found: dict[str, list[float]] = {}
+        for exchange in self._gateway.running:
+            if not exchange.waiting:
+                found.setdefault(exchange.model, []).append(now - exchange.arrived - exchange.queue_ms / 1e3)
+        return {model: sum(ages) / len(ages) for model, ages in found.items()}
 
     def _look_after(self, exchange: Exchange, now: float, wall: float) -> None:
         """See whether one that waits may still have what it waits for, and what it is kept from by now."""

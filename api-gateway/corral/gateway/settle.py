@@ -15,17 +15,18 @@ LEARN: Final = 0.3
 DENSITY_MAX: Final = 4.0
 
 OUTCOMES: Final = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
+ENDED: Final = {503: "overloaded", 504: "timeout"}
 
 
 def outcome_of(status: int) -> str:
-    """The word for a status: ok, refused (the caller's fault), limited, overloaded or upstream_error."""
+    """The word for a status: ok, refused (the caller's fault), limited, overloaded, timeout or upstream_error."""
     if status < 400:
         return "ok"
     if status < 500:
         return OUTCOMES.get(status, "refused")
     if status in (501, 507):
         return "refused"  # a route that this version does not serve, a model that no node has the memory for
-    return "overloaded" if status == 503 else "upstream_error"
+    return ENDED.get(status, "upstream_error")
 
 
 def continued(outcome: str) -> str:
