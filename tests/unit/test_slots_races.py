@@ -224,3 +224,26 @@ def test_who_does_not_listen_for_a_moment_stands_half_a_second_further_back_howe
             assert all(float(score) < latest for score in waiting[1::2])
 
     asyncio.run(work())
+
+
+def test_a_slot_that_comes_free_costs_nothing_for_those_whose_models_have_none(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 2) as (one, other):
+            for gateway in (one, other):
+                gateway.tasks.pop().cancel()  # this test asks alone
+            for number in range(10):
+                model = f"m{number}"
+                await place(one, "n1", model, "resident", 1, 1)
+                assert (await one.ask(Wanted(f"h{number}", model)))[0].node == "n1"
+                for ticket in range(20):
+                    await other.ask(Wanted(f"t{number}-{ticket}", model, PICKY, preferred=(f"{LATE}n{ticket}",)))
+            await one.store.request(b"CONFIG", b"RESETSTAT")
+            one.slots.claim(Wanted("more", "m0"), "n1")
+            one.slots.end("more")
+            await one.store.request(b"PING")
+            stats = (await one.store.request(b"INFO", b"commandstats")).decode()
+            calls = {line.partition(":")[0]: int(line.partition("calls=")[2].partition(",")[0]) for line in
+                     stats.split("\r\n") if "calls=" in line}  # fmt: skip
+            assert calls["cmdstat_hget"] < 20, "none of the 200 tickets is looked at"
+
+    asyncio.run(work())

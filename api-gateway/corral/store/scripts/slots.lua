@@ -119,11 +119,18 @@ end
 -- set; `node` is where something has become free. Who does not listen, since the gateway is dead or connects anew, stands
 -- where one stands that comes in half a second, also if it stood at the head: it holds up nobody.
 local function serve(model, node)
-  local deaf, moved = {}, 0
+  local deaf, moved, queues = {}, 0, {}
+  for kind = 0, LAST_KIND do queues[kind + 1] = P .. 'wait:' .. model .. ':' .. kind end
   for _ = 1, TURNS do
+    -- Where nothing is free nobody is looked at: on a busy node all its models come by here with each slot.
+    local least = redis.call('ZRANGE', P .. 'load:' .. model, 0, 0, 'WITHSCORES')[2]
+    if not least or tonumber(least) >= FULL then
+      if redis.call('EXISTS', unpack(queues)) == 0 then redis.call('SREM', P .. 'queued', model) end
+      return
+    end
     local heads, waits, before = {}, false, moved
     for kind = 0, LAST_KIND do
-      local queue, most = P .. 'wait:' .. model .. ':' .. kind, kind < PICKY and not next(deaf) and 0 or SCAN - 1
+      local queue, most = queues[kind + 1], kind < PICKY and not next(deaf) and 0 or SCAN - 1
       local first = redis.call('ZRANGE', queue, 0, most, 'WITHSCORES')
       local known = {}
       for at = 1, #first, 2 do
