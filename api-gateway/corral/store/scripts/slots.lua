@@ -181,12 +181,9 @@ end
 
 -- The same for every model on a node that somebody waits for: what runs for one bounds what may run for another.
 local function serve_node(node, first)
-  local queued = redis.call('SMEMBERS', P .. 'queued')
-  for _, model in ipairs(queued) do
-    if model == first then serve(model, node) end
-  end
-  for _, model in ipairs(queued) do
-    if model ~= first and redis.call('HEXISTS', P .. 'places:' .. model, node) == 1 then serve(model, node) end
+  if first and redis.call('SISMEMBER', P .. 'queued', first) == 1 then serve(first, node) end
+  for _, model in ipairs(redis.call('SINTER', P .. 'queued', P .. 'models:' .. node)) do
+    if model ~= first then serve(model, node) end
   end
 end
 
