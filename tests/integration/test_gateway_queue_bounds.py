@@ -89,3 +89,25 @@ def test_bodies_of_those_who_wait_are_bounded(gw: Gateway, leader: Leader, calle
     until(lambda: leader.waiting() == 5, "what is small waits all the same")
     held.release(6)
     assert [one.result(30).status_code for one in (runs, small, *waits)] == [200] * 6
+
+
+def test_a_dead_node_that_alone_had_the_model_costs_a_wait_and_no_request(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    placed(gw, leader, 4, "node-1", "node-2")
+    leader.place("node-2", MODEL, 4, "absent")
+    gw.nodes[0].stop()
+    try:
+        asked = callers.submit(gw.post)
+        until(lambda: leader.waiting() == 1, "it waits")
+        leader.place("node-2", MODEL, 4)
+        answer = asked.result()
+        assert (answer.status_code, answer.headers["X-Corral-Node"]) == (200, "node-2")
+        leader.place("node-2", MODEL, 4, "absent")
+        asked = callers.submit(gw.post)
+        until(lambda: leader.waiting() == 1, "it waits")
+    finally:
+        gw.nodes[0].restart()
+    answer = asked.result()
+    assert (answer.status_code, answer.headers["X-Corral-Node"]) == (200, "node-1"), "it is back"
+    until(lambda: not leader.used() and not leader.waiting(), "nothing is held")

@@ -39,6 +39,12 @@ def avoided(
         known = pool.nodes.get(node)
         if known is None or known.state is not NodeState.READY:
             never[node] = None
+    # One that could not be reached is not asked again at once, though no other has the model in memory: the request
+    # waits until the leader has it elsewhere, or this one may be back.
+    for node in exchange.unreached:
+        known = pool.nodes.get(node)
+        if known is not None and known.shunned_until > now:
+            never[node] = None
     resume = exchange.resumption
     if resume is not None:
         for other in pool.nodes.values():

@@ -254,8 +254,7 @@ class Exchange(State):
             self.broken()
 
     def _failed(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
-        gateway, decoded = self.gateway, self.decoded
-        self._attempt = None
+        gateway, decoded, self._attempt = self.gateway, self.decoded, None
         assert decoded is not None
         # The node may not know yet that nobody wants its answer.
         gateway.queue.leave(self, gateway.queue.cooling(self) if failure in GIVEN_UP else 0.0)
@@ -264,6 +263,7 @@ class Exchange(State):
             return
         if failure is Failure.CONNECT:
             self.connects += 1
+            self.unreached += (node.name,)
         elif failure in CRASHES:
             self.crashes += 1
             blame(self, failure, node)

@@ -39,6 +39,7 @@ class State(Waiter):
     modern = True
     tried: tuple[str, ...] = ()
     bounced: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
     api = "native"
     path = ""
