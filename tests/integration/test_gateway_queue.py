@@ -278,6 +278,38 @@ def test_a_bulk_of_embeddings_lets_others_have_their_turn(
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
 
 
+def test_an_answer_tells_one_place_in_the_queue_though_each_of_its_batches_had_to_wait(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    placed(gw, leader, 4, "node-1")
+    node = gw.nodes[0]
+    free = threading.Semaphore(0)
+
+    def embeds(connection: socket.socket) -> None:
+        given = node.requests[-1]["body"]["input"]
+        free.acquire()
+        says(200, {"model": "m", "embeddings": [[1]] * len(given), "prompt_eval_count": 3})(connection)
+
+    node.script = [embeds] * 5
+
+    def ask(count: int) -> Future[httpx.Response]:
+        body = {"model": "m", "input": ["x"] * count}
+        return callers.submit(httpx.post, gw.url + "/api/embed", json=body, headers=gw.auth, timeout=20)
+
+    bulk = ask(130)
+    for number in (1, 3):
+        until(lambda at=number: len([1 for one in node.requests if "input" in one["body"]]) == at, "a batch runs")  # type: ignore[misc]
+        between = ask(1)
+        until(lambda: leader.waiting() == 1, "one waits for the slot")
+        free.release()
+        until(lambda at=number: len([1 for one in node.requests if "input" in one["body"]]) == at + 1, "it runs")  # type: ignore[misc]
+        until(lambda: leader.waiting() == 1, "the next batch waits")
+        free.release()
+        assert between.result().status_code == 200
+    free.release()
+    assert bulk.result().headers.get_list("X-Corral-Queue-Position") == ["1"]
+
+
 def test_a_deadline_ends_the_wait_and_what_runs(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
     placed(gw, leader, 1, "node-1")
     held = Held()
@@ -290,7 +322,8 @@ def test_a_deadline_ends_the_wait_and_what_runs(gw: Gateway, leader: Leader, cal
         answer = by(past)
         assert (answer.status_code, answer.json()["error"]) == (503, "the request's deadline is past")
         assert int(answer.headers["Retry-After"]) >= 1
-    assert by("soon").status_code == 400
+    for nonsense in ("soon", "nan", "1.5", "9" * 5000):
+        assert by(nonsense).status_code == 400
     assert held.began == 0
     runs = callers.submit(gw.post)
     until(lambda: held.running == 1, "one runs")

@@ -177,6 +177,18 @@ def test_what_is_not_there_or_is_not_one_cannot_be_cancelled(site: Stack, caller
     assert [one["id"] for one in listed(site)] == ids
 
 
+def test_nobody_keeps_a_request_from_being_ended_by_giving_its_id_to_another(
+    site: Stack, callers: ThreadPoolExecutor
+) -> None:
+    asked(site, callers, "first")
+    id = by_name(site)["first"]["id"]
+    asked(site, callers, id)  # X-Request-ID is the caller's to choose
+    shown = httpx.get(f"{site.url}/admin/requests/{id}", headers=admin(site), timeout=10)
+    assert (shown.status_code, shown.json().get("request_id")) == (200, "first")
+    done = httpx.post(f"{site.url}/admin/requests/{id}/cancel", headers=admin(site), timeout=10)
+    assert (done.status_code, done.json()["id"]) == (200, id)
+
+
 def test_a_gateway_that_does_not_answer_is_named(site: Stack) -> None:
     pid = site.corral("status")["gateways"][1]["pid"]
     os.kill(pid, signal.SIGSTOP)

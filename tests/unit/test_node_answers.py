@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
 
 import httpx
@@ -51,3 +52,9 @@ def test_a_node_that_sends_a_byte_now_and_then_does_not_hold_what_waits_for_it()
             await asyncio.gather(*filter(None, node.serving))
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("name", ["m|node-9", "a b", "a\x00b", ""])
+def test_a_name_that_would_be_read_as_something_else_where_slots_are_counted_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        answers.models(json.dumps({"models": [{"name": "m:latest"}, {"name": name}]}).encode())

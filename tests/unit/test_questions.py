@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from corral.control.questions import Questions
-from corral.control.requests import waits
+from corral.control.questions import Questions, Told
+from corral.control.requests import understood, waits
 from corral.control.snapshot import Gateway
 
 
@@ -84,3 +84,30 @@ def test_queues_of_several_gateways_add_up() -> None:
         {"model": "m:latest", "waiting": 4, "oldest": 9.5, "estimate": 12.5},
         {"model": "n:latest", "waiting": 1, "oldest": 1.0, "estimate": 38.0},
     ]
+
+
+def test_a_gateway_whose_answer_makes_no_sense_is_as_good_as_silent() -> None:
+    entry: dict[str, Any] = {
+        **{name: "x" for name in ("id", "request_id", "key", "tenant", "route", "model")},
+        **{"state": "queued", "position": 2, "waited": 1.0, "node": None, "tokens": 0, "attempts": 0, "age": 1.0},
+        "ticket": ["x", "y", 4, 0.0, 4.0],
+    }
+    wrong: list[dict[str, Any]] = [
+        {"ticket": ["x", "y", 1, 1.0, 1e308]},
+        {"ticket": ["x", ["y"], 1, 1.0, 1.0]},
+        {"age": "x"},
+        {"position": -1},
+        {"state": "gone"},
+    ]
+    answers: dict[str, Any] = {
+        "good": {"requests": [entry], "total": 1},
+        "number": 5,
+        "empty": {},
+        "half": {"requests": [{}], "total": 1},
+        **{f"wrong{at}": {"requests": [entry, entry | fault], "total": 2} for at, fault in enumerate(wrong)},
+    }
+    told = understood(Told(answers, ["away"]))
+    assert list(told.answers) == ["good"]
+    assert told.silent == sorted(["away", *answers.keys() - {"good"}])
+    [one] = told.answers["good"]["requests"]
+    assert (one["position"], list(one["ticket"])) == (2, entry["ticket"])

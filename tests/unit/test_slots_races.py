@@ -12,7 +12,7 @@ from support.limits import flush
 from support.servers import STORES, Server, valkey
 from support.slots import Gateway, gateways, granting, place, settled
 
-from corral.fleet.tickets import NEVER, PICKY
+from corral.fleet.tickets import HEAD, LATE, NEVER, PICKY
 from corral.store import keeper
 from corral.store.lua import PREFIX
 from corral.store.slots import Answer, Wanted
@@ -175,5 +175,75 @@ def test_what_a_ticket_avoids_by_now_is_heard_though_it_is_not_the_first(store: 
                 assert answer.position
             second.preferred = (NEVER + "n3",)
             assert (await asyncio.wait_for(more, 3)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_a_dead_gateway_holds_up_nobody_though_one_of_its_requests_waits_at_the_head(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 3) as (holds, dies, waits):
+            await place(holds, "n1", "a", "resident", 1, 1)
+            assert (await holds.ask(Wanted("h", "a")))[0].node == "n1"
+            await dies.ask(Wanted("d", "a", PICKY, preferred=(HEAD, LATE + "n2")))
+            await dies.ask(Wanted("e", "a"))
+            await dies.kill()
+            for one in (holds, waits):
+                one.tasks.pop().cancel()  # nobody is helped by asking again
+            lates = [(await waits.ask(Wanted(f"w{n}", "a")))[1] for n in range(3)]
+            holds.slots.end("h")
+            for number, late in enumerate(lates):
+                assert (await asyncio.wait_for(late, 3)).node == "n1"
+                waits.slots.end(f"w{number}")
+
+    asyncio.run(work())
+
+
+def test_who_does_not_listen_for_a_moment_stands_half_a_second_further_back_however_often_it_was_its_turn(
+    store: Server,
+) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 2) as (holds, deaf):
+            await place(holds, "n1", "a", "resident", 1, 1)
+            await place(holds, "n1", "b", "resident", 1, 1)
+            assert (await holds.ask(Wanted("h", "a")))[0].node == "n1"
+            listens, asks = deaf.tasks[1:]
+            for task in (listens, asks):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            for id in ("d1", "d2"):
+                assert (await deaf.ask(Wanted(id, "a", key=id)))[0].position
+            holds.slots.end("h")
+            for turn in range(5):
+                await holds.ask(Wanted(f"o{turn}", "b"))
+                holds.slots.end(f"o{turn}")
+            seconds, micros = await holds.store.request(b"TIME")
+            waiting = await holds.store.request(b"ZRANGE", PREFIX + b"wait:a:0", b"0", b"-1", b"WITHSCORES")
+            assert waiting[::2] == [b"g2 d1", b"g2 d2"]
+            latest = int(seconds) * 1_000_000 + int(micros) + 600_000
+            assert all(float(score) < latest for score in waiting[1::2])
+
+    asyncio.run(work())
+
+
+def test_a_slot_that_comes_free_costs_nothing_for_those_whose_models_have_none(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 2) as (one, other):
+            for gateway in (one, other):
+                gateway.tasks.pop().cancel()  # this test asks alone
+            for number in range(10):
+                model = f"m{number}"
+                await place(one, "n1", model, "resident", 1, 1)
+                assert (await one.ask(Wanted(f"h{number}", model)))[0].node == "n1"
+                for ticket in range(20):
+                    await other.ask(Wanted(f"t{number}-{ticket}", model, PICKY, preferred=(f"{LATE}n{ticket}",)))
+            await one.store.request(b"CONFIG", b"RESETSTAT")
+            one.slots.claim(Wanted("more", "m0"), "n1")
+            one.slots.end("more")
+            await one.store.request(b"PING")
+            stats = (await one.store.request(b"INFO", b"commandstats")).decode()
+            calls = {line.partition(":")[0]: int(line.partition("calls=")[2].partition(",")[0]) for line in
+                     stats.split("\r\n") if "calls=" in line}  # fmt: skip
+            assert calls["cmdstat_hget"] < 20, "none of the 200 tickets is looked at"
 
     asyncio.run(work())

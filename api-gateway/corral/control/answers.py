@@ -21,7 +21,8 @@ _Value: Any = _Leaf
 for _ in range(DEPTH):
     _Value = _Leaf | list[_Value] | dict[str, _Value]
 
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"\A[^\x00-\x1f\x7f-\x9f]+\Z")]
+# Without a space, and without what stands between a model and a group of nodes (`fleet.pools`): it would count there.
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"\A[^\x00-\x20\x7f-\x9f|]+\Z")]
 _Version = Annotated[str, msgspec.Meta(pattern=r"\A[\x21-\x7e]{1,64}\Z")]
 _Amount = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 

@@ -20,7 +20,8 @@ from corral.store.spool import SHIP_MAX, SpoolCorrupt
 
 CHUNK_MAX = SHIP_MAX
 SUSPECTS_MAX = 100
-Row = tuple[float, float, float, float, float]
+_Amount = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+Row = tuple[_Amount, _Amount, _Amount, _Amount, _Amount]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 

@@ -90,7 +90,8 @@ class Preloader:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _others_serve(self, member: Member) -> bool:
-        return any(other.state == "ready" for other in self._fleet.members.values() if other is not member)
+        serving = (one for one in self._fleet.members.values() if one is not member and one.answers)
+        return any(one.state == "ready" for one in serving)
 
     async def _run(self, member: Member, steps: tuple[Step, ...]) -> None:
         until = asyncio.get_running_loop().time() + self._timeout

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import hiredis
+import msgspec
 from fastapi import APIRouter, Query
 from sqlalchemy import Connection
 
@@ -24,6 +26,33 @@ from corral.store.valkey import ValkeyDown
 
 router = APIRouter(tags=["requests"])
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+
+
+class _Entry(msgspec.Struct):
+    """A request as its gateway tells it (`corral.gateway.report`)."""
+
+    id: str
+    request_id: str
+    key: str
+    tenant: str
+    route: str
+    model: str
+    state: Literal["queued", "loading", "running"]
+    position: _Count | None
+    waited: _Seconds
+    node: str | None
+    tokens: int  # as a node said
+    attempts: _Count
+    age: _Seconds
+    ticket: tuple[str, str, _Count, _Seconds, _Seconds] | None
+
+
+class _Listed(msgspec.Struct):
+    requests: list[_Entry]
+    total: _Count
+
 
 @router.get("/admin/requests")
 async def list_requests(
@@ -39,7 +68,7 @@ async def list_requests(
     Times are seconds.
     """
     wanted = None if key is None else await control.database.read(of_key, caller, key)
-    told = await control.questions.ask("list")
+    told = understood(await control.questions.ask("list"))
     found = await _placed(control, caller, told)
     name = None if model is None else canonical_name(model)
     shown = [
@@ -89,8 +118,10 @@ def waits(gateways: Iterable[Gateway]) -> list[dict[str, Any]]:
 
 
 async def _find(control: Control, caller: Principal, id: str) -> dict[str, Any]:
-    told = await control.questions.ask("find", id)
+    told = understood(await control.questions.ask("find", id))
     found = await _placed(control, caller, told)
+    # The other id is its caller's choice: what one calls its request hides no other.
+    found = [one for one in found if one["id"] == id] or found
     if len(found) > 1:
         ids = ", ".join([one["id"] for one in found[:5]] + ["…"] * (len(found) > 5))
         raise Problem(409, "ambiguous", f"several requests are called {masked(id)!r}: use an id ({ids})")
@@ -123,6 +154,15 @@ async def _placed(control: Control, caller: Principal, told: Told) -> list[dict[
                 wait = round(estimate(one["position"], slots.get(model) or known, seconds, load), 3)
         one["estimate"] = wait
     return sorted(found, key=lambda one: -one["age"])
+
+
+def understood(told: Told) -> Told:
+    """What gateways said, without answers that make no sense: those are as good as none."""
+    answers: dict[str, Any] = {}
+    for gateway, answer in told.answers.items():
+        with contextlib.suppress(msgspec.ValidationError):
+            answers[gateway] = msgspec.to_builtins(msgspec.convert(answer, _Listed))
+    return Told(answers, sorted({*told.silent, *(told.answers.keys() - answers.keys())}))
 
 
 def _entries(told: Told) -> Iterator[dict[str, Any]]:

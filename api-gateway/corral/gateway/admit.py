@@ -48,7 +48,8 @@ def duration(headers: Mapping[bytes, bytes], most: float, deadline: float | None
         raise bad_request(f"{DEADLINE.decode()} is whole milliseconds", DEADLINE.decode()) from None
     if given <= 0:
         raise ApiError(503, "overloaded", "the request's deadline is past", retry_after=wait(1.0))
-    return min(most, given / 1e3)
+    # An integer of hundreds of digits compares with another one, but is no float.
+    return most if given >= int(most * 1e3) else given / 1e3
 
 
 def wait(seconds: float) -> int:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from corral.gateway.server import Gateway
 
 SHOW: Final = b"/api/show"
+_PLACE: Final = b"X-Corral-Queue-Position: "
 _AVOIDED = (LATE, NEVER)
 _EMBEDS: Final = frozenset((b"/api/embed", b"/api/embeddings"))
 PREFILL_US: Final = 400
@@ -352,9 +353,11 @@ class Queue:
 
     def _told(self, exchange: Exchange, position: int, slots: int, load: float) -> None:
         """Have its answer say which place it had when it came, and for how long it was to wait then at a guess."""
+        if exchange.own_headers.find(_PLACE) >= 0:
+            return  # of a further batch, or of one that is refused after all
         wait = estimate(position, slots, self.seconds(exchange.model), load)
-        lines = b"X-Corral-Queue-Position: %d\r\nX-Corral-Queue-Estimate-Ms: %d\r\n"
-        exchange.own_headers += lines % (position, int(wait * 1e3))
+        lines = b"%b%d\r\nX-Corral-Queue-Estimate-Ms: %d\r\n"
+        exchange.own_headers += lines % (_PLACE, position, int(wait * 1e3))
 
     def _overloaded(self, message: str, seconds: float) -> ApiError:
         retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))

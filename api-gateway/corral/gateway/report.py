@@ -43,7 +43,8 @@ class Report:
             found = sorted(self._gateway.running, key=lambda exchange: exchange.arrived)
             return {"requests": [self._entry(exchange, now) for exchange in found[:MOST]], "total": len(found)}
         if what == "find":
-            found = [one for one in self._gateway.running if id in (one.record_id, one.request_id)]
+            running = self._gateway.running
+            found = [one for one in running if one.record_id == id] or [one for one in running if one.request_id == id]
             return {"requests": [self._entry(exchange, now) for exchange in found[:MOST]], "total": len(found)}
         if what == "cancel":
             return any(self._cancel(one) for one in list(self._gateway.running) if one.record_id == id)

@@ -117,38 +117,54 @@ end
 
 -- Give what is free of a model to those who wait, in their order, of those that avoid nodes the first of each avoided
 -- set; `node` is where something has become free. Who does not listen, since the gateway is dead or connects anew, stands
--- half a second further back.
+-- where one stands that comes in half a second, also if it stood at the head: it holds up nobody.
 local function serve(model, node)
+  local deaf, moved, queues = {}, 0, {}
+  for kind = 0, LAST_KIND do queues[kind + 1] = P .. 'wait:' .. model .. ':' .. kind end
   for _ = 1, TURNS do
-    local heads = {}
+    -- Where nothing is free nobody is looked at: on a busy node all its models come by here with each slot.
+    local least = redis.call('ZRANGE', P .. 'load:' .. model, 0, 0, 'WITHSCORES')[2]
+    if not least or tonumber(least) >= FULL then
+      if redis.call('EXISTS', unpack(queues)) == 0 then redis.call('SREM', P .. 'queued', model) end
+      return
+    end
+    local heads, waits, before = {}, false, moved
     for kind = 0, LAST_KIND do
-      local most = kind < PICKY and 0 or SCAN - 1
-      local first = redis.call('ZRANGE', P .. 'wait:' .. model .. ':' .. kind, 0, most, 'WITHSCORES')
+      local queue, most = queues[kind + 1], kind < PICKY and not next(deaf) and 0 or SCAN - 1
+      local first = redis.call('ZRANGE', queue, 0, most, 'WITHSCORES')
       local known = {}
       for at = 1, #first, 2 do
-        local gateway, id = string.match(first[at], '(%S+) (%S+)')
-        local ticket = redis.call('HGET', P .. 'held:' .. gateway, id)
-        local preferred = { unpack(ticket and words(ticket) or {}, 5) }
-        local avoided = kind < PICKY and '' or marks(preferred)
-        if not known[avoided] then
-          known[avoided] = true
-          heads[#heads + 1] = { first[at], tonumber(first[at + 1]), tostring(kind), gateway, id, preferred }
+        waits = true
+        local score, gateway, id = tonumber(first[at + 1]), string.match(first[at], '(%S+) (%S+)')
+        if deaf[gateway] then
+          if score < now + LATER then
+            redis.call('ZADD', queue, string.format('%.0f', now + LATER + moved), first[at])
+            moved = moved + 1
+          end
+        elseif kind >= PICKY or #heads == 0 or heads[#heads][3] ~= tostring(kind) then
+          local ticket = redis.call('HGET', P .. 'held:' .. gateway, id)
+          local preferred = { unpack(ticket and words(ticket) or {}, 5) }
+          local avoided = kind < PICKY and '' or marks(preferred)
+          if not known[avoided] then
+            known[avoided] = true
+            heads[#heads + 1] = { first[at], score, tostring(kind), gateway, id, preferred }
+          end
         end
       end
     end
-    if #heads == 0 then
-      redis.call('SREM', P .. 'queued', model)
+    if #heads == 0 and moved == before then
+      if not waits then redis.call('SREM', P .. 'queued', model) end
       return
     end
     table.sort(heads, function(a, b) return a[2] < b[2] or (a[2] == b[2] and a[1] < b[1]) end)
-    local given = false
+    local given = moved > before
     for _, head in ipairs(heads) do
       local gateway, id, nodes = head[4], head[5], head[6]
       if node then nodes[#nodes + 1] = node end
       local found = find(model, head[3], nodes)
       local queue, channel = P .. 'wait:' .. model .. ':' .. head[3], P .. 'wake:' .. gateway
       if found and redis.call('PUBSUB', 'NUMSUB', channel)[2] == 0 then
-        redis.call('ZINCRBY', queue, LATER, head[1])
+        deaf[gateway] = true
         given = true
         break
       elseif found then

@@ -1,0 +1,24 @@
+"""How long a request may take, by what its caller says."""
+
+from __future__ import annotations
+
+import pytest
+
+from corral.gateway.admit import DEADLINE, duration
+from corral.wire.errors import ApiError
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [(b"1500", 1.5), (b"1800001", 1800.0), (b"9" * 400, 1800.0), (b"9" * 4000, 1800.0)]
+)
+def test_a_deadline_of_any_length_is_one(said: bytes, seconds: float) -> None:
+    assert duration({DEADLINE: said}, 1800.0) == seconds
+
+
+@pytest.mark.parametrize(
+    ("said", "status"), [(b"nan", 400), (b"1e3", 400), (b"", 400), (b"9" * 5000, 400), (b"0", 503), (b"-1", 503)]
+)
+def test_what_is_no_deadline_or_past(said: bytes, status: int) -> None:
+    with pytest.raises(ApiError) as refused:
+        duration({DEADLINE: said}, 1800.0)
+    assert refused.value.status == status
