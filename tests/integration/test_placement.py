@@ -21,6 +21,7 @@ from corral.control.placement import FRESH, Placement, Spot
 from corral.control.prober import Fleet, Member
 from corral.fleet.placement import Demand
 from corral.fleet.slots import PlaceState
+from corral.fleet.tickets import NEVER, PICKY
 from corral.store import keeper
 from corral.store.demand import TERM_BITS, generation
 from corral.store.lua import PREFIX
@@ -202,6 +203,21 @@ def test_a_node_that_goes_has_no_slots(nodes: list[Server], store: Server) -> No
             async with asyncio.timeout(30):
                 assert await served(gateway, fleet, "r2", MODELS[0]) != where
             await fleet.add(member)
+
+    asyncio.run(work())
+
+
+def test_a_copy_that_does_not_answer_control_spares_nobody_a_load(nodes: list[Server], store: Server) -> None:
+    async def work() -> None:
+        async with led(nodes, store) as (fleet, _, gateway):
+            first = await served(gateway, fleet, "r1", "a:latest")
+            # It is the last copy, so it is not put out of use; but gateways do not reach it either.
+            fleet.members[first].spared = "as no other has a:latest"
+            wanted = Wanted("r2", "a:latest", PICKY, preferred=(NEVER + first,))
+            answer, more = await gateway.ask(wanted)
+            assert not answer.node
+            answer = await asyncio.wait_for(more, 30)
+            assert answer.node in fleet.members.keys() - {first}
 
     asyncio.run(work())
 

@@ -298,9 +298,11 @@ class Placement:
     def _host(self, member: Member, seen: dict[str, Seen], now: float) -> Host:
         held = self._held(member)
         held -= {model for (node, model), until in self._failed.items() if node == member.name and until > now}
+        # What stands on a node that does not answer, though it is not put out of use, spares nobody a load elsewhere.
+        answers = member.answers
         host = Host(
             member.name,
-            member.state == "ready",
+            member.state == "ready" and answers,
             member.memory or 0,
             member.max_models or self._learned.get(member.name, 0),
             member.slots,
@@ -308,7 +310,7 @@ class Placement:
             coming=self._coming.get(member.name, ""),
         )
         for (node, model), spot in self.spots.items():
-            if node == member.name and spot.state is not ABSENT:
+            if node == member.name and spot.state is not ABSENT and (answers or spot.state is not RESIDENT):
                 used = seen[model].used.get(node, 0) if model in seen else 0
                 host.places[model] = Stand(spot.state, spot.since, used, member.slots)
         return host
