@@ -213,6 +213,18 @@ def test_a_dead_gateway_costs_no_request(rig: Rig) -> None:
     rig.gateways[0].start()
 
 
+def reloaded(process: Process) -> None:
+    """Have HAProxy read its configuration anew. A master that has just started its worker does not heed signals yet."""
+
+    def heeded() -> bool:
+        if "Reloading HAProxy" in process.log.read_text():
+            return True
+        os.kill(process.pid, signal.SIGUSR2)
+        return False
+
+    until(heeded, "the master reloads", every=0.5)
+
+
 @pytest.mark.parametrize("used", [True, False])
 @pytest.mark.parametrize("front_end", ["edge", "ollama"])
 def test_a_reload_closes_no_connection_that_a_caller_keeps(rig: Rig, front_end: str, used: bool) -> None:
@@ -224,7 +236,7 @@ def test_a_reload_closes_no_connection_that_a_caller_keeps(rig: Rig, front_end: 
         if used:
             connection.request("GET", "/api/tags")
             connection.getresponse().read()
-        os.kill(rig.process.pid, signal.SIGUSR2)
+        reloaded(rig.process)
         rig.process.wait_until(lambda: f"Proxy {front_end} stopped" in rig.process.log.read_text())
         # The caller's next request may be on its way when the old worker hears that it is to stop.
         connection.request("GET", "/api/tags")
