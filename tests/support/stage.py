@@ -252,7 +252,7 @@ def stage(folder: Path) -> Iterator[Stage]:
         store = exits.enter_context(valkey(folder))
         database = exits.enter_context(postgres())
         settings = {
-            "nodes": [{"name": node.name, "url": node.url, "slots": 8, "memory": "24GiB"} for node in nodes.values()],
+            "nodes": [{"name": node.name, "url": node.url, "slots": 24, "memory": "24GiB"} for node in nodes.values()],
             "gateway": {"processes": 2, "first_token": "25s", "between_tokens": "3s"},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": store.url, "database": address(database.database())},
