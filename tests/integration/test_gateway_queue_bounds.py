@@ -8,27 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.gateway import Gateway, gateway
-from support.held import MODEL, Held, hold, led, placed
+from support.gateway import Gateway
+from support.held import MODEL, Held, hold, leading, led, placed, queueing
 from support.leader import Leader
 from support.process import until
 
 
 @pytest.fixture
 def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
-    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
-    wait, length = getattr(request, "param", ("30s", 3))
-    queue = {"length": length, "wait": wait}
-    with gateway(tmp_path, gateway={"queue": queue}, limits=limits) as made:
+    with queueing(tmp_path, *getattr(request, "param", ("30s", 3))) as made:
         yield made
 
 
 @pytest.fixture
 def leader(gw: Gateway) -> Leader:
-    made = Leader(gw.valkey.url)
-    until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
-    made.leads()
-    return made
+    return leading(gw)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from support.gateway import Gateway, gateway
-from support.held import MODEL, Held, hold, led, placed
+from support.gateway import Gateway
+from support.held import MODEL, Held, hold, leading, led, placed, queueing
 from support.leader import Leader
 from support.process import Process, free_port, until
 from support.servers import python_env
@@ -50,8 +50,7 @@ class Second:
 
 @pytest.fixture
 def gw(tmp_path: Path) -> Iterator[Gateway]:
-    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
-    with gateway(tmp_path, gateway={"queue": {"length": 64, "wait": "30s"}}, limits=limits) as made:
+    with queueing(tmp_path, "30s", 64) as made:
         yield made
 
 
@@ -67,11 +66,7 @@ def second(gw: Gateway, tmp_path: Path) -> Iterator[Second]:
 
 @pytest.fixture
 def leader(gw: Gateway, second: Second) -> Leader:
-    made = Leader(gw.valkey.url)
-    until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
-    until(lambda: made.ask(b"ZCARD", b"corral:1:gateways") == 2, "both are known")
-    made.leads()
-    return made
+    return leading(gw, gateways=2)
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
-from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk
+from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway
 from support.leader import Leader
 from support.process import until
 
@@ -37,6 +39,21 @@ class Held:
     def release(self, count: int = 1) -> None:
         """Let so many end."""
         self._free.release(count)
+
+
+def queueing(folder: Path, wait: str, length: int) -> AbstractContextManager[Gateway]:
+    """A gateway whose queue is as long, and whose keys have no limits."""
+    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
+    return gateway(folder, gateway={"queue": {"length": length, "wait": wait}}, limits=limits)
+
+
+def leading(gw: Gateway, gateways: int = 1) -> Leader:
+    """Who says what stands where, once the store grants slots and knows so many gateways."""
+    made = Leader(gw.valkey.url)
+    until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
+    until(lambda: made.ask(b"ZCARD", b"corral:1:gateways") == gateways, "the gateways are known")
+    made.leads()
+    return made
 
 
 def placed(gw: Gateway, leader: Leader, slots: int, *nodes: str) -> None:

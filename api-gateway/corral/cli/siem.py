@@ -19,6 +19,8 @@ COLUMNS = (
 )
 SEVERITY = {"ok": 1, "client_gone": 2, "cancelled": 3, "refused": 4, "limited": 4, "overloaded": 5}
 """CEF's, 0 to 10; 6 for what is not here."""
+OCSF_SEVERITY = {"ok": 1, "client_gone": 1, "cancelled": 1, "refused": 2, "limited": 2}
+"""OCSF's; 3 for what is not here."""
 
 _OCSF_ACTIVITY = {"POST": 1, "GET": 2, "PUT": 3, "PATCH": 3, "DELETE": 4}
 _CEF_KEYS = {
@@ -95,11 +97,7 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
         "class_uid": 6003,
         "type_uid": 600300 + activity,
         "time": moment,
-        "severity_id": 1
-        if outcome in ("ok", "client_gone", "cancelled")
-        else 2
-        if outcome in ("refused", "limited")
-        else 3,
+        "severity_id": OCSF_SEVERITY.get(str(outcome), 3),
         "status_id": 0 if outcome is None else 1 if outcome == "ok" else 2,
         "status_code": str(record["status"]) if record.get("status") is not None else "",
         "status_detail": outcome or "",

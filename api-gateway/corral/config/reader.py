@@ -132,7 +132,7 @@ class Source:
                 self.problems.append(f"environment: {variable}: {text} cannot be read: {error}")
         elif "__" in variable:
             names = ["CORRAL_" + "__".join(field).upper() for field in known]
-            self.problems.append(f"environment: unknown field {variable!r}{_hint(variable, names)}")
+            self.problems.append(f"environment: unknown field {variable!r}{hint(variable, names)}")
 
     def _set(self, place: tuple[str, ...], text: str, variable: str) -> None:
         value: Any = text
@@ -194,7 +194,7 @@ class Source:
         known = [node.name for node in settings.nodes]
         return [
             f"{self._nearest(('tenants', 'nodes', tenant, index))}: tenants.nodes.{tenant}: there is no node {name!r}"
-            f"{_hint(name, known) or ';'} the nodes are {', '.join(known)}"
+            f"{hint(name, known) or ';'} the nodes are {', '.join(known)}"
             for tenant, names in settings.tenants.nodes.items()
             for index, name in enumerate(names)
             if name not in known
@@ -261,15 +261,16 @@ def _suggest(place: Place) -> str:
     model = _section(place[:-1])
     name = str(place[-1])
     siblings = list(model.model_fields) if model else []
-    if hint := _hint(name, siblings):
-        return hint
+    if near := hint(name, siblings):
+        return near
     elsewhere = [dotted(field) for field in fields() if field[-1] == name]
     if len(elsewhere) == 1:
         return f"; did you mean {elsewhere[0]!r}?"
     return f"; expected one of {', '.join(siblings)}" if siblings else ""
 
 
-def _hint(name: str, valid: list[str]) -> str:
+def hint(name: str, valid: list[str]) -> str:
+    """The nearest of the valid names, as the end of a complaint; "" where none is near."""
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from corral.config.haproxy import HaproxyPlan, edge_hosts, render
@@ -236,15 +236,20 @@ async def _check(config: Path) -> None:
 def _sessions(table: str, name: str) -> int:
     """What runs on a node and waits for it, in its own back end and in the one of the front end for other programs."""
     wanted = ((f"node_{name}", "BACKEND"), ("ollama", name))
-    rows = csv.DictReader(table.lstrip("# ").splitlines())
-    found = [row for row in rows if (row.get("pxname"), row.get("svname")) in wanted]
+    found = [row for row in _rows(table) if (row.get("pxname"), row.get("svname")) in wanted]
     return sum(int(row.get("scur") or 0) + int(row.get("qcur") or 0) for row in found)
 
 
 def _down(table: str) -> set[str]:
-    rows = csv.DictReader(table.lstrip("# ").splitlines())
-    servers = [row for row in rows if (row.get("pxname") or "").startswith("node_") and row.get("svname") != "BACKEND"]
+    """Names of the nodes whose own back end has its server down."""
+    found = [row for row in _rows(table) if (row.get("pxname") or "").startswith("node_")]
+    servers = [row for row in found if row.get("svname") != "BACKEND"]
     return {str(row["svname"]) for row in servers if (row.get("status") or "").startswith("DOWN")}
+
+
+def _rows(table: str) -> Iterable[dict[str, str]]:
+    """The rows of `show stat`, by the names in its head."""
+    return csv.DictReader(table.lstrip("# ").splitlines())
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
 import shlex
@@ -15,6 +14,7 @@ from fastapi import APIRouter, Body, Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, true, update
 
+from corral.config.reader import hint
 from corral.config.values import Whole, duration
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
@@ -261,9 +261,8 @@ def _create(
 
 
 def _no_tenant(tenant: str, known: list[str]) -> str:
-    near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(tenant, known, 1))
     new = f"if it is to be new: `corral tenants create {shlex.quote(tenant)}`, or --new-tenant (new_tenant)"
-    return f"tenant: there is no tenant {tenant!r}{near or ';'} {new}"
+    return f"tenant: there is no tenant {tenant!r}{hint(tenant, known) or ';'} {new}"
 
 
 def _update(connection: Connection, who: Principal, key: str, changes: dict[str, Any]) -> dict[str, Any]:

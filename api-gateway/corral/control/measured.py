@@ -108,9 +108,10 @@ class Measured:
 
 def gpu_shares(ps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """By model of an `/api/ps`, the share of its memory that is an accelerator's."""
-    sizes = {entry["name"]: (_number(entry.get("size")), _number(entry.get("size_vram"))) for entry in ps}
+    sizes = {entry["name"]: (number(entry.get("size")), number(entry.get("size_vram"))) for entry in ps}
     return {name: vram / size for name, (size, vram) in sizes.items() if size > 0}
 
 
-def _number(value: object) -> float:
+def number(value: object) -> float:
+    """What a node sent as a number; 0 where it is none."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from corral import __version__
 from corral.control import audit, measure
 from corral.control.context import Control
+from corral.control.measured import number
 from corral.control.prober import Member
 from corral.store.valkey import ValkeyDown
 
@@ -158,8 +159,8 @@ def _node(member: Member) -> Iterator[Metric]:
 
 
 def _residents(entries: list[dict[str, Any]], on_cpu: list[str]) -> Iterator[Metric]:
-    sizes = {entry["name"]: _number(entry.get("size")) for entry in entries}
-    vram = {entry["name"]: _number(entry.get("size_vram")) for entry in entries}
+    sizes = {entry["name"]: number(entry.get("size")) for entry in entries}
+    vram = {entry["name"]: number(entry.get("size_vram")) for entry in entries}
     for name, text, values in (
         ("corral_node_model_resident", "1 for a model in memory.", dict.fromkeys(sizes, 1)),
         ("corral_node_model_size_bytes", "Memory of a resident model.", sizes),
@@ -178,10 +179,6 @@ def _canary(member: Member) -> Iterator[Metric]:
         yield gauge("corral_node_canary_duration_seconds", text, measured.canary_duration)
         text = "When that was."
         yield gauge("corral_node_canary_last_success_timestamp_seconds", text, measured.canary_success)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
 
 
 # -- the stores

@@ -298,11 +298,10 @@ class Placement:
     def _host(self, member: Member, seen: dict[str, Seen], now: float) -> Host:
         held = self._held(member)
         held -= {model for (node, model), until in self._failed.items() if node == member.name and until > now}
-        # What stands on a node that does not answer, though it is not put out of use, spares nobody a load elsewhere.
-        answers = member.answers
         host = Host(
             member.name,
-            member.state == "ready" and answers,
+            # What stands on one that does not answer, though it is not put out of use, spares nobody a load elsewhere.
+            member.state == "ready" and member.answers,
             member.memory or 0,
             member.max_models or self._learned.get(member.name, 0),
             member.slots,
@@ -310,7 +309,7 @@ class Placement:
             coming=self._coming.get(member.name, ""),
         )
         for (node, model), spot in self.spots.items():
-            if node == member.name and spot.state is not ABSENT and (answers or spot.state is not RESIDENT):
+            if node == member.name and spot.state is not ABSENT:
                 used = seen[model].used.get(node, 0) if model in seen else 0
                 host.places[model] = Stand(spot.state, spot.since, used, member.slots)
         return host

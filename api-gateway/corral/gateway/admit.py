@@ -15,7 +15,7 @@ from corral.wire.errors import ApiError, bad_request
 SPREAD_MAX: Final = 60.0
 DEADLINE: Final = b"x-corral-deadline-ms"
 _WORDS = ("requests per minute", "requests at the same time", "tokens per minute", "tokens per day", "tokens per month")
-_NO_ANSWER: Final = frozenset((b"/api/embed", b"/api/embeddings"))
+EMBEDS: Final = frozenset((b"/api/embed", b"/api/embeddings"))
 
 
 def reserve(decoded: Decoded | None, answer_tokens: int, density: float = 1.0) -> int:
@@ -25,7 +25,7 @@ def reserve(decoded: Decoded | None, answer_tokens: int, density: float = 1.0) -
     """
     if decoded is None or decoded.upstream_path == b"/api/show":
         return 0
-    if decoded.upstream_path in _NO_ANSWER:
+    if decoded.upstream_path in EMBEDS:
         return max(1, int(decoded.estimate * density))
     bound = decoded.max_tokens
     return int(decoded.estimate * density) + (answer_tokens if bound is None else bound) or 1

@@ -262,7 +262,6 @@ class Exchange(State):
             gateway.queue.again(self, monotonic())
             return
         if failure is Failure.CONNECT:
-            self.connects += 1
             self.unreached += (node.name,)
         elif failure in CRASHES:
             self.crashes += 1

@@ -28,8 +28,10 @@ from corral.fleet.tickets import (
     wait_bound,
 )
 from corral.gateway import admit, settle
+from corral.gateway.admit import EMBEDS
 from corral.gateway.authenticate import check
 from corral.gateway.avoid import avoided, unfit
+from corral.gateway.decode import SHOW
 from corral.gateway.health import RATE
 from corral.gateway.local import Local, stand_in
 from corral.gateway.recover import LOST, SHUN, Failure, shun
@@ -40,10 +42,8 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.server import Gateway
 
-SHOW: Final = b"/api/show"
 _PLACE: Final = b"X-Corral-Queue-Position: "
 _AVOIDED = (LATE, NEVER)
-_EMBEDS: Final = frozenset((b"/api/embed", b"/api/embeddings"))
 PREFILL_US: Final = 400
 DECODE_US: Final = 20_000
 """What a token of a prompt and one of an answer take at a guess (us): it is for the order of those who wait."""
@@ -92,7 +92,7 @@ class Queue:
         if exchange.resumption is not None:
             # Its requests are small, and go to one path or another.
             kind = SHORT_KIND
-        elif decoded.upstream_path in _EMBEDS:
+        elif decoded.upstream_path in EMBEDS:
             kind = EMBED_KIND
         else:
             kind = LONG_KIND if decoded.estimate > LONG else SHORT_KIND
@@ -348,14 +348,14 @@ class Queue:
         drain = DRAIN * max(self._seconds.values(), default=SECONDS)
         return wait_bound(self._wait, answer.load, drain, answer.slots > 0)
 
-    def _estimate(self, exchange: Exchange, position: int, slots: int) -> float:
-        return estimate(position, slots, self.seconds(exchange.model))
+    def _estimate(self, exchange: Exchange, position: int, slots: int, load: float = 0.0) -> float:
+        return estimate(position, slots, self.seconds(exchange.model), load)
 
     def _told(self, exchange: Exchange, position: int, slots: int, load: float) -> None:
         """Have its answer say which place it had when it came, and for how long it was to wait then at a guess."""
         if exchange.own_headers.find(_PLACE) >= 0:
             return  # of a further batch, or of one that is refused after all
-        wait = estimate(position, slots, self.seconds(exchange.model), load)
+        wait = self._estimate(exchange, position, slots, load)
         lines = b"%b%d\r\nX-Corral-Queue-Estimate-Ms: %d\r\n"
         exchange.own_headers += lines % (_PLACE, position, int(wait * 1e3))
 

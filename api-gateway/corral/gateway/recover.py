@@ -64,7 +64,10 @@ class History(Protocol):
 
     attempts: int
     crashes: int
-    connects: int
+
+    @property
+    def connects(self) -> int:
+        """Attempts that found no connection."""
 
 
 def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget) -> bool:

@@ -51,7 +51,6 @@ class State(Waiter):
     node_name = ""
     attempts = 0
     crashes = 0
-    connects = 0
     wanted: Wanted | None = None
     answer: Answer | None = None
     asked = 0
@@ -100,3 +99,8 @@ class State(Waiter):
         self.record_id, self.request_id, self.address = identity
         self.arrived = monotonic()
         self.wall = time()
+
+    @property
+    def connects(self) -> int:
+        """Attempts that found no connection."""
+        return len(self.unreached)
