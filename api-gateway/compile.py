@@ -26,6 +26,7 @@ MODULES = (
     "gateway/authenticate.py",
     "gateway/avoid.py",
     "gateway/catalogue.py",
+    "gateway/checks.py",
     "gateway/crashing.py",
     "gateway/decode.py",
     "gateway/exchange.py",

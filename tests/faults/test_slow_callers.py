@@ -41,6 +41,9 @@ def gw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     # What is asked here is more than the tokens that a key may have by default.
     limits = {"default": {"tpm": None}}
     with gateway(tmp_path_factory.mktemp("slow"), limits=limits) as started:
+        # All who take nothing are answered at once.
+        started.slots = 2 * READERS
+        started.publish()
         yield started
 
 
@@ -152,6 +155,8 @@ def readers(gw: Gateway, port: int) -> Iterator[list[socket.socket]]:
         yield sockets
     finally:
         told.set()
+        for node in gw.nodes:
+            node.script = []
         for connection in sockets:
             connection.close()
 

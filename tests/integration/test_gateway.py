@@ -864,3 +864,19 @@ def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
             assert json.loads(next(lines))["done"] is True
         assert gw.process.end() == 0
         assert any(record["t"] == "settle" for record in gw.control.records)
+
+
+def test_who_asks_for_its_health_hears_that_it_goes_and_until_then_it_serves(tmp_path: Path) -> None:
+    """Else a request is lost that HAProxy sends meanwhile, where no other gateway is up."""
+    with gateway(tmp_path) as gw, httpx.Client() as idle:
+        assert idle.get(gw.url + "/api/tags", headers=gw.auth).status_code == 200
+        gw.haproxy.end()  # this test asks in its place
+        assert httpx.get(gw.url + "/health").status_code == 200
+        os.kill(gw.process.pid, signal.SIGTERM)
+        until(lambda: httpx.get(gw.url + "/health").status_code == 503, "it says that it goes", every=0)
+        for get in (idle.get, httpx.get):
+            answer = get(gw.url + "/api/tags", headers=gw.auth)
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert httpx.get(gw.url + "/health/ready").json()["reason"] == "it is being stopped"
+        until(lambda: not gw.process.alive, "it has gone")
+        assert gw.process.end() == 0

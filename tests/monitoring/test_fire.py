@@ -72,6 +72,8 @@ FAULTS = [
           lambda s: s.nodes["node-1"].start(), {"node": "node-1"}, after=lambda s: s.ask(1)),
     Fault("NodeRunnerHung", "node-2 answers probes and generates nothing",
           lambda s: s.nodes["node-2"].fault(kind="hang"), each(SimulatedNode.well), {"node": "node-2"}),
+    Fault("ProberDistrusted", "both nodes answer each question after 1.5 s: HAProxy waits, control has three",
+          each(lambda node: node.fault(kind="slow", scope="all", delay=1.5)), each(SimulatedNode.well)),
     Fault("LimitStoreDown", "Valkey killed (SIGKILL)", lambda s: s.valkey.process.end(signal.SIGKILL),
           Stage.revive_valkey),
     Fault("GatewayDown", "gateway-2 stopped (SIGSTOP)", stop("gateway-2"), go_on("gateway-2"),

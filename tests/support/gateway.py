@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -138,6 +139,9 @@ class FakeNode:
                     return
 
 
+NAME = "gateway-1"  # of the gateway under test
+
+
 class FakeControl:
     """Serves a snapshot and takes the spool, as control does."""
 
@@ -147,10 +151,8 @@ class FakeControl:
         self.notes: list[dict[str, Any]] = []
         """What is not of one request: that a gateway began, how far requests are."""
         self.offsets: dict[str, int] = {}
-        self.known = ""
         self.known_to: dict[str, str] = {}
-        """The version of the snapshot that each gateway has."""
-        """The version of the snapshot that the gateway said to have when it last asked."""
+        """The version of the snapshot that each gateway said to have when it last asked."""
         self.stopped = False
         self.busy = False
         """Takes no records for now."""
@@ -179,9 +181,9 @@ class FakeControl:
                 if self.path == "/internal/spent":
                     self._send(200, b'{"day": 0, "month": 0, "used": {}, "complete": true}')
                     return
-                control.known = self.path.partition("since=")[2]
-                control.known_to[self.headers["X-Corral-Gateway"]] = control.known
-                if control.known == control.snapshot["version"]:
+                known = self.path.partition("since=")[2]
+                control.known_to[self.headers["X-Corral-Gateway"]] = known
+                if known == control.snapshot["version"]:
                     self.send_response(304)
                     self.end_headers()
                 else:
@@ -220,8 +222,8 @@ class FakeControl:
         self.snapshot = self.snapshot | parts | {"version": version}
 
     def until_known(self) -> None:
-        """Wait until the gateway says that what was published last is in force there."""
-        until(lambda: self.known == self.snapshot["version"], "the gateway has the snapshot")
+        """Wait until the gateway (that under test, if there are more) has in force what was published last."""
+        until(lambda: self.known_to.get(NAME) == self.snapshot["version"], "the gateway has the snapshot")
 
     def stop(self) -> None:
         """Be gone."""
@@ -312,7 +314,8 @@ class Gateway:
             mount = f"mount -t tmpfs -o size={small_disk} spool '{self.folder}/spool' && exec \"$@\""
             argv = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh", *argv]
         self.process = Process(argv, self.folder / "gateway.log", python_env())
-        self._stack.callback(self.process.end)
+        process = self.process
+        self._stack.callback(lambda: process.end(signal.SIGKILL))
         self.process.wait_until(self._up)
 
     def _up(self) -> bool:

@@ -11,7 +11,7 @@ import logging
 from time import monotonic
 
 from corral.fleet.node import Node
-from corral.gateway import admit, catalogue, heads, schedule, settle
+from corral.gateway import admit, catalogue, checks, heads, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
@@ -75,10 +75,7 @@ class Exchange(State):
         self.give_up(ApiError(500, "internal_error", "the gateway failed at this request"), "upstream_error")
 
     def _health(self) -> None:
-        if self.path == "/health":
-            status, body = 200, b'{"status":"healthy"}'
-        else:
-            status, body = catalogue.readiness(self.gateway.snapshot, self.arrived, self.gateway.stale_after)
+        status, body = checks.answer(self.gateway, self.path, self.connection.peer, self.arrived)
         self._settled = True  # health checks are not requests of anybody: no record
         self.connection.respond(status, heads.JSON, body, self.keep_alive)
 

@@ -21,13 +21,14 @@ from corral.store.valkey import encode
 
 SWEEP = 0.5
 DRAIN = 25.0
+LOOK = 0.05
 CHANNEL = b"corral:snapshot"
 
 log = logging.getLogger(__name__)
 
 
 async def serve(gateway: Gateway, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then drain: end what runs, ship the spool."""
+    """Serve until SIGTERM or SIGINT, then drain: have nobody sent here, end what runs, ship the spool."""
     loop = gateway.loop
     gateway.feed.load()
     await gateway.exposition.start()
@@ -65,9 +66,10 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
             why = "cancelled" if task.cancelled() else repr(task.exception())
             log.critical("%s drains and ends, as a part of it has ended: %s: %s", gateway.name, task.get_name(), why)
     gateway.stopping = True
-    server.close()
     waiting.cancel()
     try:
+        await _leave(gateway)
+        server.close()
         await _drain(gateway)
         await keeper.leave(gateway.queue.slots)
     finally:
@@ -80,6 +82,15 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
         await gateway.shipper.drain()
         await gateway.feed.leave()
         await gateway.exposition.close()
+
+
+async def _leave(gateway: Gateway) -> None:
+    checks, now = gateway.checks, time.monotonic()
+    checks.leave(now)
+    while not checks.heard(now):
+        await asyncio.sleep(LOOK)
+        now = time.monotonic()
+    await asyncio.sleep(LOOK)  # who has just heard it acts on it
 
 
 async def _drain(gateway: Gateway) -> None:

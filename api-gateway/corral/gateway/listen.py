@@ -300,6 +300,8 @@ class ClientConnection:
         self.deadline = 0.0
         self.sent = 0
         self.exchange = exchange
+        if self.gateway.stopping:
+            exchange.keep_alive = False
         exchange.start()
 
     # -- answers

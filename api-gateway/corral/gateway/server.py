@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 from corral.config.settings import Settings
 from corral.gateway import adopt, crashing, settle
 from corral.gateway.authenticate import Key, authenticate
+from corral.gateway.checks import Checks
 from corral.gateway.content import Keeper
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
@@ -96,7 +97,8 @@ class Gateway:
         self.connections: set[ClientConnection] = set()
         self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
         self.running: set[Exchange] = set()
-        self.stopping = False
+        self.stopping = False  # from then on each answer closes its connection
+        self.checks = Checks()
         self.idle = asyncio.Event()
         self._trusted = [ipaddress.ip_network(network) for network in gateway.trusted_proxies]
         self._prefix = f"{self.name}-{secrets.token_hex(6)}-"
