@@ -233,7 +233,8 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
         "    retry-on conn-failure empty-response",
         "    http-reuse safe",
         f"    http-response del-header {PROXY_HEADER}",
-        f"    default-server check inter 1s fastinter 250ms downinter 250ms fall 2 rise 1 pool-purge-delay {POOL_PURGE}",
+        "    default-server check inter 1s fastinter 250ms downinter 250ms fall 2 rise 1"
+        f" pool-purge-delay {POOL_PURGE}",
     ]
     servers = [
         f"    server {_word(name)} {_address(host, port)}{_resolved(host)}" for name, host, port in plan.gateways
