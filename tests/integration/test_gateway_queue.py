@@ -321,7 +321,9 @@ def test_a_deadline_ends_the_wait_and_what_runs(gw: Gateway, leader: Leader, cal
     assert held.began == 0
     runs = callers.submit(gw.post)
     until(lambda: held.running == 1, "one runs")
+    began = time.monotonic()
     late = by("1000")
+    assert time.monotonic() - began >= 1.0
     assert late.status_code == 503 and "no slot for 'm' within 1 s" in late.json()["error"]
     until(lambda: leader.waiting() == 0, "its ticket is given up")
     held.release()

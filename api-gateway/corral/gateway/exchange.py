@@ -40,7 +40,9 @@ class Exchange(State):
             route = resolve(self.method, self.target)
             self.api, self.path, kind = route.api, route.path, route.kind
             if kind is Kind.HEALTH:
-                self._health()
+                self._settled = True  # health checks are not requests of anybody: no record
+                status, body = checks.answer(gateway, self.path, self.connection.peer, self.arrived)
+                self.connection.respond(status, heads.JSON, body, self.keep_alive)
                 return
             snapshot = gateway.snapshot_now(self.arrived)
             self.key = key = authenticate(self.headers, snapshot.keys, gateway.pepper, self.wall, snapshot.verified)
@@ -48,6 +50,8 @@ class Exchange(State):
             if key.networks is not None:
                 locate(key, self.address)
             self.most = admit.duration(self.headers, gateway.max_duration, key.deadline)
+            if self.most < gateway.max_duration:
+                self.due = gateway.loop.call_later(self.most, self._past)
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
@@ -73,11 +77,6 @@ class Exchange(State):
         log.exception("%s: %s could not be answered", self.request_id, self.path)
         self.abandon()
         self.give_up(ApiError(500, "internal_error", "the gateway failed at this request"), "upstream_error")
-
-    def _health(self) -> None:
-        status, body = checks.answer(self.gateway, self.path, self.connection.peer, self.arrived)
-        self._settled = True  # health checks are not requests of anybody: no record
-        self.connection.respond(status, heads.JSON, body, self.keep_alive)
 
     # -- admit
 
@@ -323,6 +322,8 @@ class Exchange(State):
         self._ending, self._status, self._last_head, self._last = ending, status, head, last
         gateway = self.gateway
         gateway.running.discard(self)
+        if self.due is not None:
+            self.due.cancel()
         now = monotonic()
         if outcome == "ok" and self.wanted is not None:
             gateway.queue.note(self.model, now - self.arrived - self.queue_ms / 1e3)
@@ -378,6 +379,9 @@ class Exchange(State):
                 attempt.give_up(Failure.RESET)
             elif not self.paused and now >= self.deadline:
                 attempt.give_up(Failure.TIMEOUT)
+
+    def _past(self) -> None:
+        self.check(max(monotonic(), self.arrived + self.most))  # the look at all is up to half a second late
 
     def pause(self) -> None:
         """The caller's connection is full."""

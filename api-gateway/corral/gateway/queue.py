@@ -56,6 +56,8 @@ SECONDS: Final = 4.0
 RETRY_MAX: Final = 60.0
 DRAIN: Final = 2.1
 """The longest of four requests that run takes so many times as long as they take on average (1 + 1/2 + 1/3 + 1/4)."""
+DRAIN_MAX: Final = 4.0
+"""Times `queue.wait`: no answer that once took long has everybody wait for longer."""
 
 
 class Queue:
@@ -212,6 +214,7 @@ class Queue:
 
     def note(self, model: str, seconds: float) -> None:
         """A request of a model has taken a slot for so long."""
+        model = canonical_name(model)
         known = self._seconds.get(model)
         self._seconds[model] = seconds if known is None else known + LEARN * (seconds - known)
 
@@ -235,6 +238,7 @@ class Queue:
     def seconds(self, model: str) -> float:
         """For how long a request of a model takes a slot, at a guess: as those took that have ended, or as those have
         taken on average that run, who may be longer ones."""
+        model = canonical_name(model)
         return max(self._seconds.get(model, SECONDS), self._ages.get(model, 0.0))
 
     # -- for the gateway
@@ -265,7 +269,8 @@ class Queue:
         found: dict[str, list[float]] = {}
         for exchange in self._gateway.running:
             if not exchange.waiting:
-                found.setdefault(exchange.model, []).append(now - exchange.arrived - exchange.queue_ms / 1e3)
+                name = canonical_name(exchange.model)
+                found.setdefault(name, []).append(now - exchange.arrived - exchange.queue_ms / 1e3)
         return {model: sum(ages) / len(ages) for model, ages in found.items()}
 
     def _look_after(self, exchange: Exchange, now: float, wall: float) -> None:
@@ -345,8 +350,12 @@ class Queue:
     def _bound(self, exchange: Exchange, answer: Answer) -> float:
         if exchange.resumption is not None:
             return self._gateway.between_tokens
-        drain = DRAIN * max(self._seconds.values(), default=SECONDS)
-        return wait_bound(self._wait, answer.load, drain, answer.slots > 0)
+        if answer.slots > 0:
+            return self._wait
+        pool = self._gateway.snapshot.pool(exchange.tenant)
+        taking = [self._seconds.get(name, SECONDS) for node in pool.nodes.values() for name in node.resident]
+        drain = min(DRAIN * max(taking, default=0.0), DRAIN_MAX * self._wait)
+        return wait_bound(self._wait, answer.load, drain, placed=False)
 
     def _estimate(self, exchange: Exchange, position: int, slots: int, load: float = 0.0) -> float:
         return estimate(position, slots, self.seconds(exchange.model), load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import TimerHandle
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
@@ -62,6 +63,7 @@ class State(Waiter):
     wait_until = 0.0
     queue_ms = 0.0
     most = 0.0
+    due: TimerHandle | None = None
     first_token = 0.0
     deadline = 0.0
     refusal = ""
