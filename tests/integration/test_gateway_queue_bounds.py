@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from support.gateway import Gateway
 from support.held import MODEL, Held, hold, leading, led, placed, queueing
@@ -137,3 +138,21 @@ def test_an_estimate_knows_for_how_long_those_have_run_that_run(
     until(lambda: int(gw.post().headers["X-Corral-Queue-Estimate-Ms"]) > 3000, "the one that runs is no short one")
     held.release(4)
     assert [one.result().status_code for one in asked] == [200] * 4
+
+
+def test_who_leaves_again_and_again_holds_no_more_slots_than_may_run_of_it(gw: Gateway, leader: Leader) -> None:
+    """Its node reads the prompt for a while yet: until then its slot is taken, and it has a request that runs."""
+    placed(gw, leader, 4, "node-1")
+    one_at_a_time = {"Authorization": f"Bearer {gw.new_key(concurrency=1)}"}
+    node = gw.nodes[0]
+    node.script = [node.wait_for_close]
+    known = len(node.requests)
+    body = gw.chat(messages=[{"role": "user", "content": "again and again " * 300}])
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(gw.url + "/api/chat", json=body, headers=one_at_a_time, timeout=0.5)
+    until(lambda: len(node.requests) > known and node.ended.is_set(), "its node hears that it has left")
+    assert leader.used() == {"node-1": 1}
+    assert gw.post(headers=one_at_a_time).status_code == 429
+    assert gw.post().status_code == 200
+    until(lambda: gw.post(headers=one_at_a_time).status_code == 200, "the slot is free")
+    until(lambda: not leader.used(), "nothing is held")

@@ -330,7 +330,7 @@ class Exchange(State):
         gateway.queue.leave(self)
         record = settle.settled(self, status, outcome, self.connection.sent + len(last), now)
         if self._admitted and self.key is not None:
-            gateway.limits.release(self.key.budget, self.record_id, record.prompt_tokens + record.tokens)
+            gateway.release(self, record.prompt_tokens + record.tokens)
         if self.resumption is not None:
             gateway.metrics.continuations[settle.continued(outcome)] += 1
         gateway.metrics.settled(self, record)
@@ -360,8 +360,8 @@ class Exchange(State):
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
-            queue = self.gateway.queue
-            queue.leave(self, queue.cooling(self))
+            self.cool = self.gateway.queue.cooling(self)
+            self.gateway.queue.leave(self, self.cool)
 
     # -- time and back-pressure
 

@@ -71,6 +71,8 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
         await _leave(gateway)
         server.close()
         await _drain(gateway)
+        for id in list(gateway.cooling):
+            gateway.cooled(id)
         await keeper.leave(gateway.queue.slots)
     finally:
         for task in (*tasks, recalling):

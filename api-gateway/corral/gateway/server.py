@@ -32,6 +32,7 @@ from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
 from corral.store import keeper, keys, leases
+from corral.store.budget import Budget
 from corral.store.content import Hashes
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey, encode
@@ -97,6 +98,7 @@ class Gateway:
         self.connections: set[ClientConnection] = set()
         self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
         self.running: set[Exchange] = set()
+        self.cooling: dict[str, tuple[Budget, int]] = {}
         self.stopping = False  # from then on each answer closes its connection
         self.checks = Checks()
         self.idle = asyncio.Event()
@@ -113,6 +115,25 @@ class Gateway:
     ) -> Exchange:
         """A new exchange for a request whose head was read."""
         return Exchange(self, connection, method, target, headers, self._identify(connection, headers))
+
+    def release(self, exchange: Exchange, tokens: int) -> None:
+        """Settle a request with its limits, as soon as its slot is free.
+
+        Who leaves again and again would else hold many slots that cool, with one request at a time.
+        """
+        key, id = exchange.key, exchange.record_id
+        assert key is not None
+        if exchange.cool > 0.0:
+            self.cooling[id] = key.budget, tokens
+            self.loop.call_later(exchange.cool, self.cooled, id)
+        else:
+            self.limits.release(key.budget, id, tokens)
+
+    def cooled(self, id: str) -> None:
+        """The slot of a request that was aborted is free by now, or this gateway stops."""
+        if id in self.cooling:
+            budget, tokens = self.cooling.pop(id)
+            self.limits.release(budget, id, tokens)
 
     def closed(self, connection: ClientConnection) -> None:
         """A caller's connection ended."""

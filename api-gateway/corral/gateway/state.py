@@ -64,6 +64,7 @@ class State(Waiter):
     queue_ms = 0.0
     most = 0.0
     due: TimerHandle | None = None
+    cool = 0.0
     first_token = 0.0
     deadline = 0.0
     refusal = ""
