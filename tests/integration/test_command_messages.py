@@ -60,6 +60,8 @@ def test_removing_a_model_that_is_nowhere_is_a_failure(control: Running) -> None
     assert nowhere.exit_code == 1
     assert "no node holds nope:latest: `corral models list` shows what there is" in nowhere.stderr
     assert json.loads(run(control, "models", "operations", "--json").stdout) == [], "nothing was begun"
+    slip = run(control, "models", "why", "mm:latest")
+    assert "no node holds mm:latest, and the catalogue does not name it; did you mean 'm'?" in slip.stderr
 
 
 def test_the_last_copy_of_a_model_is_not_removed_unasked(control: Running, node: FakeNode) -> None:

@@ -249,7 +249,7 @@ def test_load_and_unload(here: Site, source: Source) -> None:
     unknown = here.corral("models", "pull", "nosuch:1")
     assert (unknown.returncode, "node-1: nosuch:1: the pull of " in unknown.stderr) == (1, True)
     nowhere = here.corral("models", "pull", MODEL, "--node", "node-9")
-    assert (nowhere.returncode, "there is no node 'node-9'" in nowhere.stderr) == (1, True)
+    assert (nowhere.returncode, "there is no node 'node-9'; did you mean 'node-1'?" in nowhere.stderr) == (1, True)
     kept = here.corral("models", "remove", MODEL, "--yes")
     assert (kept.returncode, "take it out of corral.yaml" in kept.stderr) == (1, True)
 

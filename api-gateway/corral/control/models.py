@@ -9,6 +9,7 @@ from fastapi import APIRouter, Body, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
+from corral.config.reader import hint
 from corral.config.settings import ModelSettings
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
@@ -116,9 +117,10 @@ async def explain_model(control: Here, model: Annotated[ModelName, Query()]) -> 
     """Why a model stands where it does: the leader's last decisions. Ages in seconds; `leader`: this control leads."""
     name = canonical_name(model)
     placement = control.leading.placement if control.leading.leads else None
-    held = any(entry["name"] == name for node in control.fleet.members.values() for entry in node.tags)
-    if not held and name not in control.catalogue.entries:
-        raise Problem(404, "model_not_found", f"no node holds {name}, and the catalogue does not name it")
+    held = {entry["name"] for node in control.fleet.members.values() for entry in node.tags}
+    if name not in held and name not in control.catalogue.entries:
+        near = _near(name, held | set(control.catalogue.entries))
+        raise Problem(404, "model_not_found", f"no node holds {name}, and the catalogue does not name it{near}")
     now = asyncio.get_running_loop().time()
     known = {"places": [], "waits": None, "decisions": []} if placement is None else placement.about(name, now)
     return {"model": name, "leader": placement is not None, **known}
@@ -276,7 +278,13 @@ async def _held(control: Control, names: list[str], nodes: list[str]) -> None:
     for name in names if all(member.up for member in members) else ():
         if not held & {name, decide.aside(name, "previous"), decide.aside(name, "aside")}:
             where = f"none of {', '.join(nodes)} holds" if len(nodes) < len(control.fleet.members) else "no node holds"
-            raise Problem(404, "model_not_found", f"{where} {name}: `corral models list` shows what there is")
+            near = _near(name, held) or ": `corral models list` shows what there is"
+            raise Problem(404, "model_not_found", f"{where} {name}{near}")
+
+
+def _near(name: str, known: set[str]) -> str:
+    # The tag that most of them have makes any two look alike.
+    return hint(name.removesuffix(":latest"), sorted(one.removesuffix(":latest") for one in known))
 
 
 def _permit(control: Control, names: list[str]) -> None:
@@ -291,7 +299,7 @@ def _nodes(control: Control, wanted: Choice) -> list[str]:
     known = control.fleet.members
     for name in wanted.nodes or ():
         if name not in known:
-            raise Problem(404, "not_found", f"there is no node {name!r}")
+            raise Problem(404, "not_found", f"there is no node {name!r}{hint(name, list(known))}")
     chosen = list(dict.fromkeys(wanted.nodes)) if wanted.nodes else list(known)
     if not chosen:
         raise Problem(409, "no_nodes", "the fleet has no node")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from corral.config.reader import hint
 from corral.config.settings import NodeSettings
 from corral.config.values import BaseUrl, Name, Size, Whole, host_port, loopback
 from corral.control import answers
@@ -171,7 +172,8 @@ async def _set_draining(
     async with control.fleet.changing:
         member = control.fleet.members.get(name)
         if member is None:
-            raise Problem(404, "not_found", f"there is no node {name!r}")
+            near = hint(name[:64], list(control.fleet.members))
+            raise Problem(404, "not_found", f"there is no node {name!r}{near}")
         if member.draining != draining:
             await control.database.write(_mark, who, member.describe(), draining, action)
             member.draining = draining
