@@ -75,7 +75,7 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
         body["expires"] = time.time() + given["expires"]
     for name in ("models", "networks"):
         if given[name]:
-            body[name] = [part.strip() for part in given[name].split(",") if part.strip()]
+            body[name] = _parts(given[name])
     made = Admin(common.folder(state))("POST", "/keys", body)
     _show_once(made, as_json, "")
 
@@ -99,15 +99,26 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 
 @command.command("update")
 @click.argument("id")
+@click.option("--models", metavar="GLOB,…", help="Models it may use.")
+@click.option("--rpm", type=common.Limit(none=True), metavar="N", help="Requests a minute.")
+@click.option("--tpm", type=common.Limit(none=True), metavar="N", help="Tokens a minute.")
+@click.option("--concurrency", type=common.Limit(none=True), metavar="N", help="Requests at once.")
+@click.option("--daily-tokens", type=common.Limit(none=True), metavar="N", help="Tokens a day (UTC).")
+@click.option("--monthly-tokens", type=common.Limit(none=True), metavar="N", help="Tokens a month (UTC).")
 @click.option(
     "--deadline", type=Span(unit=True, none=True), help="How long a request may take that does not say so, or none."
 )
 @common.options
-def update(id: str, deadline: float | None, as_json: bool, state: str | None) -> None:
-    """Change a key; what is not named stays."""
-    if deadline is None:
-        raise click.UsageError("name what to change, such as --deadline 30s or --deadline none")
-    changes = {"deadline": deadline if math.isfinite(deadline) else None}
+def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
+    """Change a key; what is not named stays, and a limit that is none is the default of corral.yaml."""
+    models, deadline = given.pop("models"), given.pop("deadline")
+    changes = {name: value or None for name, value in given.items() if value is not None}
+    if models is not None:
+        changes["models"] = _parts(models)
+    if deadline is not None:
+        changes["deadline"] = deadline if math.isfinite(deadline) else None
+    if not changes:
+        raise click.UsageError("name what to change, such as --rpm 600, --models 'llama3.2:*' or --deadline none")
     made = Admin(common.folder(state))("PATCH", f"/keys/{segment(id)}", changes)
     common.emit(made, as_json, lambda: f"changed {id}{common.late(made)}")
 
@@ -132,6 +143,10 @@ def revoke(id: str, as_json: bool, state: str | None) -> None:
     """End a key; every gateway knows within a second."""
     done = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/revoke")
     common.emit(done, as_json, lambda: f"revoked {id}{common.late(done)}")
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _show_once(made: dict[str, Any], as_json: bool, more: str) -> None:

@@ -99,10 +99,18 @@ class NewKey(BaseModel):
 
 
 class Changes(BaseModel):
-    """What of a key may be changed; what is left out stays."""
+    """What of a key may be changed; what is left out stays, and a limit that is null is the default of corral.yaml."""
 
     model_config = ConfigDict(extra="forbid")
 
+    models: Annotated[list[Glob], Field(min_length=1, max_length=100)] = Field(
+        default_factory=lambda: ["*"], description="Globs of the models it may use."
+    )
+    rpm: Limit = Field(None, description="Requests a minute.")
+    tpm: Limit = Field(None, description="Tokens a minute.")
+    concurrency: Limit = Field(None, description="Requests at once.")
+    daily_tokens: Limit = Field(None, description="Tokens a day.")
+    monthly_tokens: Limit = Field(None, description="Tokens a month.")
     deadline: Deadline = Field(
         None, description="How long a request may take that has no `X-Corral-Deadline-Ms`: seconds, or 30s; null: any."
     )
@@ -146,8 +154,9 @@ async def show_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
 
 @router.patch("/admin/keys/{key}")
 async def update_key(control: Here, caller: Caller, key: str, wanted: Changes) -> dict[str, Any]:
-    """Change what is given of a key; says which gateways have taken note within a second."""
-    made = await control.database.write(_update, caller, key, wanted.model_dump(exclude_unset=True))
+    """Change what is given of a key, which may do no more than the caller's; which gateways took note in a second."""
+    changes = wanted.model_dump(exclude_unset=True)
+    made = await control.database.write(_update, caller, key, changes, _defaults(control))
     return {**made, "gateways": await control.hub.spread()}
 
 
@@ -265,13 +274,17 @@ def _no_tenant(tenant: str, known: list[str]) -> str:
     return f"tenant: there is no tenant {tenant!r}{hint(tenant, known) or ';'} {new}"
 
 
-def _update(connection: Connection, who: Principal, key: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _update(
+    connection: Connection, who: Principal, key: str, changes: dict[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
     row = _find(connection, who, key)
     before = _describe(connection, row)
     if ROLES.index(row.role) > ROLES.index(who.role):
         raise Problem(403, "forbidden", f"a key of role {who.role} changes none of role {row.role}")
     if row.revoked is not None:
         raise Problem(409, "revoked", "the key was revoked: make a new one")
+    if set(changes) - {"deadline"}:
+        _no_more(who, {**row._asdict(), **changes}, defaults)
     if changes:
         connection.execute(update(keys).where(keys.c.id == row.id).values(**changes))
     made = _describe(connection, _find(connection, who, row.id))
