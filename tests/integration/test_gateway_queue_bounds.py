@@ -52,6 +52,31 @@ def test_interactive_is_served_before_batch(gw: Gateway, leader: Leader, callers
     assert last.result().status_code == 200
 
 
+@pytest.mark.parametrize("gw", [("30s", 64)], indirect=True)
+def test_a_key_has_its_share_of_the_slots_that_several_wait_for(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """Four fifths for one of weight 4, beside one of weight 1 that has asked for as much before it."""
+    placed(gw, leader, 1, "node-1")
+    keys = {name: {"Authorization": f"Bearer {gw.new_key(weight=weight)}"} for name, weight in (("a", 1), ("b", 4))}
+    held = Held()
+    hold(gw, held)
+    asked = [callers.submit(gw.post)]
+    until(lambda: held.running == 1, "one runs")
+    for name in "a" * 8 + "b" * 8:
+        body = gw.chat(stream=False, messages=[{"role": "user", "content": name}])
+        asked.append(callers.submit(gw.post, body=body, headers=keys[name]))
+        until(lambda: leader.waiting() == len(asked) - 1, "it waits")
+    known = len(gw.nodes[0].requests)
+    for began in range(2, 12):
+        held.release()
+        until(lambda began=began: held.began == began, "the next one runs")  # type: ignore[misc]
+    served = "".join(one["body"]["messages"][0]["content"] for one in gw.nodes[0].requests[known:])
+    assert (len(served), served.count("b")) == (10, 8), served
+    held.release(40)
+    assert {one.result().status_code for one in asked} == {200}
+
+
 @pytest.mark.parametrize("gw", [("500ms", 3)], indirect=True)
 def test_who_waits_for_a_model_that_is_nowhere_has_the_time_of_a_load(
     gw: Gateway, leader: Leader, callers: ThreadPoolExecutor

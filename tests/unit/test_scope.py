@@ -100,6 +100,7 @@ def test_what_is_not_or_may_not_be_is_refused(outer: str, inner: str) -> None:
         (Scope(models=("a*",), networks=(ip_network("10.0.0.0/8"),)), "networks"),
         (Scope(models=("a*",), networks=(ip_network("10.0.0.0/25"),)), "expires"),
         (Scope(models=("a*",), networks=(ip_network("10.0.0.0/25"),), expires=9.0), "class"),
+        (Scope(models=("a*",), networks=(ip_network("10.0.0.0/25"),), expires=9.0, batch=True, weight=1.5), "weight"),
         (Scope(models=("a*",), networks=(ip_network("10.0.0.0/25"),), expires=9.0, batch=True), "rpm"),
         (
             Scope(models=("a*",), networks=(ip_network("10.0.0.0/25"),), expires=9.0, batch=True, limits={"rpm": 6}),

@@ -16,6 +16,7 @@ _COLUMNS = (
     *("id", "name", "role", "tenant", "models", "networks", "rpm", "concurrency", "class"),
     *("expires", "last_used", "revoked"),
 )
+WEIGHT = "Its share where keys wait for the same model; most have 1."
 
 
 class Span(click.ParamType[float]):
@@ -61,6 +62,7 @@ def command() -> None:
 @click.option("--expires", type=Span(unit=True), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
 @click.option("--deadline", type=Span(unit=True), help="How long a request may take that does not say so: 30s, 5m.")
+@click.option("--weight", type=click.FloatRange(0.1, 100), metavar="W", help=WEIGHT)
 @click.option("--tenant", help="Whom it belongs to.  [default: that of the key that creates it]")
 @click.option("--new-tenant", is_flag=True, help="Make the tenant where it is new; otherwise that is refused.")
 @common.options
@@ -108,6 +110,7 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 @click.option(
     "--deadline", type=Span(unit=True, none=True), help="How long a request may take that does not say so, or none."
 )
+@click.option("--weight", type=click.FloatRange(0.1, 100), metavar="W", help=WEIGHT)
 @common.options
 def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
     """Change a key; what is not named stays, and a limit that is none is the default of corral.yaml."""

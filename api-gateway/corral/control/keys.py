@@ -66,6 +66,8 @@ Limit = Annotated[Whole, Field(ge=1, le=2**53)] | None
 Deadline = (
     Annotated[float, BeforeValidator(duration, json_schema_input_type=str | float), Field(gt=0, le=DEADLINE_MAX)] | None
 )
+Weight = Annotated[float, Field(ge=0.1, le=100)] | None
+WEIGHT = "Its share where keys wait for the same model: one of 2 has twice what one of 1 has, which is that of most."
 
 
 class NewKey(BaseModel):
@@ -94,6 +96,7 @@ class NewKey(BaseModel):
     deadline: Deadline = Field(
         None, description="How long a request may take that has no `X-Corral-Deadline-Ms`: seconds, or 30s."
     )
+    weight: Weight = Field(None, description=WEIGHT)
     tenant: Text | None = Field(None, description="That of the key that makes it, by default.")
     new_tenant: bool = Field(True, description="The tenant is made where it is new; false: that is refused.")
 
@@ -114,6 +117,7 @@ class Changes(BaseModel):
     deadline: Deadline = Field(
         None, description="How long a request may take that has no `X-Corral-Deadline-Ms`: seconds, or 30s; null: any."
     )
+    weight: Weight = Field(None, description=WEIGHT)
 
 
 class Rotation(BaseModel):

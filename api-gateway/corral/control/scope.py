@@ -19,7 +19,7 @@ LIMITS = ("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
 @dataclass(frozen=True)
 class Scope:
     """What a key may do. ``networks`` () is anywhere, ``expires`` epoch seconds or infinity; a limit of None is the
-    default of corral.yaml."""
+    default of corral.yaml. ``weight`` is its share where keys wait for the same model."""
 
     role: str = "inference"
     tenant: str = "default"
@@ -28,6 +28,7 @@ class Scope:
     expires: float = math.inf
     batch: bool = False
     limits: Mapping[str, int | None] = field(default_factory=dict)
+    weight: float = 1.0
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Scope:
@@ -40,6 +41,7 @@ class Scope:
             expires=math.inf if row["expires"] is None else row["expires"],
             batch=row["class"] == "batch",
             limits={name: row[name] for name in LIMITS},
+            weight=row["weight"] or 1.0,
         )
 
     def from_here(self, address: str) -> bool:
@@ -71,6 +73,8 @@ def excess(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> st
         return "expires: later than the key that makes it, or never"
     if maker.batch and not child.batch:
         return "class: a key of class batch makes keys of that class alone"
+    if not admin and child.weight > maker.weight:
+        return f"weight: more than that of the key that makes it ({maker.weight:g})"
     for name in () if admin else LIMITS:
         most = _limit(maker, name, defaults)
         if _limit(child, name, defaults) > most:

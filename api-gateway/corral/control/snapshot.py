@@ -30,7 +30,8 @@ FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
 FIELDS = (
     *("id", "name", "tenant", "role", "models", "networks"),
-    *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "expires", "content", "deadline"),
+    *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "weight"),
+    *("expires", "content", "deadline"),
 )
 
 log = logging.getLogger(__name__)

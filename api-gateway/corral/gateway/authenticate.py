@@ -27,6 +27,7 @@ class Key:
 
     ``density`` is how many tokens its prompts were found to have for each that was guessed (`settle.learn`).
     ``deadline`` is how long a request of it may take that does not say so (seconds), None for as long as any.
+    ``weight`` is its share where keys wait for the same model.
     ``networks`` is None for a key that may be used from anywhere; ``places`` are addresses that were found in them.
     """
 
@@ -41,6 +42,7 @@ class Key:
     budget: Budget
     content: bool = False
     deadline: float | None = None
+    weight: float = 1.0
     density: float = 1.0
     places: set[str] = field(default_factory=set)
 
@@ -70,6 +72,7 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
         budget=Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant),
         content=bool(entry.get("content")),
         deadline=entry.get("deadline"),
+        weight=float(entry.get("weight") or 1.0),
     )
 
 

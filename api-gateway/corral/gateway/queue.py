@@ -117,8 +117,8 @@ class Queue:
         prompt = decoded.estimate // (1 + len(decoded.more) + decoded.responder.kept)
         cost = min(COST_MAX, prompt * PREFILL_US + answer * DECODE_US + 1000)
         key = exchange.key
-        batch = key is not None and key.batch
-        return Wanted(id, counted(name, pool.group), kind, exchange.key_id or "-", cost, 1.0, batch, words)
+        batch, weight = (False, 1.0) if key is None else (key.batch, key.weight)
+        return Wanted(id, counted(name, pool.group), kind, exchange.key_id or "-", cost, weight, batch, words)
 
     def go(self, exchange: Exchange, now: float) -> None:
         """Go on with a request as far as its answer lets it: to its node, into the queue, or to a refusal."""

@@ -47,7 +47,7 @@ tenants = Table(
 )
 
 # `networks`: CIDRs that it may be used from, null for anywhere. `content`: its prompts and answers are kept.
-# `deadline`: how long a request of it may take that does not say so (seconds).
+# `deadline`: how long a request of it may take that does not say so (seconds). `weight`: its share, null for 1.
 keys = Table(
     "keys",
     metadata,
@@ -65,6 +65,7 @@ keys = Table(
     Column("class", String(16), nullable=False),
     Column("content", Boolean),
     Column("deadline", Double),
+    Column("weight", Double),
     Column("created", Double, nullable=False),
     Column("expires", Double),
     Column("revoked", Double),
