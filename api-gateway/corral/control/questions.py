@@ -56,15 +56,19 @@ class Questions:
                 if not question.missing:
                     question.whole.set()
 
-    async def ask(self, what: str, id: str = "", only: str = "", within: float = WITHIN) -> Told:
+    async def ask(
+        self, what: str, id: str = "", only: str = "", within: float = WITHIN, tenant: str | None = None
+    ) -> Told:
         """Ask all gateways, or ``only`` one, and wait for their answers, but not for longer than `within` seconds.
+
+        Where a ``tenant`` is named, its requests alone are meant.
 
         One that was not heard lately is not waited for, but named as long as it may serve by what it last heard.
         """
         present, absent = self._hub.serving()
         if only:
             present, absent = [name for name in present if name == only], [name for name in absent if name == only]
-        question = Question({"what": what, "id": id}, set(present))
+        question = Question({"what": what, "id": id, "tenant": tenant}, set(present))
         self._number += 1
         number = self._number
         if present:

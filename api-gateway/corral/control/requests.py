@@ -68,7 +68,7 @@ async def list_requests(
     Times are seconds.
     """
     wanted = None if key is None else await control.database.read(of_key, caller, key)
-    told = understood(await control.questions.ask("list"))
+    told = understood(await control.questions.ask("list", tenant=caller.bound))
     found = await _placed(control, caller, told)
     name = None if model is None else canonical_name(model)
     shown = [
@@ -118,7 +118,7 @@ def waits(gateways: Iterable[Gateway]) -> list[dict[str, Any]]:
 
 
 async def _find(control: Control, caller: Principal, id: str) -> dict[str, Any]:
-    told = understood(await control.questions.ask("find", id))
+    told = understood(await control.questions.ask("find", id, tenant=caller.bound))
     found = await _placed(control, caller, told)
     # The other id is its caller's choice: what one calls its request hides no other.
     found = [one for one in found if one["id"] == id] or found

@@ -33,21 +33,22 @@ class Report:
         self._gateway = gateway
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """The answer to a question: ``what`` is list, find or cancel, ``id`` a record's or a request's id.
+        """The answer to a question: ``what`` is list, find or cancel, ``id`` a record's or a request's id; to list and
+        find, of one ``tenant`` where it is named.
 
         A list is {"requests", "total"}; find has those of an id; cancel says whether that record's was ended.
         """
-        what, id = question.get("what"), question.get("id")
+        what, id, tenant = question.get("what"), question.get("id"), question.get("tenant")
         now = monotonic()
+        running = [one for one in self._gateway.running if tenant is None or one.tenant == tenant]
         if what == "list":
-            found = sorted(self._gateway.running, key=lambda exchange: exchange.arrived)
+            found = sorted(running, key=lambda exchange: exchange.arrived)
             return {"requests": [self._entry(exchange, now) for exchange in found[:MOST]], "total": len(found)}
         if what == "find":
-            running = self._gateway.running
             found = [one for one in running if one.record_id == id] or [one for one in running if one.request_id == id]
             return {"requests": [self._entry(exchange, now) for exchange in found[:MOST]], "total": len(found)}
         if what == "cancel":
-            return any(self._cancel(one) for one in list(self._gateway.running) if one.record_id == id)
+            return any(self._cancel(one) for one in running if one.record_id == id)
         return None  # of a control that is newer
 
     def queues(self) -> str:
