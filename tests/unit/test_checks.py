@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corral.gateway.checks import LEAST, MOST, PEERS_MAX, SILENT, Checks
+from corral.gateway.checks import LEAST, MOST, SILENT, Checks
 
 
 def test_nobody_who_asks_is_waited_for_who_has_heard_it_twice() -> None:
@@ -33,10 +33,3 @@ def test_who_asks_no_more_is_not_waited_for_and_nobody_for_ever() -> None:
         checks.ask(f"{number}", 10.0 + number / 4)  # always another one
     assert not checks.heard(12.5)
     assert checks.heard(10.0 + MOST)
-
-
-def test_it_keeps_few_addresses() -> None:
-    checks = Checks()
-    for number in range(5 * PEERS_MAX):
-        checks.ask(f"{number}", 10.0 * number)
-    assert len(checks._asked) <= PEERS_MAX

@@ -225,7 +225,9 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
     lines = [
         "backend gateways",
         "    balance leastconn",
-        "    option httpchk GET /health",
+        "    # The header is for a gateway to tell these checks from who asks through this proxy.",
+        "    option httpchk",
+        "    http-check send meth GET uri /health hdr X-Corral-Check edge",
         "    http-check expect status 200",
         "    # Once more, elsewhere, and only when the first gateway cannot have done anything with it.",
         "    retries 1",

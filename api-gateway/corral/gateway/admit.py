@@ -43,9 +43,11 @@ def duration(headers: Mapping[bytes, bytes], most: float, deadline: float | None
     if text is None:
         return most if deadline is None else min(most, deadline)
     try:
-        given = int(text)
+        given = int(text) if text.removeprefix(b"-").isdigit() else None
     except ValueError:
-        raise bad_request(f"{DEADLINE.decode()} is whole milliseconds", DEADLINE.decode()) from None
+        given = None  # more digits than anybody counts
+    if given is None:
+        raise bad_request(f"{DEADLINE.decode()} is whole milliseconds", DEADLINE.decode())
     if given <= 0:
         raise ApiError(503, "overloaded", "the request's deadline is past", retry_after=wait(1.0))
     # An integer of hundreds of digits compares with another one, but is no float.

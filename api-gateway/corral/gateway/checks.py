@@ -1,11 +1,13 @@
-"""Who asks whether this gateway is healthy hears that it goes before it does, and sends it nobody any more.
+"""HAProxy hears that this gateway goes before it does, and sends it nobody any more.
 
 Else what is on its way while the listener and the idle connections close is refused or lost. HAProxy tries it once more
-elsewhere, which is too little where another gateway went a moment ago, and has not been found up again.
+elsewhere, which is too little where another gateway went a moment ago, and has not been found up again. Its own checks
+have a header that no caller can send through it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from corral.gateway import catalogue
@@ -16,16 +18,19 @@ if TYPE_CHECKING:
 TOLD: Final = 2
 """How often it must hear it: HAProxy's `fall`."""
 SILENT: Final = 1.5
-"""Who asks no more for so long (seconds) has gone: HAProxy asks each second."""
+"""A HAProxy that asks no more for so long (seconds) has gone: it asks each second."""
 LEAST: Final = 0.75
 """How long it stays for those who ask (seconds): a gateway that came up just now is found meanwhile (`downinter`)."""
 MOST: Final = 3.0
 """For how long at most they are waited for (seconds)."""
-PEERS_MAX: Final = 64
+CHECK: Final = b"x-corral-check"
+"""The header of HAProxy's checks; of what a caller sends, HAProxy takes out all that begin so."""
+HEALTHY: Final = b'{"status":"healthy"}'
+STOPPING: Final = b'{"status":"unhealthy","reason":"it is being stopped"}'
 
 
 class Checks:
-    """Who asked, by address, with the monotonic time; and how often each was told that this gateway goes."""
+    """The HAProxies that asked, by address, with the monotonic time; and how often each was told that it goes."""
 
     def __init__(self) -> None:
         self._asked: dict[str, float] = {}
@@ -34,8 +39,6 @@ class Checks:
 
     def ask(self, peer: str, now: float) -> bool:
         """Somebody asks; whether this gateway stays."""
-        if peer not in self._asked and len(self._asked) >= PEERS_MAX:
-            self._asked = {other: at for other, at in self._asked.items() if now - at <= SILENT}
         self._asked[peer] = now
         if not self._until:
             return True
@@ -54,10 +57,12 @@ class Checks:
         return now >= self._until - MOST + LEAST and all([self._told.get(peer, 0) >= TOLD for peer in asking])
 
 
-def answer(gateway: Gateway, path: str, peer: str, now: float) -> tuple[int, bytes]:
+def answer(gateway: Gateway, path: str, peer: str, headers: Mapping[bytes, bytes], now: float) -> tuple[int, bytes]:
     """Status and body of `/health`, and of `/health/ready`. ``now`` is monotonic seconds."""
-    if not gateway.checks.ask(peer, now):
-        return 503, b'{"status":"unhealthy","reason":"it is being stopped"}'
+    if CHECK in headers and path == "/health":
+        return (200, HEALTHY) if gateway.checks.ask(peer, now) else (503, STOPPING)
     if path == "/health":
-        return 200, b'{"status":"healthy"}'
+        return 200, HEALTHY
+    if gateway.stopping:
+        return 503, STOPPING
     return catalogue.readiness(gateway.snapshot, now, gateway.stale_after)

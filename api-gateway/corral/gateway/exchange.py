@@ -41,7 +41,7 @@ class Exchange(State):
             self.api, self.path, kind = route.api, route.path, route.kind
             if kind is Kind.HEALTH:
                 self._settled = True  # health checks are not requests of anybody: no record
-                status, body = checks.answer(gateway, self.path, self.connection.peer, self.arrived)
+                status, body = checks.answer(gateway, self.path, self.connection.peer, self.headers, self.arrived)
                 self.connection.respond(status, heads.JSON, body, self.keep_alive)
                 return
             snapshot = gateway.snapshot_now(self.arrived)
@@ -360,8 +360,8 @@ class Exchange(State):
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
-            self.cool = self.gateway.queue.cooling(self)
-            self.gateway.queue.leave(self, self.cool)
+            queue = self.gateway.queue
+            queue.leave(self, queue.cooling(self))
 
     # -- time and back-pressure
 
@@ -371,7 +371,7 @@ class Exchange(State):
         if self.waiting:
             if now >= min(self.wait_until, self.arrived + self.most):
                 self.give_up(gateway.queue.too_late(self), "overloaded")
-        elif now - self.arrived >= self.most:
+        elif now >= self.arrived + self.most:  # not the difference: it may be a little less than `most`
             self.abandon()
             self.give_up(ApiError(504, "timeout", f"the request took longer than {self.most:g} s"), "timeout")
         elif attempt is not None:
@@ -381,7 +381,7 @@ class Exchange(State):
                 attempt.give_up(Failure.TIMEOUT)
 
     def _past(self) -> None:
-        self.check(max(monotonic(), self.arrived + self.most))  # the look at all is up to half a second late
+        self.check(max(monotonic(), self.arrived + self.most))  # a timer may be a millisecond early
 
     def pause(self) -> None:
         """The caller's connection is full."""

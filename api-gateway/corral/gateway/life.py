@@ -97,7 +97,7 @@ async def _leave(gateway: Gateway) -> None:
 
 async def _drain(gateway: Gateway) -> None:
     for connection in list(gateway.connections):
-        if connection.exchange is None and connection.transport is not None:
+        if connection.idle and connection.transport is not None:
             connection.transport.close()
     gateway.idle.clear()
     if gateway.connections:

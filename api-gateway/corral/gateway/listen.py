@@ -88,6 +88,11 @@ class ClientConnection:
         self._broken = self._closing = False
         self._modern = True
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs on it, waits, or is on its way."""
+        return self.exchange is None and not self._queue and not self._reading
+
     # -- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -175,6 +175,7 @@ class Queue:
         exchange.wanted = exchange.answer = None
         self._leave_queue(exchange, wanted)
         if cool > 0.0 and wanted.node:
+            exchange.cool = max(exchange.cool, monotonic() + cool)
             self._gateway.loop.call_later(cool, self.end, wanted.id)
         else:
             self.end(wanted.id)

@@ -117,15 +117,16 @@ class Gateway:
         return Exchange(self, connection, method, target, headers, self._identify(connection, headers))
 
     def release(self, exchange: Exchange, tokens: int) -> None:
-        """Settle a request with its limits, as soon as its slot is free.
+        """Settle a request with its limits, as soon as its slots are free.
 
         Who leaves again and again would else hold many slots that cool, with one request at a time.
         """
         key, id = exchange.key, exchange.record_id
         assert key is not None
-        if exchange.cool > 0.0:
+        left = exchange.cool - time.monotonic() if exchange.cool else 0.0
+        if left > 0.0:
             self.cooling[id] = key.budget, tokens
-            self.loop.call_later(exchange.cool, self.cooled, id)
+            self.loop.call_later(left, self.cooled, id)
         else:
             self.limits.release(key.budget, id, tokens)
 
