@@ -360,8 +360,7 @@ class Exchange(State):
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
-            queue = self.gateway.queue
-            queue.leave(self, queue.cooling(self))
+            self.gateway.queue.let_go(self)
 
     # -- time and back-pressure
 

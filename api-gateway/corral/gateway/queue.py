@@ -175,10 +175,16 @@ class Queue:
         exchange.wanted = exchange.answer = None
         self._leave_queue(exchange, wanted)
         if cool > 0.0 and wanted.node:
-            exchange.cool = max(exchange.cool, monotonic() + cool)
             self._gateway.loop.call_later(cool, self.end, wanted.id)
         else:
             self.end(wanted.id)
+
+    def let_go(self, exchange: Exchange) -> None:
+        """Give back what a request holds that was aborted: its slot, and its key's place, once its node has let go."""
+        cool, wanted = self.cooling(exchange), exchange.wanted
+        if wanted is not None and wanted.node:
+            exchange.cool = monotonic() + cool
+        self.leave(exchange, cool)
 
     def end(self, id: str) -> None:
         """Give back what was asked for under an id."""

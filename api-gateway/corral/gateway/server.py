@@ -117,7 +117,7 @@ class Gateway:
         return Exchange(self, connection, method, target, headers, self._identify(connection, headers))
 
     def release(self, exchange: Exchange, tokens: int) -> None:
-        """Settle a request with its limits, as soon as its slots are free.
+        """Settle a request with its limits, as soon as the slot is free that it had when it was aborted.
 
         Who leaves again and again would else hold many slots that cool, with one request at a time.
         """
