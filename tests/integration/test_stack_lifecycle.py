@@ -167,6 +167,8 @@ def test_a_request_is_in_the_audit_trail_and_the_log(up: Up) -> None:
     until(recorded, "the record is in the database", every=0.3)
     assert "hello" not in corral("logs", "-n", "1000", state=up.state.root).stdout
     assert "/api/generate" in corral("logs", "--program", "gateway-1", state=up.state.root).stdout
+    slip = corral("logs", "--program", "gatway-1", state=up.state.root)
+    assert (slip.returncode, "has no log of 'gatway-1'; did you mean 'gateway-1'?" in slip.stderr) == (1, True)
 
 
 def test_ctrl_c_leaves_nothing_and_the_next_start_keeps_the_state(folder: Path) -> None:

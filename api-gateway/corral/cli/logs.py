@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from corral.cli import common
+from corral.config.reader import hint
 from corral.stack.state import StackError
 
 _POLL = 0.2
@@ -29,6 +30,10 @@ def command(follow: bool, lines: int, program: tuple[str, ...], as_json: bool, s
     folder = common.folder(state).logs
     if not folder.is_dir():
         raise StackError(f"there are no logs in {folder}")
+    known = sorted({path.name.split(".")[0] for path in folder.glob("*.log")})
+    for name in program:
+        if name not in known:
+            raise StackError(f"{folder} has no log of {name!r}{hint(name, known)}; there are {', '.join(known)}")
     tails: dict[Path, Tail] = {}
     try:
         _look(folder, program, tails, lines)
