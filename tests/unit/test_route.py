@@ -92,3 +92,18 @@ def test_a_key_in_a_path_is_not_repeated(target: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         resolve(b"GET", target)
     assert caught.value.status == 404 and "abc" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "said"),
+    [
+        (b"POST", b"/chat/completions", "no route POST /chat/completions: did you mean /v1/chat/completions? "),
+        (b"GET", b"/models", "no route GET /models: did you mean /v1/models? "),
+        (b"GET", b"/api/chat", "no route GET /api/chat: it takes POST"),
+        (b"POST", b"/api/nothing", "no route POST /api/nothing"),
+    ],
+)
+def test_what_was_meant_is_said(method: bytes, target: bytes, said: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        resolve(method, target)
+    assert refused.value.message.startswith(said) and (said.endswith(" ") or refused.value.message == said)

@@ -68,10 +68,18 @@ def resolve(method: bytes, target: bytes) -> Route:
         shown = target.partition(b"?")[0][:80].decode("ascii", "backslashreplace")
         if b"crl_" in target:
             shown = "with a key in its path"
-        raise ApiError(404, "not_found", f"no route {method.decode('ascii', 'replace')} {shown}")
+        raise ApiError(404, "not_found", f"no route {method.decode('ascii', 'replace')} {shown}{_near(method, target)}")
     if route.kind is Kind.LATER:
         raise ApiError(501, "not_implemented", f"{route.path} is not served by this version of Corral")
     return route
+
+
+def _near(method: bytes, target: bytes) -> str:
+    """What was meant, where the method is wrong, or the base URL of an OpenAI client; the end of a complaint."""
+    if (method, b"/v1" + target) in _ROUTES:
+        return f": did you mean /v1{target.decode()}? A base URL for OpenAI's clients ends in /v1"
+    methods = [known.decode() for known, path in _ROUTES if path == target]
+    return f": it takes {methods[0]}" if methods else ""
 
 
 def model_of(target: bytes) -> str:
