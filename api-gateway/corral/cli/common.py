@@ -85,6 +85,29 @@ class Limit(click.ParamType[int]):
         return int(text)
 
 
+def limits(none: bool = False, of: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of all limits, of what ``of`` says; with ``none``, that word takes one away."""
+    helps = {
+        "rpm": f"Requests a minute{of}.",
+        "tpm": "Tokens a minute.",
+        "concurrency": "Requests at once.",
+        "daily-tokens": "Tokens a day (UTC).",
+        "monthly-tokens": "Tokens a month (UTC).",
+    }
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name, text in reversed(helps.items()):
+            function = click.option(f"--{name}", type=Limit(none), metavar="N", help=text)(function)
+        return function
+
+    return add
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were named; a limit that is none is null."""
+    return {name: value or None for name, value in options.items() if value is not None}
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
     """Rows under upper-case headings; ``empty`` where there are none."""
     if not rows:

@@ -53,11 +53,7 @@ def command() -> None:
 @click.option("--role", type=click.Choice(["inference", "operator", "admin"]), default="inference", show_default=True)
 @click.option("--models", metavar="GLOB,…", help="Models it may use.  [default: all]")
 @click.option("--networks", metavar="CIDR,…", help="Where it may be used from.  [default: anywhere]")
-@click.option("--rpm", type=common.Limit(), metavar="N", help="Requests a minute.")
-@click.option("--tpm", type=common.Limit(), metavar="N", help="Tokens a minute.")
-@click.option("--concurrency", type=common.Limit(), metavar="N", help="Requests at once.")
-@click.option("--daily-tokens", type=common.Limit(), metavar="N", help="Tokens a day (UTC).")
-@click.option("--monthly-tokens", type=common.Limit(), metavar="N", help="Tokens a month (UTC).")
+@common.limits()
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(unit=True), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
@@ -102,11 +98,7 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 @command.command("update")
 @click.argument("id")
 @click.option("--models", metavar="GLOB,…", help="Models it may use.")
-@click.option("--rpm", type=common.Limit(none=True), metavar="N", help="Requests a minute.")
-@click.option("--tpm", type=common.Limit(none=True), metavar="N", help="Tokens a minute.")
-@click.option("--concurrency", type=common.Limit(none=True), metavar="N", help="Requests at once.")
-@click.option("--daily-tokens", type=common.Limit(none=True), metavar="N", help="Tokens a day (UTC).")
-@click.option("--monthly-tokens", type=common.Limit(none=True), metavar="N", help="Tokens a month (UTC).")
+@common.limits(none=True)
 @click.option(
     "--deadline", type=Span(unit=True, none=True), help="How long a request may take that does not say so, or none."
 )
@@ -115,7 +107,7 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
     """Change a key; what is not named stays, and a limit that is none is the default of corral.yaml."""
     models, deadline = given.pop("models"), given.pop("deadline")
-    changes = {name: value or None for name, value in given.items() if value is not None}
+    changes = common.given(given)
     if models is not None:
         changes["models"] = _parts(models)
     if deadline is not None:

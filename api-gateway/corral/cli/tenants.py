@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -11,26 +10,7 @@ from corral.cli import common
 from corral.cli.common import Admin, rows, segment
 
 _COLUMNS = ("name", "keys", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
-
-
-_SHARED = common.Limit(none=True)
-_OPTIONS = (
-    click.option("--rpm", type=_SHARED, metavar="N", help="Requests a minute, of all its keys."),
-    click.option("--tpm", type=_SHARED, metavar="N", help="Tokens a minute."),
-    click.option("--concurrency", type=_SHARED, metavar="N", help="Requests at once."),
-    click.option("--daily-tokens", type=_SHARED, metavar="N", help="Tokens a day (UTC)."),
-    click.option("--monthly-tokens", type=_SHARED, metavar="N", help="Tokens a month (UTC)."),
-)
-
-
-def _limits(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
-
-
-def _given(limits: dict[str, int | None]) -> dict[str, int | None]:
-    return {name: value or None for name, value in limits.items() if value is not None}
+_limits = common.limits(none=True, of=", of all its keys")
 
 
 @click.group("tenants")
@@ -44,7 +24,7 @@ def command() -> None:
 @common.options
 def create(name: str, as_json: bool, state: str | None, **limits: int | None) -> None:
     """Create a tenant; `corral keys create --tenant NAME --new-tenant` makes one too."""
-    made = Admin(common.folder(state))("POST", "/tenants", {"name": name, **_given(limits)})
+    made = Admin(common.folder(state))("POST", "/tenants", {"name": name, **common.given(limits)})
     common.emit(made, as_json, lambda: f"created {name}")
 
 
@@ -54,7 +34,7 @@ def create(name: str, as_json: bool, state: str | None, **limits: int | None) ->
 @common.options
 def limit(name: str, as_json: bool, state: str | None, **limits: int | None) -> None:
     """Change the limits that a tenant's keys share; `none` takes one away, what is not named stays."""
-    if not (changes := _given(limits)):
+    if not (changes := common.given(limits)):
         raise click.UsageError("name at least one limit, such as --rpm 600 or --tpm none")
     made = Admin(common.folder(state))("PATCH", f"/tenants/{segment(name)}", changes)
     common.emit(made, as_json, lambda: common.pairs(_shown(made)))

@@ -61,6 +61,7 @@ def _network(value: str) -> str:
 
 Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Glob = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x20\x7f]+$")]
+Globs = Annotated[list[Glob], Field(min_length=1, max_length=100)]
 Cidr = Annotated[str, Field(max_length=64), AfterValidator(_network)]
 Limit = Annotated[Whole, Field(ge=1, le=2**53)] | None
 Deadline = (
@@ -70,24 +71,27 @@ Weight = Annotated[float, Field(ge=0.1, le=100)] | None
 WEIGHT = "Its share where keys wait for the same model: one of 2 has twice what one of 1 has, which is that of most."
 
 
-class NewKey(BaseModel):
-    """A key to make. Limits that are left out are the defaults of corral.yaml."""
+class Limits(BaseModel):
+    """The limits that a key has, or that those of a tenant share."""
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Text = Field(description="For people; need not be unique.")
-    role: Literal["inference", "operator", "admin"] = "inference"
-    models: Annotated[list[Glob], Field(min_length=1, max_length=100)] = Field(
-        default_factory=lambda: ["*"], description="Globs of the models it may use."
-    )
-    networks: Annotated[list[Cidr], Field(max_length=100)] = Field(
-        default_factory=list, description="Addresses and networks that it may be used from; none: from anywhere."
-    )
     rpm: Limit = Field(None, description="Requests a minute.")
     tpm: Limit = Field(None, description="Tokens a minute.")
     concurrency: Limit = Field(None, description="Requests at once.")
-    daily_tokens: Limit = Field(None, description="Tokens a day.")
-    monthly_tokens: Limit = Field(None, description="Tokens a month.")
+    daily_tokens: Limit = Field(None, description="Tokens a day (UTC).")
+    monthly_tokens: Limit = Field(None, description="Tokens a month (UTC).")
+
+
+class NewKey(Limits):
+    """A key to make. Limits that are left out are the defaults of corral.yaml."""
+
+    name: Text = Field(description="For people; need not be unique.")
+    role: Literal["inference", "operator", "admin"] = "inference"
+    models: Globs = Field(default_factory=lambda: ["*"], description="Globs of the models it may use.")
+    networks: Annotated[list[Cidr], Field(max_length=100)] = Field(
+        default_factory=list, description="Addresses and networks that it may be used from; none: from anywhere."
+    )
     kind: Literal["interactive", "batch"] = Field("interactive", alias="class")
     expires: Annotated[float, BeforeValidator(_moment, json_schema_input_type=str | float)] | None = Field(
         None, description="Seconds from now, a duration such as 30d, or an ISO 8601 time; null: never."
@@ -101,19 +105,10 @@ class NewKey(BaseModel):
     new_tenant: bool = Field(True, description="The tenant is made where it is new; false: that is refused.")
 
 
-class Changes(BaseModel):
+class Changes(Limits):
     """What of a key may be changed; what is left out stays, and a limit that is null is the default of corral.yaml."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    models: Annotated[list[Glob], Field(min_length=1, max_length=100)] = Field(
-        default_factory=lambda: ["*"], description="Globs of the models it may use."
-    )
-    rpm: Limit = Field(None, description="Requests a minute.")
-    tpm: Limit = Field(None, description="Tokens a minute.")
-    concurrency: Limit = Field(None, description="Requests at once.")
-    daily_tokens: Limit = Field(None, description="Tokens a day.")
-    monthly_tokens: Limit = Field(None, description="Tokens a month.")
+    models: Globs = Field(default_factory=lambda: ["*"], description="Globs of the models it may use.")
     deadline: Deadline = Field(
         None, description="How long a request may take that has no `X-Corral-Deadline-Ms`: seconds, or 30s; null: any."
     )

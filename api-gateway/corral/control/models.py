@@ -17,6 +17,7 @@ from corral.control.catalogue import view
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.modelops import UNLISTED
+from corral.control.nodes import no_node
 from corral.control.operations import Operation, Work
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import LOAD, PULL, REMOVE, UNLOAD, Step, digest_of
@@ -299,7 +300,7 @@ def _nodes(control: Control, wanted: Choice) -> list[str]:
     known = control.fleet.members
     for name in wanted.nodes or ():
         if name not in known:
-            raise Problem(404, "not_found", f"there is no node {name!r}{hint(name, list(known))}")
+            raise no_node(control, name)
     chosen = list(dict.fromkeys(wanted.nodes)) if wanted.nodes else list(known)
     if not chosen:
         raise Problem(409, "no_nodes", "the fleet has no node")

@@ -166,14 +166,18 @@ async def _is_corral(control: Control, url: str) -> bool:
     return status == 200 and b'"healthy"' in body
 
 
+def no_node(control: Control, name: str) -> Problem:
+    """What is said of a node that is not of the fleet; the nearest one is named."""
+    return Problem(404, "not_found", f"there is no node {name!r}{hint(name[:64], list(control.fleet.members))}")
+
+
 async def _set_draining(
     control: Control, who: Principal, name: str, draining: bool, action: str | None, preload: bool = False
 ) -> Member:
     async with control.fleet.changing:
         member = control.fleet.members.get(name)
         if member is None:
-            near = hint(name[:64], list(control.fleet.members))
-            raise Problem(404, "not_found", f"there is no node {name!r}{near}")
+            raise no_node(control, name)
         if member.draining != draining:
             await control.database.write(_mark, who, member.describe(), draining, action)
             member.draining = draining

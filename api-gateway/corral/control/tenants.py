@@ -5,30 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, update
 
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.control.keys import Limit, Text
+from corral.control.keys import Limits, Text
 from corral.store import tenants as store
 from corral.store.tables import tenants
 
 router = APIRouter(tags=["tenants"])
 
 
-class Shared(BaseModel):
+class Shared(Limits):
     """Limits that the keys of a tenant share, beside those that each has; null is none."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rpm: Limit = Field(None, description="Requests a minute.")
-    tpm: Limit = Field(None, description="Tokens a minute.")
-    concurrency: Limit = Field(None, description="Requests at once.")
-    daily_tokens: Limit = Field(None, description="Tokens a day (UTC).")
-    monthly_tokens: Limit = Field(None, description="Tokens a month (UTC).")
 
 
 class NewTenant(Shared):

@@ -357,12 +357,15 @@ class Queue:
     def _bound(self, exchange: Exchange, answer: Answer) -> float:
         if exchange.resumption is not None:
             return self._gateway.between_tokens
-        if answer.slots > 0:
-            return self._wait
-        pool = self._gateway.snapshot.pool(exchange.tenant)
-        taking = [self._seconds.get(name, SECONDS) for node in pool.nodes.values() for name in node.resident]
-        drain = min(DRAIN * max(taking, default=0.0), DRAIN_MAX * self._wait)
-        return wait_bound(self._wait, answer.load, drain, placed=False)
+        placed = answer.slots > 0
+        drain = 0.0 if placed else self._drain(exchange.tenant)
+        return wait_bound(self._wait, answer.load, drain, placed)
+
+    def _drain(self, tenant: str) -> float:
+        """How long it may take until one of a tenant's nodes runs nothing (seconds)."""
+        nodes = self._gateway.snapshot.pool(tenant).nodes.values()
+        taking = [self._seconds.get(name, SECONDS) for node in nodes for name in node.resident]
+        return min(DRAIN * max(taking, default=0.0), DRAIN_MAX * self._wait)
 
     def _estimate(self, exchange: Exchange, position: int, slots: int, load: float = 0.0) -> float:
         return estimate(position, slots, self.seconds(exchange.model), load)

@@ -1,0 +1,95 @@
+"""A gateway that is told to stop: what runs ends first, what comes meanwhile is served, and HAProxy hears of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+from support.gateway import END, HEAD, LAST, LINE, chunk, gateway
+from support.process import until
+
+
+def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        held = threading.Event()
+
+        def slowly(connection: socket.socket) -> None:
+            connection.sendall(HEAD + chunk(LINE % b"one"))
+            assert held.wait(10)
+            connection.sendall(chunk(LAST % 1) + END)
+
+        for node in gw.nodes:
+            node.script = [slowly]
+        with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(gw.process.pid, signal.SIGTERM)
+            held.set()
+            assert json.loads(next(lines))["done"] is True
+        assert gw.process.end() == 0
+        assert any(record["t"] == "settle" for record in gw.control.records)
+
+
+def test_haproxy_hears_that_a_gateway_goes_and_until_then_it_serves(tmp_path: Path) -> None:
+    """Else a request is lost that HAProxy sends meanwhile, where no other gateway is up."""
+    with gateway(tmp_path) as gw, httpx.Client() as idle:
+        assert idle.get(gw.url + "/api/tags", headers=gw.auth).status_code == 200
+        gw.haproxy.end()  # this test asks in its place
+
+        def checked() -> int:
+            return httpx.get(gw.url + "/health", headers={"X-Corral-Check": "edge"}).status_code
+
+        assert checked() == 200
+        os.kill(gw.process.pid, signal.SIGTERM)
+        until(lambda: checked() == 503, "it says that it goes", every=0)
+        for get in (idle.get, httpx.get):
+            answer = get(gw.url + "/api/tags", headers=gw.auth)
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert httpx.get(gw.url + "/health").status_code == 200, "others than HAProxy: it answers"
+        assert httpx.get(gw.url + "/health/ready").json()["reason"] == "it is being stopped"
+        until(lambda: not gw.process.alive, "it has gone")
+        assert gw.process.end() == 0
+
+
+def test_the_edge_says_that_it_is_well_while_a_gateway_goes(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        forged = {"X-Corral-Check": "edge"}
+        assert httpx.get(gw.edge + "/health", headers=forged).status_code == 200
+        os.kill(gw.process.pid, signal.SIGTERM)
+        seen: set[tuple[int, bytes]] = set()
+
+        def gone() -> bool:
+            answer = httpx.get(gw.edge + "/health", headers=forged)
+            seen.add((answer.status_code, b"being stopped" in answer.content))
+            return not gw.process.alive
+
+        until(gone, "it has gone", every=0)
+        assert {said for _, said in seen} == {False}, seen
+
+
+def test_what_is_on_its_way_when_a_gateway_is_stopped_arrives_and_is_answered(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        body = json.dumps(gw.chat(stream=False, messages=[{"role": "user", "content": "a " * 100_000}])).encode()
+        head = f"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {gw.key}\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", gw.port), timeout=10) as caller:
+            caller.sendall(head.encode() + body[:100_000])
+            gw.post()  # what came before it was read
+            os.kill(gw.process.pid, signal.SIGTERM)
+
+            def closed() -> bool:
+                try:
+                    socket.create_connection(("127.0.0.1", gw.port)).close()
+                except ConnectionRefusedError:
+                    return True
+                return False
+
+            until(closed, "it takes no connection any more")
+            caller.sendall(body[100_000:])
+            assert caller.recv(12) == b"HTTP/1.1 200"
+        assert gw.process.end() == 0
