@@ -114,7 +114,9 @@ def test_every_answer_is_recorded_and_counted_once(
         assert [answer.request_id for answer in begun if recorded[answer.request_id] == 0] == []
         assert [one for one, count in recorded.items() if count > 1] == []
         fine = {row[0] for row in rows(f"SELECT request_id {INFERENCE} AND outcome = 'ok'")}
-        assert [answer.request_id for answer in whole if answer.request_id not in fine] == []
+        lost = [answer for answer in whole if answer.request_id not in fine]
+        told = [rows(f"SELECT * {INFERENCE} AND request_id = '{answer.request_id}'") for answer in lost]
+        assert not lost, [(str(answer), answer.headers, found) for answer, found in zip(lost, told, strict=True)]
         sums = "count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(tokens), 0)"
         (of_records,) = rows(f"SELECT {sums} {INFERENCE}")
         (of_usage,) = rows("SELECT sum(requests), sum(prompt_tokens), sum(tokens) FROM usage")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Connection, insert, select, text, update
 
-from corral.store import recovery, usage
+from corral.store import progress, recovery, usage
 from corral.store.chain import ZERO, Merkle, content, leaf_of, link_after
 from corral.store.database import Database, resolve
 from corral.store.ingest import ingest
@@ -171,6 +171,47 @@ def test_a_request_that_the_edge_gave_to_another_gateway_is_its(database: Databa
     assert database.read_now(lambda connection: connection.execute(select(spool_begun)).all()) == []
     other.ship(settle(1), settle(2))
     assert [(row["gw"], row["outcome"]) for row in rows(database)] == [("gateway-2", "ok")] * 2
+
+
+def test_a_request_given_to_a_gateway_that_has_begun_just_now_goes_on(database: Database) -> None:
+    killed, other = Spool(database), Spool(database, "gateway-2")
+    killed.ship(admit(1), admit(2))
+    other.ship({"t": "begin", "gw": "gateway-2", "ts": NOON})
+    other.ship(admit(1, ts=NOON + 1))
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0, "gateway-2 has it since it began"
+    other.ship(admit(3, ts=NOON + 1))
+    assert [row["id"] for row in rows(database)] == ["edge-2", "edge-1", "edge-3"]
+    other.ship({"t": "begin", "gw": "gateway-2", "ts": NOON})
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 2
+    assert [row["outcome"] for row in rows(database)] == [None, "interrupted", "interrupted"]
+
+
+def test_who_may_have_got_the_request_is_waited_for_until_it_has_shipped(database: Database) -> None:
+    killed, other = Spool(database), Spool(database, "gateway-2")
+    began = time.time()
+    later = began + 10 * recovery.GRACE
+
+    def tell(**told: tuple[float, bool]) -> None:
+        named = {name.replace("_", "-"): progress.Shipped(*what) for name, what in told.items()}
+        database.write_now(progress.shipped, named)
+
+    killed.ship(admit(1), admit(2))
+    tell(gateway_2=(began, False), gateway_3=(began - 9, True), gateway_4=(later - recovery.GONE - 1, False))
+    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON})
+    assert recovered(database, later) == 0, "gateway-2 was cut off and has the answer"
+    tell(gateway_2=(began + recovery.GRACE - 1, False))
+    assert recovered(database, later) == 0
+    other.ship(settle(1, gw="gateway-2"))
+    tell(gateway_2=(began + recovery.GRACE + 1, False))
+    tell(gateway_2=(began + 2, False))
+    assert recovered(database, later) == 1, "what was told late takes nothing back"
+    assert [row["outcome"] for row in rows(database)] == ["ok", "interrupted"]
+    tell(gateway_5=(began, False))
+    killed.ship(admit(3))
+    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON})
+    assert recovered(database, later) == 0
+    Spool(database, "gateway-5").ship({"t": "begin", "gw": "gateway-5", "ts": NOON, "gone": True})
+    assert recovered(database, later) == 1, "another one has shipped what gateway-5 left"
 
 
 def test_a_gateway_that_never_comes_back_is_given_up(database: Database) -> None:

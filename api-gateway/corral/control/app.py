@@ -156,7 +156,7 @@ def _assemble(settings: Settings) -> Control:
         selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), hub.continues),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
-        ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration),
+        ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration, hub.shipped),
         spent=Spent(database),
         leading=Leading(database, valkey, fleet, placement),
         hashes=Hashes(pepper),

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.record import AuditSettings
-from corral.store import recovery
+from corral.store import progress, recovery
 from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
 from corral.store.database import Database, reason
 from corral.store.retention import drop, drop_content, due
@@ -43,11 +44,19 @@ class ChainBroken(Exception):
 class Ledger:
     """Keeps the record. ``signed_at``: epoch seconds of the last round after which all there was had its checkpoint.
 
-    ``number``: the last checkpoint in the file; ``recovered``: requests settled here.
+    ``number``: the last checkpoint in the file; ``recovered``: requests settled here. `shipped` says what gateways
+    have shipped (`Hub.shipped`).
     """
 
-    def __init__(self, database: Database, settings: AuditSettings, state: Path, longest: float) -> None:
-        self._database, self._settings, self._longest = database, settings, longest
+    def __init__(
+        self,
+        database: Database,
+        settings: AuditSettings,
+        state: Path,
+        longest: float,
+        shipped: Callable[[], Mapping[str, progress.Shipped]] = dict,
+    ) -> None:
+        self._database, self._settings, self._longest, self._shipped = database, settings, longest, shipped
         self.path = state / settings.checkpoints
         self._key = state / settings.signing_key_file
         self._sent = self.path.with_name(self.path.name + ".sent")
@@ -216,6 +225,8 @@ class Ledger:
     # -- requests that nobody settled
 
     async def _recover(self) -> None:
+        if told := self._shipped():
+            await self._database.write(progress.shipped, told)
         while count := await self._database.write(recovery.recover, time.time(), self._longest):
             self.recovered += count
             log.warning("%d requests whose gateway was killed are settled at their last progress", count)

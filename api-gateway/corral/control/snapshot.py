@@ -20,12 +20,14 @@ from sqlalchemy import Connection, select
 from corral.config.settings import ModelSettings
 from corral.control.prober import Fleet
 from corral.store.database import Database
+from corral.store.progress import Shipped
 from corral.store.tables import disabled_models, key_verifiers, keys, tenants
 from corral.store.valkey import Valkey, ValkeyDown
 
 CHANNEL = b"corral:snapshot"
 ACKNOWLEDGE = 1.0
 PRESENT = 3.0
+LATELY = 30.0
 FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
 FIELDS = (
@@ -212,6 +214,12 @@ class Hub:
         """Names of gateways that were heard just now, and of others that may serve by what they last heard."""
         present = self._serving(PRESENT)
         return present, [name for name in self._serving(self._stale) if name not in present]
+
+    def shipped(self) -> dict[str, Shipped]:
+        """What gateways that were heard lately have shipped, as they said."""
+        since = time.monotonic() - LATELY
+        heard = [one for one in self.gateways.values() if one.at >= since]
+        return {one.name: Shipped(one.seen - one.behind, one.left and not one.behind) for one in heard}
 
     def nudge(self) -> None:
         """Have gateways look for a snapshot now, where Valkey reaches them."""

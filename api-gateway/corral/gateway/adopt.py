@@ -88,7 +88,7 @@ async def _adopt(folder: Path, control_url: str, token: str) -> None:
             async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
                 await shipper.ship_all(client)
                 # Only now: it says that all before it is there.
-                writer.append(msgspec.json.encode(Begun(folder.name, time.time())))
+                writer.append(msgspec.json.encode(Begun(folder.name, time.time(), gone=True)))
                 writer.flush()
                 await shipper.ship_all(client)
         finally:

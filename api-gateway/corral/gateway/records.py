@@ -8,11 +8,12 @@ from __future__ import annotations
 import msgspec
 
 
-class Begun(msgspec.Struct, tag_field="t", tag="begin"):
-    """A gateway began. ``ts`` is epoch seconds."""
+class Begun(msgspec.Struct, tag_field="t", tag="begin", omit_defaults=True):
+    """A gateway began, at ``ts`` (epoch seconds). ``gone``: it will not, says another one, and has shipped the rest."""
 
     gw: str
     ts: float
+    gone: bool = False
 
 
 class Progress(msgspec.Struct, tag_field="t", tag="progress"):

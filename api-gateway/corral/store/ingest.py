@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, func, select, update
 
 from corral.store import progress, usage
 from corral.store.clean import CLEAN
@@ -83,11 +83,11 @@ def _store(
     moved: dict[str, dict[str, Any]] = {}
     contents: dict[str, dict[str, Any]] = {}
     kept: dict[str, dict[str, Any]] = {}
-    begun = False
+    begun = gone = False
     for record in records:
         kind = record.get("t")
         if kind == "begin":
-            begun = True
+            begun, gone = True, record.get("gone") is True
             continue
         if kind == "content":  # of a gateway before 0012: no record names it
             content = _content(record.get("of"), record.get("ts"), record.get("data"))
@@ -110,7 +110,7 @@ def _store(
                 kept[row["id"]] = content
     # Once each, and before this segment's own rows: a call may bring tens of thousands of records.
     if begun:
-        progress.begun(connection, gateway)
+        progress.begun(connection, gateway, gone)
     if contents:
         connection.execute(insert(connection, audit_content).on_conflict_do_nothing(), list(contents.values()))
     _own(connection, [*admits.values(), *settles.values()])
@@ -120,10 +120,14 @@ def _store(
         if admitted is not None:
             row["prompt_hash"] = admitted["prompt_hash"]
     if admits:
-        # Who was asked last has the request: the edge replays one to another gateway, under the same id.
+        # Who was asked last has the request: the edge replays one to another gateway, under the same id. Its row goes
+        # behind what that one had when it began, or its begin would take the request for one that was left open.
         statement = insert(connection, audit)
         taken = audit.c.outcome.is_(None) & (audit.c.ts < statement.excluded.ts)
-        theirs = {"gw": statement.excluded.gw}
+        last: ColumnElement[int] = statement.excluded.seq
+        if connection.dialect.name == "sqlite":  # has no number for a row that it does not insert
+            last = select(func.max(audit.c.seq) + 1).scalar_subquery()
+        theirs = {"gw": statement.excluded.gw, "seq": last}
         connection.execute(
             statement.on_conflict_do_update(index_elements=["id"], set_=theirs, where=taken), list(admits.values())
         )

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from corral.store.clean import CLEAN
 from corral.store.database import insert
-from corral.store.tables import audit, spool_begun
+from corral.store.tables import audit, spool_begun, spools
 
 FIELDS = ("node", "attempts", "prompt_tokens", "tokens", "resp_bytes", "queue_ms", "ttft_ms", "ms")
 """What each row of a progress record has behind the request's id."""
 
 
-def begun(connection: Connection, gateway: str) -> None:
-    """The gateway began: what is open of it up to here is to be recovered.
+class Shipped(NamedTuple):
+    """All that a gateway wrote until `shipped` (epoch seconds) is here; ``ended``: it will write no more."""
+
+    shipped: float
+    ended: bool = False
+
+
+def begun(connection: Connection, gateway: str, gone: bool) -> None:
+    """The gateway began: what is open of it up to here is to be recovered. `gone`: another one says so in its place.
 
     Where it has begun a moment ago too, the wait begins anew for all: what was open only now may still be told.
     """
@@ -25,6 +32,18 @@ def begun(connection: Connection, gateway: str) -> None:
     now = time.time()
     statement = insert(connection, spool_begun).values(gateway=gateway, seq=last, since=now)
     connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_={"seq": last, "since": now}))
+    shipped(connection, {gateway: Shipped(now, gone)})
+
+
+def shipped(connection: Connection, told: Mapping[str, Shipped]) -> None:
+    """Note what gateways have shipped; what is known to be later stays."""
+    if told:
+        statement = insert(connection, spools)
+        new = statement.excluded
+        theirs = {"shipped": new.shipped, "ended": new.ended}
+        later = spools.c.shipped < new.shipped
+        rows = [{"gateway": name, **told[name]._asdict()} for name in sorted(told)]
+        connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_=theirs, where=later), rows)
 
 
 def read(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,19 +1,21 @@
 """Requests that nobody settled, as their gateway was killed: settled at their last progress, marked `estimated`.
 
 A gateway's first record says that it began, and comes to control after all that it (or one of its name) had written
-before: what is open then will not be settled by it. The edge may have replayed such a request to another gateway,
-whose record is waited for (GRACE). A gateway that never comes back and whose spool nobody adopts is given up after
-GONE.
+before: what is open then will not be settled by it. The edge may have replayed such a request to another gateway: it is
+waited until each has shipped what it wrote until GRACE after. A gateway that never comes back and whose spool nobody
+adopts is given up, and not waited for any more, after GONE.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Connection, delete, func, select
+from sqlalchemy import ColumnElement, Connection, delete, exists, func, select
 
 from corral.store.ingest import complete
-from corral.store.tables import audit, spool_begun, spool_watermarks
+from corral.store.tables import audit, spool_begun, spool_watermarks, spools
 
 GRACE = 15.0
+"""Longer than the edge takes to replay a request (4 s) and a gateway to say what it has shipped (2 s) together."""
+
 GONE = 86400.0
 BATCH = 1000
 INTERRUPTED = "interrupted"
@@ -26,9 +28,10 @@ def recover(connection: Connection, now: float, longest: float) -> int:
         SQLAlchemyError: nothing was changed.
     """
     begins = spool_begun.c
-    for gateway, seq in connection.execute(
-        select(begins.gateway, begins.seq).where(begins.since < now - GRACE).order_by(begins.gateway)
-    ).all():
+    other = (spools.c.gateway != begins.gateway) & spools.c.ended.is_(False) & (spools.c.shipped >= now - GONE)
+    waited = exists().where(other, spools.c.shipped < begins.since + GRACE)
+    ready = select(begins.gateway, begins.seq).where(begins.since < now - GRACE, ~waited)
+    for gateway, seq in connection.execute(ready.order_by(begins.gateway)).all():
         count = _settle(connection, gateway, audit.c.seq <= seq)
         if count:
             return count

@@ -215,6 +215,15 @@ spool_begun = Table(
     Column("since", Double, nullable=False),
 )
 
+# What a gateway wrote until `shipped` is here (epoch seconds); `ended`: it will write no more.
+spools = Table(
+    "spools",
+    metadata,
+    Column("gateway", String(63), primary_key=True),
+    Column("shipped", Double, nullable=False),
+    Column("ended", Boolean, nullable=False),
+)
+
 # What requests of a day (UTC, by their arrival) add up to; "" where a request had no key, tenant or model.
 usage = Table(
     "usage",
