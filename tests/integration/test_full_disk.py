@@ -97,7 +97,7 @@ def state(small: Small) -> dict[str, Any]:
 
 def test_what_cannot_be_recorded_does_not_happen(small: Small, node: FakeNode) -> None:
     client = small.client
-    made = client.post("/admin/keys", json={"name": "k", "tenant": "team"}).json()
+    made = client.post("/admin/keys", json={"name": "k", "tenant": "team", "new_tenant": True}).json()
     client.post("/admin/tenants", json={"name": "idle"})
     other = FakeNode()
     changes: dict[str, Callable[[], httpx.Response]] = {

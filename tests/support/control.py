@@ -114,7 +114,7 @@ class Running:
 
 
 def make_key(control: Running, **fields: Any) -> dict[str, Any]:
-    answer = control.admin.post("/admin/keys", json={"name": "k", **fields})
+    answer = control.admin.post("/admin/keys", json={"name": "k", "new_tenant": "tenant" in fields, **fields})
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
 

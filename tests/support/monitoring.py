@@ -22,7 +22,7 @@ RULE_TESTS = sorted((MONITORING / "prometheus/tests").glob("*.yml"))
 RUNBOOKS = REPOSITORY / "docs/runbooks"
 
 _DURATION = r"(?:\d+(?:ms|[smhdw]))+"
-_AGE = r"(corral_\w+(?<!timestamp)_seconds > )(\d+)"
+_AGE = r"(corral_(?:\w+(?<!timestamp)|audit_signed_timestamp)_seconds > )(\d+)"
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,9 +30,9 @@ from support import monitoring
 from support.fleet import SimulatedNode
 from support.load import CHAT, Client, body_of
 from support.postgres import Postgres, postgres
-from support.process import until
+from support.process import Process, free_port, until
 from support.receivers import Receivers, receivers
-from support.servers import Server, valkey
+from support.servers import Server, python_env, valkey
 from support.stack import Stack, stack
 
 MODEL = "sim:latest"
@@ -47,6 +48,8 @@ SIMULATION = {
 }
 CROWD, EVERY = 60, 0.25
 """Callers that come one after the other, seconds apart: more than the nodes have slots."""
+SPOOL = 200_000
+"""Bytes: some hundreds of records."""
 RUNBOOKS = "https://runbooks.example/corral"
 HASTE, LONGEST = 20.0, 5.0
 """A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds."""
@@ -135,6 +138,7 @@ class Stage:
     folder: Path
     exits: ExitStack
     crowd: Crowd | None = None
+    newer: Process | None = None
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What Prometheus has for an expression now."""
@@ -218,6 +222,54 @@ class Stage:
         self._admin("DELETE", "/admin/nodes/gpu")
         self.nodes.pop("gpu").kill()
 
+    def record(self, count: int) -> None:
+        """Have gateways write records: of requests for a model that there is not."""
+        headers = {"Authorization": f"Bearer {self.stack.key}"}
+        with httpx.Client(headers=headers, timeout=10) as client:
+            for _ in range(count):
+                client.post(self.stack.url + CHAT, json={"model": "none", "messages": []})
+
+    def no_nodes(self) -> None:
+        """Take every node out."""
+        for name in self.nodes:
+            self._admin("DELETE", f"/admin/nodes/{name}")
+
+    def nodes_again(self) -> None:
+        """Bring them back."""
+        for node in self.nodes.values():
+            self._admin("POST", "/admin/nodes", {"url": node.url, "name": node.name, "slots": 24, "memory": 24 << 30})
+
+    def no_file_of_checkpoints(self) -> None:
+        """Put a folder in the place of the file that control appends checkpoints to."""
+        file = self._checkpoints
+        file.rename(file.with_suffix(".kept"))
+        file.mkdir()
+
+    def file_of_checkpoints(self) -> None:
+        """Put it back."""
+        file = self._checkpoints
+        file.rmdir()
+        file.with_suffix(".kept").rename(file)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "state/audit/checkpoints.jsonl"
+
+    def newer_gateway(self) -> None:
+        """Start a gateway of another version beside the others."""
+        state = StateFolder(self.folder / "state")
+        code = "import corral; corral.__version__ = '99.0'; from corral.cli.main import cli; cli()"
+        argv = [sys.executable, "-P", "-c", code, "serve", "gateway", "--config", str(state.settings)]
+        env = python_env() | {"CORRAL_GATEWAY__NAME": "gateway-99"}
+        for name in ("LISTEN", "METRICS"):
+            env[f"CORRAL_GATEWAY__{name}"] = f"127.0.0.1:{free_port()}"
+        self.newer = Process(argv, self.folder / "gateway-99.log", env)
+
+    def no_newer_gateway(self) -> None:
+        """End it in order: nobody misses it."""
+        assert self.newer is not None
+        self.newer.end()
+
     def _admin(self, method: str, path: str, body: object = None) -> None:
         headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
         httpx.request(method, self.stack.url + path, json=body, headers=headers, timeout=60).raise_for_status()
@@ -251,9 +303,13 @@ def stage(folder: Path) -> Iterator[Stage]:
             exits.callback(lambda node=node: node.process.end(signal.SIGKILL))  # type: ignore[misc]
         store = exits.enter_context(valkey(folder))
         database = exits.enter_context(postgres())
+        heard = exits.enter_context(receivers())
+        manager = exits.enter_context(quick_alertmanager(folder, heard))
         settings = {
+            "monitoring": {"alertmanager": manager.url},
             "nodes": [{"name": node.name, "url": node.url, "slots": 24, "memory": "24GiB"} for node in nodes.values()],
-            "gateway": {"processes": 2, "first_token": "25s", "between_tokens": "3s"},
+            "gateway": {"processes": 2, "first_token": "25s", "between_tokens": "3s", "spool_max": SPOOL},
+            "audit": {"checkpoint": "1s"},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": store.url, "database": address(database.database())},
             "control": {"canary": {"interval": "1s", "timeout": "2s"}},
@@ -261,8 +317,6 @@ def stage(folder: Path) -> Iterator[Stage]:
         config = folder / "corral.yaml"
         config.write_text(yaml.safe_dump(settings))
         made = exits.enter_context(stack(folder / "state", "--config", str(config)))
-        heard = exits.enter_context(receivers())
-        manager = exits.enter_context(quick_alertmanager(folder, heard))
         metrics = urlsplit((StateFolder(folder / "state").stack() or {})["control"]["metrics"]).netloc
         rules = quick_rules(folder, HASTE, LONGEST)
         prometheus = exits.enter_context(monitoring.prometheus(folder, quick_prometheus(metrics, manager, rules)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from corral.gateway.admit import DEADLINE, duration
+from corral.gateway.admit import DEADLINE, _said, duration
 from corral.wire.errors import ApiError
 
 
@@ -26,3 +26,14 @@ def test_what_is_no_deadline_or_past(said: bytes, status: int) -> None:
     with pytest.raises(ApiError) as refused:
         duration({DEADLINE: said}, 1800.0)
     assert refused.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (1, "1 s"), (120, "120 s"), (121, "3 min"), (180, "3 min"), (3599, "1 h 0 min"), (3600, "1 h 0 min"),
+        (43_201, "12 h 1 min"),
+    ],
+)  # fmt: skip
+def test_a_wait_is_said_for_a_person_and_never_less_than_it_is(seconds: int, said: str) -> None:
+    assert _said(seconds) == said

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.exc import OperationalError
@@ -119,6 +122,16 @@ def test_an_alert_is_listed_until_it_is_resolved() -> None:
     alerts.take(notification("resolved", node="a"))
     assert [one["labels"]["node"] for one in alerts.firing()] == ["b"]
     assert alerts.received == {"firing": 3, "resolved": 1}
+
+
+def test_without_alertmanagers_answer_alerts_are_those_that_were_sent() -> None:
+    alerts = Alerts("http://127.0.0.1:1")
+    alerts.take(notification(node="a"))
+    assert [one["labels"]["node"] for one in asyncio.run(alerts.now())] == ["a"]
+    for body in (b"{}", b"[7]", b"[{}]", b"<html>"):
+        transport = httpx.MockTransport(lambda _, body=body: httpx.Response(200, content=body))
+        with patch.object(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport)):
+            assert [one["labels"]["node"] for one in asyncio.run(alerts.now())] == ["a"], body
 
 
 def test_alerts_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

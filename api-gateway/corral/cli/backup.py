@@ -264,7 +264,7 @@ def _shown(found: dict[str, Any]) -> dict[str, Any]:
         "created": f"{_time(found['created'])} by Corral {found['version']}",
         "schema": found["schema"],
         "rows": ", ".join(f"{name} {count}" for name, count in found["tables"].items()),
-        "spool": f"{found['spool_segments']} segments",
+        "spool": f"{found['spool_segments']} segment{'' if found['spool_segments'] == 1 else 's'}",
         "blobs": f"{found['blobs']}, {_size(found['blob_bytes'])}",
     }
 

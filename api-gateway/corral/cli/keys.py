@@ -65,7 +65,7 @@ def command() -> None:
 def create(as_json: bool, state: str | None, **given: Any) -> None:
     """Create a key, which may do no more than the one that creates it; it is shown once."""
     body = {name: value for name, value in given.items() if value is not None and name not in ("class_", "expires")}
-    if given["tenant"] is None:
+    if not given["new_tenant"]:
         del body["new_tenant"]
     if given["class_"]:
         body["class"] = given["class_"]
@@ -74,8 +74,12 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
     for name in ("models", "networks"):
         if given[name]:
             body[name] = _parts(given[name])
-    made = Admin(common.folder(state))("POST", "/keys", body)
+    admin = Admin(common.folder(state))
+    made = admin("POST", "/keys", body)
     _show_once(made, as_json, "")
+    alike = [key["id"] for key in rows(admin("GET", "/keys"), "keys") if key["name"] == given["name"]]
+    if others := [id for id in alike if id != made["id"]]:
+        click.echo(f"note: {', '.join(others)} has this name too: other commands want the id then", err=True)
 
 
 @command.command("list")

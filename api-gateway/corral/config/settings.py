@@ -268,6 +268,9 @@ class MonitoringSettings(Section):
     """Prometheus and Alertmanager."""
 
     haproxy: ListenOrNone = Field("", description="Where Prometheus finds HAProxy's /metrics, if not as it listens.")
+    alertmanager: BaseUrl | None = Field(
+        None, description="Where control asks Alertmanager what fires; without it, that is by what it is sent."
+    )
     slack_webhook_file: Path | None = Field(None, description="File with the address of a Slack webhook.")
     slack_channel: str = Field("#llm-alerts", pattern=r"^[#@]?[\w.-]{1,80}$", description="Channel for alerts.")
     runbooks: str = Field(

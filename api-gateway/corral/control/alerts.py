@@ -1,17 +1,27 @@
-"""What fires, as Alertmanager tells it: its webhook's notifications, kept in memory."""
+"""What fires: asked of Alertmanager where its address is known, else by its webhook's notifications, kept in memory.
+
+By notifications alone one that was inhibited while it ended would stay: nothing is sent of it then.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+
+import httpx
 
 KEPT_MAX = 1000
 FORGET = 9 * 3600.0
 """More than twice Alertmanager's repeat_interval: what was not repeated since then does not fire any more."""
 TEXT_MAX = 1000
 STATUSES = ("firing", "resolved")
+ANSWER_WITHIN = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class BadNotification(ValueError):
@@ -41,9 +51,14 @@ class Alert:
 
 
 class Alerts:
-    """The alerts that fire, KEPT_MAX at most (the newest); ``received`` counts notifications by status."""
+    """The alerts that fire, KEPT_MAX at most (the newest); ``received`` counts notifications by status.
 
-    def __init__(self) -> None:
+    ``url`` is Alertmanager's; None: it is not asked.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        self._url = f"{url}/api/v2/alerts" if url else ""
+        self._silent = False
         self._firing: dict[str, Alert] = {}
         self.received = dict.fromkeys(STATUSES, 0)
 
@@ -70,12 +85,34 @@ class Alerts:
             del self._firing[next(iter(self._firing))]
 
     def firing(self) -> list[dict[str, Any]]:
-        """What fires now, the oldest first."""
+        """What fires now by what was sent, the oldest first."""
         until = time.time() - FORGET
         self._firing = {key: alert for key, alert in self._firing.items() if alert.heard > until}
-        return sorted(
-            (alert.describe() for alert in self._firing.values()), key=lambda one: (one["since"], one["name"])
-        )
+        return _described(self._firing.values())
+
+    async def now(self) -> list[dict[str, Any]]:
+        """What fires now, neither silenced nor inhibited, by Alertmanager's word; where it has none, by `firing`."""
+        if not self._url:
+            return self.firing()
+        try:
+            async with httpx.AsyncClient(timeout=ANSWER_WITHIN, trust_env=False) as client:
+                answer = await client.get(self._url, params={"silenced": "false", "inhibited": "false"})
+            listed = answer.raise_for_status().json()
+            if not isinstance(listed, list):
+                raise BadNotification("alerts: expected a list")
+            # Its own list has another word for it.
+            found = [_read({**entry, "status": "firing"}, number)[2] for number, entry in enumerate(listed[:KEPT_MAX])]
+        except (httpx.HTTPError, ValueError, TypeError) as error:
+            if not self._silent:
+                log.warning("%s is not what Alertmanager answers: %r", self._url, error)
+            self._silent = True
+            return self.firing()
+        self._silent = False
+        return _described(found)
+
+
+def _described(alerts: Iterable[Alert]) -> list[dict[str, Any]]:
+    return sorted((alert.describe() for alert in alerts), key=lambda one: (one["since"], one["name"]))
 
 
 def _read(entry: object, number: int) -> tuple[str, bool, Alert]:

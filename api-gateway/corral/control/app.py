@@ -160,7 +160,7 @@ def _assemble(settings: Settings) -> Control:
         spent=Spent(database),
         leading=Leading(database, valkey, fleet, placement),
         hashes=Hashes(pepper),
-        alerts=Alerts(),
+        alerts=Alerts(settings.monitoring.alertmanager),
         questions=Questions(hub),
     )
 

@@ -102,7 +102,7 @@ class NewKey(Limits):
     )
     weight: Weight = Field(None, description=WEIGHT)
     tenant: Text | None = Field(None, description="That of the key that makes it, by default.")
-    new_tenant: bool = Field(True, description="The tenant is made where it is new; false: that is refused.")
+    new_tenant: bool = Field(False, description="The tenant is made where it is new; otherwise that is refused.")
 
 
 class Changes(Limits):

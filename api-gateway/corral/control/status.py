@@ -24,8 +24,11 @@ async def status(control: Here) -> dict[str, Any]:
     nodes = list(control.fleet.members.values())
     valkey_url = control.settings.store.valkey
     urls = [(node.url, 443 if node.url.startswith("https:") else 80) for node in nodes]
-    database, valkey, (valkey_pid, *pids) = await asyncio.gather(
-        control.database.answers(), _valkey(control), asyncio.to_thread(_pids, [(valkey_url, 6379), *urls])
+    database, valkey, alerts, (valkey_pid, *pids) = await asyncio.gather(
+        control.database.answers(),
+        _valkey(control),
+        control.alerts.now(),
+        asyncio.to_thread(_pids, [(valkey_url, 6379), *urls]),
     )
     return {
         "control": {
@@ -60,7 +63,7 @@ async def status(control: Here) -> dict[str, Any]:
             "database": {"state": "ready" if database else "down"},
         },
         "haproxy": {"managed": control.haproxy.configured},
-        "alerts": control.alerts.firing(),
+        "alerts": alerts,
     }
 
 

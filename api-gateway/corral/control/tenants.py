@@ -36,7 +36,7 @@ async def list_tenants(control: Here, caller: Caller) -> dict[str, Any]:
 
 @router.post("/admin/tenants", status_code=201)
 async def create_tenant(control: Here, caller: Caller, wanted: NewTenant) -> dict[str, Any]:
-    """Make a tenant. A key for a tenant that is not there yet makes it as well, unless `new_tenant` is false."""
+    """Make a tenant. A key for a tenant that is not there yet makes it as well with `new_tenant`."""
     made = await control.database.write(_create, caller, wanted)
     await control.hub.reload()
     return made

@@ -71,7 +71,15 @@ def refusal(verdict: Verdict, budget: Budget) -> ApiError:
     number = REASONS.index(verdict.refused)
     whose = " of the tenant" if number > len(_WORDS) else ""
     message = f"rate limit reached: {budget.limit(number)} {_WORDS[(number - 1) % len(_WORDS)]}{whose}"
-    return ApiError(429, "rate_limited", f"{message}; retry in {retry} s", retry_after=retry)
+    return ApiError(429, "rate_limited", f"{message}; retry in {_said(retry)}", retry_after=retry)
+
+
+def _said(seconds: int) -> str:
+    """For a person: ``90 s``, ``12 min``, ``5 h 3 min``; never less than it is."""
+    if seconds <= 120:
+        return f"{seconds} s"
+    hours, minutes = divmod(-(-seconds // 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def headers(verdict: Verdict, budget: Budget) -> bytes:

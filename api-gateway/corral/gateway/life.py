@@ -18,9 +18,12 @@ from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
 from corral.store import keeper, leases
 from corral.store.valkey import encode
+from corral.wire.errors import ApiError
 
 SWEEP = 0.5
 DRAIN = 25.0
+LAST = 1.0
+CUT = f"this gateway is being stopped, and has waited {DRAIN:g} s for the answer to end"
 LOOK = 0.05
 CHANNEL = b"corral:snapshot"
 
@@ -103,6 +106,12 @@ async def _drain(gateway: Gateway) -> None:
     if gateway.connections:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(gateway.idle.wait(), DRAIN)
+    for exchange in list(gateway.running):
+        exchange.abandon()
+        exchange.give_up(ApiError(503, "unavailable", CUT, retry_after=1), "interrupted")
+    if gateway.connections:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gateway.idle.wait(), LAST)
     for connection in list(gateway.connections):
         if connection.transport is not None:
             connection.transport.abort()

@@ -50,7 +50,7 @@ def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Findin
     found = [*_versions(), *_folder(state), *_disk(state)]
     if ask is None:
         return [*found, *_not_running(state)]
-    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state))
+    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state), *_alerts(ask))
     return [*found, *_processes(state), *_ports(state), *rest]
 
 
@@ -144,8 +144,18 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
             yield Finding(name, "problem", str(said), f"read the log of {name}; docs/runbooks/incident-response.md")
     if not told["gateways"]:
         yield Finding("gateways", "problem", "control knows none", "read the logs of the gateways")
-    for alert in told["alerts"]:
-        yield Finding("alert", "warning", f"{alert['name']} fires", f"docs/runbooks/{alert['name']}.md")
+    yield from _firing(told["alerts"])
+
+
+def _firing(alerts: list[dict[str, Any]]) -> Iterator[Finding]:
+    for alert in alerts:
+        level: Level = "problem" if alert["severity"] == "critical" else "warning"
+        yield Finding("alert", level, f"{alert['name']} fires: {alert['summary']}", f"docs/runbooks/{alert['name']}.md")
+
+
+def _alerts(ask: Callable[[str], Any]) -> Iterator[Finding]:
+    with contextlib.suppress(StackError, http.Unreachable):  # that control does not answer is said elsewhere
+        yield from _firing(ask("/status")["alerts"])
 
 
 def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Finding]:

@@ -70,6 +70,11 @@ def write(made: Monitoring, state: StateFolder) -> None:
     write_private(state.run / "alertmanager.yml", render_alertmanager(made.alertmanager))
 
 
+def address(ports: Mapping[str, int]) -> dict[str, str]:
+    """Where control finds Alertmanager, as a setting; none where it is not started here."""
+    return {"alertmanager": f"http://127.0.0.1:{ports[ALERTMANAGER]}"} if ALERTMANAGER in ports else {}
+
+
 def _binaries() -> dict[str, str]:
     found = {name: next(filter(None, map(shutil.which, names)), None) for name, names in _PROGRAMS.items()}
     missing = [name for name, path in found.items() if path is None]

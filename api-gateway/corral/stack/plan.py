@@ -23,6 +23,9 @@ from corral.stack.nodes import Fleet
 from corral.stack.programs import Program, supervisord_conf, valkey_conf, write_specs
 from corral.stack.state import StateFolder, read_json, write_private
 
+GATEWAY_STOPS = 35
+"""Seconds in which a gateway has stopped (`corral.gateway.life`): HAProxy hears of it, streams end, records go out."""
+
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
@@ -183,6 +186,7 @@ def _effective(
                 update={"pepper_file": state.pepper, "internal_token_file": state.internal_token}
             ),
             "store": given.store.model_copy(update={"database": database, "valkey": valkey_url}),
+            "monitoring": given.monitoring.model_copy(update=monitoring.address(chosen)),
         }
     )
 
@@ -227,7 +231,9 @@ def _gateway(state: StateFolder, name: str, chosen: Mapping[str, int], settings:
         # Not through the supervisor's pipe: a slow reader there would hold up the token path.
         "CORRAL_GATEWAY__ACCESS_LOG": str(state.logs / f"{name}.access.log") if log == "-" else log,
     }
-    return Program(name, _serve(state, "gateway"), env, stop_wait=15, oom_score_adj=-100, priority=30)
+    argv, stops = _serve(state, "gateway"), GATEWAY_STOPS
+    # Stopped first, and waited for: answers that have begun need the edge and their nodes until they end.
+    return Program(name, argv, env, stop_wait=stops, oom_score_adj=-100, priority=60, group="gateways")
 
 
 def _haproxy(state: StateFolder) -> Program:

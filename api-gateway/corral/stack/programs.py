@@ -20,7 +20,10 @@ LOG_COPIES = 3
 
 @dataclass(frozen=True)
 class Program:
-    """One process. ``cpus`` empty: any. Stop times are seconds."""
+    """One process. ``cpus`` empty: any. Stop times are seconds.
+
+    The least ``priority`` starts first and is stopped last, when all others have ended; a ``group`` is stopped at once.
+    """
 
     name: str
     argv: Sequence[str]
@@ -30,6 +33,7 @@ class Program:
     death_signal: int = signal.SIGKILL
     oom_score_adj: int = 0
     priority: int = 100
+    group: str = ""
 
 
 # What an operator's shell may say to `up` is in the rendered settings already; a child reads those alone.
@@ -99,6 +103,13 @@ def supervisord_conf(state: StateFolder, programs: Sequence[Program]) -> str:
             f"stopwaitsecs = {program.stop_wait}",
             f"priority = {program.priority}",
         ]
+    groups: dict[str, list[Program]] = {}
+    for program in programs:
+        if program.group:
+            groups.setdefault(program.group, []).append(program)
+    for name, members in groups.items():
+        lines += [f"[group:{name}]", f"programs = {','.join(member.name for member in members)}"]
+        lines.append(f"priority = {max(member.priority for member in members)}")
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,9 @@ from corral.stack.plan import Plan
 from corral.stack.ready import Progress
 from corral.stack.state import Lock, StackError, StateFolder, running, write_private
 
-STOP_WITHIN = 40.0
+STOP_WITHIN = 60.0
+TELL_AFTER = 4.0
+_WAITS = "corral: answers that have begun may end (25 s at most)"
 
 
 class Stopped(BaseException):
@@ -107,7 +110,7 @@ def stay(state: StateFolder) -> int:
         asked = status in (0, -signal.SIGTERM)
     except (Stopped, KeyboardInterrupt):
         asked = True
-        _end(supervisor)
+        _end(supervisor, f"{_WAITS}; Ctrl-C cuts them")
     finally:
         clean(state)
         lock.remove()
@@ -129,10 +132,14 @@ def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
             pid = stack.get("supervisor")
         if isinstance(pid, int) and _is_ours(pid):
             os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + timeout
+    began, told = time.monotonic(), False
     while not lock.acquire():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise StackError(f"the stack has not stopped within {timeout:.0f} s; see {state.logs}")
+        if waited > TELL_AFTER and not told:
+            told = True
+            print(_WAITS, file=sys.stderr, flush=True)
         time.sleep(0.05)
     left = clean(state)
     lock.remove()
@@ -241,10 +248,15 @@ def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subproces
         )
 
 
-def _end(supervisor: subprocess.Popen[bytes]) -> None:
-    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting."""
+def _end(supervisor: subprocess.Popen[bytes], waits: str = "") -> None:
+    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting. `waits` is said if it is long."""
     supervisor.terminate()
     try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            supervisor.wait(TELL_AFTER)
+            return
+        if waits:
+            print(waits, file=sys.stderr, flush=True)
         supervisor.wait(STOP_WITHIN)
     except (subprocess.TimeoutExpired, Stopped, KeyboardInterrupt):
         supervisor.kill()
