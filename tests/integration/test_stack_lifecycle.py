@@ -69,6 +69,7 @@ def test_the_port_of_another_stack_is_refused_with_what_to_do(up: Up, folder: Pa
     assert f"port {up.port} is taken by the Corral with the state folder {up.state.root}" in second.said
     assert f"corral down --state {up.state.root}" in second.said
     assert "--port N" in second.said
+    assert not second.state.root.exists()
 
 
 def test_of_two_that_start_at_once_on_one_port_one_is_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -38,7 +39,7 @@ class StateFolder:
 
     def create(self) -> None:
         """Make what is missing, mode 700. StackError if it is another's."""
-        for folder in (self.root, self.run, self.programs, self.logs, self.spool, self.cache, self.models):
+        for folder in self._folders:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder.stat().st_uid != os.getuid():
@@ -46,6 +47,16 @@ class StateFolder:
                 folder.chmod(0o700)
             except OSError as error:
                 raise StackError(f"{folder} cannot be made: {error.strerror}") from None
+
+    def remove_empty(self, root: bool) -> None:
+        """Remove the folders in it that hold nothing, and with `root` itself, where nothing is left."""
+        for folder in reversed(self._folders if root else self._folders[1:]):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return self.root, self.run, self.programs, self.logs, self.spool, self.cache, self.models
 
     @property
     def run(self) -> Path:

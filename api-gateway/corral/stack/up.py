@@ -57,6 +57,7 @@ def up(
     ``bootstrap`` makes secrets and database. With ``detach`` the stack runs on when this process ends.
     """
     settings = configuration(options, env)
+    fresh = not state.root.exists()
     state.create()
     lock = Lock(state)
     if not lock.acquire() and not _released(lock, state):
@@ -89,6 +90,7 @@ def up(
             _end(supervisor)
         clean(state)
         lock.remove()
+        state.remove_empty(fresh)
         raise
     _lock_of[supervisor.pid] = lock
     _running[state.root] = supervisor
