@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from support.load import CHAT, TOLD, WHOLE, Answer, Client, body_of
+from support.load import CHAT, REFUSED, TOLD, WHOLE, Answer, Client, body_of
 from support.process import until
 from support.up import Up, nothing_left
 
@@ -29,12 +29,14 @@ def test_answers_that_have_begun_end_before_their_nodes_do(
         begun: list[Answer] = []
         ended: list[Answer] = []
 
-        def ask(tokens: int) -> None:
+        def ask(tokens: int, stream: bool) -> None:
             client = Client(up.url, key, 60)
-            ended.append(client.ask(CHAT, body_of(CHAT, model, tokens), f"t-{tokens}", begun.append))
+            body = body_of(CHAT, model, tokens, stream=stream)
+            ended.append(client.ask(CHAT, body, f"t-{tokens}-{stream}", begun.append))
             client.close()
 
-        callers = [threading.Thread(target=ask, args=(tokens,)) for tokens in (SHORT, LONG)]
+        asked_for = [(SHORT, True), (LONG, True), (LONG, False)]
+        callers = [threading.Thread(target=ask, args=what) for what in asked_for]
         for caller in callers:
             caller.start()
         until(lambda: len(begun) == 2, "both have begun", 30)
@@ -44,15 +46,18 @@ def test_answers_that_have_begun_end_before_their_nodes_do(
         for caller in callers:
             caller.join()
         assert "answers that have begun may end" in up.said
-        assert [answer.fate for answer in ended] == [WHOLE, TOLD], [str(answer) for answer in ended]
-        last = json.loads(ended[1].body.splitlines()[-1])
-        assert "is being stopped" in last["error"], last
+        fates = {answer.request_id: (answer.status, answer.fate) for answer in ended}
+        assert fates == {
+            f"t-{SHORT}-True": (200, WHOLE), f"t-{LONG}-True": (200, TOLD), f"t-{LONG}-False": (503, REFUSED)
+        }, [str(answer) for answer in ended]  # fmt: skip
+        for answer in ended[1:]:
+            assert "is being stopped" in json.loads(answer.body.splitlines()[-1])["error"], answer
         assert 25 < took < 35
         nothing_left(up.state, known)
         with closing(sqlite3.connect(up.state.root / "corral.db")) as database:
             recorded = "SELECT request_id, outcome FROM audit WHERE request_id LIKE 't-%'"
             found = dict(database.execute(recorded).fetchall())
-        assert found == {f"t-{SHORT}": "ok", f"t-{LONG}": "interrupted"}
+        assert found == {name: "ok" if fate == WHOLE else "interrupted" for name, (_, fate) in fates.items()}
     finally:
         up.stop()
     matrix("`corral down` under streams", "whole, or told after 25 s", f"stopped after {took:.1f} s")

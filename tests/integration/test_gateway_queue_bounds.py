@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -148,6 +149,21 @@ def test_a_dead_node_that_alone_had_the_model_costs_a_wait_and_no_request(
         gw.nodes[0].restart()
     answer = asked.result()
     assert (answer.status_code, answer.headers["X-Corral-Node"]) == (200, "node-1"), "it is back"
+    until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
+
+
+def test_a_node_that_dies_slowly_is_not_taken_for_two_that_died(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """It takes a connection when it has let go of another: a request that was at two crashes is not tried again."""
+    placed(gw, leader, 4, "node-1", "node-2")
+    leader.place("node-2", MODEL, 4, "absent")
+    gw.nodes[0].script = [socket.socket.close] * 4
+    asked = callers.submit(gw.post)
+    until(lambda: leader.waiting() == 1, "it waits")
+    leader.place("node-2", MODEL, 4)
+    answer = asked.result()
+    assert (answer.status_code, answer.headers["X-Corral-Node"]) == (200, "node-2")
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
 
 

@@ -47,6 +47,7 @@ def test_what_gateways_have_shipped_is_kept_for_those_that_wait_for_it(quick: No
         assert outcome() is None
         until("all is here", lambda: said()[0][0] < 60)
         until("nothing is waited for", lambda: outcome() == "interrupted")
-        until("it has ended", lambda: said(**{"X-Corral-Leaving": "1"})[0][1])
+        assert not said(**{"X-Corral-Leaving": "1", "X-Corral-Backlog": "5.0"})[0][1], "it has something left"
+        assert said(**{"X-Corral-Leaving": "1"})[0][1], "at once: control may end too"
     finally:
         database.close()

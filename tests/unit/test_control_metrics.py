@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.exc import OperationalError
 
 from corral.config.prometheus import DEFAULT, JOBS, PrometheusPlan, render
+from corral.control import alerts as control_alerts
 from corral.control import discovery, measure, pages
-from corral.control.alerts import FORGET, KEPT_MAX, Alerts, BadNotification
+from corral.control.alerts import ANSWER_MAX, FORGET, KEPT_MAX, Alerts, BadNotification
 from corral.control.canary import due, policies, stays
 from corral.control.measured import Measured, Residence
 from corral.control.prober import Member
@@ -128,10 +130,39 @@ def test_without_alertmanagers_answer_alerts_are_those_that_were_sent() -> None:
     alerts = Alerts("http://127.0.0.1:1")
     alerts.take(notification(node="a"))
     assert [one["labels"]["node"] for one in asyncio.run(alerts.now())] == ["a"]
-    for body in (b"{}", b"[7]", b"[{}]", b"<html>"):
-        transport = httpx.MockTransport(lambda _, body=body: httpx.Response(200, content=body))
-        with patch.object(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport)):
-            assert [one["labels"]["node"] for one in asyncio.run(alerts.now())] == ["a"], body
+    one = notification()["alerts"][0]
+    good = json.dumps({**one, "labels": {"alertname": "N"}, "status": {"state": "active"}})
+    assert [one["name"] for one in asked(alerts, f"[{good}]".encode())] == ["N"]
+    for body in (
+        *(b"{}", b"[7]", b"[{}]", b"<html>", b"[" * 200_000, b" " * (ANSWER_MAX + 1)),
+        *(good.replace(was, to).encode() for was, to in (('"N"', '"\\ud800"'), ("active", "suppressed"))),
+    ):
+        assert [one["labels"]["node"] for one in asked(alerts, body)] == ["a"], body[:20]
+
+
+def asked(alerts: Alerts, body: bytes) -> list[dict[str, Any]]:
+    """What fires, where Alertmanager answers so."""
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body))
+    with patch.object(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport)):
+        return asyncio.run(alerts.now())
+
+
+def test_alertmanagers_answer_is_waited_for_a_second_in_all() -> None:
+    alerts = Alerts("http://127.0.0.1:1")
+
+    async def drop(_: httpx.Request) -> httpx.Response:
+        async def bytes_() -> AsyncIterator[bytes]:
+            while True:
+                await asyncio.sleep(0.01)
+                yield b" "
+
+        return httpx.Response(200, content=bytes_())
+
+    with (
+        patch.object(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=httpx.MockTransport(drop))),
+        patch.object(control_alerts, "ANSWER_WITHIN", 0.1),
+    ):
+        assert asyncio.run(asyncio.wait_for(alerts.now(), 30)) == []
 
 
 def test_alerts_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from corral.store.chain import ZERO, Merkle, content, leaf_of, link_after
 from corral.store.database import Database, resolve
 from corral.store.ingest import ingest
 from corral.store.spool import encode_frame
-from corral.store.tables import audit, audit_streams, keys, spool_begun, spool_watermarks
+from corral.store.tables import audit, audit_holders, audit_streams, keys, spool_begins, spool_watermarks
 
 NOON = 1_800_000_000.0
 
@@ -44,6 +44,10 @@ def settle(number: int, **fields: Any) -> dict[str, Any]:
     return {**admit(number), "t": "settle", **done, **measured, **times, **fields}
 
 
+def begin(gateway: str = "gateway-1", **fields: Any) -> dict[str, Any]:
+    return {"t": "begin", "gw": gateway, "ts": NOON, **fields}
+
+
 class Spool:
     """A gateway's segment as control gets it."""
 
@@ -59,6 +63,10 @@ class Spool:
 def rows(database: Database) -> list[dict[str, Any]]:
     statement = select(audit).order_by(audit.c.seq)
     return database.read_now(lambda connection: [dict(row) for row in connection.execute(statement).mappings()])
+
+
+def told(database: Database, gateway: str, shipped: float, heard: float, ended: bool = False) -> None:
+    database.write_now(progress.shipped, {gateway: progress.Shipped(shipped, heard, ended)})
 
 
 def recovered(database: Database, now: float) -> int:
@@ -132,7 +140,7 @@ def test_what_nobody_settled_is_settled_at_its_last_progress(database: Database)
     spool.ship({"t": "progress", "rows": [["edge-1", *far], ["edge-3", *far]]}, settle(3))
     spool.ship({"t": "progress", "rows": [["edge-1", "node-2", 1, 40, 9, 1800, 1.5, 20.0, 2000.0], ["edge-2", 1], 7]})
     assert recovered(database, time.time() + 3600) == 0, "their gateway may live"
-    spool.ship({"t": "begin", "gw": "gateway-1", "ts": NOON}, admit(4))
+    spool.ship(begin(), admit(4))
     assert recovered(database, time.time() + recovery.GRACE - 5) == 0, "the edge may have asked another gateway"
     assert recovered(database, time.time() + recovery.GRACE + 5) == 2
     assert recovered(database, time.time() + recovery.GRACE + 5) == 0
@@ -152,13 +160,27 @@ def test_each_begin_leaves_others_their_time_to_tell(database: Database, monkeyp
     killed, other = Spool(database), Spool(database, "gateway-2")
     began = time.time()
     killed.ship(admit(1))
-    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON}, admit(2))
+    killed.ship(begin(), admit(2))
     monkeypatch.setattr(time, "time", lambda: began + recovery.GRACE - 1)
-    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON})
+    killed.ship(begin())
+    assert recovered(database, began + recovery.GRACE + 1) == 1, "request 1 has had its time"
     assert recovered(database, began + recovery.GRACE + 1) == 0, "gateway-2 has request 2, and has not told yet"
     other.ship(settle(2, gw="gateway-2"))
-    assert recovered(database, began + 2 * recovery.GRACE) == 1
+    assert recovered(database, began + 2 * recovery.GRACE) == 0
     assert [row["outcome"] for row in rows(database)] == ["interrupted", "ok"]
+
+
+def test_one_that_begins_again_and_again_keeps_nothing_open(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, began = Spool(database), time.time()
+    spool.ship(admit(1))
+    counts = []
+    for number in range(5):
+        monkeypatch.setattr(time, "time", lambda number=number: began + 10 * number)
+        spool.ship(begin())
+        counts.append(recovered(database, began + 10 * number + 1))
+    assert counts == [0, 0, 1, 0, 0]
 
 
 def test_a_request_that_the_edge_gave_to_another_gateway_is_its(database: Database) -> None:
@@ -166,9 +188,9 @@ def test_a_request_that_the_edge_gave_to_another_gateway_is_its(database: Databa
     other.ship(admit(1, ts=NOON + 1))
     killed.ship(admit(1), admit(2))
     other.ship(admit(2, ts=NOON + 1))
-    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON + 2})
+    killed.ship(begin())
     assert recovered(database, time.time() + recovery.GRACE + 5) == 0
-    assert database.read_now(lambda connection: connection.execute(select(spool_begun)).all()) == []
+    assert database.read_now(lambda connection: connection.execute(select(spool_begins)).all()) == []
     other.ship(settle(1), settle(2))
     assert [(row["gw"], row["outcome"]) for row in rows(database)] == [("gateway-2", "ok")] * 2
 
@@ -176,14 +198,55 @@ def test_a_request_that_the_edge_gave_to_another_gateway_is_its(database: Databa
 def test_a_request_given_to_a_gateway_that_has_begun_just_now_goes_on(database: Database) -> None:
     killed, other = Spool(database), Spool(database, "gateway-2")
     killed.ship(admit(1), admit(2))
-    other.ship({"t": "begin", "gw": "gateway-2", "ts": NOON})
+    other.ship(begin("gateway-2"))
     other.ship(admit(1, ts=NOON + 1))
-    assert recovered(database, time.time() + recovery.GRACE + 5) == 0, "gateway-2 has it since it began"
-    other.ship(admit(3, ts=NOON + 1))
-    assert [row["id"] for row in rows(database)] == ["edge-2", "edge-1", "edge-3"]
-    other.ship({"t": "begin", "gw": "gateway-2", "ts": NOON})
-    assert recovered(database, time.time() + recovery.GRACE + 5) == 2
-    assert [row["outcome"] for row in rows(database)] == [None, "interrupted", "interrupted"]
+    killed.ship(begin())
+    told(database, "gateway-2", time.time() + 40, time.time() + 40)
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 1, "gateway-2 has the first since it began"
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0
+    other.ship(begin("gateway-2"))
+    told(database, "gateway-1", time.time() + 40, time.time() + 40)
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 1
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0
+    assert [row["outcome"] for row in rows(database)] == ["interrupted", "interrupted"]
+    assert database.read_now(lambda connection: connection.execute(select(audit_holders)).all()) == []
+
+
+def test_a_request_given_to_a_gateways_next_life_goes_on(database: Database) -> None:
+    spool = Spool(database)
+    spool.ship(admit(1))
+    spool.ship(begin())
+    spool.ship(admit(1, ts=NOON + 1))
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0
+    spool.ship(settle(1))
+    assert [row["outcome"] for row in rows(database)] == ["ok"]
+
+
+@pytest.mark.parametrize("skew", [-60.0, 0.0, 60.0])
+@pytest.mark.parametrize("first", [True, False])
+def test_no_clock_decides_who_has_a_request_that_two_have_admitted(
+    database: Database, skew: float, first: bool
+) -> None:
+    killed, other = Spool(database), Spool(database, "gateway-2")
+    ships = [lambda: killed.ship(admit(1)), lambda: other.ship(admit(1, ts=NOON + skew))]
+    for ship in ships if first else reversed(ships):
+        ship()
+    killed.ship(begin())
+    assert recovered(database, time.time() + recovery.GRACE + 5) == 0
+    other.ship(settle(1, ts=NOON + skew))
+    assert [(row["gw"], row["outcome"]) for row in rows(database)] == [("gateway-2", "ok")]
+    assert recovered(database, time.time() + 2 * 86400) == 0
+
+
+def test_what_two_gateways_had_that_never_come_back_is_given_up(database: Database) -> None:
+    both = [Spool(database), Spool(database, "gateway-2")]
+    now = time.time()
+    for spool in both:
+        spool.ship(admit(1, ts=now - 10 * 86400))
+    gone = update(spool_watermarks).values(updated=now - 2 * 86400)
+    database.write_now(lambda connection: connection.execute(gone))
+    assert recovered(database, now) == 1
+    assert [row["outcome"] for row in rows(database)] == ["interrupted"]
 
 
 def test_who_may_have_got_the_request_is_waited_for_until_it_has_shipped(database: Database) -> None:
@@ -191,27 +254,45 @@ def test_who_may_have_got_the_request_is_waited_for_until_it_has_shipped(databas
     began = time.time()
     later = began + 10 * recovery.GRACE
 
-    def tell(**told: tuple[float, bool]) -> None:
-        named = {name.replace("_", "-"): progress.Shipped(*what) for name, what in told.items()}
-        database.write_now(progress.shipped, named)
+    def tell(gateway: str, shipped: float, heard: float, ended: bool = False) -> None:
+        told(database, gateway, shipped, heard, ended)
 
     killed.ship(admit(1), admit(2))
-    tell(gateway_2=(began, False), gateway_3=(began - 9, True), gateway_4=(later - recovery.GONE - 1, False))
-    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON})
+    tell("gateway-2", began, began)
+    tell("gateway-3", began - 9, began - 9, ended=True)
+    tell("gateway-4", began - 9, later - recovery.GONE - 1)
+    killed.ship(begin())
     assert recovered(database, later) == 0, "gateway-2 was cut off and has the answer"
-    tell(gateway_2=(began + recovery.GRACE - 1, False))
-    assert recovered(database, later) == 0
+    tell("gateway-2", began + recovery.GRACE - 1, began + 40)
+    assert recovered(database, later) == 0, "it is heard, and behind"
     other.ship(settle(1, gw="gateway-2"))
-    tell(gateway_2=(began + recovery.GRACE + 1, False))
-    tell(gateway_2=(began + 2, False))
+    tell("gateway-2", began + recovery.GRACE + 1, began + 41)
+    tell("gateway-2", began + 2, began + 2)
     assert recovered(database, later) == 1, "what was told late takes nothing back"
     assert [row["outcome"] for row in rows(database)] == ["ok", "interrupted"]
-    tell(gateway_5=(began, False))
+    tell("gateway-5", began, began)
     killed.ship(admit(3))
-    killed.ship({"t": "begin", "gw": "gateway-1", "ts": NOON})
+    killed.ship(begin())
     assert recovered(database, later) == 0
-    Spool(database, "gateway-5").ship({"t": "begin", "gw": "gateway-5", "ts": NOON, "gone": True})
+    Spool(database, "gateway-5").ship(begin("gateway-5", gone=True))
     assert recovered(database, later) == 1, "another one has shipped what gateway-5 left"
+
+
+def test_a_clock_that_is_ahead_is_not_believed(database: Database) -> None:
+    killed, other = Spool(database), Spool(database, "gateway-2")
+    now, year = time.time(), 365 * 86400.0
+    later = now + recovery.GRACE + 5
+    killed.ship(admit(1))
+    told(database, "gateway-2", now + year, now + year)
+    killed.ship(begin())
+    assert recovered(database, later) == 0
+    told(database, "gateway-2", now - 100, now)
+    assert recovered(database, later) == 0
+    told(database, "gateway-2", now + year, now + year, ended=True)
+    other.ship(begin("gateway-2"))
+    assert recovered(database, later) == 0, "it has begun again, whatever was said of its end"
+    told(database, "gateway-2", later, later)
+    assert recovered(database, later) == 1
 
 
 def test_a_gateway_that_never_comes_back_is_given_up(database: Database) -> None:

@@ -77,9 +77,13 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
     admin = Admin(common.folder(state))
     made = admin("POST", "/keys", body)
     _show_once(made, as_json, "")
-    alike = [key["id"] for key in rows(admin("GET", "/keys"), "keys") if key["name"] == given["name"]]
-    if others := [id for id in alike if id != made["id"]]:
-        click.echo(f"note: {', '.join(others)} has this name too: other commands want the id then", err=True)
+    named = [
+        key["id"]
+        for key in rows(admin("GET", "/keys"), "keys")
+        if (key["name"], key["revoked"]) == (made["name"], False)
+    ]
+    if others := [id for id in named if id != made["id"]]:
+        click.echo(f"note: other keys have this name too: {', '.join(others)}. Commands want the id then", err=True)
 
 
 @command.command("list")

@@ -60,7 +60,7 @@ def command(
     except (stack.Stopped, KeyboardInterrupt):
         click.echo("corral: stopped before it was ready", err=True)
         raise SystemExit(1) from None
-    click.echo(json.dumps(made) if as_json else _welcome(made, detach), nl=True)
+    click.echo(json.dumps(made) if as_json else _welcome(made, detach, where.option(os.environ)), nl=True)
     if not detach:
         status = stack.stay(where)
         click.echo("corral: stopped", err=True)
@@ -96,9 +96,9 @@ def _progress(line: str) -> None:
     click.echo(f"  ready: {line}", err=True)
 
 
-def _welcome(made: dict[str, Any], detach: bool) -> str:
-    key = made["key"] or "shown on the first start; another: corral keys create NAME"
-    stop = "`corral down` stops it." if detach else "Ctrl-C stops it."
+def _welcome(made: dict[str, Any], detach: bool, option: str) -> str:
+    key = made["key"] or f"shown on the first start; another: corral keys create NAME{option}"
+    stop = f"`corral down{option}` stops it." if detach else "Ctrl-C stops it."
     watched = "".join(f"\n{name:<13} {known['url']}" for name, known in made.get("monitoring", {}).items())
     note = f"\n\nBut   {made['note']}" if made.get("note") else ""
     return f"\nCorral serves at {made['url']}\nKey   {key}{watched}\n\nTry   {made['curl']}{note}\n\n{stop}"

@@ -5,6 +5,8 @@ By notifications alone one that was inhibited while it ended would stay: nothing
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -20,6 +22,7 @@ FORGET = 9 * 3600.0
 TEXT_MAX = 1000
 STATUSES = ("firing", "resolved")
 ANSWER_WITHIN = 1.0
+ANSWER_MAX = 4 << 20
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +98,37 @@ class Alerts:
         if not self._url:
             return self.firing()
         try:
-            async with httpx.AsyncClient(timeout=ANSWER_WITHIN, trust_env=False) as client:
-                answer = await client.get(self._url, params={"silenced": "false", "inhibited": "false"})
-            listed = answer.raise_for_status().json()
+            listed = json.loads(await self._ask())
             if not isinstance(listed, list):
                 raise BadNotification("alerts: expected a list")
-            # Its own list has another word for it.
-            found = [_read({**entry, "status": "firing"}, number)[2] for number, entry in enumerate(listed[:KEPT_MAX])]
-        except (httpx.HTTPError, ValueError, TypeError) as error:
+            found = [_read(_active(entry), number)[2] for number, entry in enumerate(listed[:KEPT_MAX])]
+        except (httpx.HTTPError, TimeoutError, ValueError, RecursionError) as error:
             if not self._silent:
                 log.warning("%s is not what Alertmanager answers: %r", self._url, error)
             self._silent = True
             return self.firing()
         self._silent = False
         return _described(found)
+
+    async def _ask(self) -> bytes:
+        data = bytearray()
+        # The whole of it in time: httpx's is between two reads.
+        async with asyncio.timeout(ANSWER_WITHIN), httpx.AsyncClient(trust_env=False) as client:
+            asked = {"active": "true", "silenced": "false", "inhibited": "false"}
+            async with client.stream("GET", self._url, params=asked) as answer:
+                async for piece in answer.raise_for_status().aiter_bytes():
+                    data += piece
+                    if len(data) > ANSWER_MAX:
+                        raise BadNotification(f"more than {ANSWER_MAX} bytes")
+        return bytes(data)
+
+
+def _active(entry: object) -> object:
+    """An entry of Alertmanager's list as in a notification, which has another word for it."""
+    state = entry.get("status") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(state, dict) or state.get("state") != "active":
+        raise BadNotification("status.state: expected active")
+    return {**entry, "status": "firing"}
 
 
 def _described(alerts: Iterable[Alert]) -> list[dict[str, Any]]:
@@ -135,4 +155,6 @@ def _read(entry: object, number: int) -> tuple[str, bool, Alert]:
 def _texts(value: object, place: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
         raise BadNotification(f"{place}: expected texts by name")
+    if any(0xD800 <= ord(sign) < 0xE000 for pair in value.items() for text in pair for sign in text[:TEXT_MAX]):
+        raise BadNotification(f"{place}: expected Unicode")
     return {name: text[:TEXT_MAX] for name, text in value.items()}

@@ -35,7 +35,10 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
     if _NAME.fullmatch(name):
-        await hub.heard(name, since, _told(request), left="x-corral-leaving" in request.headers)
+        left = "x-corral-leaving" in request.headers
+        await hub.heard(name, since, _told(request), left)
+        if left:  # control itself may end before its ledger's next round
+            await control.ledger.note_shipped()
     asked = {"X-Corral-Asked": "1"} if control.questions.of(name) else None
     if since == hub.version:
         return Response(status_code=304, headers=asked)

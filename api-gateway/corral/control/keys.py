@@ -233,7 +233,11 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
     row = connection.execute(select(keys).where((keys.c.id == key) & _seen(who))).first()
     if row is not None:
         return row
-    named = connection.execute(select(keys).where((keys.c.name == key) & _seen(who)).limit(6)).all()
+    # Those that were revoked last: their name is free again.
+    wanted = select(keys).where((keys.c.name == key) & _seen(who)).order_by(keys.c.revoked.is_not(None), keys.c.created)
+    named = connection.execute(wanted.limit(6)).all()
+    if named and named[0].revoked is None:
+        named = [row for row in named if row.revoked is None]
     if len(named) > 1:
         ids = ", ".join([row.id for row in named[:5]] + ["…"] * (len(named) > 5))
         raise Problem(409, "ambiguous", f"several keys are called {key!r}: use an id ({ids})")

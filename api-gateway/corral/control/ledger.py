@@ -224,9 +224,13 @@ class Ledger:
 
     # -- requests that nobody settled
 
-    async def _recover(self) -> None:
+    async def note_shipped(self) -> None:
+        """Write what gateways have shipped, as they said. Raises SQLAlchemyError."""
         if told := self._shipped():
             await self._database.write(progress.shipped, told)
+
+    async def _recover(self) -> None:
+        await self.note_shipped()
         while count := await self._database.write(recovery.recover, time.time(), self._longest):
             self.recovered += count
             log.warning("%d requests whose gateway was killed are settled at their last progress", count)

@@ -219,7 +219,7 @@ class Hub:
         """What gateways that were heard lately have shipped, as they said."""
         since = time.monotonic() - LATELY
         heard = [one for one in self.gateways.values() if one.at >= since]
-        return {one.name: Shipped(one.seen - one.behind, one.left and not one.behind) for one in heard}
+        return {one.name: Shipped(one.seen - one.behind, one.seen, one.left and not one.behind) for one in heard}
 
     def nudge(self) -> None:
         """Have gateways look for a snapshot now, where Valkey reaches them."""

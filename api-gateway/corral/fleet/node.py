@@ -24,9 +24,9 @@ class Node:
     ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and ``resident``
     are the model names in them, ``header`` the line of HTTP that names it. ``memory`` is bytes for models, 0 where it
     was not declared. ``in_flight`` counts this gateway's requests on it, and ``shunned_until`` (monotonic seconds) is
-    set when it failed this gateway. ``suspects`` are models whose runners seem to hang there, ``lost`` those that it
-    said not to hold, whatever control says, each until when it is not asked for them (monotonic seconds). ``on_cpu``
-    are models that run there on the CPU though a GPU is expected.
+    set when it failed this gateway, ``gone_until`` when it did not answer to the end. ``suspects`` are models whose
+    runners seem to hang there, ``lost`` those that it said not to hold, whatever control says, each until when it is
+    not asked for them (monotonic seconds). ``on_cpu`` are models that run there on the CPU though a GPU is expected.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Node:
     memory: int = 0
     in_flight: int = 0
     shunned_until: float = 0.0
+    gone_until: float = 0.0
     suspects: frozenset[str] = frozenset()
     lost: dict[str, float] = field(default_factory=dict)
     on_cpu: frozenset[str] = frozenset()

@@ -39,11 +39,11 @@ def avoided(
         known = pool.nodes.get(node)
         if known is None or known.state is not NodeState.READY:
             never[node] = None
-    # One that could not be reached is not asked again at once, though no other has the model in memory: the request
-    # waits until the leader has it elsewhere, or this one may be back.
-    for node in exchange.unreached:
+    # One that is gone is not asked again at once, though no other has the model in memory, or a node that dies slowly
+    # is taken for two that died: the request waits until the leader has it elsewhere, or this one may be back.
+    for node in exchange.tried:
         known = pool.nodes.get(node)
-        if known is not None and known.shunned_until > now:
+        if known is not None and known.gone_until > now:
             never[node] = None
     resume = exchange.resumption
     if resume is not None:

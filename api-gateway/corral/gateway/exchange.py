@@ -310,7 +310,7 @@ class Exchange(State):
     def give_up(self, error: ApiError, outcome: str) -> None:
         """End with an error, whatever was sent before."""
         if not self._open:
-            self.refuse(error, outcome if outcome == "cancelled" else "")
+            self.refuse(error, outcome if outcome in settle.ENDED_BY_US else "")
             return
         self.keep_alive = False
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))

@@ -107,8 +107,11 @@ async def _drain(gateway: Gateway) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(gateway.idle.wait(), DRAIN)
     for exchange in list(gateway.running):
-        exchange.abandon()
-        exchange.give_up(ApiError(503, "unavailable", CUT, retry_after=1), "interrupted")
+        try:
+            exchange.abandon()
+            exchange.give_up(ApiError(503, "unavailable", CUT, retry_after=1), "interrupted")
+        except Exception:
+            log.exception("a request was not ended in order")
     if gateway.connections:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(gateway.idle.wait(), LAST)

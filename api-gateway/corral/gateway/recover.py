@@ -36,6 +36,10 @@ CRASHES: Final = frozenset((Failure.RESET, Failure.CRASH))
 """What was present at one of these may be its cause."""
 
 
+GONE: Final = frozenset((Failure.RESET, Failure.CONNECT))
+"""The node's process may have died, and not be quite gone or quite back yet."""
+
+
 GIVEN_UP: Final = frozenset((Failure.TIMEOUT, Failure.NONSENSE))
 """At these it is the gateway that ends the attempt: the node may work on it for a while."""
 
@@ -96,6 +100,8 @@ def shun(node: Node, failure: Failure, model: str, now: float) -> None:
         node.lost = lost
     else:
         node.shunned_until = now + SHUN
+        if failure in GONE:
+            node.gone_until = now + SHUN
 
 
 def holds(node: Node, model: str) -> None:

@@ -148,9 +148,9 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
 
 
 def _firing(alerts: list[dict[str, Any]]) -> Iterator[Finding]:
-    for alert in alerts:
-        level: Level = "problem" if alert["severity"] == "critical" else "warning"
-        yield Finding("alert", level, f"{alert['name']} fires: {alert['summary']}", f"docs/runbooks/{alert['name']}.md")
+    for alert in alerts:  # no problem: they end a while after what they are about
+        seen = f"{alert['name']} fires: {alert['summary']}"
+        yield Finding("alert", "warning", seen, f"docs/runbooks/{alert['name']}.md")
 
 
 def _alerts(ask: Callable[[str], Any]) -> Iterator[Finding]:

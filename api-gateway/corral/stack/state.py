@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import socket
 import stat
 import tempfile
@@ -36,6 +37,10 @@ class StateFolder:
             return cls(Path(chosen).expanduser().resolve())
         base = env.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
         return cls((Path(base) / "corral").resolve())
+
+    def option(self, env: Mapping[str, str]) -> str:
+        """What a command needs to mean this folder: `` --state DIR``, or nothing where it does without."""
+        return "" if self == StateFolder.locate(None, env) else f" --state {shlex.quote(str(self.root))}"
 
     def create(self) -> None:
         """Make what is missing, mode 700. StackError if it is another's."""

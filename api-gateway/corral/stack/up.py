@@ -23,7 +23,10 @@ from corral.stack.plan import Plan
 from corral.stack.ready import Progress
 from corral.stack.state import Lock, StackError, StateFolder, running, write_private
 
-STOP_WITHIN = 60.0
+STOP_WITHIN = 120.0
+"""More than all programs take that have to be killed."""
+
+STOPPING = "stopping"
 TELL_AFTER = 4.0
 _WAITS = "corral: answers that have begun may end (25 s at most)"
 
@@ -61,7 +64,7 @@ def up(
     state.create()
     lock = Lock(state)
     if not lock.acquire() and not _released(lock, state):
-        raise StackError(_already(state))
+        raise StackError(_already(state, state.option(env)))
     supervisor: subprocess.Popen[bytes] | None = None
     try:
         sweep(state)
@@ -112,6 +115,7 @@ def stay(state: StateFolder) -> int:
         asked = status in (0, -signal.SIGTERM)
     except (Stopped, KeyboardInterrupt):
         asked = True
+        _stopping(state)
         _end(supervisor, f"{_WAITS}; Ctrl-C cuts them")
     finally:
         clean(state)
@@ -133,6 +137,7 @@ def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
         if not isinstance(pid, int) or not _is_ours(pid):
             pid = stack.get("supervisor")
         if isinstance(pid, int) and _is_ours(pid):
+            _stopping(state)
             os.kill(pid, signal.SIGTERM)
     began, told = time.monotonic(), False
     while not lock.acquire():
@@ -312,16 +317,24 @@ def _released(lock: Lock, state: StateFolder, patience: float = 3.0) -> bool:
     return False
 
 
-def _already(state: StateFolder) -> str:
+def _already(state: StateFolder, option: str) -> str:
     stack = state.stack() or {}
+    if stack.get("state") == STOPPING:
+        return f"the Corral with the state folder {state.root} is being stopped: try again in half a minute"
     if url := stack.get("url"):
-        return f"already running at {url} (state {state.root}): `corral status` shows it, `corral down` stops it"
+        shows, stops = f"`corral status{option}` shows it", f"`corral down{option}` stops it"
+        return f"already running at {url} (state {state.root}): {shows}, {stops}"
     return f"another `corral up` is starting with the state folder {state.root}"
 
 
 def _save(state: StateFolder, described: Mapping[str, Any]) -> None:
     kept = {name: value for name, value in described.items() if name != "key"}
     write_private(state.stack_file, json.dumps(kept, indent=1))
+
+
+def _stopping(state: StateFolder) -> None:
+    if stack := state.stack():
+        _save(state, stack | {"state": STOPPING})
 
 
 def _is_ours(pid: int) -> bool:

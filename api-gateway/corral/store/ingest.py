@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, select, update
 
 from corral.store import progress, usage
 from corral.store.clean import CLEAN
 from corral.store.database import insert
+from corral.store.progress import LOOK_UP
 from corral.store.seal import seal
 from corral.store.spool import SpoolCorrupt, decode_frames
 from corral.store.tables import audit, audit_content, keys, spool_watermarks
@@ -25,8 +26,6 @@ SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
     *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued", "answer_hash"),
 )
-LOOK_UP = 1000
-"""Rows that are asked for by their ids at once."""
 
 
 class WrongOffset(Exception):
@@ -120,17 +119,9 @@ def _store(
         if admitted is not None:
             row["prompt_hash"] = admitted["prompt_hash"]
     if admits:
-        # Who was asked last has the request: the edge replays one to another gateway, under the same id. Its row goes
-        # behind what that one had when it began, or its begin would take the request for one that was left open.
-        statement = insert(connection, audit)
-        taken = audit.c.outcome.is_(None) & (audit.c.ts < statement.excluded.ts)
-        last: ColumnElement[int] = statement.excluded.seq
-        if connection.dialect.name == "sqlite":  # has no number for a row that it does not insert
-            last = select(func.max(audit.c.seq) + 1).scalar_subquery()
-        theirs = {"gw": statement.excluded.gw, "seq": last}
-        connection.execute(
-            statement.on_conflict_do_update(index_elements=["id"], set_=theirs, where=taken), list(admits.values())
-        )
+        # The edge replays a request to another gateway, under the same id.
+        connection.execute(insert(connection, audit).on_conflict_do_nothing(), list(admits.values()))
+        progress.held(connection, gateway, list(admits))
     progress.note(connection, [row for known, row in moved.items() if known not in settles])
     done = complete(connection, gateway, list(settles.values()))
     # The text that the record names, which is that of the settle that stands.

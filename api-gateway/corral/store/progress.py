@@ -10,40 +10,77 @@ from sqlalchemy import Connection, bindparam, func, select, update
 
 from corral.store.clean import CLEAN
 from corral.store.database import insert
-from corral.store.tables import audit, spool_begun, spools
+from corral.store.tables import audit, audit_holders, spool_begins, spools
+
+AHEAD = 60.0
+"""Seconds by which clocks of controls may differ: what one of them wrote beyond is not believed."""
+
+LOOK_UP = 1000
+"""Rows that are asked for by their ids at once."""
 
 FIELDS = ("node", "attempts", "prompt_tokens", "tokens", "resp_bytes", "queue_ms", "ttft_ms", "ms")
 """What each row of a progress record has behind the request's id."""
 
 
 class Shipped(NamedTuple):
-    """All that a gateway wrote until `shipped` (epoch seconds) is here; ``ended``: it will write no more."""
+    """All that a gateway wrote until ``shipped`` (epoch seconds) is here, as it said when it was last ``heard``;
+    ``ended``: it will write no more."""
 
     shipped: float
+    heard: float
     ended: bool = False
 
 
 def begun(connection: Connection, gateway: str, gone: bool) -> None:
-    """The gateway began: what is open of it up to here is to be recovered. `gone`: another one says so in its place.
-
-    Where it has begun a moment ago too, the wait begins anew for all: what was open only now may still be told.
-    """
+    """The gateway began: what is open of it up to here is to be recovered. `gone`: another one says so in its place."""
     last = connection.execute(select(func.max(audit.c.seq))).scalar() or 0
     now = time.time()
-    statement = insert(connection, spool_begun).values(gateway=gateway, seq=last, since=now)
-    connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_={"seq": last, "since": now}))
-    shipped(connection, {gateway: Shipped(now, gone)})
+    spool = insert(connection, spools).values(gateway=gateway, life=1, shipped=now, heard=now, ended=gone)
+    again = {"life": spools.c.life + 1, "shipped": now, "heard": now, "ended": gone}
+    connection.execute(spool.on_conflict_do_update(index_elements=["gateway"], set_=again))
+    life = connection.execute(select(spools.c.life).where(spools.c.gateway == gateway)).scalar_one()
+    # One that begins again and again is not waited for anew each time: what was open then is the same.
+    statement = insert(connection, spool_begins).values(gateway=gateway, seq=last, since=now, life=life)
+    connection.execute(
+        statement.on_conflict_do_update(index_elements=["gateway", "seq"], set_={"life": statement.excluded.life})
+    )
 
 
 def shipped(connection: Connection, told: Mapping[str, Shipped]) -> None:
-    """Note what gateways have shipped; what is known to be later stays."""
+    """Note what gateways have shipped. What is known to be later stays, unless no clock can have been there yet."""
     if told:
         statement = insert(connection, spools)
         new = statement.excluded
-        theirs = {"shipped": new.shipped, "ended": new.ended}
-        later = spools.c.shipped < new.shipped
-        rows = [{"gateway": name, **told[name]._asdict()} for name in sorted(told)]
-        connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_=theirs, where=later), rows)
+        theirs = {name: new[name] for name in ("shipped", "heard", "ended")}
+        fresh = (spools.c.heard < new.heard) | (spools.c.heard > time.time() + AHEAD)
+        rows = [{"gateway": name, "life": 0, **told[name]._asdict()} for name in sorted(told)]
+        connection.execute(statement.on_conflict_do_update(index_elements=["gateway"], set_=theirs, where=fresh), rows)
+
+
+def held(connection: Connection, gateway: str, ids: list[str]) -> None:
+    """Of requests that this gateway has admitted: note who else may settle those that were open before.
+
+    No clock tells which of two gateways the edge asked last: each may have it until it begins anew.
+    """
+    before = audit.c.gw != gateway
+    own = select(func.max(spool_begins.c.seq)).where(spool_begins.c.gateway == gateway).scalar_subquery()
+    found: list[Any] = []
+    for start in range(0, len(ids), LOOK_UP):
+        some = audit.c.id.in_(ids[start : start + LOOK_UP]) & audit.c.outcome.is_(None)
+        wanted = select(audit.c.id, audit.c.gw, audit.c.seq).where(some, before | (audit.c.seq <= own))
+        found += connection.execute(wanted).all()
+    if not found:
+        return
+    lives = {row.gateway: row.life for row in connection.execute(select(spools.c.gateway, spools.c.life))}
+    gone = select(spool_begins.c.gateway, func.max(spool_begins.c.seq).label("seq")).group_by(spool_begins.c.gateway)
+    ended = {row.gateway: row.seq for row in connection.execute(gone)}
+    holders = [{"id": row.id, "gateway": gateway, "life": lives.get(gateway, 0)} for row in found]
+    for row in found:
+        if row.gw != gateway and row.seq > ended.get(row.gw, -1):
+            holders.append({"id": row.id, "gateway": row.gw, "life": lives.get(row.gw, 0)})
+    statement = insert(connection, audit_holders)
+    later = {"life": statement.excluded.life}
+    connection.execute(statement.on_conflict_do_update(index_elements=["id", "gateway"], set_=later), holders)
 
 
 def read(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

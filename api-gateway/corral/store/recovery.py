@@ -2,8 +2,8 @@
 
 A gateway's first record says that it began, and comes to control after all that it (or one of its name) had written
 before: what is open then will not be settled by it. The edge may have replayed such a request to another gateway: it is
-waited until each has shipped what it wrote until GRACE after. A gateway that never comes back and whose spool nobody
-adopts is given up, and not waited for any more, after GONE.
+waited until each has shipped what it wrote until GRACE after, and what two have admitted is open until both have begun
+anew. A gateway that never comes back and whose spool nobody adopts is given up, and not waited for, after GONE.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, Connection, delete, exists, func, select
 
 from corral.store.ingest import complete
-from corral.store.tables import audit, spool_begun, spool_watermarks, spools
+from corral.store.progress import AHEAD
+from corral.store.tables import audit, audit_holders, spool_begins, spool_watermarks, spools
 
 GRACE = 15.0
 """Longer than the edge takes to replay a request (4 s) and a gateway to say what it has shipped (2 s) together."""
 
 GONE = 86400.0
+KEPT = 30 * GONE
+NEVER = 1 << 30
 BATCH = 1000
 INTERRUPTED = "interrupted"
 
@@ -27,20 +30,36 @@ def recover(connection: Connection, now: float, longest: float) -> int:
     Raises:
         SQLAlchemyError: nothing was changed.
     """
-    begins = spool_begun.c
-    other = (spools.c.gateway != begins.gateway) & spools.c.ended.is_(False) & (spools.c.shipped >= now - GONE)
-    waited = exists().where(other, spools.c.shipped < begins.since + GRACE)
-    ready = select(begins.gateway, begins.seq).where(begins.since < now - GRACE, ~waited)
-    for gateway, seq in connection.execute(ready.order_by(begins.gateway)).all():
-        count = _settle(connection, gateway, audit.c.seq <= seq)
+    settled = select(audit.c.id).where(audit.c.outcome.is_not(None))
+    connection.execute(delete(audit_holders).where(audit_holders.c.id.in_(settled)))
+    connection.execute(delete(spools).where(spools.c.heard < now - KEPT))
+    begins = spool_begins.c
+    known = spools.c.ended.is_(False) & (spools.c.heard >= now - GONE) & (spools.c.gateway != begins.gateway)
+    # What is ahead of every clock says nothing.
+    behind = (spools.c.shipped < begins.since + GRACE) | (spools.c.heard > now + AHEAD)
+    ready = select(begins.gateway, begins.seq, begins.life).where(
+        begins.since < now - GRACE, ~exists().where(known, behind)
+    )
+    for gateway, seq, life in connection.execute(ready.order_by(begins.gateway, begins.seq)).all():
+        count = _settle(connection, gateway, audit.c.seq <= seq) or _given_up(connection, gateway, life)
         if count:
             return count
-        connection.execute(delete(spool_begun).where((begins.gateway == gateway) & (begins.seq == seq)))
+        connection.execute(delete(spool_begins).where((begins.gateway == gateway) & (begins.seq == seq)))
     for gateway in _silent(connection, now):
-        count = _settle(connection, gateway, audit.c.ts < now - longest - GONE)
+        count = _settle(connection, gateway, audit.c.ts < now - longest - GONE) or _given_up(connection, gateway, NEVER)
         if count:
             return count
     return 0
+
+
+def _given_up(connection: Connection, gateway: str, life: int) -> int:
+    """Settle what the gateway's lives before `life` were the last to hold; how many."""
+    holder, count = audit_holders.c, 0
+    dead = (holder.gateway == gateway) & (holder.life < life)
+    while ids := list(connection.execute(select(holder.id).where(dead).limit(BATCH)).scalars()):
+        connection.execute(delete(audit_holders).where(dead, holder.id.in_(ids)))
+        count += _complete(connection, gateway, audit.c.id.in_(ids) & audit.c.id.not_in(select(holder.id)))
+    return count
 
 
 def _silent(connection: Connection, now: float) -> list[str]:
@@ -51,7 +70,12 @@ def _silent(connection: Connection, now: float) -> list[str]:
 
 
 def _settle(connection: Connection, gateway: str, which: ColumnElement[bool]) -> int:
-    still = (audit.c.gw == gateway) & audit.c.pos.is_(None) & audit.c.outcome.is_(None)
+    held = select(audit_holders.c.id)
+    return _complete(connection, gateway, (audit.c.gw == gateway) & which & audit.c.id.not_in(held))
+
+
+def _complete(connection: Connection, gateway: str, which: ColumnElement[bool]) -> int:
+    still = audit.c.pos.is_(None) & audit.c.outcome.is_(None)
     found = connection.execute(select(audit).where(still, which).order_by(audit.c.seq).limit(BATCH)).mappings()
     rows = []
     for row in found.all():

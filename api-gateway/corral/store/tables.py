@@ -207,21 +207,35 @@ audit_checkpoints = Table(
 )
 
 # Gateways that began anew: requests of theirs up to `seq` that nobody has settled are recovered, a while after `since`.
-spool_begun = Table(
-    "spool_begun",
+# Those beside them in `audit_holders` are of lives before `life`.
+spool_begins = Table(
+    "spool_begins",
     metadata,
     Column("gateway", String(63), primary_key=True),
-    Column("seq", BigInteger, nullable=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("since", Double, nullable=False),
+    Column("life", Integer, nullable=False),
 )
 
-# What a gateway wrote until `shipped` is here (epoch seconds); `ended`: it will write no more.
+# All that a gateway wrote until `shipped` is here (epoch seconds), as it said when it was last `heard`; `ended`: it
+# will write no more. It has begun `life` times.
 spools = Table(
     "spools",
     metadata,
     Column("gateway", String(63), primary_key=True),
+    Column("life", Integer, nullable=False),
     Column("shipped", Double, nullable=False),
+    Column("heard", Double, nullable=False),
     Column("ended", Boolean, nullable=False),
+)
+
+# An open request that the edge gave to a second gateway, or to the next life of the same: who may still settle it.
+audit_holders = Table(
+    "audit_holders",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("gateway", String(63), primary_key=True),
+    Column("life", Integer, nullable=False),
 )
 
 # What requests of a day (UTC, by their arrival) add up to; "" where a request had no key, tenant or model.
