@@ -179,6 +179,8 @@ def test_usage_is_reported_in_three_forms_and_by_tenant(control: Running) -> Non
     (row,) = [row for row in told["usage"] if row["key"] == key]
     assert (row["requests"], row["prompt_tokens"], row["tokens"], row["node_seconds"]) == (3, 30, 15, 3.0)
     assert (row["cost"], told["currency"]) == (pytest.approx((30 * 1.0 + 15 * 4.0) / 1e6), "EUR")
+    named = run(control, "usage", "report", "--key", key).stdout.splitlines()
+    assert (named[0].split()[:3], named[1].split()[:2]) == (["KEY", "KEY", "NAME"], [key, "k"])
     table = run(control, "usage", "report", "--by", "day,tenant").stdout
     assert table.splitlines()[0].split()[:3] == ["DAY", "TENANT", "REQUESTS"] and " EUR" in table
     (first,) = csv.DictReader(run(control, "usage", "report", "--csv", "--key", key).stdout.splitlines())

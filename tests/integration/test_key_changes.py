@@ -144,3 +144,13 @@ def test_a_key_has_a_deadline_for_requests_that_state_none(tmp_path: Path) -> No
         assert cut.status_code == 504 and "longer than 1 s" in cut.json()["error"]
         held.release()
         until(lambda: not leader.used(), "nothing is held")
+
+
+def test_a_name_is_that_of_the_key_that_lives(control: Running) -> None:
+    old, new = make_key(control, name="twice")["id"], make_key(control, name="twice")["id"]
+    answer = control.admin.get("/admin/keys/twice")
+    assert (answer.status_code, old in answer.text, new in answer.text) == (409, True, True)
+    control.admin.post(f"/admin/keys/{old}/revoke").raise_for_status()
+    assert control.admin.get("/admin/keys/twice").json()["id"] == new
+    control.admin.post(f"/admin/keys/{new}/revoke").raise_for_status()
+    assert control.admin.get("/admin/keys/twice").status_code == 409, "none lives: any may be meant"

@@ -38,13 +38,18 @@ def report(as_json: bool, state: str | None, as_csv: bool, since: float | None, 
     query = {name: value for name, value in given.items() if value is not None}
     if since is not None:
         query["since"] = time.time() - since
-    told = Admin(common.folder(state))("GET", "/usage?" + urlencode(query))
+    admin = Admin(common.folder(state))
+    told = admin("GET", "/usage?" + urlencode(query))
     listed = rows(told, "usage")
     columns = [*told["by"], *(name for name in _COUNTS if name != "cost" or "currency" in told)]
     if as_csv:
         click.echo(_csv(listed, columns), nl=False)
         return
     shown = [_shown(row, told.get("currency", "")) for row in listed]
+    if listed and "key" in columns and not as_json:  # for people, as in `audit list`
+        names = {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
+        shown = [{**row, "key_name": names.get(row["key"])} for row in shown]
+        columns.insert(columns.index("key") + 1, "key_name")
     common.emit(told, as_json, lambda: common.table(shown, columns, "nothing was used"))
 
 
