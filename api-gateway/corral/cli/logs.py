@@ -40,6 +40,8 @@ def command(follow: bool, lines: int, program: tuple[str, ...], as_json: bool, s
         begin = [(stamp, path, line) for path, tail in tails.items() for stamp, line in tail.last()]
         for _, path, line in sorted(begin, key=lambda item: item[0]):
             _print(path, line, as_json)
+        if not begin and not follow and lines:
+            click.echo(f"corral: nothing is in {', '.join(map(str, tails)) or folder} yet", err=True)
         while follow:
             _look(folder, program, tails, 0)
             quiet = True

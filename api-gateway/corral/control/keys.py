@@ -273,7 +273,7 @@ def _create(
 
 
 def _no_tenant(tenant: str, known: list[str]) -> str:
-    new = f"if it is to be new: `corral tenants create {shlex.quote(tenant)}`, or --new-tenant (new_tenant)"
+    new = f"if it is to be new: `corral tenants create {shlex.quote(tenant)}`, or --new-tenant (API: `new_tenant`)"
     return f"tenant: there is no tenant {tenant!r}{hint(tenant, known) or ';'} {new}"
 
 

@@ -15,7 +15,7 @@ LEARN: Final = 0.3
 DENSITY_MAX: Final = 4.0
 
 OUTCOMES: Final = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
-ENDED_BY_US: Final = ("cancelled", "interrupted")
+ENDED_BY_US: Final = frozenset(("cancelled", "interrupted"))
 ENDED: Final = {503: "overloaded", 504: "timeout"}
 
 

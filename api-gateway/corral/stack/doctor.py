@@ -172,6 +172,8 @@ def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Fin
         yield Finding("control", "problem", str(error), "see `corral logs --program control`")
         return
     told = listed.get("nodes", []) if isinstance(listed, dict) else listed
+    stack = (state.stack() if state is not None else None) or {}
+    own = {node["name"] for node in stack.get("nodes", []) if node["own"]}
     versions: dict[str, str] = {}
     for node in told:
         name, said = str(node["name"]), str(node.get("state"))
@@ -189,7 +191,7 @@ def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Fin
         elif said == "ready":
             yield Finding(name, "ok", "ready for control and HAProxy" if state is not None else "ready")
         else:
-            yield Finding(name, "warning", f"{said}{reason}", _node_advice(said, node))
+            yield Finding(name, "warning", f"{said}{reason}", _node_advice(said, node, name in own))
         if version := node.get("version"):
             versions[name] = str(version)
     if not told:
@@ -206,11 +208,15 @@ def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Fin
             yield Finding(name, "warning", f"Ollama {version} is older than what is tested", "upgrade it to 0.17.4")
 
 
-def _node_advice(said: str, node: Any) -> str:
+def _node_advice(said: str, node: Any, own: bool) -> str:
     if said == "draining" and node.get("reason"):
         return f"`corral models watch` shows it; `corral nodes resume {node['name']} --no-preload` uses it now"
     if said == "draining":
         return f"`corral nodes resume {node['name']}` uses it again"
+    if own:
+        return (
+            f"`corral logs --program {node['name']}`; one that is stuck ends by `kill -9` and its pid (`corral status`)"
+        )
     return f"curl {node.get('url')}/api/version; is Ollama running there, and does its firewall let this host in?"
 
 

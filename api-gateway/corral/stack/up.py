@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ STOP_WITHIN = 120.0
 
 STOPPING = "stopping"
 TELL_AFTER = 4.0
-_WAITS = "corral: answers that have begun may end (25 s at most)"
+_WAITS = "corral: stopping; answers that have begun may end (25 s at most)"
 
 
 class Stopped(BaseException):
@@ -116,7 +115,8 @@ def stay(state: StateFolder) -> int:
     except (Stopped, KeyboardInterrupt):
         asked = True
         _stopping(state)
-        _end(supervisor, f"{_WAITS}; Ctrl-C cuts them")
+        print(f"{_WAITS}; Ctrl-C cuts them", file=sys.stderr, flush=True)
+        _end(supervisor)
     finally:
         clean(state)
         lock.remove()
@@ -255,15 +255,10 @@ def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subproces
         )
 
 
-def _end(supervisor: subprocess.Popen[bytes], waits: str = "") -> None:
-    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting. `waits` is said if it is long."""
+def _end(supervisor: subprocess.Popen[bytes]) -> None:
+    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting."""
     supervisor.terminate()
     try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            supervisor.wait(TELL_AFTER)
-            return
-        if waits:
-            print(waits, file=sys.stderr, flush=True)
         supervisor.wait(STOP_WITHIN)
     except (subprocess.TimeoutExpired, Stopped, KeyboardInterrupt):
         supervisor.kill()
