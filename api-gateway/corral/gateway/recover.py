@@ -116,10 +116,11 @@ def final_error(failure: Failure, history: History, cause: ApiError | None) -> A
         return cause
     if failure is Failure.CONNECT:
         return ApiError(503, "overloaded", "no node could be reached", retry_after=2)
+    said = f"{failure.value} ({history.attempts} attempt{'' if history.attempts == 1 else 's'})"
     if failure is Failure.TIMEOUT:
-        return ApiError(504, "upstream_timeout", f"{failure.value}, {history.attempts} attempts")
+        return ApiError(504, "upstream_timeout", said)
     detail = f": {cause.message}" if cause is not None else ""
-    return ApiError(502, "upstream_error", f"{failure.value} ({history.attempts} attempts){detail}")
+    return ApiError(502, "upstream_error", f"{said}{detail}")
 
 
 _CRASHED = (
