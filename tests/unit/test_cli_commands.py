@@ -290,3 +290,13 @@ def test_a_node_that_is_started_wrongly_is_told_in_a_line(run: Runner, words: li
     assert result.exit_code == 1
     assert said in result.output + str(result.exception)
     assert "Traceback" not in result.output
+
+
+def test_a_log_that_is_empty_is_said_to_be(run: Runner) -> None:
+    logs = run.state / "logs"
+    logs.mkdir(parents=True)
+    for name, text in (("node-1", ""), ("gateway-1", "a line\n")):
+        (logs / f"{name}.log").write_text(text)
+    told = {name: run("logs", "--program", name) for name in ("node-1", "gateway-1")}
+    assert (told["node-1"].stdout, told["gateway-1"].stderr) == ("", "")
+    assert f"nothing is in {logs / 'node-1.log'} yet" in told["node-1"].stderr
