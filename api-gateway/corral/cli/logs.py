@@ -53,6 +53,9 @@ def command(follow: bool, lines: int, program: tuple[str, ...], as_json: bool, s
                 time.sleep(_POLL)
     except KeyboardInterrupt:
         return
+    finally:
+        for tail in tails.values():
+            tail.close()
 
 
 def _look(folder: Path, programs: tuple[str, ...], tails: dict[Path, Tail], lines: int) -> None:
@@ -114,6 +117,10 @@ class Tail:
             return []
         complete, newline, self._rest = (self._rest + data).rpartition(b"\n")
         return complete.decode(errors="replace").splitlines() if newline else []
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
 
 
 def _stamp(line: str) -> float:
