@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,39 @@ def test_a_call_that_connects_after_the_close_keeps_no_connection(
     asyncio.run(ask())
     pool: Any = database.engine.pool
     assert (pool.checkedin(), pool.checkedout()) == (0, 0)
+
+
+class AtOnce(ThreadPoolExecutor):
+    """Does what it is given before it returns: every step of the event loop is known."""
+
+    def submit(self, function: Any, /, *args: Any, **more: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args, **more))
+        return done
+
+
+def test_who_is_cancelled_as_a_call_ends_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(f"sqlite:///{tmp_path}/corral.db")
+    monkeypatch.setattr(database, "_threads", AtOnce(1))
+
+    async def call() -> None:
+        while True:
+            assert await database.read(lambda connection: connection.execute(text("SELECT 1")).scalar()) == 1
+
+    async def cancelled_after(steps: int) -> bool:
+        task = asyncio.create_task(call())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        ended, _ = await asyncio.wait({task}, timeout=1)
+        goes_on = not ended
+        while not ended:  # it was lost: once more, or this test has no end
+            task.cancel()
+            ended, _ = await asyncio.wait({task}, timeout=0.01)
+        return not goes_on
+
+    assert [steps for steps in range(20) if not asyncio.run(cancelled_after(steps))] == []
+    database.close()
 
 
 def test_writers_take_turns_and_a_reader_sees_one_state(database: Database) -> None:

@@ -105,7 +105,8 @@ async def _drain(gateway: Gateway) -> None:
     gateway.idle.clear()
     if gateway.connections:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(gateway.idle.wait(), DRAIN)
+            async with asyncio.timeout(DRAIN):
+                await gateway.idle.wait()
     for exchange in list(gateway.running):
         try:
             exchange.abandon()
@@ -114,7 +115,8 @@ async def _drain(gateway: Gateway) -> None:
             log.exception("a request was not ended in order")
     if gateway.connections:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(gateway.idle.wait(), LAST)
+            async with asyncio.timeout(LAST):
+                await gateway.idle.wait()
     for connection in list(gateway.connections):
         if connection.transport is not None:
             connection.transport.abort()

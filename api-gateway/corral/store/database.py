@@ -170,7 +170,10 @@ class Database:
         done = asyncio.get_running_loop().run_in_executor(self._threads, partial(self._run, run, *args))
         done.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may be left to hear it
         try:
-            return await asyncio.wait_for(asyncio.shield(done), PATIENCE)
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that comes as the call ends, and who was to
+            # stop goes on for ever.
+            async with asyncio.timeout(PATIENCE):
+                return await asyncio.shield(done)
         except TimeoutError:
             raise PoolTimeout(f"no answer within {PATIENCE:g} s") from None
 
@@ -186,7 +189,8 @@ class Database:
     async def answers(self, timeout: float = 2.0) -> bool:  # noqa: ASYNC109
         """Whether the database answers within `timeout` seconds."""
         try:
-            await asyncio.wait_for(self.read(lambda connection: connection.execute(text("SELECT 1"))), timeout)
+            async with asyncio.timeout(timeout):
+                await self.read(lambda connection: connection.execute(text("SELECT 1")))
         except (SQLAlchemyError, OSError, TimeoutError):
             return False
         return True
