@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy import Connection, event, insert, select, text, update
 
 from corral.store import progress, recovery, usage
 from corral.store.chain import ZERO, Merkle, content, leaf_of, link_after
@@ -254,23 +254,20 @@ def test_who_may_have_got_the_request_is_waited_for_until_it_has_shipped(databas
     began = time.time()
     later = began + 10 * recovery.GRACE
 
-    def tell(gateway: str, shipped: float, heard: float, ended: bool = False) -> None:
-        told(database, gateway, shipped, heard, ended)
-
     killed.ship(admit(1), admit(2))
-    tell("gateway-2", began, began)
-    tell("gateway-3", began - 9, began - 9, ended=True)
-    tell("gateway-4", began - 9, later - recovery.GONE - 1)
+    told(database, "gateway-2", began, began)
+    told(database, "gateway-3", began - 9, began - 9, ended=True)
+    told(database, "gateway-4", began - 9, later - recovery.GONE - 1)
     killed.ship(begin())
     assert recovered(database, later) == 0, "gateway-2 was cut off and has the answer"
-    tell("gateway-2", began + recovery.GRACE - 1, began + 40)
+    told(database, "gateway-2", began + recovery.GRACE - 1, began + 40)
     assert recovered(database, later) == 0, "it is heard, and behind"
     other.ship(settle(1, gw="gateway-2"))
-    tell("gateway-2", began + recovery.GRACE + 1, began + 41)
-    tell("gateway-2", began + 2, began + 2)
+    told(database, "gateway-2", began + recovery.GRACE + 1, began + 41)
+    told(database, "gateway-2", began + 2, began + 2)
     assert recovered(database, later) == 1, "what was told late takes nothing back"
     assert [row["outcome"] for row in rows(database)] == ["ok", "interrupted"]
-    tell("gateway-5", began, began)
+    told(database, "gateway-5", began, began)
     killed.ship(admit(3))
     killed.ship(begin())
     assert recovered(database, later) == 0
@@ -317,3 +314,15 @@ def test_open_requests_are_found_by_an_index(database: Database) -> None:
         return str(connection.execute(text("EXPLAIN " + query)).all())
 
     assert "ix_audit_gw_pos" in database.read_now(plan)
+
+
+def test_a_round_looks_up_the_few_holders_and_not_all_that_was_settled(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/corral.db")
+    database.migrate()
+    asked: list[str] = []
+    event.listen(database.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    assert recovered(database, time.time()) == 0
+    (deleted,) = [words for words in asked if words.startswith("DELETE FROM audit_holders")]
+    plan = database.read_now(lambda connection: str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {deleted}").all()))
+    assert "SCAN audit_holders" in plan and "SCAN audit'" not in plan and "SEARCH audit USING" in plan, plan
+    database.close()

@@ -52,8 +52,7 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
         query["since"] = time.time() - since
     admin = Admin(common.folder(state))
     listed = rows(admin("GET", "/audit?" + urlencode(query)), "audit")
-    # For people alone: that keys were read is in the trail, too.
-    names = {} if as_json or not listed else {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
+    names = {} if as_json or not listed else common.key_names(admin)
     shown = [{**_shown(item), "key_name": names.get(item.get("key"))} for item in listed]
     common.emit(listed, as_json, lambda: common.table(shown, _COLUMNS, "no records"))
 

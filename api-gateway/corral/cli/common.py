@@ -108,6 +108,11 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value or None for name, value in options.items() if value is not None}
 
 
+def key_names(admin: Admin) -> dict[Any, str]:
+    """The names of keys by their ids, for people alone: that keys were read is in the trail, too."""
+    return {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
     """Rows under upper-case headings; ``empty`` where there are none."""
     if not rows:

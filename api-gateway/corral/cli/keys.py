@@ -77,12 +77,8 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
     admin = Admin(common.folder(state))
     made = admin("POST", "/keys", body)
     _show_once(made, as_json, "")
-    named = [
-        key["id"]
-        for key in rows(admin("GET", "/keys"), "keys")
-        if (key["name"], key["revoked"]) == (made["name"], False)
-    ]
-    if others := [id for id in named if id != made["id"]]:
+    live = [key for key in rows(admin("GET", "/keys"), "keys") if not key["revoked"]]
+    if others := [key["id"] for key in live if key["name"] == made["name"] and key["id"] != made["id"]]:
         click.echo(f"note: other keys have this name too: {', '.join(others)}. Commands want the id then", err=True)
 
 

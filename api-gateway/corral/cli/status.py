@@ -19,7 +19,7 @@ def command(as_json: bool, state: str | None) -> None:
     admin = common.Admin(common.folder(state))
     local = common.folder(state) if not os.environ.get("CORRAL_URL") else None
     known = status.status(admin.url, lambda: admin("GET", "/status"), local)
-    if local is not None and (local.stack() or {}).get("state") == "stopping":
+    if local is not None and local.stopping:
         click.echo("corral: it is being stopped; answers that have begun may end", err=True)
     common.emit(known, as_json, lambda: _text(known))
 

@@ -47,7 +47,7 @@ def report(as_json: bool, state: str | None, as_csv: bool, since: float | None, 
         return
     shown = [_shown(row, told.get("currency", "")) for row in listed]
     if listed and "key" in columns and not as_json:  # for people, as in `audit list`
-        names = {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
+        names = common.key_names(admin)
         shown = [{**row, "key_name": names.get(row["key"])} for row in shown]
         columns.insert(columns.index("key") + 1, "key_name")
     common.emit(told, as_json, lambda: common.table(shown, columns, "nothing was used"))

@@ -103,24 +103,25 @@ async def _drain(gateway: Gateway) -> None:
         if connection.idle and connection.transport is not None:
             connection.transport.close()
     gateway.idle.clear()
-    if gateway.connections:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN):
-                await gateway.idle.wait()
+    await _until_idle(gateway, DRAIN)
     for exchange in list(gateway.running):
         try:
             exchange.abandon()
             exchange.give_up(ApiError(503, "unavailable", CUT, retry_after=1), "interrupted")
         except Exception:
             log.exception("a request was not ended in order")
-    if gateway.connections:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST):
-                await gateway.idle.wait()
+    await _until_idle(gateway, LAST)
     for connection in list(gateway.connections):
         if connection.transport is not None:
             connection.transport.abort()
     await asyncio.sleep(0)
+
+
+async def _until_idle(gateway: Gateway, within: float) -> None:
+    if gateway.connections:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await gateway.idle.wait()
 
 
 async def _sweep(gateway: Gateway) -> None:

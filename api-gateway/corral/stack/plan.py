@@ -231,9 +231,16 @@ def _gateway(state: StateFolder, name: str, chosen: Mapping[str, int], settings:
         # Not through the supervisor's pipe: a slow reader there would hold up the token path.
         "CORRAL_GATEWAY__ACCESS_LOG": str(state.logs / f"{name}.access.log") if log == "-" else log,
     }
-    argv, stops = _serve(state, "gateway"), GATEWAY_STOPS
     # Stopped first, and waited for: answers that have begun need the edge and their nodes until they end.
-    return Program(name, argv, env, stop_wait=stops, oom_score_adj=-100, priority=60, group="gateways")
+    return Program(
+        name,
+        _serve(state, "gateway"),
+        env,
+        stop_wait=GATEWAY_STOPS,
+        oom_score_adj=-100,
+        priority=60,
+        group="gateways",
+    )
 
 
 def _haproxy(state: StateFolder) -> Program:

@@ -24,6 +24,10 @@ class StackError(Exception):
     """Why a stack cannot start, stop or be asked, in a sentence for its operator."""
 
 
+STOPPING = "stopping"
+"""The state of a stack, in stack.json, that was told to end."""
+
+
 @dataclass(frozen=True)
 class StateFolder:
     """Where things lie below ``root`` (absolute)."""
@@ -148,6 +152,11 @@ class StateFolder:
     def stack(self) -> dict[str, Any] | None:
         """stack.json: what runs; None where nothing was started."""
         return read_json(self.stack_file)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether what runs is being stopped."""
+        return (self.stack() or {}).get("state") == STOPPING
 
 
 class Lock:

@@ -20,12 +20,11 @@ from corral.config.values import host_port
 from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
-from corral.stack.state import Lock, StackError, StateFolder, running, write_private
+from corral.stack.state import STOPPING, Lock, StackError, StateFolder, running, write_private
 
 STOP_WITHIN = 120.0
 """More than all programs take that have to be killed."""
 
-STOPPING = "stopping"
 TELL_AFTER = 4.0
 _WAITS = "corral: stopping; answers that have begun may end (25 s at most)"
 
@@ -313,10 +312,9 @@ def _released(lock: Lock, state: StateFolder, patience: float = 3.0) -> bool:
 
 
 def _already(state: StateFolder, option: str) -> str:
-    stack = state.stack() or {}
-    if stack.get("state") == STOPPING:
+    if state.stopping:
         return f"the Corral with the state folder {state.root} is being stopped: try again in half a minute"
-    if url := stack.get("url"):
+    if url := (state.stack() or {}).get("url"):
         shows, stops = f"`corral status{option}` shows it", f"`corral down{option}` stops it"
         return f"already running at {url} (state {state.root}): {shows}, {stops}"
     return f"another `corral up` is starting with the state folder {state.root}"

@@ -14,7 +14,6 @@ from sqlalchemy import Connection, RowMapping, select, update
 from corral.store import progress, usage
 from corral.store.clean import CLEAN
 from corral.store.database import insert
-from corral.store.progress import LOOK_UP
 from corral.store.seal import seal
 from corral.store.spool import SpoolCorrupt, decode_frames
 from corral.store.tables import audit, audit_content, keys, spool_watermarks
@@ -183,9 +182,9 @@ def complete(connection: Connection, gateway: str, rows: list[dict[str, Any]]) -
 def _known(connection: Connection, ids: list[str]) -> dict[str, RowMapping]:
     found = {}
     columns = [audit.c[name] for name in ("id", *_COMPLETED)]
-    for start in range(0, len(ids), LOOK_UP):
-        some = select(*columns).where(audit.c.id.in_(ids[start : start + LOOK_UP]))
-        found.update({row["id"]: row for row in connection.execute(some).mappings()})
+    for some in progress.pieces(ids):
+        rows = connection.execute(select(*columns).where(audit.c.id.in_(some))).mappings()
+        found.update({row["id"]: row for row in rows})
     return found
 
 

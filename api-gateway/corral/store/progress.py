@@ -1,9 +1,9 @@
-"""What a gateway records of requests that go on: that it began anew, and each second how far they are."""
+"""Requests that go on: that their gateway began anew, who may settle them, and each second how far they are."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, func, select, update
@@ -16,10 +16,15 @@ AHEAD = 60.0
 """Seconds by which clocks of controls may differ: what one of them wrote beyond is not believed."""
 
 LOOK_UP = 1000
-"""Rows that are asked for by their ids at once."""
 
 FIELDS = ("node", "attempts", "prompt_tokens", "tokens", "resp_bytes", "queue_ms", "ttft_ms", "ms")
 """What each row of a progress record has behind the request's id."""
+
+
+def pieces(ids: list[str]) -> Iterator[list[str]]:
+    """As many ids as are asked for at once, then the next ones."""
+    for start in range(0, len(ids), LOOK_UP):
+        yield ids[start : start + LOOK_UP]
 
 
 class Shipped(NamedTuple):
@@ -65,9 +70,9 @@ def held(connection: Connection, gateway: str, ids: list[str]) -> None:
     before = audit.c.gw != gateway
     own = select(func.max(spool_begins.c.seq)).where(spool_begins.c.gateway == gateway).scalar_subquery()
     found: list[Any] = []
-    for start in range(0, len(ids), LOOK_UP):
-        some = audit.c.id.in_(ids[start : start + LOOK_UP]) & audit.c.outcome.is_(None)
-        wanted = select(audit.c.id, audit.c.gw, audit.c.seq).where(some, before | (audit.c.seq <= own))
+    for some in pieces(ids):
+        still = audit.c.id.in_(some) & audit.c.outcome.is_(None)
+        wanted = select(audit.c.id, audit.c.gw, audit.c.seq).where(still, before | (audit.c.seq <= own))
         found += connection.execute(wanted).all()
     if not found:
         return

@@ -8,7 +8,7 @@ anew. A gateway that never comes back and whose spool nobody adopts is given up,
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, func, select
+from sqlalchemy import ColumnElement, Connection, delete, exists, func, select, true
 
 from corral.store.ingest import complete
 from corral.store.progress import AHEAD
@@ -19,7 +19,6 @@ GRACE = 15.0
 
 GONE = 86400.0
 KEPT = 30 * GONE
-NEVER = 1 << 30
 BATCH = 1000
 INTERRUPTED = "interrupted"
 
@@ -30,8 +29,9 @@ def recover(connection: Connection, now: float, longest: float) -> int:
     Raises:
         SQLAlchemyError: nothing was changed.
     """
-    settled = select(audit.c.id).where(audit.c.outcome.is_not(None))
-    connection.execute(delete(audit_holders).where(audit_holders.c.id.in_(settled)))
+    # By each of the few holders, not by all that was ever settled.
+    settled = exists().where(audit.c.id == audit_holders.c.id, audit.c.outcome.is_not(None))
+    connection.execute(delete(audit_holders).where(settled))
     connection.execute(delete(spools).where(spools.c.heard < now - KEPT))
     begins = spool_begins.c
     known = spools.c.ended.is_(False) & (spools.c.heard >= now - GONE) & (spools.c.gateway != begins.gateway)
@@ -41,21 +41,21 @@ def recover(connection: Connection, now: float, longest: float) -> int:
         begins.since < now - GRACE, ~exists().where(known, behind)
     )
     for gateway, seq, life in connection.execute(ready.order_by(begins.gateway, begins.seq)).all():
-        count = _settle(connection, gateway, audit.c.seq <= seq) or _given_up(connection, gateway, life)
+        count = _settle(connection, gateway, audit.c.seq <= seq, audit_holders.c.life < life)
         if count:
             return count
         connection.execute(delete(spool_begins).where((begins.gateway == gateway) & (begins.seq == seq)))
     for gateway in _silent(connection, now):
-        count = _settle(connection, gateway, audit.c.ts < now - longest - GONE) or _given_up(connection, gateway, NEVER)
+        count = _settle(connection, gateway, audit.c.ts < now - longest - GONE, true())
         if count:
             return count
     return 0
 
 
-def _given_up(connection: Connection, gateway: str, life: int) -> int:
-    """Settle what the gateway's lives before `life` were the last to hold; how many."""
+def _given_up(connection: Connection, gateway: str, lives: ColumnElement[bool]) -> int:
+    """Settle what those lives of the gateway were the last to hold; how many."""
     holder, count = audit_holders.c, 0
-    dead = (holder.gateway == gateway) & (holder.life < life)
+    dead = (holder.gateway == gateway) & lives
     while ids := list(connection.execute(select(holder.id).where(dead).limit(BATCH)).scalars()):
         connection.execute(delete(audit_holders).where(dead, holder.id.in_(ids)))
         count += _complete(connection, gateway, audit.c.id.in_(ids) & audit.c.id.not_in(select(holder.id)))
@@ -69,9 +69,11 @@ def _silent(connection: Connection, now: float) -> list[str]:
     return sorted(name for (name,) in connection.execute(last))
 
 
-def _settle(connection: Connection, gateway: str, which: ColumnElement[bool]) -> int:
+def _settle(connection: Connection, gateway: str, alone: ColumnElement[bool], lives: ColumnElement[bool]) -> int:
+    """Settle a batch of what the gateway alone had or, where none is left, what those lives were the last to hold."""
     held = select(audit_holders.c.id)
-    return _complete(connection, gateway, (audit.c.gw == gateway) & which & audit.c.id.not_in(held))
+    count = _complete(connection, gateway, (audit.c.gw == gateway) & alone & audit.c.id.not_in(held))
+    return count or _given_up(connection, gateway, lives)
 
 
 def _complete(connection: Connection, gateway: str, which: ColumnElement[bool]) -> int:
