@@ -20,6 +20,8 @@ from support.smuggling import answers, body, corpus, exchange
 from support.smuggling import request as request_of
 
 from corral.config.haproxy import HaproxyPlan, render
+from corral.wire import errors
+from corral.wire.errors import ApiError
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -261,7 +263,16 @@ def test_without_a_gateway_the_edge_says_503_and_when_to_come_back(rig: Rig) -> 
     response, body = rig.ask("/api/tags")
     assert response.headers["X-Corral-Proxy"] == "haproxy"
     assert int(response.headers["Retry-After"]) >= 1
-    assert json.loads(body)["error"]["message"]
+    message = json.loads(body)["error"]
+    assert isinstance(message, str) and message
+    for path, api in (("/api/tags", "native"), ("/v1/models", "openai"), ("/v1/messages", "anthropic")):
+        response, body = rig.ask(path)
+        told = json.loads(body)
+        ours = json.loads(errors.render(api, ApiError(503, "overloaded", message)))
+        assert (response.status, response.headers["Retry-After"]) == (503, "1")
+        assert set(told) == set(ours) - {"request_id"}
+        if api != "native":
+            assert told["error"]["message"] == message and set(told["error"]) == set(ours["error"])
     for gateway in rig.gateways:
         gateway.start()
 

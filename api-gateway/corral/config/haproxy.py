@@ -9,7 +9,18 @@ import math
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from corral.config.haproxy_rules import ERRORS, PROXY_HEADER, answer, for_hosts, for_origins, shared_with, well_formed
+from corral.config.haproxy_rules import (
+    ERRORS,
+    OF_BACK_END,
+    PROXY_HEADER,
+    answer,
+    answer_in_form,
+    for_hosts,
+    for_origins,
+    in_form_of_api,
+    shared_with,
+    well_formed,
+)
 from corral.config.settings import EdgeSettings
 from corral.config.values import base_url, loopback
 
@@ -209,6 +220,7 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         "    http-request return " + answer(404) + " if { path,url_dec,lower -m reg ^/+(metrics|internal)(/|$) }",
         "    acl to_control path /admin /docs /openapi.json /console",
         "    acl to_control path_beg /admin/ /docs/ /console/",
+        *in_form_of_api(),
         "    use_backend control if to_control",
         "    default_backend gateways",
         "",
@@ -235,6 +247,7 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
         "    retry-on conn-failure empty-response",
         "    http-reuse safe",
         f"    http-response del-header {PROXY_HEADER}",
+        *(f"    http-error {answer_in_form(status)}" for status in OF_BACK_END),
         "    default-server check inter 1s fastinter 250ms downinter 250ms fall 2 rise 1"
         f" pool-purge-delay {POOL_PURGE}",
     ]

@@ -27,6 +27,9 @@ ERRORS = {
 }
 """Status → code and message of an answer that HAProxy makes."""
 
+OF_BACK_END = (500, 502, 503, 504)
+"""What HAProxy answers where a request was well formed, and no server could take it."""
+
 _ORIGIN = (403, ("forbidden", "This origin is not allowed: see edge.origins in corral.yaml."))
 _HOST = (421, ("misdirected", "This host name is not served here: see edge.hosts in corral.yaml."))
 _LOCAL = "127.0.0.1 localhost [::1]"
@@ -41,6 +44,30 @@ def answer(status: int, proxy: str = "haproxy", said: tuple[str, str] | None = N
     body = json.dumps({"error": {"code": code, "message": message}}, separators=(",", ":"))
     extra = "hdr Retry-After 1 " if status == 503 else ""
     return f"status {status} content-type application/json hdr {PROXY_HEADER} {proxy} {extra}string '{body}'"
+
+
+def in_form_of_api() -> list[str]:
+    """What `answer_in_form` needs to be in the form of the API that was called, Ollama's, OpenAI's or Anthropic's."""
+    forms = (
+        ("", '"', '"'),
+        (" if { path_beg /v1/ }", '{"type":"api_error","param":null,"code":null,"message":"', '"}'),
+        (" if { path /v1/messages }", '{"type":"api_error","message":"', '"},"type":"error"'),
+    )
+    return [
+        "    # An error that is made here is in the form of the API that was called.",
+        *(
+            f"    http-request set-var-fmt(txn.{name}) '{text}'{condition}"
+            for condition, before, behind in forms
+            for name, text in (("before", before), ("behind", behind))
+        ),
+    ]
+
+
+def answer_in_form(status: int) -> str:
+    """The rest of an `http-error` of a back end whose front end has the rules of `in_form_of_api`."""
+    start, _, _ = answer(status).partition(" string ")
+    body = '{"error":%[var(txn.before)]' + ERRORS[status][1] + "%[var(txn.behind)]}"
+    return f"{start} lf-string '{body}'"
 
 
 def well_formed() -> list[str]:
