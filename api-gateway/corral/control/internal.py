@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from typing import Annotated, Any
 from urllib.parse import unquote
 
@@ -39,10 +40,12 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
         await hub.heard(name, since, _told(request), left)
         if left:  # control itself may end before its ledger's next round
             await control.ledger.note_shipped()
-    asked = {"X-Corral-Asked": "1"} if control.questions.of(name) else None
+    headers = {"X-Corral-Now": f"{time.time():.3f}"}
+    if control.questions.of(name):
+        headers["X-Corral-Asked"] = "1"
     if since == hub.version:
-        return Response(status_code=304, headers=asked)
-    return Response(hub.content(), media_type="application/json", headers=asked)
+        return Response(status_code=304, headers=headers)
+    return Response(hub.content(), media_type="application/json", headers=headers)
 
 
 @router.get("/internal/spent")
@@ -93,10 +96,6 @@ async def _body(request: Request) -> bytes:
 def _told(request: Request) -> Told:
     """What a gateway says of itself with its question for a snapshot."""
     peer = request.client.host if request.client is not None else ""
-    try:
-        behind = float(request.headers.get("x-corral-backlog", "0")[:32])
-    except ValueError:
-        behind = 0.0
     metrics = discovery.address(request.headers.get("x-corral-metrics", ""), peer)
     suspects: dict[str, set[str]] = {}
     for runner in request.headers.get("x-corral-suspects", "").split(",")[:SUSPECTS_MAX]:
@@ -109,7 +108,16 @@ def _told(request: Request) -> Told:
         queues = {}
     return Told(
         metrics,
-        behind if math.isfinite(behind) and behind > 0.0 else 0.0,
+        _seconds(request, "x-corral-backlog"),
+        _seconds(request, "x-corral-as-of"),
         {node: frozenset(models) for node, models in suspects.items()},
         {model: list(row) for model, row in queues.items()},
     )
+
+
+def _seconds(request: Request, header: str) -> float:
+    try:
+        value = float(request.headers.get(header, "0")[:32])
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) and value > 0.0 else 0.0

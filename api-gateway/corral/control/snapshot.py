@@ -44,6 +44,7 @@ class Told(NamedTuple):
 
     metrics: str = ""
     behind: float = 0.0
+    as_of: float = 0.0
     suspects: Mapping[str, frozenset[str]] = MappingProxyType({})
     queues: Mapping[str, list[float]] = MappingProxyType({})
 
@@ -57,8 +58,9 @@ class Gateway:
     it said it has, ``left`` whether it said that it ends.
 
     ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds),
-    ``queues`` who waits there, by model: how many, the oldest's wait (seconds), slots, seconds of a load, seconds that
-    a request takes.
+    ``as_of`` control's time (epoch seconds) in the last answer that it had by then, 0 where it had none: its words held
+    then, however long its question has waited since. ``queues`` who waits there, by model: how many, the oldest's wait
+    (seconds), slots, seconds of a load, seconds that a request takes.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Gateway:
     version: str
     metrics: str = ""
     behind: float = 0.0
+    as_of: float = 0.0
     queues: Mapping[str, list[float]] = field(default_factory=dict)
     left: bool = False
     at: float = field(default_factory=time.monotonic)
@@ -193,7 +196,9 @@ class Hub:
     ) -> None:
         """Note that a gateway asked, what it has, and what it says of itself and of nodes' runners."""
         self._fleet.suspect(name, told.suspects)
-        self.gateways[name] = Gateway(name, time.time(), version, told.metrics, told.behind, told.queues, left)
+        now = time.time()
+        as_of = min(told.as_of, now)
+        self.gateways[name] = Gateway(name, now, version, told.metrics, told.behind, as_of, told.queues, left)
         async with self._arrived:
             self._arrived.notify_all()
 
@@ -219,7 +224,12 @@ class Hub:
         """What gateways that were heard lately have shipped, as they said."""
         since = time.monotonic() - LATELY
         heard = [one for one in self.gateways.values() if one.at >= since]
-        return {one.name: Shipped(one.seen - one.behind, one.seen, one.left and not one.behind) for one in heard}
+        ended = {one.name for one in heard if one.left and not one.behind}
+        return {
+            one.name: Shipped(one.as_of - one.behind, one.seen, one.name in ended)
+            for one in heard
+            if one.as_of or one.name in ended
+        }
 
     def nudge(self) -> None:
         """Have gateways look for a snapshot now, where Valkey reaches them."""

@@ -20,6 +20,12 @@ POLL = 0.5
 TOUCH = 10.0
 ASKED = "x-corral-asked"
 """The header by which control says that it asks something."""
+NOW = "x-corral-now"
+"""The header by which control says what time it is there; `AS_OF` gives it back with the next question.
+
+Control may have stood still for long before it takes a question: what that says was true then, not since.
+"""
+AS_OF = "X-Corral-As-Of"
 ROUNDS = 5
 
 log = logging.getLogger(__name__)
@@ -54,6 +60,7 @@ class Feed:
         self._answers: list[dict[str, Any]] = []
         self._wake = asyncio.Event()
         self._touched = 0.0
+        self._now = "0"
         self._unkept: bytes | None = None
         """What is in force but not in the file yet: an older file must not be vouched for."""
         self._unkept_logged = False
@@ -105,8 +112,10 @@ class Feed:
                 await self._ask(client, {"X-Corral-Leaving": "1"})
 
     async def _ask(self, client: httpx.AsyncClient, more: dict[str, str]) -> httpx.Response:
-        headers = self._headers | self._tell() | more
-        return await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
+        headers = self._headers | {AS_OF: self._now} | self._tell() | more
+        response = await client.get(self._url, params={"since": self._snapshot.version}, headers=headers)
+        self._now = response.headers.get(NOW, "0")
+        return response
 
     async def _poll(self, client: httpx.AsyncClient) -> bool:
         response = await self._ask(client, {})
