@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support.fleet import QUICK, Fleet
 from support.load import CHAT, TOLD, WHOLE, Load, after
-
-from corral.gateway.recover import SHUN
+from support.process import until
 
 EJECTED_WITHIN = 10.0
 SETTLED_WITHIN = 5.0
+EJECTIONS = "corral_ejections_total"
 
 
 @pytest.fixture(autouse=True)
@@ -99,23 +100,37 @@ def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
     assert {(answer.node, answer.attempts) for answer in late} == {("node-2", 1)}
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [
+        ("fails at once (500)", {"kind": "fail", "status": 500}),
+        ("fails at once (503)", {"kind": "fail", "status": 503}),
+        ("answers with nonsense", {"kind": "nonsense", "after_tokens": 0}),
+    ],
+)
 def test_a_node_that_fails_at_once_attracts_no_requests(
-    fleet: Fleet, status: int, matrix: Callable[[str, str, str], None]
+    fleet: Fleet, what: str, fault: dict[str, Any], matrix: Callable[[str, str, str], None]
 ) -> None:
-    node = fleet.nodes["node-1"]
-    with fleet.load(QUICK, clients=8, paths=[CHAT], tokens=[4], name=f"fails-{status}") as load:
+    node, before = fleet.nodes["node-1"], fleet.sum_of(EJECTIONS)
+    with fleet.load(QUICK, clients=8, paths=[CHAT], tokens=[4], name=f"fails-{len(what)}") as load:
         load.more(20, "node-1")
-        node.fault(kind="fail", status=status)
+        node.fault(**fault)
         failing = time.monotonic()
-        load.until(lambda _: time.monotonic() > failing + 6, "it has failed for a while")
+        load.until(lambda _: fleet.sum_of(EJECTIONS) >= before + 2, "both gateways have ejected it", 20)
+        ejected = time.monotonic()
+        listed = fleet.states()["node-1"], fleet.reasons()["node-1"]
+        load.until(lambda _: time.monotonic() > ejected + 3, "it has failed for a while")
+        well = time.monotonic()
         node.well()
         load.more(10, "node-1")
     assert load.unlike(WHOLE) == []
-    during = [answer for answer in load.answers if failing < answer.began < failing + 6]
-    tried_twice = [answer for answer in during if answer.attempts > 1]
-    # Each of two gateways tries it again after `SHUN`, two requests at once at most, however few a slow machine has.
-    tries = 2 * (1 + int(6 / SHUN)) * 2
-    assert 0 < len(tried_twice) <= max(tries, len(during) // 100), f"{len(tried_twice)} of {len(during)}"
-    seen = f"{len(tried_twice)} of {len(during)} met it, each answered elsewhere"
-    matrix(f"a node fails at once ({status})", "<= 1%, or 2 a gateway each 2 s", seen)
+    assert listed[0] == "suspect" and f"{QUICK} gives no tokens there, says gateway-1, gateway-2" in listed[1]
+    during = [answer for answer in load.answers if failing < answer.began < well]
+    met = [answer for answer in during if answer.attempts > 1]
+    assert met
+    assert len(met) <= len(during) // 100, f"{len(met)} of {len(during)}"
+    late = [answer for answer in during if answer.began > ejected]
+    assert {(answer.node, answer.attempts) for answer in late} == {("node-2", 1)}
+    until(lambda: set(fleet.states().values()) == {"ready"}, "it is suspect no more", 5)
+    seen = f"{len(met)} of {len(during)} met it, each answered elsewhere; ejected after {ejected - failing:.1f} s"
+    matrix(f"a node {what}", "ejected; <= 1% of requests see it", seen)

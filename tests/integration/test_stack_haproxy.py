@@ -305,6 +305,13 @@ def test_a_node_s_request_is_never_tried_twice(rig: Rig) -> None:
     assert len(rig.node.requests) == 1
 
 
+def test_a_node_s_endless_headers_go_no_further(rig: Rig) -> None:
+    rig.node.answer = lambda _: b"HTTP/1.1 200 OK\r\n" + b"X-More: of them\r\n" * 10_000
+    response, body = rig.ask("/api/chat", {"X-Corral-Node": "node-1"}, b"{}", rig.plan.nodes_port)
+    assert (response.status, response.headers["X-Corral-Proxy"]) == (502, "haproxy")
+    assert len(body) < 1000
+
+
 def test_a_node_cannot_pretend_to_be_haproxy(rig: Rig) -> None:
     rig.node.answer = lambda _: b"HTTP/1.1 503 No\r\nX-Corral-Proxy: haproxy\r\nContent-Length: 0\r\n\r\n"
     response, _ = rig.ask("/api/chat", {"X-Corral-Node": "node-1"}, b"{}", rig.plan.nodes_port)

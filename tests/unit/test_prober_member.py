@@ -105,7 +105,7 @@ def test_a_node_is_suspect_while_a_gateway_says_so_of_a_runner() -> None:
     fleet.suspect("gateway-1", {"n1": frozenset({"m:1"}), "gone": frozenset({"x"})})
     fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})})
     assert (held.state, held.condition, held.describe()["state"]) == ("ready", "suspect", "suspect")
-    assert held.reason == "no stream of m:1 progresses, says gateway-1, gateway-2"
+    assert held.reason == "m:1 gives no tokens there, says gateway-1, gateway-2"
     assert held.entry()["state"] == "ready", "its other models are served"
     fleet.suspect("gateway-1", {})
     held.suspected["gateway-2"] = time.monotonic() - 60, frozenset({"m:1"})

@@ -106,7 +106,7 @@ class Member:
         if self.spared:
             return f"it does not answer control ({self.error}), and is used all the same, {self.spared}"
         if suspects := self.suspects:
-            said = (f"no stream of {name} progresses, says {', '.join(by)}" for name, by in suspects.items())
+            said = (f"{name} gives no tokens there, says {', '.join(by)}" for name, by in suspects.items())
             return "; ".join(said)
         on_cpu = f"{', '.join(self.on_cpu)} runs on its CPU" if self.on_cpu else None
         silent = [name for name, residence in self.measured.residents.items() if residence.failing]

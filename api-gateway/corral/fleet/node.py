@@ -26,7 +26,8 @@ class Node:
     was not declared. ``in_flight`` counts this gateway's requests on it, and ``shunned_until`` (monotonic seconds) is
     set when it failed this gateway, ``gone_until`` when it did not answer to the end. ``suspects`` are models whose
     runners seem to hang there, ``lost`` those that it said not to hold, whatever control says, each until when it is
-    not asked for them (monotonic seconds). ``on_cpu`` are models that run there on the CPU though a GPU is expected.
+    not asked for them (monotonic seconds), ``failed`` how often it failed at a model since it last answered for it.
+    ``on_cpu`` are models that run there on the CPU though a GPU is expected.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Node:
     gone_until: float = 0.0
     suspects: frozenset[str] = frozenset()
     lost: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
     on_cpu: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

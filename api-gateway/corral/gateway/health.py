@@ -1,9 +1,10 @@
-"""Runners that hang: seen by their streams, asked for one token, and left alone until they give it.
+"""Runners that hang or fail: seen by their streams, asked for one token, and left alone until they give it.
 
-A runner is a model on a node. It is suspect when no stream on it has progressed for its budget, and gets no new work
-(`corral.fleet.choose`). Then it is asked for one token (the canary). One that gives it is clear; one that does not is
-ejected: its streams are given up, to be tried or gone on with elsewhere, and it is asked again until it answers. What
-is not in the node's memory is loading, and no runner's fault; nor are requests whose caller takes no more bytes.
+A runner is a model on a node. It is suspect when no stream on it has progressed for its budget, or when it has failed
+so many in a row, and gets no new work (`corral.fleet.choose`). Then it is asked for one token (the canary). One that
+gives it is clear; one that does not is ejected: its streams are given up, to be tried or gone on with elsewhere, and it
+is asked again until it answers. What is not in the node's memory is loading, and no runner's fault; nor are requests
+whose caller takes no more bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from corral.fleet.pools import counted
 from corral.gateway.metrics import WHOLE
 from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.store.slots import Wanted
-from corral.wire.common import encode
+from corral.wire.common import decode_line, encode
+from corral.wire.errors import UpstreamNonsense
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -30,7 +32,11 @@ RATE: Final = 100.0
 """Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
 LONG: Final = 64
 """Tokens of a prompt from which on its time says something of that rate."""
+FAILED: Final = 3
+"""Requests in a row that a runner may fail, or answer with nonsense."""
 CANARY: Final = 4.0
+CANARY_MAX: Final = 64 << 10
+"""Bytes of an answer of one token."""
 AGAIN: Final = 1.0
 
 log = logging.getLogger(__name__)
@@ -44,12 +50,13 @@ class Canary(Handler):
         self.until = 0.0
         self.answered = self.ejected = False
         self._status = 0
+        self._said = b""
         self._slot = ""
         self._connection: UpstreamConnection | None = None
 
     def ask(self, now: float) -> None:
         """Send it, on a connection and a slot of its own: those of the runner are with the streams that hang."""
-        self.until, self._status = now + CANARY, 0
+        self.until, self._status, self._said = now + CANARY, 0, b""
         gateway = self._gateway
         self._slot = gateway.new_id()
         group = gateway.snapshot.group_of.get(self.node.name, "")
@@ -75,10 +82,11 @@ class Canary(Handler):
 
     def on_body(self, data: bytes) -> None:
         """One token or none: the end says it."""
+        self._said += data[: CANARY_MAX - len(self._said)]
 
     def on_end(self) -> None:
         # A model that cannot generate (400) has a runner that answers.
-        self.answered = self._status in (200, 400)
+        self.answered = self._status == 400 or (self._status == 200 and _is_done(self._said))
         self._connection = None
         self._end()
 
@@ -96,6 +104,13 @@ class Canary(Handler):
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abort()
+
+
+def _is_done(said: bytes) -> bool:
+    try:
+        return decode_line(said).get("done") is True
+    except UpstreamNonsense:
+        return False
 
 
 class Health:
@@ -145,15 +160,24 @@ class Health:
         self._clear_at = {runner: at for runner, at in self._clear_at.items() if runner in latest}
         for runner, budget in budgets.items():
             if runner not in self.canaries and now - latest[runner] > budget:
-                self._suspect(runner, now)
+                self._suspect(runner, now, "no stream progresses of")
+        for node in gateway.snapshot.nodes.values():
+            if node.failed:
+                self._failing(node, now)
         for runner, canary in list(self.canaries.items()):
             self._go_on(runner, canary, silent.get(runner) or [], latest.get(runner, 0.0), now)
 
-    def _suspect(self, runner: tuple[str, str], now: float) -> None:
+    def _failing(self, node: Node, now: float) -> None:
+        for model, count in list(node.failed.items()):
+            runner = node.name, model
+            if count >= FAILED and runner not in self.canaries and model in node.resident:
+                self._suspect(runner, now, f"{count} requests in a row failed at")
+
+    def _suspect(self, runner: tuple[str, str], now: float, why: str) -> None:
         node = self._gateway.snapshot.nodes.get(runner[0])
         if node is None or node.state is not NodeState.READY:
             return
-        log.warning("%s: no stream of %s progresses: it gets no new ones until it gives a token", node.name, runner[1])
+        log.warning("%s: %s %s: it gets no new ones until it gives a token", node.name, why, runner[1])
         node.suspects |= {runner[1]}
         self.canaries[runner] = Canary(self._gateway, node, runner[1], now)
 
@@ -183,6 +207,7 @@ class Health:
         canary.close()
         self._clear_at[runner] = now  # the token counts as a stream's would
         canary.node.suspects -= {runner[1]}
+        canary.node.failed.pop(runner[1], None)
         del self.canaries[runner]
         log.warning("%s: %s gives tokens again, or has left", canary.node.name, runner[1])
 

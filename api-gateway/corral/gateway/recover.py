@@ -40,6 +40,10 @@ GONE: Final = frozenset((Failure.RESET, Failure.CONNECT))
 """The node's process may have died, and not be quite gone or quite back yet."""
 
 
+FAILED: Final = frozenset((Failure.RESET, Failure.CRASH, Failure.NODE, Failure.NONSENSE))
+"""At these it did not do what it was asked. Where it was not reached, or was only slow, others look after that."""
+
+
 GIVEN_UP: Final = frozenset((Failure.TIMEOUT, Failure.NONSENSE))
 """At these it is the gateway that ends the attempt: the node may work on it for a while."""
 
@@ -100,6 +104,9 @@ def shun(node: Node, failure: Failure, model: str, now: float) -> None:
         node.lost = lost
     else:
         node.shunned_until = now + SHUN
+        if failure in FAILED:
+            name = canonical_name(model)
+            node.failed[name] = node.failed.get(name, 0) + 1
         if failure in GONE:
             node.gone_until = now + SHUN
 
@@ -108,6 +115,8 @@ def holds(node: Node, model: str) -> None:
     """A node has answered for a model."""
     if node.lost:
         node.lost.pop(canonical_name(model), None)
+    if node.failed:
+        node.failed.pop(canonical_name(model), None)
 
 
 def final_error(failure: Failure, history: History, cause: ApiError | None) -> ApiError:

@@ -242,7 +242,7 @@ class SimulatedRunner:
             delay = due + sent / profile.decode - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
-            if fault and sent >= fault.after_tokens and (sent or fault.kind in _SLOW):
+            if fault and sent >= fault.after_tokens and (sent or fault.kind in _SLOW or fault.kind == "nonsense"):
                 due += fault.delay if fault.kind in _SLOW else 0.0
                 await show(fault, self._faults)
                 if fault.kind == "nonsense":
