@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 from support.fleet import MODEL, SINGLE, Fleet
 from support.fleet import fleet as run_fleet
+from support.gateway import END, HEAD, LAST, LINE, chunk, gateway, well
+from support.held import leading, placed
 from support.load import CHAT, WHOLE, Client, body_of
 from support.process import until
 
@@ -143,3 +148,34 @@ def test_the_last_runner_of_a_model_is_not_ejected(patient: Fleet, matrix: Calla
         patient.warm()
         patient.all_ready()
     matrix("the last runner of a model hangs", "never the last copy of a model", "0 ejected, its stream goes on")
+
+
+def test_a_node_that_holds_back_a_call_of_a_tool_hangs_not(
+    tmp_path: Path, matrix: Callable[[str, str, str], None]
+) -> None:
+    silent = BUDGET + EJECTED_WITHIN - 3
+    over = threading.Event()
+
+    def holds_back(connection: socket.socket) -> None:
+        time.sleep(silent)
+        call = b'"content":"","tool_calls":[{"function":{"name":"now","arguments":{}}}]'
+        connection.sendall(HEAD + chunk((LINE % b"").replace(b'"content":""', call)) + chunk(LAST % 9) + END)
+        over.set()
+
+    def behind_it(connection: socket.socket) -> None:
+        over.wait()  # one request at a time
+        well(connection)
+
+    with gateway(tmp_path, gateway={"between_tokens": "20s", "first_token": "20s"}) as gw:
+        placed(gw, leading(gw), 4, "node-1", "node-2")
+        gw.control.publish(nodes=[node | {"ps": node["tags"]} for node in gw.control.snapshot["nodes"]])
+        gw.control.until_known()
+        for node in gw.nodes:
+            node.script = [holds_back, *[behind_it] * 9]
+        tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+        answer = gw.post(body=gw.chat(stream=False, tools=[tool]))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["message"]["tool_calls"]
+        assert answer.headers["X-Corral-Attempts"] == "1"
+        assert gw.metric(EJECTED) == 0
+    matrix("a call of a tool is held back", "0 ejections", f"0, answered after {silent:g} s without a word")

@@ -32,6 +32,8 @@ RATE: Final = 100.0
 """Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
 LONG: Final = 64
 """Tokens of a prompt from which on its time says something of that rate."""
+TOOLS: Final = b'"tools":['
+"""In the body of a request that may be answered by calls of tools: a quote within a JSON string is escaped."""
 FAILED: Final = 3
 """Requests in a row that a runner may fail, or answer with nonsense."""
 CANARY: Final = 4.0
@@ -140,6 +142,8 @@ class Health:
         budgets: dict[tuple[str, str], float] = {}
         silent: dict[tuple[str, str], list[Exchange]] = {}
         latest: dict[tuple[str, str], float] = {}
+        withheld: set[tuple[str, str]] = set()
+        stalled: set[tuple[str, str]] = set()
         for exchange in gateway.running:
             node = gateway.snapshot.nodes.get(exchange.node_name)
             if node is None or exchange.paused or exchange.waiting or exchange.path in WHOLE:
@@ -156,6 +160,15 @@ class Health:
             if not exchange.first_token and exchange.decoded is not None:
                 budget = max(SILENCE, PREFILL * exchange.decoded.estimate / self.rates.get(exchange.model, RATE))
             budgets[runner] = max(budget, budgets.get(runner, 0.0))
+            if now - since > SILENCE and exchange.decoded is not None:
+                if exchange.decoded.body.find(TOOLS) >= 0:
+                    withheld.add(runner)
+                elif exchange.first_token:
+                    stalled.add(runner)
+        # A node holds back what may become a call of a tool, and who comes behind it may wait: only a stream of plain
+        # text that stands still says that the runner does.
+        for runner in withheld - stalled:
+            budgets[runner] = max(budgets[runner], gateway.between_tokens)
         self._latest = latest
         self._clear_at = {runner: at for runner, at in self._clear_at.items() if runner in latest}
         for runner, budget in budgets.items():
