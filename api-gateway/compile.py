@@ -28,6 +28,7 @@ MODULES = (
     "gateway/catalogue.py",
     "gateway/checks.py",
     "gateway/crashing.py",
+    "gateway/crowding.py",
     "gateway/decode.py",
     "gateway/exchange.py",
     "gateway/heads.py",

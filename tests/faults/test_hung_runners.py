@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -96,6 +97,26 @@ def test_a_full_queue_of_a_node_that_runs_one_at_a_time_ejects_nothing(
     assert max(answer.first - answer.began for answer in answers) > BUDGET
     assert patient.sum_of(EJECTED) == before
     matrix("one request at a time, full queue", "0 ejections", "0")
+
+
+def test_a_node_with_more_slots_than_it_runs_at_once_is_told_of(
+    patient: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    # One at a time, by two gateways and two nodes: of those who come late, each gateway sees some wait at each node.
+    content = body_of(CHAT, SINGLE, 20)
+    began = time.monotonic()
+    with ThreadPoolExecutor(32) as pool:
+        clients = [patient.client() for _ in range(32)]
+        asked = [pool.submit(client.ask, CHAT, content, "crowd") for client in clients]
+        until(lambda: all("though they have a slot" in why for why in patient.reasons().values()), "it is told")
+        took = time.monotonic() - began
+        doctor = patient.stack.corral("doctor")
+        answers = [one.result() for one in asked]
+        for client in clients:
+            client.close()
+    assert [str(answer) for answer in answers if answer.fate != WHOLE] == []
+    assert "OLLAMA_NUM_PARALLEL" in json.dumps(doctor)
+    matrix("more slots than a node runs at once", "told by corral doctor", f"after {took:.1f} s, {SINGLE}")
 
 
 def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:

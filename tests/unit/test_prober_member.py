@@ -102,18 +102,28 @@ def test_a_model_that_is_on_the_cpu_is_told_where_a_gpu_is_declared_or_was_seen(
 def test_a_node_is_suspect_while_a_gateway_says_so_of_a_runner() -> None:
     fleet, held = Fleet(), member()
     fleet.members = {"n1": held}
-    fleet.suspect("gateway-1", {"n1": frozenset({"m:1"}), "gone": frozenset({"x"})})
-    fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})})
+    fleet.suspect("gateway-1", {"n1": frozenset({"m:1"}), "gone": frozenset({"x"})}, {})
+    fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})}, {})
     assert (held.state, held.condition, held.describe()["state"]) == ("ready", "suspect", "suspect")
     assert held.reason == "m:1 gives no tokens there, says gateway-1, gateway-2"
     assert held.entry()["state"] == "ready", "its other models are served"
-    fleet.suspect("gateway-1", {})
+    fleet.suspect("gateway-1", {}, {})
     held.suspected["gateway-2"] = time.monotonic() - 60, frozenset({"m:1"})
     assert (held.condition, held.reason) == ("ready", None)
     held.spared = "as more than half of the nodes do not"
     assert (held.condition, held.answers, held.up) == ("suspect", False, True)
     held.draining = True
     assert held.condition == "draining"
+
+
+def test_a_node_with_too_many_slots_is_told_of() -> None:
+    fleet, held = Fleet(), member()
+    fleet.members = {"n1": held}
+    fleet.suspect("gateway-1", {}, {"n1": frozenset({"m:1"})})
+    assert held.condition == "ready"
+    assert held.reason is not None and "m:1 wait at it though they have a slot" in held.reason
+    fleet.suspect("gateway-1", {}, {})
+    assert held.reason is None
 
 
 def test_what_does_not_answer_goes_as_far_as_the_brakes_let_it() -> None:

@@ -97,11 +97,6 @@ def _told(request: Request) -> Told:
     """What a gateway says of itself with its question for a snapshot."""
     peer = request.client.host if request.client is not None else ""
     metrics = discovery.address(request.headers.get("x-corral-metrics", ""), peer)
-    suspects: dict[str, set[str]] = {}
-    for runner in request.headers.get("x-corral-suspects", "").split(",")[:SUSPECTS_MAX]:
-        node, _, model = runner.partition("/")
-        if node and model:
-            suspects.setdefault(unquote(node), set()).add(unquote(model))
     try:
         queues = msgspec.json.decode(request.headers.get("x-corral-queues", "{}"), type=dict[str, Row])
     except (msgspec.DecodeError, UnicodeEncodeError):
@@ -110,7 +105,8 @@ def _told(request: Request) -> Told:
         metrics,
         _seconds(request, "x-corral-backlog"),
         _seconds(request, "x-corral-as-of"),
-        {node: frozenset(models) for node, models in suspects.items()},
+        _runners(request, "x-corral-suspects"),
+        _runners(request, "x-corral-crowded"),
         {model: list(row) for model, row in queues.items()},
     )
 
@@ -121,3 +117,13 @@ def _seconds(request: Request, header: str) -> float:
     except ValueError:
         return 0.0
     return value if math.isfinite(value) and value > 0.0 else 0.0
+
+
+def _runners(request: Request, header: str) -> dict[str, frozenset[str]]:
+    """Models by node."""
+    found: dict[str, set[str]] = {}
+    for runner in request.headers.get(header, "").split(",")[:SUSPECTS_MAX]:
+        node, _, model = runner.partition("/")
+        if node and model:
+            found.setdefault(unquote(node), set()).add(unquote(model))
+    return {node: frozenset(models) for node, models in found.items()}

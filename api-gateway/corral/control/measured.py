@@ -9,6 +9,8 @@ from typing import Any
 
 GLANCE = 2.0
 """So much later than it happened may be seen what becomes resident."""
+HEARD = 3.0
+"""For so long what a gateway said of runners holds (seconds)."""
 
 
 @dataclass(slots=True)
@@ -115,3 +117,13 @@ def gpu_shares(ps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def number(value: object) -> float:
     """What a node sent as a number; 0 where it is none."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def overbooked(crowded: Mapping[str, tuple[float, frozenset[str]]], slots: int) -> str | None:
+    """What is wrong with a node whose runners run fewer requests at once than it has slots, as gateways said lately."""
+    since = time.monotonic() - HEARD
+    models = {model for at, models in crowded.values() if at >= since for model in models}
+    if not models:
+        return None
+    waits = f"requests for {', '.join(sorted(models))} wait at it though they have a slot"
+    return f"{waits}: it runs fewer at once than its {slots} slots; set OLLAMA_NUM_PARALLEL there, or nodes[].slots"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import httpx
 
 from corral.control import answers
-from corral.control.measured import Measured, gpu_shares
+from corral.control.measured import HEARD, Measured, gpu_shares, overbooked
 from corral.fleet.brakes import Standing, spared
 from corral.fleet.catalogue import is_own
 from corral.fleet.dispatch import Speeds
@@ -23,8 +23,6 @@ TIMEOUT = 2.0
 TAGS_INTERVAL = 5.0
 MISSES = 2
 UNREACHED = (httpx.NetworkError, httpx.TimeoutException, TimeoutError)
-HEARD = 3.0
-"""For so long what a gateway said of runners holds."""
 
 T = TypeVar("T")
 
@@ -37,6 +35,7 @@ class Member:
 
     ``wrong``: what it said last made no sense. ``spared``: why it is up though it does not answer (`fleet.brakes`).
     ``suspected``: the runners that gateways suspect, by gateway, and when they said so (monotonic seconds).
+    ``crowded``, in the same way: those that run fewer requests at once than the node has slots.
 
     ``preloading``: it is kept out of service until its models are there, and how far that is; ``warning`` is what went
     wrong with that. ``answered``: it was up before. ``withheld`` models are held but not to be used; ``released`` ones
@@ -66,6 +65,7 @@ class Member:
     wrong: bool = False
     spared: str = ""
     suspected: dict[str, tuple[float, frozenset[str]]] = field(default_factory=dict)
+    crowded: dict[str, tuple[float, frozenset[str]]] = field(default_factory=dict)
     withheld: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
     probing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
@@ -111,7 +111,7 @@ class Member:
         on_cpu = f"{', '.join(self.on_cpu)} runs on its CPU" if self.on_cpu else None
         silent = [name for name, residence in self.measured.residents.items() if residence.failing]
         canary = f"its canary gets no token from {', '.join(sorted(silent))}" if silent else None
-        return self.preloading or self.warning or on_cpu or canary
+        return self.preloading or self.warning or on_cpu or canary or overbooked(self.crowded, self.slots)
 
     @property
     def usable(self) -> list[dict[str, Any]]:
@@ -212,14 +212,17 @@ class Fleet:
         await self._end(self._tasks.pop(name, None))
         self.on_change()
 
-    def suspect(self, gateway: str, suspects: Mapping[str, frozenset[str]]) -> None:
-        """Note which runners a gateway suspects: models by node."""
+    def suspect(
+        self, gateway: str, suspects: Mapping[str, frozenset[str]], crowded: Mapping[str, frozenset[str]]
+    ) -> None:
+        """Note which runners a gateway suspects, and finds to run too few at once: models by node."""
         now = time.monotonic()
         for member in self.members.values():
-            if models := suspects.get(member.name):
-                member.suspected[gateway] = now, models
-            else:
-                member.suspected.pop(gateway, None)
+            for said, told in ((suspects, member.suspected), (crowded, member.crowded)):
+                if models := said.get(member.name):
+                    told[gateway] = now, models
+                else:
+                    told.pop(gateway, None)
 
     async def close(self) -> None:
         """Stop asking."""

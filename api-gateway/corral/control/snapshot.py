@@ -40,12 +40,14 @@ log = logging.getLogger(__name__)
 
 
 class Told(NamedTuple):
-    """What a gateway says of itself: see `Gateway`; ``suspects`` are runners that it suspects, models by node."""
+    """What a gateway says of itself: see `Gateway`; ``suspects`` are runners that it suspects, ``crowded`` those that
+    run fewer requests at once than they have slots, models by node."""
 
     metrics: str = ""
     behind: float = 0.0
     as_of: float = 0.0
     suspects: Mapping[str, frozenset[str]] = MappingProxyType({})
+    crowded: Mapping[str, frozenset[str]] = MappingProxyType({})
     queues: Mapping[str, list[float]] = MappingProxyType({})
 
 
@@ -195,7 +197,7 @@ class Hub:
         left: bool = False,
     ) -> None:
         """Note that a gateway asked, what it has, and what it says of itself and of nodes' runners."""
-        self._fleet.suspect(name, told.suspects)
+        self._fleet.suspect(name, told.suspects, told.crowded)
         now = time.time()
         as_of = min(told.as_of, now)
         self.gateways[name] = Gateway(name, now, version, told.metrics, told.behind, as_of, told.queues, left)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import counted
+from corral.gateway.crowding import Crowding
 from corral.gateway.metrics import WHOLE
 from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.store.slots import Wanted
@@ -32,6 +33,8 @@ RATE: Final = 100.0
 """Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
 LONG: Final = 64
 """Tokens of a prompt from which on its time says something of that rate."""
+GOES_ON: Final = 1.0
+"""Seconds since a runner's last progress within which it surely goes on."""
 TOOLS: Final = b'"tools":['
 """In the body of a request that may be answered by calls of tools: a quote within a JSON string is escaped."""
 FAILED: Final = 3
@@ -124,6 +127,7 @@ class Health:
         self._clear_at: dict[tuple[str, str], float] = {}
         self.rates: dict[str, float] = {}
         self.canaries: dict[tuple[str, str], Canary] = {}
+        self.crowding = Crowding()
         self.ejections = self.frozen = 0
 
     def first_token(self, exchange: Exchange, now: float) -> None:
@@ -144,6 +148,7 @@ class Health:
         latest: dict[tuple[str, str], float] = {}
         withheld: set[tuple[str, str]] = set()
         stalled: set[tuple[str, str]] = set()
+        late: list[tuple[tuple[str, str], Exchange]] = []
         for exchange in gateway.running:
             node = gateway.snapshot.nodes.get(exchange.node_name)
             if node is None or exchange.paused or exchange.waiting or exchange.path in WHOLE:
@@ -161,6 +166,8 @@ class Health:
                 budget = max(SILENCE, PREFILL * exchange.decoded.estimate / self.rates.get(exchange.model, RATE))
             budgets[runner] = max(budget, budgets.get(runner, 0.0))
             if now - since > SILENCE and exchange.decoded is not None:
+                if not exchange.first_token and now - since > budget:
+                    late.append((runner, exchange))
                 if exchange.decoded.body.find(TOOLS) >= 0:
                     withheld.add(runner)
                 elif exchange.first_token:
@@ -169,6 +176,9 @@ class Health:
         # text that stands still says that the runner does.
         for runner in withheld - stalled:
             budgets[runner] = max(budgets[runner], gateway.between_tokens)
+        for runner, exchange in late:
+            if now - latest[runner] < GOES_ON:
+                self.crowding.note(runner, exchange.record_id, now)
         self._latest = latest
         self._clear_at = {runner: at for runner, at in self._clear_at.items() if runner in latest}
         for runner, budget in budgets.items():

@@ -246,11 +246,13 @@ class Gateway:
 
     def _tell(self) -> dict[str, str]:
         """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, which
-        runners are suspect, and who waits."""
+        runners are suspect or run fewer at once than they have slots, and who waits."""
         told = {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
-        suspects = [f"{quote(node, '')}/{quote(model, '')}" for node, model in self.health.canaries]
-        if suspects:
-            told["X-Corral-Suspects"] = ",".join(suspects[:SUSPECTS_TOLD])
+        crowded = self.health.crowding.crowded(time.monotonic())
+        for header, runners in (("Suspects", list(self.health.canaries)), ("Crowded", crowded)):
+            if runners:
+                names = [f"{quote(node, '')}/{quote(model, '')}" for node, model in runners[:SUSPECTS_TOLD]]
+                told[f"X-Corral-{header}"] = ",".join(names)
         if queues := self.report.queues():
             told["X-Corral-Queues"] = queues
         return told
