@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ import yaml
 from support.gateway import Gateway
 from support.held import MODEL, Held, hold, leading, led, placed, queueing
 from support.leader import Leader
+from support.metrics import page
 from support.process import Process, free_port, until
 from support.servers import python_env
+
+SHARING = "corral_gateways_sharing"
 
 
 class Second:
@@ -24,7 +28,8 @@ class Second:
     def __init__(self, gw: Gateway, folder: Path) -> None:
         port = free_port()
         settings = yaml.safe_load((folder / "corral.yaml").read_text())
-        listen = {"name": "gateway-2", "listen": f"127.0.0.1:{port}", "metrics": f"127.0.0.1:{free_port()}"}
+        self._metrics = f"127.0.0.1:{free_port()}"
+        listen = {"name": "gateway-2", "listen": f"127.0.0.1:{port}", "metrics": self._metrics}
         settings["gateway"] |= listen
         file = folder / "second.yaml"
         file.write_text(yaml.safe_dump(settings))
@@ -42,6 +47,10 @@ class Second:
         """Wait until it has the last snapshot."""
         control = self._gw.control
         until(lambda: control.known_to.get("gateway-2") == control.snapshot["version"], "the second one has it too")
+
+    def seen(self) -> float:
+        """How many gateways it knows of."""
+        return page(f"http://{self._metrics}/metrics").value(SHARING)
 
     def post(self) -> httpx.Response:
         gw = self._gw
@@ -142,4 +151,29 @@ def test_without_a_leader_the_store_counts_for_both(
     leader.place("node-2", MODEL, 1)
     leader.leads()
     led(gw, leader)
+    until(lambda: leader.counts() == (0, 0) and not leader.waiting(), "nothing is held")
+
+
+def test_without_the_store_each_gateway_gives_its_own_slots_alone(
+    gw: Gateway, second: Second, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """Whole slots, shared out without a word: all are used, and none by two."""
+    placed(gw, leader, 4, "node-1")
+    second.knows()
+    held = Held()
+    hold(gw, held)
+    until(lambda: gw.metric(SHARING) == second.seen() == 2, "they know of each other")
+    gw.valkey.process.send(signal.SIGSTOP)
+    try:
+        asked = [callers.submit(one.post) for one in (gw, second) * 6]
+        until(lambda: held.running == 4, "both gateways' slots are taken")
+        began = time.monotonic()
+        until(lambda: time.monotonic() - began > 1.5, "and it stays so")
+        assert (held.most, held.began) == (4, 4)
+        held.release()
+        until(lambda: held.began == 5, "the next has its turn")
+    finally:
+        gw.valkey.process.send(signal.SIGCONT)
+    ends(held, asked)
+    assert held.most == 4
     until(lambda: leader.counts() == (0, 0) and not leader.waiting(), "nothing is held")

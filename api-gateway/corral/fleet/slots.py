@@ -85,13 +85,13 @@ def cool_down(decoding: bool, prompt_left: float, prefill: float) -> float:
 def own_slots(gateways: Iterable[str], gateway: str, node: str, model: str, slots: int) -> int:
     """How many slots of a place a gateway may give away by itself, while the store that counts for all is away.
 
-    Whole slots, each to the gateway that ranks highest for it (rendezvous hashing: Thaler and Ravishankar, 1998), so
-    that all agree without a word as long as they know of the same gateways; and one at least, or else a gateway could
-    serve no request for the model at all.
+    Whole slots, as many to each; those left over go to the gateways that rank highest for this place (rendezvous
+    hashing: Thaler and Ravishankar, 1998), so that all agree without a word as long as they know of the same gateways,
+    and together they have no more than there are. But one at least, or else a gateway could serve no request for the
+    model at all: where there are fewer slots than gateways, some are given twice.
     """
     names = sorted({gateway, *gateways})
-    mine = 0
-    for number in range(slots):
-        ranks = [(crc32(f"{name} {node} {model} {number}".encode()) * 2654435761 & 0xFFFFFFFF, name) for name in names]
-        mine += max(ranks)[1] == gateway
+    each, over = divmod(slots, len(names))
+    ranks = [(crc32(f"{name} {node} {model}".encode()) * 2654435761 & 0xFFFFFFFF, name) for name in names]
+    mine = each + (gateway in [name for _, name in sorted(ranks, reverse=True)[:over]])
     return max(1, mine)
