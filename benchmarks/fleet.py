@@ -98,7 +98,7 @@ def compare(case: Case, seed: int, others: bool) -> tuple[list[tuple[str, Outcom
     if case.shape.cache:
         runs.append(("Corral, blind to prefixes", Simulation(case.shape, names, affinity=False).run(requests)))
         print(row(*runs[-1], best), flush=True)
-    elif others:
+    if others:
         for name, choose in (
             ("residency alone", residency),
             ("least connections", least_connections),
