@@ -37,7 +37,7 @@ def no_request_is_lost(load: Load) -> None:
         assert len({a.text for a in load.answers if a.path == path and a.fate == WHOLE}) == 1
 
 
-def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
+def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet, matrix: Callable[[str, str, str], None]) -> None:
     node = fleet.nodes["node-1"]
     with fleet.load(name="killed") as load:
         load.more(20, "node-1")
@@ -46,6 +46,9 @@ def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
         load.until(lambda _: time.monotonic() > killed + SETTLED_WITHIN + 2, "the fleet has settled")
         node.start()
         # It comes back cold, and is used for a model once that is in its memory.
+        fleet.all_ready()
+        load.more(40)
+        cold = time.monotonic()
         fleet.warm()
         load.more(10, "node-1")
     no_request_is_lost(load)
@@ -55,6 +58,11 @@ def test_a_killed_node_loses_nothing_and_is_used_again(fleet: Fleet) -> None:
     assert later
     assert [str(answer) for answer in later if answer.fate != WHOLE] == []
     assert {a.node for a in after(load.answers, killed)} == {"node-1", "node-2"}
+    meanwhile = [a for a in load.answers if a.began > killed + SETTLED_WITHIN and a.ended < cold]
+    assert meanwhile and {a.node for a in meanwhile} == {"node-2"}
+    slowest = max(answer.first - answer.began for answer in meanwhile)
+    measured = f"0 of {len(meanwhile)} on it before, slowest first token {slowest:.1f} s"
+    matrix("node comes back cold", "used for a model once /api/ps shows it", measured)
 
 
 def test_800_requests_under_node_kills_lose_none(fleet: Fleet, matrix: Callable[[str, str, str], None]) -> None:
