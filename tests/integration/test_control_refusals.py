@@ -170,7 +170,7 @@ def test_a_flood_without_a_key_is_bounded_and_counted(tmp_path: Path) -> None:
         for _ in range(NOTES_MAX + 7):
             await notes.note(nobody, "POST", "/admin/keys", 401)
         for _ in range(NOTES_MAX + 2):
-            await notes.note(someone, "GET", "/admin/audit", 200, "limit=5")
+            await notes.note(someone, "GET", "/admin/usage", 200, "by=day")
         await notes.note(someone, "POST", "/admin/keys", 403)
         await notes.flush()
         await notes.flush()
@@ -180,7 +180,7 @@ def test_a_flood_without_a_key_is_bounded_and_counted(tmp_path: Path) -> None:
     database.close()
     assert [row["status"] for row in rows].count(401) == NOTES_MAX
     assert [row["key"] for row in rows if row["status"] == 403] == ["abc"]
-    assert [row["after"] for row in rows].count({"query": "limit=5"}) == NOTES_MAX
+    assert [row["after"] for row in rows].count({"query": "by=day"}) == NOTES_MAX
     assert [row["after"] for row in rows if row["method"] == ""] == [{"more_refused": 7}, {"more_read": 2}]
 
 

@@ -83,7 +83,7 @@ class Application:
         control = _assemble(self._settings)
         app.state.control = control
         notes = audit.Notes(control.database)
-        self._gate = Gate(app, control, notes.note)
+        self._gate = Gate(app, control, notes.note, notes.used)
         monitor = Monitor(control, self._listener) if self._listener is not None else None
         tasks = [
             asyncio.create_task(control.valkey.run()),

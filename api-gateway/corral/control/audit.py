@@ -15,16 +15,22 @@ from sqlalchemy import Connection, Table, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.values import duration
-from corral.control.auth import Caller, Principal
+from corral.control.auth import ROUTE_MAX, Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
 from corral.store.actions import enter
 from corral.store.database import Database
+from corral.store.ingest import note_use
 from corral.store.keys import masked
 from corral.store.tables import audit, keys, usage
 
 MINUTE = 60.0
 NOTES_MAX = 20
+# Reads of the trail itself, each of which has its row. Comparing is a POST, and has one of its own.
+TRAIL = re.compile(r"/admin/audit(/.*)?")
+
+# How the pages of one run differ.
+_AFTER = re.compile(r"(?:^|&)after=([0-9]{1,18})(?=&|$)")
 
 entered = 0
 """Rows for admin actions since this process started."""
@@ -56,7 +62,7 @@ def record(
 
 class Notes:
     """Enters refused calls and reads in the audit trail: of each caller NOTES_MAX of either a minute, and then how many
-    more.
+    more. A read of the trail itself is never only counted. Keys that were used are noted with them.
 
     Callers without a key that works are one caller, so that nobody can fill the database from outside.
     """
@@ -65,7 +71,13 @@ class Notes:
         self._database = database
         self._minute = 0
         self._counts: dict[tuple[str, str, bool], int] = {}
+        self._runs: dict[tuple[str, str, str, str], int] = {}
+        self._used: dict[str, float] = {}
         self._silent = False
+
+    def used(self, key: str) -> None:
+        """Note that a key was used now; `flush` enters it."""
+        self._used[key] = time.time()
 
     async def note(self, who: Principal, method: str, route: str, status: int, query: str = "") -> bool:
         """Enter one, or count it where this caller's rows of this minute are used up; whether that was done.
@@ -75,20 +87,44 @@ class Notes:
         minute = int(time.monotonic() // MINUTE)
         if minute != self._minute:
             self._minute = minute
+            self._runs.clear()
             await self.flush()
+        if status < 400 and TRAIL.fullmatch(route):
+            return await self._note_trail(who, method, route, status, query)
         caller = who.key_id, who.tenant, status >= 400
         count = self._counts[caller] = self._counts.get(caller, 0) + 1
         if count > NOTES_MAX and not self._silent:
             return True
         # Where the last row was not taken, the one that says how many more there were may not be either.
-        asked = {"query": query} if query else None
-        done = await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
+        done = await self._enter(who, method, route, status, query)
         if (count > NOTES_MAX if done else status < 400) and self._counts.get(caller):
             self._counts[caller] -= 1  # it has a row of its own, or is not answered
         return done
 
+    async def _note_trail(self, who: Principal, method: str, route: str, status: int, query: str) -> bool:
+        """Enter a read of the trail, unless it goes on behind where one of this minute began, and asks for the same.
+
+        The row says that all behind its `after` may have been read: what is not entered is nothing else.
+        """
+        place = _AFTER.search(query)
+        # What was cut, or may be read in another way than it is read here, has a row of its own.
+        if place is None or query.count("after=") != 1 or len(query) >= ROUTE_MAX:
+            return await self._enter(who, method, route, status, query)
+        run, after = (who.key_id, who.address, route, _AFTER.sub("", query)), int(place[1])
+        if (began := self._runs.get(run)) is not None and began <= after:
+            return True
+        done = await self._enter(who, method, route, status, query)
+        if done:
+            self._runs[run] = after
+        return done
+
+    async def _enter(self, who: Principal, method: str, route: str, status: int, query: str) -> bool:
+        asked = {"query": query} if query else None
+        return await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
+
     async def flush(self) -> None:
-        """Enter how many were left out of those that were noted, one row a caller, and count anew."""
+        """Enter how many were left out of those that were noted, one row a caller, and count anew; and when keys were
+        used."""
         counts, self._counts = self._counts, {}
         more = {caller: count - NOTES_MAX for caller, count in counts.items() if count > NOTES_MAX}
 
@@ -101,6 +137,16 @@ class Notes:
         if more and not await self._write(tell):
             for caller in more:  # the next minute tells of them too
                 self._counts[caller] = self._counts.get(caller, 0) + counts[caller]
+        await self._note_use()
+
+    async def _note_use(self) -> None:
+        used, self._used = self._used, {}
+        try:
+            if used:
+                # By itself: that it is taken does not say that a row would be.
+                await self._database.write(note_use, used)
+        except SQLAlchemyError:
+            self._used = used | self._used  # with the next ones
 
     async def run(self) -> None:
         """Flush each minute, until cancelled."""

@@ -85,8 +85,9 @@ def plain(raw: bytes) -> bool:
 class Gate:
     """Stands before the application, so that no route can be reached without a decision, nor a body be read."""
 
-    def __init__(self, app: ASGIApp, control: Control, note: Note) -> None:
-        self._app, self._control, self._note = app, control, note
+    def __init__(self, app: ASGIApp, control: Control, note: Note, used: Callable[[str], None]) -> None:
+        """`used` hears the id of each key that was found to be good."""
+        self._app, self._control, self._note, self._used = app, control, note, used
         self._trusted = [ipaddress.ip_network(one) for one in control.settings.gateway.trusted_proxies]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,6 +181,7 @@ class Gate:
         may = KeyScope.of(row)
         if not may.from_here(address):
             raise Problem(403, "forbidden", f"the API key may not be used from {address or 'an unknown address'}")
+        self._used(key_id)
         return key_id, may
 
     def _principal(self, scope: Scope, headers: Headers) -> Principal:

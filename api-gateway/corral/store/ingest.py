@@ -125,7 +125,11 @@ def _store(
     done = complete(connection, gateway, list(settles.values()))
     # The text that the record names, which is that of the settle that stands.
     _keep(connection, [kept[row["id"]] for row in done if row["id"] in kept])
-    _note_use(connection, [*admits.values(), *settles.values()])
+    used: dict[str, float] = {}
+    for row in (*admits.values(), *settles.values()):
+        if row["key"]:
+            used[row["key"]] = max(row["ts"], used.get(row["key"], 0.0))
+    note_use(connection, used)
     return read, done
 
 
@@ -188,11 +192,8 @@ def _known(connection: Connection, ids: list[str]) -> dict[str, RowMapping]:
     return found
 
 
-def _note_use(connection: Connection, rows: list[dict[str, Any]]) -> None:
-    latest: dict[str, float] = {}
-    for row in rows:
-        if row["key"]:
-            latest[row["key"]] = max(row["ts"], latest.get(row["key"], 0.0))
+def note_use(connection: Connection, latest: Mapping[str, float]) -> None:
+    """Enter when keys were used last (epoch seconds, by id)."""
     used = keys.c.last_used
     for key, ts in sorted(latest.items()):
         newer = (keys.c.id == key) & (used.is_(None) | (used < ts))
