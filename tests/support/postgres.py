@@ -108,17 +108,18 @@ class Postgres:
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:
         """Run a statement; its rows."""
-        with self._connect(database) as connection:
+        with self.connect(database) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
-    def _connect(self, database: str) -> psycopg.Connection[tuple[object, ...]]:
+    def connect(self, database: str) -> psycopg.Connection[tuple[object, ...]]:
+        """A session of its own; each statement is a transaction."""
         address = {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": database}
         return psycopg.connect(**address, password=PASSWORD, autocommit=True, connect_timeout=5)
 
     def _answers(self) -> bool:
         try:
-            self._connect("postgres").close()
+            self.connect("postgres").close()
         except psycopg.OperationalError:
             return False
         return True

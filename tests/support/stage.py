@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
+import psycopg
 import yaml
 
 from corral.config.alertmanager import AlertmanagerPlan
@@ -29,7 +30,7 @@ from corral.stack.state import StateFolder
 from support import monitoring
 from support.fleet import SimulatedNode
 from support.load import CHAT, Client, body_of
-from support.postgres import Postgres, postgres
+from support.postgres import Postgres, name_of, postgres
 from support.process import Process, free_port, until
 from support.receivers import Receivers, receivers
 from support.servers import Server, python_env, valkey
@@ -139,6 +140,7 @@ class Stage:
     exits: ExitStack
     crowd: Crowd | None = None
     newer: Process | None = None
+    session: psycopg.Connection[tuple[object, ...]] | None = None
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What Prometheus has for an expression now."""
@@ -228,6 +230,28 @@ class Stage:
         with httpx.Client(headers=headers, timeout=10) as client:
             for _ in range(count):
                 client.post(self.stack.url + CHAT, json={"model": "none", "messages": []})
+
+    def hold_records(self) -> None:
+        """Lock the table that says which records there are, as a long statement does, and have some come."""
+        self.session = self.database.connect(self._database_name)
+        self.session.execute("BEGIN")
+        self.session.execute("LOCK TABLE spool_watermarks IN EXCLUSIVE MODE")
+        self.record(4)
+
+    def release_records(self) -> None:
+        """End it."""
+        assert self.session is not None
+        self.session.close()
+
+    def lead_elsewhere(self) -> None:
+        """Be a control that holds the leader's lease and that nobody scrapes; as long as it is renewed."""
+        lease = f"holder = 'elsewhere', until = {time.time() + 8.0}, term = term + 1"
+        self.database.execute(f"UPDATE leases SET {lease} WHERE name = 'leader'", self._database_name)
+
+    @property
+    def _database_name(self) -> str:
+        settings = yaml.safe_load((self.folder / "corral.yaml").read_text(encoding="utf-8"))
+        return name_of(settings["store"]["database"])
 
     def no_nodes(self) -> None:
         """Take every node out."""
