@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.limits import Gateway, eventually, gateways, granting, run, unused
 from support.servers import STORES, Server, valkey
+
+from corral.store import leases
+from corral.store.budget import ACTIVE, Budget
+from corral.store.share import at_once
+
+PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.fixture(scope="module", params=STORES)
@@ -122,3 +131,190 @@ def test_requests_that_were_admitted_without_the_store_count_when_it_is_back(sto
         assert metered.window == 75
 
     run(store, 1, work)
+
+
+# -- the shares of all gateways together
+
+
+async def in_turn(made: list[Gateway], budgets: list[Budget], count: int, prefix: str) -> list[int]:
+    """Each gateway is asked so often; how many each admitted."""
+    found = [0] * len(made)
+    for number in range(count):
+        for at, (gateway, budget) in enumerate(zip(made, budgets, strict=True)):
+            verdict = await gateway.ask(budget, f"{budget.key_id}-{prefix}-{at}-{number}", 1)
+            found[at] += not verdict.refused
+    return found
+
+
+async def read_and_lose(made: list[Gateway]) -> None:
+    """Each gateway has just asked what the others use, as it does each two seconds, when the store is lost."""
+    for gateway in made:
+        await leases._read_use(gateway.limits, gateway.store, leases._Known())
+    for gateway in made:
+        gateway.store.connected = False
+
+
+KINDS = pytest.mark.parametrize("kind", ["plain", "metered", "tenant"])
+
+
+def keys(made: list[Gateway], kind: str, **limits: int) -> list[Budget]:
+    name = unused()
+    if kind == "tenant":
+        return [gateway.budget(name, Budget("t:" + name, **limits)) for gateway in made]  # type: ignore[arg-type]
+    more = {"daily_tokens": 10**9} if kind == "metered" else {}
+    return [gateway.budget(name, **limits, **more) for gateway in made]
+
+
+@KINDS
+def test_what_one_gateway_runs_is_nobody_elses_share(store: Server, kind: str) -> None:
+    async def work(made: list[Gateway]) -> None:
+        budgets = keys(made, kind, concurrency=30)
+        for number in range(30):
+            assert (await made[1].ask(budgets[1], f"r{number}", 1)).refused == ""
+        whose = [budget.tenant or budget for budget in budgets]
+        await eventually(lambda: [scope.others for scope in whose] == [30, 0, 30])
+        for gateway in made:
+            gateway.store.connected = False
+        for number in range(12):
+            await made[1].settle(budgets[1], f"r{number}", 1)
+        assert await in_turn(made, budgets, 15, "during") == [0, 12, 0], "what ends there is its own again"
+
+    run(store, 3, work)
+
+
+@KINDS
+def test_a_minute_that_was_used_elsewhere_is_nobody_elses_share(store: Server, kind: str) -> None:
+    async def work(made: list[Gateway]) -> None:
+        budgets = keys(made, kind, rpm=30)
+        for number in range(24):
+            assert (await made[1].ask(budgets[1], f"r{number}", 1)).refused == ""
+        whose = [budget.tenant or budget for budget in budgets]
+        await eventually(lambda: all(scope.arrival for scope in whose))
+        await read_and_lose(made)
+        found = await in_turn(made, budgets, 10, "during")
+        assert max(found) <= 3 and 3 <= sum(found) <= 9, "what is left of it, and what comes free meanwhile"
+
+    run(store, 3, work)
+
+
+def test_others_requests_are_known_until_they_end(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        one, other = made
+        name = unused()
+        mine, theirs = (gateway.budget(name, concurrency=4) for gateway in made)
+        assert (await one.ask(mine, "a")).refused == ""
+        await eventually(lambda: theirs.others == 1)
+        await one.settle(mine, "a")
+        await one.store.request(b"ZREM", ACTIVE, name.encode())  # its last request began long ago
+        await eventually(lambda: theirs.others == 0)
+        mine = one.budget(name + "-long", concurrency=4)
+        assert (await one.ask(mine, "b")).refused == ""
+        await one.store.request(b"ZREM", ACTIVE, mine.key_id.encode())
+        theirs = other.budget(mine.key_id, concurrency=4)  # of a gateway that starts when it has run for long
+        await eventually(lambda: theirs.others == 1)
+
+    run(store, 2, work)
+
+
+def test_what_ended_since_the_store_was_asked_may_run_elsewhere_by_now(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        budgets = keys(made, "plain", concurrency=30)
+        assert await in_turn(made, budgets, 10, "before") == [10, 10, 10]
+        # What ran when it was lost the last time says nothing.
+        for gateway in made:
+            gateway.store.connected = False
+        assert await in_turn(made, budgets, 1, "lost") == [0, 0, 0]
+        for gateway in made:
+            gateway.store.connected = True
+        await eventually(lambda: all(gateway.limits._kept is None for gateway in made))
+        for gateway in made:
+            await leases._read_use(gateway.limits, gateway.store, leases._Known())
+        for request in list(budgets[0].in_flight):
+            await made[0].settle(budgets[0], request)
+        assert sum(await in_turn(made[1:2], budgets[1:2], 10, "then")) == 10
+        for gateway in made:
+            gateway.store.connected = False
+        await in_turn(made, budgets, 10, "during")
+        assert [len(budget.in_flight) for budget in budgets] == [4, 20, 10]
+
+    run(store, 3, work)
+
+
+@pytest.mark.parametrize("kind", ["plain", "tenant"])
+def test_what_was_admitted_without_the_store_is_known_to_others(store: Server, kind: str) -> None:
+    async def work(made: list[Gateway]) -> None:
+        one, other = made
+        mine, theirs = keys(made, kind, rpm=2)
+
+        def used() -> bool:
+            return (theirs.tenant or theirs).arrival > time.monotonic() + 10
+
+        one.store.connected = False
+        assert (await one.ask(mine, "a", 1)).refused == ""
+        await one.settle(mine, "a")
+        one.store.connected = True
+        one.limits.give_back()
+        await eventually(used)
+        assert (await one.ask(mine, "b", 1)).refused == ""
+        await one.store.request(b"FLUSHALL")
+        theirs = Budget(theirs.key_id, theirs.rpm, tenant=theirs.tenant and Budget(theirs.tenant.key_id, rpm=2))
+        for scope in theirs.scopes:
+            other.budgets[scope.key_id] = scope
+        await granting(made)
+        await eventually(used)
+
+    run(store, 2, work)
+
+
+def test_a_limit_that_gateways_do_not_divide(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        ten, two, ten_a_minute, two_a_minute = (
+            keys(made, "plain", **limits)
+            for limits in ({"concurrency": 10}, {"concurrency": 2}, {"rpm": 10}, {"rpm": 2})
+        )
+        for gateway in made:
+            gateway.store.connected = False
+        assert await in_turn(made, ten, 12, "r") == [4, 3, 3]
+        assert await in_turn(made, two, 12, "r") == [1, 1, 1], "the one exception: fewer than there are gateways"
+        assert await in_turn(made, ten_a_minute, 12, "r") == [3, 3, 3]
+        assert await in_turn(made, two_a_minute, 12, "r") == [1, 1, 1]
+
+    run(store, 3, work)
+
+
+@PROPERTY
+@given(
+    limit=st.integers(3, 60),
+    split=st.tuples(*[st.integers(0, 60)] * 3),
+    ends=st.tuples(*[st.integers(0, 60)] * 3),
+    kind=st.sampled_from(["plain", "metered", "tenant"]),
+)
+def test_no_split_of_what_was_used_admits_more_without_the_store(
+    store: Server, limit: int, split: tuple[int, ...], ends: tuple[int, ...], kind: str
+) -> None:
+    async def work(made: list[Gateway]) -> None:
+        at_a_time, a_minute = keys(made, kind, concurrency=limit), keys(made, kind, rpm=limit)
+        began, asked = time.monotonic(), 0
+        for at, (gateway, one, other) in enumerate(zip(made, at_a_time, a_minute, strict=True)):
+            for number in range(split[at]):
+                await gateway.ask(one, f"{one.key_id}-{at}-{number}", 1)
+                asked += not (await gateway.ask(other, f"{other.key_id}-{at}-{number}", 1)).refused
+        before = [len(budget.in_flight) for budget in at_a_time]
+        assert sum(before) == min(limit, sum(split))
+        await read_and_lose(made)
+        for gateway, budget, count in zip(made, at_a_time, ends, strict=True):
+            for request in list(budget.in_flight)[:count]:
+                await gateway.settle(budget, request, 1)
+        await in_turn(made, at_a_time, limit + 1, "during")
+        assert sum(len(budget.in_flight) for budget in at_a_time) == limit, "no more, and no less"
+        asked += sum(await in_turn(made, a_minute, limit + 1, "during"))
+        assert asked <= limit + limit * (time.monotonic() - began) / 60 + 1e-6
+
+    run(store, 3, work)
+
+
+@given(st.integers(1, 50), st.lists(st.integers(0, 50), min_size=1, max_size=8))
+def test_shares_are_the_limit_together(limit: int, own: list[int]) -> None:
+    names = [f"gateway-{number}" for number in range(len(own))]
+    shares = [at_once(limit, some, sum(own) - some, name, names[::-1]) for name, some in zip(names, own, strict=True)]
+    assert sum(shares) == max(limit, sum(own)) if limit >= len(own) else sum(shares) <= max(len(own), sum(own))

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from corral.fleet.node import canonical_name
 from corral.store import keys
-from corral.store.budget import LIMITS, Budget
+from corral.store.budget import Budget, of_key
 from corral.store.keys import Network
 from corral.wire.errors import ApiError
 
@@ -55,10 +55,8 @@ class Key:
 
 
 def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tenant: Budget | None = None) -> Key:
-    """A key from an entry of the snapshot; `defaults` are the limits (`LIMITS`) of a key with none of its own."""
+    """A key from an entry of the snapshot; `defaults` are the limits of a key with none of its own."""
     globs = entry.get("models") or ["*"]
-    limits: list[int | None] = [entry[name] if entry.get(name) is not None else defaults.get(name) for name in LIMITS]
-    rpm, concurrency, tpm, daily, monthly = limits
     networks = entry.get("networks")
     return Key(
         id=entry["id"],
@@ -69,7 +67,7 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
         expires=entry.get("expires"),
         revoked=bool(entry.get("revoked")),
         batch=entry.get("class") == "batch",
-        budget=Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant),
+        budget=of_key(entry, defaults, tenant),
         content=bool(entry.get("content")),
         deadline=entry.get("deadline"),
         weight=float(entry.get("weight") or 1.0),

@@ -98,7 +98,7 @@ class Gateway:
         self.connections: set[ClientConnection] = set()
         self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
         self.running: set[Exchange] = set()
-        self.cooling: dict[str, tuple[Budget, int]] = {}
+        self.cooling: dict[str, tuple[Budget, int, float]] = {}
         self.stopping = False  # from then on each answer closes its connection
         self.checks = Checks()
         self.idle = asyncio.Event()
@@ -123,18 +123,19 @@ class Gateway:
         """
         key, id = exchange.key, exchange.record_id
         assert key is not None
-        left = exchange.cool - time.monotonic() if exchange.cool else 0.0
+        took = time.monotonic() - exchange.arrived
+        left = exchange.cool - exchange.arrived - took if exchange.cool else 0.0
         if left > 0.0:
-            self.cooling[id] = key.budget, tokens
+            self.cooling[id] = key.budget, tokens, took + left
             self.loop.call_later(left, self.cooled, id)
         else:
-            self.limits.release(key.budget, id, tokens)
+            self.limits.release(key.budget, id, tokens, took)
 
     def cooled(self, id: str) -> None:
         """The slot of a request that was aborted is free by now, or this gateway stops."""
         if id in self.cooling:
-            budget, tokens = self.cooling.pop(id)
-            self.limits.release(budget, id, tokens)
+            budget, tokens, took = self.cooling.pop(id)
+            self.limits.release(budget, id, tokens, took)
 
     def closed(self, connection: ClientConnection) -> None:
         """A caller's connection ended."""

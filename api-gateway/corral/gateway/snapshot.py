@@ -9,7 +9,7 @@ from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import groups
 from corral.fleet.tickets import NEVER
 from corral.gateway.authenticate import Key, build_key
-from corral.store.budget import LIMITS, TENANT, Budget
+from corral.store.budget import TENANT, Budget, of_tenant
 from corral.wire.common import CAPS, Caps
 from corral.wire.options import ModelPolicy
 
@@ -99,11 +99,9 @@ class Snapshot:
         # One budget a tenant, whose keys share it; a tenant without limits has none.
         tenants: dict[str, Budget] = {}
         for entry in entries:
-            rpm, concurrency, tpm, daily, monthly = (entry.get(name) for name in LIMITS)
-            budget = Budget(TENANT + entry["name"], rpm, concurrency, tpm, daily, monthly)
-            budget = budget.after(self.tenants.get(entry["name"]))
-            if any(budget.limits()):
-                tenants[entry["name"]] = budget
+            budget = of_tenant(entry)
+            if budget is not None:
+                tenants[entry["name"]] = budget.after(self.tenants.get(entry["name"]))
         return tenants
 
     def pool(self, tenant: str) -> Pool:

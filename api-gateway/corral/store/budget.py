@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import calendar
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from corral.store.lua import PREFIX, combined, script, sha
 from corral.store.valkey import words
@@ -26,6 +27,10 @@ HELD_MS: Final = 86_400_000
 """How long a reservation is known that nobody settles."""
 SETTLED_MS: Final = 60_000
 """How long a settled request is known: it may be settled again, or admitted by a call that was late."""
+PAUSE_MAX: Final = 60.0
+"""The longest wait for a request's end that is told (seconds)."""
+WEIGHT: Final = 0.125
+"""What the last request counts in the mean of how long they take."""
 TENANT: Final = "t:"
 """Before a tenant's name, where the store tells it from a key."""
 LIMITS: Final[tuple[str, ...]] = ("rpm", "concurrency", "tpm", "daily_tokens", "monthly_tokens")
@@ -52,6 +57,12 @@ def month_end(month: int) -> float:
     return float(calendar.timegm((following // 12, following % 12 + 1, 1, 0, 0, 0)))
 
 
+def reservation(beginning: bytes, request_id: str, cost: bytes) -> bytes:
+    """The command that reserves tokens for a request of a metered key."""
+    identity = request_id.encode()
+    return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (beginning, len(identity), identity, len(cost), cost)
+
+
 @dataclass(slots=True, eq=False)
 class Budget:
     """The limits of a key or a tenant, and what this gateway knows of their use.
@@ -60,6 +71,8 @@ class Budget:
     for it, or -1 less what was reserved here without it. ``arrival`` and ``tokens_arrival`` are when the rates are
     whole again (monotonic seconds) as seen from here; ``said_arrival``, ``window`` (tokens of the minute), ``day_used``
     and ``month_used`` are what the store last said; ``…_spent`` is what was admitted here since, without the store.
+    ``own`` and ``others`` are the requests that this gateway and others ran when the store was last asked; ``lasting``
+    is the mean time (seconds) that requests hold their lease, by those that ended here.
     """
 
     key_id: str
@@ -99,6 +112,9 @@ class Budget:
     month: int = 0
     month_used: int = 0
     month_spent: int = 0
+    own: int = 0
+    others: int = 0
+    lasting: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = self.token_limits()
@@ -114,8 +130,8 @@ class Budget:
             self.ending_words = words(*self.ending)
             return
         numbers = (self.rpm or 0, self.concurrency or 0, LEASE * 1e6)
-        arguments = [b"%d" % number for number in numbers]
-        self._commands(_ADMIT, _ADMIT_SLOT, [self.rate, self.leases, GRANTS], arguments, 1)
+        arguments = [*[b"%d" % number for number in numbers], self.key_id.encode()]
+        self._commands(_ADMIT, _ADMIT_SLOT, [self.rate, self.leases, GRANTS, ACTIVE], arguments, 1)
         self.ending = [b"ZREM", self.leases]
         self.ending_words = words(*self.ending)
 
@@ -163,8 +179,11 @@ class Budget:
 
     def limit(self, number: int) -> int:
         """The limit that a script calls by this number; 0 is none."""
-        scope = self if number <= len(LIMITS) or self.tenant is None else self.tenant
-        return scope.numbered[(number - 1) % len(LIMITS) + 1] if number else 0
+        return self.scope(number).numbered[(number - 1) % len(LIMITS) + 1] if number else 0
+
+    def scope(self, number: int) -> Budget:
+        """Whose the limit is that a script calls by this number."""
+        return self if number <= len(LIMITS) or self.tenant is None else self.tenant
 
     def limits(self) -> tuple[int, ...]:
         """Its own limits in the order of `LIMITS`; 0 is none."""
@@ -187,6 +206,20 @@ class Budget:
             self.tokens_arrival = now + MINUTE * window / self.tpm
         self.day, self.day_used, self.day_spent = day, day_used, 0
         self.month, self.month_used, self.month_spent = month, month_used, 0
+
+    def used_by_all(self, now: float, whole: float, leases: int, own: int) -> None:
+        """Note what the store says of all gateways: when the rate is whole again (seconds from `now` on), and how many
+        requests run, of which this gateway has `own`."""
+        self.arrival = self.said_arrival = max(self.said_arrival, now + whole)
+        self.own, self.others = own, max(0, leases - own)
+
+    def ended(self, took: float) -> None:
+        """Note how long a request has held its lease (seconds)."""
+        self.lasting += (took - self.lasting) * (WEIGHT if self.lasting else 1.0)
+
+    def pause(self) -> float:
+        """How long it takes by now until one of as many requests as may run has ended (seconds, one at least)."""
+        return min(max(1.0, self.lasting / (self.concurrency or 1)), PAUSE_MAX)
 
     def recall(self, day: int, day_used: int, month: int, month_used: int) -> bool:
         """Note what the records say of this day and month; whether that is more than was known."""
@@ -220,4 +253,19 @@ class Budget:
         self.tokens_arrival, self.window = old.tokens_arrival, old.window
         self.day, self.day_used, self.day_spent = old.day, old.day_used, old.day_spent
         self.month, self.month_used, self.month_spent = old.month, old.month_used, old.month_spent
+        self.own, self.others, self.lasting = old.own, old.others, old.lasting
         return self
+
+
+def of_tenant(entry: Mapping[str, Any]) -> Budget | None:
+    """That of a tenant as the snapshot has it; None where it has no limits."""
+    rpm, concurrency, tpm, daily, monthly = [entry.get(name) for name in LIMITS]
+    budget = Budget(TENANT + entry["name"], rpm, concurrency, tpm, daily, monthly)
+    return budget if any(budget.limits()) else None
+
+
+def of_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tenant: Budget | None) -> Budget:
+    """That of a key as the snapshot has it; `defaults` are the limits of a key with none of its own."""
+    limits: list[int | None] = [entry[name] if entry.get(name) is not None else defaults.get(name) for name in LIMITS]
+    rpm, concurrency, tpm, daily, monthly = limits
+    return Budget(entry["id"], rpm, concurrency, tpm, daily, monthly, tenant)

@@ -46,10 +46,16 @@ log = logging.getLogger(__name__)
 
 
 class _Known:
-    """``epoch`` is that of the store that knows what this gateway knows, ``since`` how far its use was read (us)."""
+    """``epoch`` is that of the store that knows what this gateway knows, ``since`` how far its use was read (us).
+
+    ``held`` are the scopes of which others had requests under way, as that was last read.
+    """
 
     epoch: bytes | None = None
     since = 0
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
 
 
 async def keep(limits: Limits) -> None:
@@ -86,6 +92,7 @@ async def keep(limits: Limits) -> None:
             await _present(limits, store)
             await _renew(limits, store)
             await _read_use(limits, store, known)
+            limits.back()
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("leases were not renewed: %s", error)
         except Exception:  # a fault of ours, or a store of another kind: requests go on
@@ -178,7 +185,8 @@ async def _renew(limits: Limits, store: Valkey) -> None:
     for budget in list(limits.busy.values()):
         if budget.concurrency and budget.in_flight:
             running = [identity.encode() for identity in budget.in_flight]
-            await store.request(b"EVALSHA", _RENEWAL, b"1", budget.leases, _LEASE, *running)
+            keys, name = (budget.leases, ACTIVE), budget.key_id.encode()
+            await store.request(b"EVALSHA", _RENEWAL, b"2", *keys, _LEASE, name, *running)
 
 
 async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
@@ -189,10 +197,20 @@ async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
     await store.request(b"ZREMRANGEBYSCORE", ACTIVE, b"-inf", b"(%d" % (latest - 60_000_000))
     names = await store.request(b"ZREVRANGEBYSCORE", ACTIVE, b"+inf", since, b"LIMIT", b"0", b"%d" % ACTIVE_MAX)
     known.since = latest
-    scopes = [scope for name in names if (scope := limits.find(name.decode())) is not None]
+    # Nobody says that a request ended, or that its gateway did.
+    wanted = dict.fromkeys([*(name.decode() for name in names), *known.held])
+    scopes = [scope for name in wanted if (scope := limits.find(name)) is not None]
+    known.held = []
     for first in range(0, len(scopes), AT_ONCE):
         some = scopes[first : first + AT_ONCE]
         now = monotonic()
-        day, month, *use = await store.request(b"EVALSHA", _USE, b"%d" % len(some), *(scope.tokens for scope in some))
+        # What is admitted while this is read is taken for others': rather too few than too many without the store.
+        own = [len(scope.in_flight) for scope in some]
+        keys = [key for scope in some for key in (scope.tokens, scope.rate, scope.leases)]
+        day, month, *use = await store.request(b"EVALSHA", _USE, b"%d" % len(keys), *keys)
         for place, scope in enumerate(some):
-            scope.said(now, use[place * 3], day, use[place * 3 + 1], month, use[place * 3 + 2])
+            window, of_day, of_month, whole, leases = use[place * 5 : place * 5 + 5]
+            scope.said(now, window, day, of_day, month, of_month)
+            scope.used_by_all(now, whole / 1e6, leases, own[place])
+            if scope.others:
+                known.held.append(scope.key_id)

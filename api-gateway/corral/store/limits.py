@@ -3,9 +3,10 @@
 Requests a minute are GCRA (the generic cell rate algorithm, ITU-T I.371): a burst of a minute's requests at most,
 refilled evenly. Concurrency is a set of leases that die with their gateway. Tokens are reserved by an estimate and
 settled by their count when the request ends: a sliding window for those of a minute, sums for day and month (UTC).
-While the store is away each gateway admits its share, the limit divided by the gateways that were alive when it was
-last seen; what it has in flight counts on, and so does what the key has used. A store that came back empty says so
-(REBUILD) and admits nothing before the gateways have told it what it last said (`corral.store.leases`).
+While the store is away each gateway admits its share: what was left of the limit, by what each had in flight and the
+key had used, divided by the gateways that were alive when it was last seen (`corral.store.share`). A store that came
+back empty says so (REBUILD) and admits nothing before the gateways have told it what it last said
+(`corral.store.leases`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Final
 import hiredis
 
 from corral.store import share
-from corral.store.budget import CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, sha
+from corral.store.budget import ACTIVE, CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, reservation, sha
 from corral.store.share import Verdict
 from corral.store.slots import Heard, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown, encode, words
@@ -28,6 +29,7 @@ __all__ = ["Limits", "Verdict"]
 OWED_MAX = 10_000
 OWED_TIMES: Final = 2
 TOLD_AT_ONCE: Final = 500
+CONCURRENCY: Final = REASONS.index("concurrency")
 _CHARGE: Final = sha(CHARGE)
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ class Limits:
         self.gateways = 1
         self.names: list[str] = [gateway]
         """Those gateways, in no order."""
+        self._kept: dict[str, int] | None = None
+        """While the store is away: requests that ran here when it was lost, by the budget's name."""
         self.local = 0
         """Requests that were admitted on the local share."""
         self.owed: dict[Budget, dict[bytes, tuple[int, list[bytes]]]] = {}
@@ -105,15 +109,19 @@ class Limits:
                     self._enter(budget, request_id, 0)
                     done(Verdict("", remaining, reset / 1e6, 0.0))
                 else:
-                    done(Verdict(REASONS[reason], remaining, reset / 1e6, retry / 1e6))
+                    after = budget.pause() if reason == CONCURRENCY else retry / 1e6
+                    done(Verdict(REASONS[reason], remaining, reset / 1e6, after))
             else:
                 done(self._unheard(budget, request_id, now, 0, reply))
 
         identity = request_id.encode()
         store.call(b"%b$%d\r\n%b\r\n" % (self._beginning(budget, wanted), len(identity), identity), replied)
 
-    def release(self, budget: Budget, request_id: str, used: int = 0) -> None:
-        """End a request that was admitted; `used` is the tokens of prompt and answer."""
+    def release(self, budget: Budget, request_id: str, used: int = 0, took: float = 0.0) -> None:
+        """End a request that was admitted; `used` is the tokens of prompt and answer, `took` seconds."""
+        store = self.store
+        if store is not None and not store.connected and self._kept is None:
+            self._kept = self._own()
         in_flight = budget.in_flight
         reserved = in_flight.get(request_id)
         if reserved is None:
@@ -121,7 +129,9 @@ class Limits:
         del in_flight[request_id]
         if not in_flight:
             self.busy.pop(budget.key_id, None)
-        store = self.store
+        if took:
+            for scope in budget.scopes:
+                scope.ended(took)
         if budget.metered:
             ended = self._ended(budget, request_id, reserved, used)
         elif budget.concurrency:
@@ -208,33 +218,14 @@ class Limits:
             if wanted is not None and heard is not None:
                 reply = self._apart(reply, wanted, heard)
             if type(reply) is list:
-                self._note(budget, now, reply)
-                reason = REASONS[reply[1]]
+                verdict = share.heard(budget, now, reply)
                 if reply[0]:
                     self._enter(budget, request_id, tokens)
-                done(
-                    Verdict(
-                        reason,
-                        reply[4],
-                        reply[5] / 1e6,
-                        reply[2] / 1e6,
-                        budget.limit(reply[3]),
-                        budget.limit(reply[6]),
-                        reply[7],
-                        reply[8] / 1e6,
-                    )
-                )
+                done(verdict)
             else:
                 done(self._unheard(budget, request_id, now, tokens, reply))
 
-        store.call(_reservation(self._beginning(budget, wanted), request_id, b"%d" % tokens), replied)
-
-    def _note(self, budget: Budget, now: float, reply: list[int]) -> None:
-        place = 11
-        for scope in budget.scopes:
-            scope.arrival = scope.said_arrival = now + reply[place] / 1e6
-            scope.said(now, reply[place + 1], reply[9], reply[place + 2], reply[10], reply[place + 3])
-            place += 4
+        store.call(reservation(self._beginning(budget, wanted), request_id, b"%d" % tokens), replied)
 
     def _unheard(self, budget: Budget, request_id: str, now: float, tokens: int, reply: Any) -> Verdict:
         # No verdict of the store's: decide without it.
@@ -266,7 +257,8 @@ class Limits:
 
         del self._unsaid[budget]
         numbers = b"%d" % (budget.rpm or 0), b"%d" % count
-        store.call(encode(b"EVALSHA", _CHARGE, b"2", budget.rate, EPOCH, *numbers), heard)
+        keys = budget.rate, EPOCH, ACTIVE
+        store.call(encode(b"EVALSHA", _CHARGE, b"3", *keys, *numbers, budget.key_id.encode()), heard)
 
     def _adopt(self, store: Valkey, budget: Budget) -> None:
         # What runs and was admitted without the store is counted as if it had been asked.
@@ -279,7 +271,7 @@ class Limits:
                 else:
                     self._unadopted[budget] = None
 
-            store.call(_reservation(budget.prefix, request_id, b"-%d" % reserved), heard)
+            store.call(reservation(budget.prefix, request_id, b"-%d" % reserved), heard)
 
         del self._unadopted[budget]
         for request_id, reserved in list(budget.in_flight.items()):
@@ -367,6 +359,20 @@ class Limits:
 
     # -- without it
 
+    def _own(self) -> dict[str, int]:
+        return {name: len(scope.in_flight) for name, scope in self.busy.items()}
+
+    def back(self) -> None:
+        """The store knows of all that runs here, and has said what others use."""
+        self._kept = None
+
+    def _at_once(self, scope: Budget) -> int:
+        if self._kept is None:
+            self._kept = self._own()
+        # What came since the store was asked came elsewhere too, and what ended may run elsewhere by now.
+        kept = min(self._kept.get(scope.key_id, 0), scope.own)
+        return share.at_once(scope.concurrency or 0, kept, scope.others, self.gateway.decode(), self.names)
+
     def _locally(self, budget: Budget, request_id: str, now: float, tokens: int) -> Verdict:
         wall = time.time() if budget.metered else 0.0
         scopes = budget.scopes
@@ -377,7 +383,7 @@ class Limits:
         for scope in scopes:
             if budget.metered:
                 scope.roll(wall)
-            for limit, wait in share.reached(scope, self.gateways, now, wall, tokens):
+            for limit, wait in share.reached(scope, self.gateways, now, wall, tokens, self._at_once(scope)):
                 if not refused or wait > retry:
                     refused, retry = limit if scope is budget else f"tenant_{limit}", wait
         if not refused:
@@ -386,12 +392,6 @@ class Limits:
                 share.spend(scope, self.gateways, now, tokens)
             self._enter(budget, request_id, -1 - tokens if budget.metered else 0)
         return share.verdict(budget, self.gateways, now, wall, refused, retry)
-
-
-def _reservation(beginning: bytes, request_id: str, cost: bytes) -> bytes:
-    """The command that reserves tokens for a request of a metered key."""
-    identity = request_id.encode()
-    return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (beginning, len(identity), identity, len(cost), cost)
 
 
 def _nothing() -> None:

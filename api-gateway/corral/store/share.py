@@ -1,13 +1,12 @@
 """The local share of a limit: what one of so many gateways may admit while the store is away.
 
-Times are monotonic seconds, ``wall`` is epoch seconds.
+What was used of the whole counts, as the store last said it, and the rest is shared out, so that all gateways together
+admit no more than the limit. Times are monotonic seconds, ``wall`` is epoch seconds.
 """
 
 from __future__ import annotations
 
-import math
-
-from corral.store.budget import DAY, MINUTE, Budget, month_end
+from corral.store.budget import DAY, LIMITS, MINUTE, REASONS, Budget, month_end
 
 
 class Verdict:
@@ -49,13 +48,52 @@ class Verdict:
         self.tokens_reset = tokens_reset
 
 
-def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int) -> list[tuple[str, float]]:
-    """The limits of which this gateway's share is used up, and for how long (seconds)."""
+def at_once(limit: int, own: int, others: int, name: str, names: list[str]) -> int:
+    """How many requests this gateway may run at once without the store.
+
+    `own` ran here when the store was lost, `others` elsewhere; what ends here may be taken again here alone, as nobody
+    else hears of it. What `names`, those of all gateways, do not divide goes to the first of them. Of a limit smaller
+    than their number each may run one while any is free: else a caller would be refused by most of them.
+    """
+    left, gateways = limit - own - others, len(names)
+    if left <= 0:
+        return own
+    if limit < gateways:
+        return max(own, 1)
+    before = sum([other < name for other in names])
+    return own + left // gateways + (1 if before < left % gateways else 0)
+
+
+def heard(budget: Budget, now: float, reply: list[int]) -> Verdict:
+    """The store's answer to a request of a metered key, and what it says of the use."""
+    place = 11
+    for scope in budget.scopes:
+        scope.arrival = scope.said_arrival = now + reply[place] / 1e6
+        scope.said(now, reply[place + 1], reply[9], reply[place + 2], reply[10], reply[place + 3])
+        place += 4
+    number = reply[1]
+    retry = budget.scope(number).pause() if LIMITS[(number - 1) % len(LIMITS)] == "concurrency" else reply[2] / 1e6
+    return Verdict(
+        REASONS[number],
+        reply[4],
+        reply[5] / 1e6,
+        retry,
+        budget.limit(reply[3]),
+        budget.limit(reply[6]),
+        reply[7],
+        reply[8] / 1e6,
+    )
+
+
+def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int, most: int) -> list[tuple[str, float]]:
+    """The limits of which this gateway's share is used up, and for how long (seconds); `most` may run at once."""
     reached: list[tuple[str, float]] = []
-    if scope.concurrency and len(scope.in_flight) >= math.ceil(scope.concurrency / gateways):
-        reached.append(("concurrency", 1.0))
+    if scope.concurrency and len(scope.in_flight) >= most:
+        reached.append(("concurrency", scope.pause()))
     if scope.rpm:
-        over = max(scope.arrival, now) + MINUTE * gateways / scope.rpm - now - MINUTE
+        step = MINUTE * gateways / scope.rpm
+        # A share of less than one a minute is one in as many minutes as that takes.
+        over = max(scope.arrival, now) + step - now - max(MINUTE, step)
         if over > 0:
             reached.append(("rpm", over))
     if not tokens:

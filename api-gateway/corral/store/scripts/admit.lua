@@ -1,11 +1,11 @@
 -- Admit one request of a key that has no limit but requests per minute and concurrency, in one call.
 --
 -- KEYS  1 rate: theoretical arrival time, us (GCRA)       2 leases: sorted set, request id -> expiry, us
---       3 grants: absent in a store that has lost what it knew
+--       3 grants: absent in a store that has lost what it knew      4 active: sorted set, scope -> last use, us
 -- ARGV  1 requests per minute (0: no limit)               2 concurrency (0: no limit)
---       3 lease, us                                       4 request id
+--       3 lease, us      4 the key's name                 5 request id
 -- Returns 0 (REBUILD) where it does not grant, else {admitted 0|1, refused by 0 none|1 rate|2 concurrency,
--- requests left, us until the rate is whole again, us until a retry can succeed}
+-- requests left, us until the rate is whole again, us until a retry can succeed (of concurrency gateways know better)}
 --
 -- Time is the store's own, so that gateways need not agree on the clock. A call that repeats a request id
 -- which holds a lease is answered like the first and counts once.
@@ -13,7 +13,7 @@ if redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local rpm, concurrency, lease = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local id = ARGV[4]
+local id = ARGV[5]
 local MINUTE = 60000000
 
 local arrival = now
@@ -36,8 +36,7 @@ if concurrency > 0 then
   if redis.call('ZCARD', KEYS[2]) >= concurrency then
     redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
     if redis.call('ZCARD', KEYS[2]) >= concurrency then
-      local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-      return {0, 2, left(arrival), arrival - now, math.max(0, math.min(tonumber(first[2]) - now, 1000000))}
+      return {0, 2, left(arrival), arrival - now, 1000000}
     end
   end
 end
@@ -54,4 +53,5 @@ if concurrency > 0 then
   redis.call('ZADD', KEYS[2], now + lease, id)
   redis.call('PEXPIRE', KEYS[2], math.ceil(lease / 1000) * 2)
 end
+if rpm > 0 or concurrency > 0 then redis.call('ZADD', KEYS[4], now, ARGV[4]) end
 return {1, 0, left(arrival), arrival - now, 0}

@@ -1,7 +1,8 @@
 -- Count requests that were admitted while the store was away.
 --
 -- KEYS  1 rate: theoretical arrival time, us (GCRA)      2 epoch: absent in a store that has lost what it knew
--- ARGV  1 requests per minute      2 how many
+--       3 active: sorted set, scope -> last use, us
+-- ARGV  1 requests per minute      2 how many      3 scope's name
 -- Returns 0 (REBUILD) without an epoch, else 1.
 if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 local time = redis.call('TIME')
@@ -11,4 +12,5 @@ local arrival = tonumber(redis.call('GET', KEYS[1]) or now)
 if arrival > now + 5 * MINUTE then arrival = now + MINUTE end -- the clock was set back
 arrival = math.max(now, arrival) + ARGV[2] * MINUTE / ARGV[1]
 redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
+redis.call('ZADD', KEYS[3], now, ARGV[3])
 return 1

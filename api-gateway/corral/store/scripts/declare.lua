@@ -16,8 +16,8 @@ if tonumber(ARGV[6]) == today then use[2] = math.max(use[2], tonumber(ARGV[7])) 
 if tonumber(ARGV[8]) == this_month then use[4] = math.max(use[4], tonumber(ARGV[9])) end
 if window(use) + use[2] + use[4] > 0 then
   save(KEYS[3], use, tonumber(ARGV[3]), tonumber(ARGV[4]))
-  redis.call('ZADD', KEYS[1], now, ARGV[1])
 end
 for arg = 11, #ARGV do redis.call('ZADD', KEYS[4], now + tonumber(ARGV[10]), ARGV[arg]) end
 if #ARGV > 10 then redis.call('PEXPIRE', KEYS[4], math.ceil(tonumber(ARGV[10]) / 1000) * 2) end
+redis.call('ZADD', KEYS[1], now, ARGV[1])
 return 1

@@ -48,8 +48,7 @@ for number = 1, (#KEYS - 3) / 3 do
   if scope.concurrency > 0 and redis.call('ZCARD', scope.leases) >= scope.concurrency then
     redis.call('ZREMRANGEBYSCORE', scope.leases, '-inf', now)
     if redis.call('ZCARD', scope.leases) >= scope.concurrency then
-      local first = redis.call('ZRANGE', scope.leases, 0, 0, 'WITHSCORES')
-      refuse(base + 2, math.max(0, math.min(tonumber(first[2]) - now, 1000000)))
+      refuse(base + 2, 1000000) -- gateways know better how long requests take
     end
   end
   if cost > 0 then
@@ -82,8 +81,8 @@ if refused == 0 and not repeated then
       local place = 7 + slice % SLICES
       use[2], use[4], use[place] = use[2] + cost, use[4] + cost, use[place] + cost
       save(scope.tokens, use, scope.daily, scope.monthly)
-      redis.call('ZADD', KEYS[3], now, scope.name)
     end
+    if cost > 0 or scope.rpm > 0 or scope.concurrency > 0 then redis.call('ZADD', KEYS[3], now, scope.name) end
   end
   redis.call('SET', held, string.format('%.0f %.0f %.0f %.0f', cost, slice, today, this_month), 'PX',
     cost > 0 and ARGV[2] or 60000)

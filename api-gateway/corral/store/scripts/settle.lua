@@ -44,6 +44,7 @@ for _, scope in ipairs(scopes) do
   for first = 1, #ids, 1000 do
     redis.call('ZREM', scope.leases, unpack(ids, first, math.min(first + 999, #ids)))
   end
+  if requests > 0 or #changes > 0 then redis.call('ZADD', KEYS[2], now, scope.name) end
   if requests > 0 and scope.rpm > 0 then
     local arrival = arrival_of(scope.rate) + requests * MINUTE / scope.rpm
     redis.call('SET', scope.rate, string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
@@ -67,7 +68,6 @@ for _, scope in ipairs(scopes) do
     end
     use[6] = math.floor(use[6])
     save(scope.tokens, use, scope.daily, scope.monthly)
-    redis.call('ZADD', KEYS[2], now, scope.name)
   end
 end
 return 1
