@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from support.fleet import QUICK, Fleet
+from support.fleet import MODEL, QUICK, Fleet
 from support.limits import Gateway, eventually, flush, gateways, granting, unused
-from support.load import CHAT, body_of
+from support.load import CHAT, CUT, Answer, Client, body_of
 from support.process import free_port, until
 from support.servers import STORES, Server, valkey
 
@@ -234,6 +234,46 @@ def test_concurrency_holds_through_the_loss_of_its_store(store: Faulty, how: str
     run(store, work)
 
 
+@pytest.mark.parametrize("how", ["killed", "stopped", "cut off"])
+def test_what_one_gateway_used_alone_holds_through_the_loss_of_the_store(store: Faulty, how: str) -> None:
+    async def work(made: list[Gateway]) -> None:
+        at_once, a_minute = unused(), unused()
+        running = [gateway.budget(at_once, concurrency=30) for gateway in made]
+        counted = [gateway.budget(a_minute, rpm=30) for gateway in made]
+        began, passed = time.monotonic(), 0
+
+        async def ask(some: list[Gateway], prefix: str) -> None:
+            nonlocal passed
+            for number in range(30):
+                for gateway in some:
+                    at, request = made.index(gateway), f"{prefix}-{number}-{gateway.limits.gateway!r}"
+                    await gateway.ask(running[at], request)
+                    passed += not (await gateway.ask(counted[at], request)).refused
+
+        def most() -> float:
+            return 30 * OVER + 30 * (time.monotonic() - began) / 60
+
+        await ask(made[:1], "before")
+        assert len(running[0].in_flight) == 30 and 30 <= passed <= most()
+        # What the others know is two seconds old at most.
+        await eventually(lambda: all(budget.others for budget in running[1:]) and all(b.arrival for b in counted))
+        await store.fail(how)
+        await ask(made, "during")
+        assert [len(budget.in_flight) for budget in running] == [30, 0, 0]
+        assert passed <= most()
+        for request in list(running[0].in_flight)[:10]:
+            made[0].limits.release(running[0], request)
+        await ask(made, "then")
+        assert sum(len(budget.in_flight) for budget in running) == 30
+        await store.mend(how)
+        await granting(made, EXACT)
+        await ask(made, "after")
+        assert sum(len(budget.in_flight) for budget in running) <= 30 * OVER
+        assert passed <= most()
+
+    run(store, work)
+
+
 # -- two gateways behind their edge
 
 
@@ -285,6 +325,37 @@ def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet
         until(lambda gateway=gateway: _ready(gateway["url"]), "the gateway is back", 60)  # type: ignore[misc]
     until(lambda: _ready(fleet.stack.url), "the edge has found one again", 60)
     assert [spend(fleet, key, 30) for key in keys] == [0, 0, 0]
+
+
+def test_what_a_killed_gateway_had_reserved_is_what_its_record_says(fleet: Fleet) -> None:
+    """A guess of 1500 tokens and more; what was generated until the gateway was killed is what counts in the end."""
+    fleet.stack.corral("tenants", "create", "cut", "--monthly-tokens", "200000")
+    key = fleet.key("killed", "--tenant", "cut", "--new-tenant", "--daily-tokens", "100000")
+    victim, other = fleet.stack.corral("status")["gateways"]
+
+    def left() -> int:
+        answer = httpx.get(other["url"] + "/api/tags", headers={"Authorization": f"Bearer {key}"})
+        return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+    assert left() == 100_000
+    client = Client(victim["url"], key)
+
+    def kill(answer: Answer) -> None:
+        until(lambda: fleet.admitted(answer.request_id)[0]["tokens"], "control knows how far it is")
+        assert left() < 100_000 - 1500
+        os.kill(victim["pid"], signal.SIGKILL)
+
+    answer = client.ask(CHAT, body_of(CHAT, MODEL, 1500), "killed-1", kill)
+    client.close()
+    assert answer.fate == CUT
+    (record,) = fleet.records("killed-1", seconds=60)
+    assert record["outcome"] == "interrupted"
+    used = record["prompt_tokens"] + record["tokens"]
+    assert 0 < used < 1500
+    until(lambda: left() == 100_000 - used, "the guess is no longer counted", 20, every=0.2)
+    # The tenant's sum too: the key's limit is the one with less left, as long as that is 10,000.
+    fleet.stack.corral("tenants", "limit", "cut", "--monthly-tokens", "10000")
+    until(lambda: left() == 10_000 - used, "nor for its tenant", 10, every=0.2)
 
 
 def _ready(url: str) -> bool:

@@ -70,7 +70,7 @@ def told(database: Database, gateway: str, shipped: float, heard: float, ended: 
 
 
 def recovered(database: Database, now: float) -> int:
-    return database.write_now(recovery.recover, now, 1800.0)
+    return len(database.write_now(recovery.recover, now, 1800.0))
 
 
 @given(st.lists(st.binary(max_size=4), max_size=70))

@@ -45,12 +45,14 @@ from corral.control.placement import Placement
 from corral.control.preload import Preloader
 from corral.control.prober import Fleet
 from corral.control.questions import Questions
+from corral.control.reserved import Reserved
 from corral.control.selftest import SelfTest
 from corral.control.snapshot import Hub
 from corral.control.spent import Spent
 from corral.control.usage import Usage
 from corral.fleet import pools
 from corral.store import keeper
+from corral.store.budget import SETTLE
 from corral.store.content import Hashes
 from corral.store.database import configured
 from corral.store.keys import read_pepper
@@ -125,11 +127,12 @@ def _assemble(settings: Settings) -> Control:
     state = settings.control.state.absolute()
     database = configured(settings.store, state)
     fleet = Fleet()
-    valkey = Valkey(settings.valkey_address(), keeper.SCRIPTS, timeout=VALKEY_TIMEOUT)
+    valkey = Valkey(settings.valkey_address(), (*keeper.SCRIPTS, SETTLE), timeout=VALKEY_TIMEOUT)
     catalogue = Catalogue(database, fleet, settings.models)
     operations = Operations(database, Worker(fleet, catalogue, settings.mirror).perform)
     pepper = read_pepper(state / settings.auth.pepper_file)
     hub = Hub(database, fleet, valkey, settings.models, settings.auth.stale, settings.tenants.nodes)
+    reserved = Reserved(valkey, hub.limited, settings.limits.default.model_dump())
     haproxy = _reloader(settings, state)
     fleet.second = haproxy.unreached
     groups = pools.groups(settings.tenants.nodes)
@@ -156,7 +159,7 @@ def _assemble(settings: Settings) -> Control:
         selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), hub.continues),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
-        ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration, hub.shipped),
+        ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration, hub.shipped, reserved),
         spent=Spent(database),
         leading=Leading(database, valkey, fleet, placement),
         hashes=Hashes(pepper),

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.record import AuditSettings
+from corral.control.reserved import Reserved
 from corral.store import progress, recovery
 from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
 from corral.store.database import Database, reason
@@ -45,7 +46,7 @@ class Ledger:
     """Keeps the record. ``signed_at``: epoch seconds of the last round after which all there was had its checkpoint.
 
     ``number``: the last checkpoint in the file; ``recovered``: requests settled here. `shipped` says what gateways
-    have shipped (`Hub.shipped`).
+    have shipped (`Hub.shipped`); `reserved` tells the store of limits what those requests used.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Ledger:
         state: Path,
         longest: float,
         shipped: Callable[[], Mapping[str, progress.Shipped]] = dict,
+        reserved: Reserved | None = None,
     ) -> None:
         self._database, self._settings, self._longest, self._shipped = database, settings, longest, shipped
+        self._reserved = reserved
         self.path = state / settings.checkpoints
         self._key = state / settings.signing_key_file
         self._sent = self.path.with_name(self.path.name + ".sent")
@@ -72,6 +75,8 @@ class Ledger:
         await self._try("the file of checkpoints is not complete", self._complete_file)
         while True:
             await self._try("requests of killed gateways are not settled yet", self._recover)
+            if self._reserved is not None:
+                await self._try("the store has not heard of requests of killed gateways", self._reserved.tell)
             if time.monotonic() - signed >= self._settings.checkpoint:
                 signed = time.monotonic()
                 await self._try("there is no new checkpoint", self.sign)
@@ -231,9 +236,11 @@ class Ledger:
 
     async def _recover(self) -> None:
         await self.note_shipped()
-        while count := await self._database.write(recovery.recover, time.time(), self._longest):
-            self.recovered += count
-            log.warning("%d requests whose gateway was killed are settled at their last progress", count)
+        while rows := await self._database.write(recovery.recover, time.time(), self._longest):
+            self.recovered += len(rows)
+            log.warning("%d requests whose gateway was killed are settled at their last progress", len(rows))
+            if self._reserved is not None:
+                self._reserved.ended(rows)
 
 
 def whole_lines(data: bytes) -> int:

@@ -187,6 +187,11 @@ class Hub:
                 return {**row, "revoked": 0.0 if row["revoked"] else None}, proofs
         return None
 
+    def limited(self, key_id: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """A key and its tenant, with their limits, as last read; None for one that was not known then."""
+        key = next((row for row, _ in self._rows if row["id"] == key_id), None)
+        return key, next((row for row in self._tenants if key and row["name"] == key["tenant"]), None)
+
     # -- who has it
 
     async def heard(

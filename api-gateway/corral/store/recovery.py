@@ -8,6 +8,8 @@ anew. A gateway that never comes back and whose spool nobody adopts is given up,
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import ColumnElement, Connection, delete, exists, func, select, true
 
 from corral.store.ingest import complete
@@ -23,8 +25,11 @@ BATCH = 1000
 INTERRUPTED = "interrupted"
 
 
-def recover(connection: Connection, now: float, longest: float) -> int:
-    """Settle a batch of what nobody will settle; how many. `longest`: seconds that a request may take.
+Rows = list[dict[str, Any]]
+
+
+def recover(connection: Connection, now: float, longest: float) -> Rows:
+    """Settle a batch of what nobody will settle; the rows. `longest`: seconds that a request may take.
 
     Raises:
         SQLAlchemyError: nothing was changed.
@@ -41,25 +46,25 @@ def recover(connection: Connection, now: float, longest: float) -> int:
         begins.since < now - GRACE, ~exists().where(known, behind)
     )
     for gateway, seq, life in connection.execute(ready.order_by(begins.gateway, begins.seq)).all():
-        count = _settle(connection, gateway, audit.c.seq <= seq, audit_holders.c.life < life)
-        if count:
-            return count
+        rows = _settle(connection, gateway, audit.c.seq <= seq, audit_holders.c.life < life)
+        if rows:
+            return rows
         connection.execute(delete(spool_begins).where((begins.gateway == gateway) & (begins.seq == seq)))
     for gateway in _silent(connection, now):
-        count = _settle(connection, gateway, audit.c.ts < now - longest - GONE, true())
-        if count:
-            return count
-    return 0
+        rows = _settle(connection, gateway, audit.c.ts < now - longest - GONE, true())
+        if rows:
+            return rows
+    return []
 
 
-def _given_up(connection: Connection, gateway: str, lives: ColumnElement[bool]) -> int:
-    """Settle what those lives of the gateway were the last to hold; how many."""
-    holder, count = audit_holders.c, 0
+def _given_up(connection: Connection, gateway: str, lives: ColumnElement[bool]) -> Rows:
+    """Settle what those lives of the gateway were the last to hold; the rows."""
+    holder, rows = audit_holders.c, Rows()
     dead = (holder.gateway == gateway) & lives
     while ids := list(connection.execute(select(holder.id).where(dead).limit(BATCH)).scalars()):
         connection.execute(delete(audit_holders).where(dead, holder.id.in_(ids)))
-        count += _complete(connection, gateway, audit.c.id.in_(ids) & audit.c.id.not_in(select(holder.id)))
-    return count
+        rows += _complete(connection, gateway, audit.c.id.in_(ids) & audit.c.id.not_in(select(holder.id)))
+    return rows
 
 
 def _silent(connection: Connection, now: float) -> list[str]:
@@ -69,18 +74,18 @@ def _silent(connection: Connection, now: float) -> list[str]:
     return sorted(name for (name,) in connection.execute(last))
 
 
-def _settle(connection: Connection, gateway: str, alone: ColumnElement[bool], lives: ColumnElement[bool]) -> int:
+def _settle(connection: Connection, gateway: str, alone: ColumnElement[bool], lives: ColumnElement[bool]) -> Rows:
     """Settle a batch of what the gateway alone had or, where none is left, what those lives were the last to hold."""
     held = select(audit_holders.c.id)
-    count = _complete(connection, gateway, (audit.c.gw == gateway) & alone & audit.c.id.not_in(held))
-    return count or _given_up(connection, gateway, lives)
+    rows = _complete(connection, gateway, (audit.c.gw == gateway) & alone & audit.c.id.not_in(held))
+    return rows or _given_up(connection, gateway, lives)
 
 
-def _complete(connection: Connection, gateway: str, which: ColumnElement[bool]) -> int:
+def _complete(connection: Connection, gateway: str, which: ColumnElement[bool]) -> Rows:
     still = audit.c.pos.is_(None) & audit.c.outcome.is_(None)
     found = connection.execute(select(audit).where(still, which).order_by(audit.c.seq).limit(BATCH)).mappings()
     rows = []
     for row in found.all():
         values = {name: row[name] for name in row if name not in ("seq", "pos", "leaf", "before", "after")}
         rows.append(values | {"outcome": INTERRUPTED, "estimated": True})
-    return len(complete(connection, gateway, rows))
+    return complete(connection, gateway, rows)
