@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "api-g
 import fleet_ollama  # noqa: E402
 import fleet_simulated  # noqa: E402
 from balancers import Balanced, least_connections, residency, round_robin  # noqa: E402
-from fleet_dispatch import dispatch  # noqa: E402
+from fleet_dispatch import dispatch, together  # noqa: E402
 from fleet_plot import write  # noqa: E402
 
 from corral.fleet.simulation import Asked, Outcome, Shape, Simulation  # noqa: E402
@@ -133,6 +133,7 @@ def main() -> int:
     kinds.add_argument("--real-time", action="store_true", help="a piece of the trace through the whole product")
     kinds.add_argument("--ollama", action="store_true", help="real Ollama nodes: Corral beside HAProxy's leastconn")
     kinds.add_argument("--dispatch", action="store_true", help="what a decision costs, alone")
+    kinds.add_argument("--together", action="store_true", help="what calls of one turn to the store cost, alone")
     parser.add_argument("--seconds", type=float, help="of a run in real time (120, with --ollama 60)")
     parser.add_argument("--rate", type=float, default=fleet_ollama.RATE, help="requests/s of --ollama")
     given = parser.parse_args()
@@ -141,6 +142,9 @@ def main() -> int:
         return fleet_simulated.main(given.seconds or 120.0, MODELS, given.seed, given.plot)
     if given.ollama:
         return fleet_ollama.main(given.seconds or 60.0, given.rate, given.seed, given.plot)
+    if given.together:
+        together()
+        return 0
     held = True
     for number, case in enumerate(() if given.dispatch else CASES):
         runs, holds = compare(case, given.seed, not given.alone)

@@ -12,7 +12,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ MODELS, SLOTS = 100, 4
 DECISIONS, PURE = 4_000, 20_000
 AT_ONCE = 100
 """Requests that are asked in one turn of the event loop, one for each model."""
+TURNS = (1, 4, 16)
+"""Requests of one turn, where what they share is measured."""
 KEYS = {
     "requests": {"rpm": 100_000_000, "concurrency": 1_000_000},
     "tokens too": {"rpm": 100_000_000, "concurrency": 1_000_000, "tpm": 10**12, "daily_tokens": 10**15},
@@ -160,6 +162,59 @@ class Wired:
             while self._given - given < min(first + AT_ONCE, len(ended)):
                 await self._store.request(b"PING")
         return len(ended)
+
+
+class Together:
+    """Requests that are admitted, some in a turn of the event loop: what a turn costs."""
+
+    def __init__(self, server: Server, limits: dict[str, int]) -> None:
+        self._budget = Budget("key", **limits)
+        self._store = Valkey(server.url, scripts=leases.SCRIPTS, timeout=60.0)
+        self._limits = Limits(self._store, "g")
+
+    async def run(self) -> Iterable[tuple[int, float, float, float]]:
+        """Of each number of calls in a turn: calls a write, ms until all are answered, calls a second."""
+        work = asyncio.create_task(self._store.run())
+        while not self._store.connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        try:
+            await self._store.request(b"FLUSHALL")
+            for key in (GRANTS, leases.EPOCH):
+                await self._store.request(b"SET", key, b"1")
+            return [(many, *await self._measure(many)) for many in TURNS]
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def _measure(self, many: int) -> tuple[float, float, float]:
+        reads, took = await self._reads(), 0.0
+        for turn in range(DECISIONS // many):
+            heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            began = time.perf_counter()
+            for number in range(many):
+                last = number == many - 1
+                done = (lambda verdict, heard=heard: heard.set_result(None)) if last else (lambda verdict: None)
+                self._limits.admit(self._budget, f"{many}-{turn}-{number}", time.monotonic(), done, 1000)
+            await heard
+            took += time.perf_counter() - began
+        turns = DECISIONS // many
+        # What the store reads at once is what was written at once: a turn is smaller than its buffer, 16 KiB.
+        reads = await self._reads() - reads - 1
+        return turns * many / reads, took / turns * 1e3, turns * many / took
+
+    async def _reads(self) -> int:
+        found = re.search(r"total_reads_processed:(\d+)", (await self._store.request(b"INFO", b"stats")).decode())
+        assert found is not None
+        return int(found[1])
+
+
+def together() -> None:
+    """Print what it saves that the calls of one turn share a write."""
+    print(f"  {'calls in a turn':46}{'a write':>8}{'ms':>10}{'a second':>11}")
+    with tempfile.TemporaryDirectory() as folder, valkey(Path(folder)) as server:
+        for about, limits in KEYS.items():
+            for many, written, took, rate in asyncio.run(Together(server, limits).run()):
+                print(f"  {f'{many:5}, limits of {about}':46}{written:8.1f}{took:10.2f}{rate:11,.0f}", flush=True)
 
 
 def cpu(pid: int) -> float:
