@@ -49,8 +49,10 @@ def _note_speed(row: dict[str, Any], member: Member, speeds: Speeds) -> None:
     model = canonical_name(row["model"] or "")
     if first is None or whole is None or model not in measured.loads:
         return
-    if row["attempts"] == 1:
-        measured.waited(model, row["ts"] + (row["queue_ms"] or 0.0) / 1e3, row["ts"] + first / 1e3)
+    queued = row["queue_ms"] or 0.0
+    # Batches of embeddings wait after the first token too: then it is not known when the first of them was sent.
+    if row["attempts"] == 1 and queued <= first:
+        measured.waited(model, row["ts"] + queued / 1e3, row["ts"] + first / 1e3)
     if row["outcome"] == "ok" and tokens and tokens >= RATE_TOKENS and whole > first:
         measured.rates[model] = (tokens - 1) / (whole - first) * 1e3
         speeds.note(member.name, model, tokens - 1, (whole - first) / 1e3)

@@ -161,9 +161,8 @@ class Exchange(State):
         """An attempt at a node, on which it has a slot."""
         decoded, resume = self.decoded, self.resumption
         assert decoded is not None
-        self.wait_until = 0.0
-        if not self.attempts:
-            self.queue_ms = (now - self.arrived) * 1e3
+        self.queue_ms = self.queued(now)
+        self.wait_until = self.nodeless_since = 0.0
         if self.fresh:
             self.fresh = False
         else:

@@ -135,10 +135,11 @@ class Page:
 
     def _models(self) -> Iterator[str]:
         models = self._gateway.metrics.models
+        waits = "Waits for a node: arrival to dispatch, and before each further attempt."
         for name, text, attribute in (
             ("corral_time_to_first_token_seconds", "Arrival to the answer's first token.", "first_token"),
             ("corral_time_between_tokens_seconds", "Between two pieces of an answer.", "between"),
-            ("corral_queue_duration_seconds", "Arrival to dispatch.", "queue"),
+            ("corral_queue_duration_seconds", waits, "queue"),
             ("corral_output_tokens_per_second", "Tokens a second after the first one, of a whole answer.", "rate"),
         ):
             known = {(model,): getattr(of, attribute) for model, of in models.items()}

@@ -161,6 +161,7 @@ class Queue:
     def again(self, exchange: Exchange, now: float) -> None:
         """Ask for the slot of a further attempt."""
         self.leave(exchange)
+        exchange.nodeless_since = exchange.nodeless_since or now
         wanted = exchange.wanted = self.want(exchange)
         if wanted is None:
             exchange.unslotted(now)
@@ -277,7 +278,7 @@ class Queue:
         for exchange in self._gateway.running:
             if not exchange.waiting:
                 name = canonical_name(exchange.model)
-                found.setdefault(name, []).append(now - exchange.arrived - exchange.queue_ms / 1e3)
+                found.setdefault(name, []).append(now - exchange.arrived - exchange.queued(now) / 1e3)
         return {model: sum(ages) / len(ages) for model, ages in found.items()}
 
     def _look_after(self, exchange: Exchange, now: float, wall: float) -> None:

@@ -90,7 +90,7 @@ class Report:
             known = self._gateway.snapshot.nodes.get(node)
             resident = known is None or name in known.resident
             state = "running" if exchange.first_token or resident else "loading"
-            waited = exchange.queue_ms / 1e3
+            waited = exchange.queued(now) / 1e3
         position, slots, load = (
             (answer.position, answer.slots, answer.load) if waits and answer is not None else (0, 0, 0)
         )

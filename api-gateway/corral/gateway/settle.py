@@ -111,7 +111,7 @@ def far(exchange: Exchange, now: float) -> tuple[str, str, int, int, int, int, f
         prompt_tokens,
         tokens,
         exchange.connection.sent,
-        int(exchange.queue_ms * 1e3) / 1e3,
+        int(exchange.queued(now) * 1e3) / 1e3,
         int((first - arrived) * 1e6) / 1e3 if first else None,
         int((now - arrived) * 1e6) / 1e3,
     )
@@ -155,7 +155,7 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
         tokens,
         estimated,
         # Whole microseconds: round() to digits costs more than all the rest here.
-        int(exchange.queue_ms * 1e3) / 1e3,
+        int(exchange.queued(now) * 1e3) / 1e3,
         int((first - arrived) * 1e6) / 1e3 if first else None,
         int((now - arrived) * 1e6) / 1e3,
         exchange.resumption.nodes if exchange.resumption is not None else None,

@@ -32,7 +32,8 @@ class State(Waiter):
     what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
-    whatever it is. What most requests never set stands on the class.
+    whatever it is. ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began
+    that is still on, 0.0 while it has a node. What most requests never set stands on the class.
     """
 
     body = b""
@@ -100,8 +101,15 @@ class State(Waiter):
         self.target = target
         self.headers = headers
         self.record_id, self.request_id, self.address = identity
-        self.arrived = monotonic()
+        self.arrived = self.nodeless_since = monotonic()
         self.wall = time()
+
+    def queued(self, now: float) -> float:
+        """For how long it has waited for a node until `now`, all waits together (ms): from its arrival, and again
+        before each further attempt. Who was refused before it could ask for a node has not waited."""
+        if not self.nodeless_since or not self._recorded:
+            return self.queue_ms
+        return self.queue_ms + max(0.0, now - self.nodeless_since) * 1e3
 
     @property
     def connects(self) -> int:
