@@ -63,13 +63,25 @@ def says(status: int, body: dict[str, Any]) -> Behaviour:
     )
 
 
+class Asked(threading.local):
+    """The request that a node's thread answers."""
+
+    headers: dict[bytes, bytes]
+    body: dict[str, Any]
+
+
 class FakeNode:
-    """A node: answers health checks, and each request as the next behaviour says (`well` when there is none)."""
+    """A node: answers health checks, and each request as the next behaviour says (`well` when there is none).
+
+    ``models`` are what it says to hold, all in memory; ``asked`` is for a behaviour: the request that it answers.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.script: list[Behaviour] = []
         self.requests: list[dict[str, Any]] = []
+        self.models: list[dict[str, Any]] = []
+        self.asked = Asked()
         self.ended = threading.Event()
         """Set when a request's connection was closed by the other side while a behaviour waited for that."""
         self.port = free_port()
@@ -129,10 +141,12 @@ class FakeNode:
                     while len(buffer) < length:
                         buffer += connection.recv(65536)
                     body, buffer = buffer[:length], buffer[length:]
-                    if first.startswith(b"GET /api/version"):
-                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                    if first.startswith(b"GET "):
+                        told = json.dumps({"version": "0.17.4", "models": self.models}).encode()
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(told), told))
                         continue
-                    self.requests.append({"line": first.decode(), "headers": headers, "body": json.loads(body)})
+                    self.asked.headers, self.asked.body = headers, json.loads(body)
+                    self.requests.append({"line": first.decode(), "headers": headers, "body": self.asked.body})
                     behaviour = self.script.pop(0) if self.script else well
                     behaviour(connection)
                 except OSError:
@@ -247,7 +261,9 @@ class FakeControl:
 class Gateway:
     """The gateway under test and all around it."""
 
-    def __init__(self, folder: Path, stack: ExitStack, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, stack: ExitStack, settings: dict[str, Any], nodes: list[FakeNode] | None = None
+    ) -> None:
         self.folder = folder
         self._stack = stack
         (folder / "pepper").write_text(os.urandom(32).hex())
@@ -255,7 +271,7 @@ class Gateway:
         self.pepper = keys.read_pepper(folder / "pepper")
         self.control = FakeControl("t0ken")
         stack.callback(self.control.stop)
-        self.nodes = [FakeNode("node-1"), FakeNode("node-2")]
+        self.nodes = nodes or [FakeNode("node-1"), FakeNode("node-2")]
         self.valkey: Server = stack.enter_context(valkey(folder))
         self.key_id, self.key = keys.generate()
         self._keys = [self.entry(self.key_id, self.key, rpm=100_000, concurrency=1000)]
@@ -394,7 +410,7 @@ class Gateway:
 
 
 @contextmanager
-def gateway(folder: Path, **settings: Any) -> Iterator[Gateway]:
-    """Everything, started; ended with the block."""
+def gateway(folder: Path, fakes: list[FakeNode] | None = None, **settings: Any) -> Iterator[Gateway]:
+    """Everything, started; ended with the block. `fakes`: its nodes, where a control has to know them before."""
     with ExitStack() as stack:
-        yield Gateway(folder, stack, settings)
+        yield Gateway(folder, stack, settings, fakes)

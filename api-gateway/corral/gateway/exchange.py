@@ -208,10 +208,10 @@ class Exchange(State):
                 end_early(self, self._attempt)
         elif not out:
             return
-        elif self._open:
+        elif self.opened:
             self.connection.send(out)
         elif responder.started:
-            self._open = True
+            self.opened = True
             self.connection.begin(self._head(responder.content_type), out, self.keep_alive, self.modern)
 
     def answered(self) -> None:
@@ -231,7 +231,7 @@ class Exchange(State):
             self.not_understood(attempt.node)
             self.attempt_failed(attempt.node, Failure.NONSENSE, None)
             return
-        if self._open:
+        if self.opened:
             self._settle(200, "ok", END, b"", rest)
         else:
             ending = STREAM if responder.stream else RESPOND
@@ -264,11 +264,11 @@ class Exchange(State):
         if failure is not Failure.CALLER:
             self.tried += (node.name,)
             gateway.queue.shun(node, failure, self.model, monotonic())
-        if not self._open and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
+        if not self.opened and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
             self._again()
             return
-        if not (self._open and take_over(self, failure, node)):
+        if not (self.opened and take_over(self, failure, node)):
             self.give_up(final_error(failure, self, cause), "upstream_error")
 
     def _again(self) -> None:
@@ -308,7 +308,7 @@ class Exchange(State):
 
     def give_up(self, error: ApiError, outcome: str) -> None:
         """End with an error, whatever was sent before."""
-        if not self._open:
+        if not self.opened:
             self.refuse(error, outcome if outcome in settle.ENDED_BY_US else "")
             return
         self.keep_alive = False

@@ -15,6 +15,7 @@ LEARN: Final = 0.3
 DENSITY_MAX: Final = 4.0
 
 OUTCOMES: Final = {400: "refused", 401: "refused", 404: "refused", 413: "refused", 415: "refused", 429: "limited"}
+LEFT: Final = frozenset(("client_gone", "cancelled"))
 ENDED_BY_US: Final = frozenset(("cancelled", "interrupted"))
 ENDED: Final = {503: "overloaded", 504: "timeout"}
 
@@ -86,15 +87,17 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     """Tokens of the prompt and of the answer, and whether they are estimates.
 
     A node tells what it counted in its last line alone. Of an answer that was cut the prompt is guessed from its
-    size and the answer's tokens are its lines; a request that a node failed before any token has cost nobody anything.
+    size and the answer's tokens are its lines. Who was sent nothing of an answer pays for nothing, whatever nodes did
+    for it, unless it was he who left.
     """
     decoded = exchange.decoded
-    if decoded is None:
+    left = outcome in LEFT
+    if decoded is None or not (exchange.opened or left or outcome == "ok"):
         return 0, 0, False
     responder = decoded.responder
     if outcome == "ok" or responder.prompt_tokens:
         return responder.prompt_tokens, responder.tokens, False
-    worked = exchange.first_token or (outcome in ("client_gone", "cancelled") and exchange.attempts)
+    worked = exchange.first_token or (left and exchange.attempts)
     if not worked or not decoded.estimate:
         return 0, responder.tokens, False
     return decoded.estimate, responder.tokens, True
@@ -102,7 +105,7 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
 
 def far(exchange: Exchange, now: float) -> tuple[str, str, int, int, int, int, float, float | None, float]:
     """How far a request is, as a row of a progress record. `now` is monotonic seconds."""
-    prompt_tokens, tokens, _ = usage(exchange, "client_gone")
+    prompt_tokens, tokens, _ = usage(exchange, "interrupted")
     arrived, first = exchange.arrived, exchange.first_token
     return (
         exchange.record_id,
