@@ -14,7 +14,8 @@ from unittest.mock import patch
 import httpx
 import pytest
 from msgspec.json import encode
-from support.gateway import HEAD, LINE, FakeControl, Gateway, chunk, gateway
+from support.fakecontrol import FakeControl
+from support.gateway import HEAD, LINE, Gateway, chunk, gateway
 from support.metrics import page
 from support.process import until
 
