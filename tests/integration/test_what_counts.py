@@ -62,11 +62,13 @@ def test_of_a_stream_that_was_cut_what_was_sent_counts(gw: Gateway) -> None:
     assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, 5, True)
 
 
-def test_a_deadline_that_passes_before_anything_was_sent_costs_nothing(gw: Gateway) -> None:
+def test_who_has_a_deadline_that_passes_pays_for_what_was_made_until_then(gw: Gateway) -> None:
     acts(gw, lambda connection: (connection.sendall(WORDS), gw.nodes[0].wait_for_close(connection))[1])
     answer = gw.post(headers={"X-Corral-Deadline-Ms": "1000"})
     assert answer.status_code == 504
-    assert counts(gw.control.settled(answer.headers["X-Request-ID"])) == ("timeout", 1, 0, 0, False)
+    outcome, attempts, prompt, made, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
+    # Or a caller with a short one could have nodes work without end.
+    assert (outcome, attempts, prompt > 0, made, estimated) == ("timeout", 1, True, 5, True)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -370,6 +370,7 @@ class Exchange(State):
             if now >= min(self.wait_until, self.arrived + self.most):
                 self.give_up(gateway.queue.too_late(self), "overloaded")
         elif now >= self.arrived + self.most:  # not the difference: it may be a little less than `most`
+            self.overdue = True
             self.abandon()
             self.give_up(ApiError(504, "timeout", f"the request took longer than {self.most:g} s"), "timeout")
         elif attempt is not None:

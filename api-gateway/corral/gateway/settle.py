@@ -88,10 +88,10 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
 
     A node tells what it counted in its last line alone. Of an answer that was cut the prompt is guessed from its
     size and the answer's tokens are its lines. Who was sent nothing of an answer pays for nothing, whatever nodes did
-    for it, unless it was he who left.
+    for it, unless it was he who left, or whose time was over.
     """
     decoded = exchange.decoded
-    left = outcome in LEFT
+    left = outcome in LEFT or exchange.overdue
     if decoded is None or not (exchange.opened or left or outcome == "ok"):
         return 0, 0, False
     responder = decoded.responder

@@ -32,9 +32,9 @@ class State(Waiter):
     what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
-    whatever it is, ``opened`` once a part of a node's answer was sent. ``queue_ms`` is what its waits for a node took
-    that are over, ``nodeless_since`` when the one began that is still on, 0.0 while it has a node. What most requests
-    never set stands on the class.
+    whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may.
+    ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began that is still on,
+    0.0 while it has a node. What most requests never set stands on the class.
     """
 
     body = b""
@@ -81,7 +81,7 @@ class State(Waiter):
     _admitted = False
     _recorded = False
     _settled = False
-    opened = False
+    opened = overdue = False
     _ending = NOTHING
     _status = 0
     _last_head = b""
