@@ -212,11 +212,26 @@ def sharing(answer: httpx.Response) -> list[str]:
     return [name for name in answer.headers if name.startswith("access-control-")]
 
 
-def test_cors_is_off_by_default(gw: Gateway) -> None:
-    asked = preflight(gw.edge, "https://evil.example")
-    assert (asked.status_code, sharing(asked)) == (404, [])
-    answer = httpx.get(gw.edge + "/api/tags", headers=gw.auth | {"Origin": "https://evil.example"})
-    assert sharing(answer) == []
+def test_on_loopback_no_page_of_the_web_is_served(gw: Gateway) -> None:
+    before = len(gw.nodes[0].requests) + len(gw.nodes[1].requests)
+    for origin in ("https://evil.example", "https://localhost.evil.example", "http://evil.example:8080", "null"):
+        asked = preflight(gw.edge, origin)
+        assert (asked.status_code, sharing(asked)) == (403, [])
+        answer = httpx.post(gw.edge + "/api/chat", json=gw.chat(), headers=gw.auth | {"Origin": origin})
+        assert (answer.status_code, sharing(answer)) == (403, []), origin
+        assert "edge.origins" in answer.json()["error"]["message"]
+    assert before == len(gw.nodes[0].requests) + len(gw.nodes[1].requests)
+    for origin in ("http://localhost:3000", "http://127.0.0.1:8090", gw.edge):
+        answer = httpx.get(gw.edge + "/api/tags", headers=gw.auth | {"Origin": origin})
+        assert (answer.status_code, sharing(answer)) == (200, []), origin
+
+
+def test_beyond_loopback_cors_is_off_by_default(gw: Gateway, tmp_path: Path) -> None:
+    with edge(gw, tmp_path, hosts=("*",)) as url:
+        asked = preflight(url, "https://evil.example")
+        assert (asked.status_code, sharing(asked)) == (404, [])
+        answer = httpx.get(url + "/api/tags", headers=gw.auth | {"Origin": "https://evil.example"})
+        assert (answer.status_code, sharing(answer)) == (200, [])
 
 
 def test_with_origins_named_those_read_answers_and_others_get_a_403(gw: Gateway, tmp_path: Path) -> None:

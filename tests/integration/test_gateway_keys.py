@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.gateway import Gateway, gateway
+from support.process import until
 
-from corral.gateway.authenticate import authenticate
+from corral.gateway.authenticate import authenticate, build_key
 from corral.store import keys
 from corral.wire.errors import ApiError
 
@@ -91,6 +93,46 @@ def test_both_texts_of_a_rotating_key_work_until_one_ends(gw: Gateway) -> None:
     entry["verifiers"] = entry["verifiers"][1:]
     gw.publish()
     assert statuses() == [401, 200]
+
+
+def test_an_old_text_ends_with_its_overlap_though_control_says_nothing(gw: Gateway) -> None:
+    first = gw.new_key()
+    second = keys.secret_for(str(keys.parse(first)))
+    entry: dict[str, Any] = gw._keys[-1]
+    old, new = (keys.verifier(gw.pepper, text) for text in (first, second))
+    entry |= {"verifiers": [old, new], "ends": {old: time.time() + 3600}}
+    gw.publish()
+
+    def statuses() -> list[int]:
+        texts = [{"Authorization": f"Bearer {text}"} for text in (first, second)]
+        return [httpx.get(gw.url + "/api/tags", headers=headers).status_code for headers in texts]
+
+    assert statuses() == [200, 200]
+    entry["ends"] = {old: time.time() + 1}
+    gw.publish()
+    until(lambda: statuses() == [401, 200], "the old one has ended")
+
+
+def test_a_text_that_ends_is_remembered_by_nobody() -> None:
+    pepper = b"p" * 32
+    key_id, first = keys.generate()
+    second = keys.secret_for(key_id)
+    verifiers = [keys.verifier(pepper, text) for text in (first, second)]
+    entry = {"id": key_id, "verifiers": verifiers, "ends": {verifiers[0]: 100.0}}
+    known, verified = {key_id: build_key(entry, {})}, {}  # type: ignore[var-annotated]
+
+    def ask(text: str, wall: float) -> None:
+        authenticate({b"authorization": f"Bearer {text}".encode()}, known, pepper, wall, verified)
+
+    for text in (first, second):
+        ask(text, 99.0)
+    assert list(verified) == [f"Bearer {second}".encode()]
+    ask(second, 100.0)
+    with pytest.raises(ApiError, match="unknown"):
+        ask(first, 100.0)
+    # A snapshot of before has verifiers without an end.
+    known[key_id], old = build_key({"id": key_id, "verifiers": verifiers}, {}), {}  # type: ignore[var-annotated]
+    assert authenticate({b"x-api-key": first.encode()}, known, pepper, 100.0, old).id == key_id
 
 
 def disable(gw: Gateway, *names: str) -> None:

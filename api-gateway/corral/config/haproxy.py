@@ -200,7 +200,7 @@ def _edge(plan: HaproxyPlan) -> list[str]:
         *_RELOADED,
         *well_formed(),
         *for_hosts(plan.hosts),
-        *shared_with(plan.origins),
+        *shared_with(plan.origins, local=not plan.hosts),
         "    # What only Corral says is not taken from a caller; its deadline is its own.",
         "    http-request set-var(txn.deadline) req.fhdr(X-Corral-Deadline-Ms)",
         "    http-request del-header x-corral- -m beg",

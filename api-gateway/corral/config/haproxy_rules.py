@@ -129,10 +129,13 @@ def for_origins(origins: tuple[str, ...], local: bool = False) -> list[str]:
     ]
 
 
-def shared_with(origins: tuple[str, ...]) -> list[str]:
-    """CORS for these origins; without any it is off: no page elsewhere may read an answer."""
+def shared_with(origins: tuple[str, ...], local: bool = False) -> list[str]:
+    """CORS for these origins; without any it is off: no page elsewhere may read an answer.
+
+    ``local``: nor may one that is not of this machine ask anything, where no origin is named.
+    """
     if not origins:
-        return []
+        return ["    # No page of the web that posts to a local address.", *for_origins((), local)] if local else []
     allow = "Access-Control-Allow"
     return [
         "    # CORS, for the pages that corral.yaml names.",

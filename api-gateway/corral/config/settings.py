@@ -228,7 +228,9 @@ class EdgeSettings(Section):
         "None given: only those on loopback, any beyond.",
     )
     origins: tuple[Origin, ...] = Field(
-        (), description="Web pages, by origin, that may read its answers (CORS); with any given, others get a 403."
+        (),
+        description="Web pages, by origin, that may read its answers (CORS); with any given, others get a 403. None "
+        "given: where only local names are served, pages of the web get a 403 too; beyond, they may read no answer.",
     )
     ollama: Listen | None = Field(
         None, description="A front end of the nodes that asks no key: for loopback or an internal network."
@@ -294,7 +296,9 @@ class AuthSettings(Section):
 
     pepper_file: Path = Field(Path("pepper"), description="File with the pepper of the key verifiers.")
     internal_token_file: Path = Field(Path("internal.token"), description="Has the bearer of /internal.")
-    stale: Duration = Field(600.0, gt=0, description="Age at which a snapshot of keys is distrusted.")
+    stale: Duration = Field(
+        600.0, gt=0, description="For so long keys are believed that cannot be read anew: control or database is away."
+    )
 
 
 class Settings(Section):

@@ -98,6 +98,7 @@ class Application:
             await control.fleet.start(members)
             control.preloader.start()
             await control.hub.reload()
+            tasks.append(asyncio.create_task(control.hub.follow()))
             # The first try before anyone hears that control is ready: HAProxy may be started with its file then.
             if not await _told(control):
                 tasks.append(asyncio.create_task(_catch_up(control)))

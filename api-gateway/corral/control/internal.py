@@ -31,7 +31,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/internal/snapshot")
 async def snapshot(control: Here, request: Request, since: str = "") -> Response:
-    """The snapshot, or 304 where `since` is its version."""
+    """The snapshot, or 304 where `since` is its version; and for how long its keys were not read again (seconds)."""
     hub = control.hub
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
@@ -40,7 +40,7 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
         await hub.heard(name, since, _told(request), left)
         if left:  # control itself may end before its ledger's next round
             await control.ledger.note_shipped()
-    headers = {"X-Corral-Now": f"{time.time():.3f}"}
+    headers = {"X-Corral-Now": f"{time.time():.3f}", "X-Corral-Age": f"{hub.age:.3f}"}
     if control.questions.of(name):
         headers["X-Corral-Asked"] = "1"
     if since == hub.version:

@@ -163,7 +163,7 @@ async def update_key(control: Here, caller: Caller, key: str, wanted: Changes) -
 async def rotate_key(
     control: Here, caller: Caller, key: str, response: Response, how: Annotated[Rotation | None, Body()] = None
 ) -> dict[str, Any]:
-    """Give a key a new text; the old one works on for `overlap`."""
+    """Give a key a new text; the old one works on for `overlap`, one that was older ends now."""
     overlap = how.overlap if how is not None else OVERLAP
     row = await control.database.read(_find, caller, key)
     text = keytext.secret_for(row.id)
@@ -305,10 +305,10 @@ def _rotate(
         _no_more(who, row._asdict(), defaults)
     before, now, column = _describe(connection, row), time.time(), key_verifiers.c
     mine = column.key_id == key_id
-    # An older text that ends anyway does not live longer by this.
-    later = mine & (column.expires.is_(None) | (column.expires > now + overlap))
-    connection.execute(update(key_verifiers).where(later).values(expires=now + overlap))
-    connection.execute(delete(key_verifiers).where(mine & (column.expires <= now)))
+    # Two texts at most: what an earlier rotation left ends here, and so does the last one without an overlap.
+    left = mine if overlap <= 0 else mine & column.expires.is_not(None)
+    connection.execute(delete(key_verifiers).where(left))
+    connection.execute(update(key_verifiers).where(mine).values(expires=now + overlap))
     connection.execute(insert(key_verifiers).values(verifier=proof, key_id=key_id, created=now))
     made = _describe(connection, row)
     record(connection, who, "POST", f"/admin/keys/{key_id}/rotate", before, made, tenant=row.tenant)

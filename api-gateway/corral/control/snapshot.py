@@ -21,8 +21,9 @@ from corral.config.settings import ModelSettings
 from corral.control.prober import Fleet
 from corral.store.database import Database
 from corral.store.progress import Shipped
-from corral.store.tables import disabled_models, key_verifiers, keys, tenants
+from corral.store.tables import audit_streams, disabled_models, key_verifiers, keys, tenants
 from corral.store.valkey import Valkey, ValkeyDown
+from corral.store.verify import CONTROL
 
 CHANNEL = b"corral:snapshot"
 ACKNOWLEDGE = 1.0
@@ -30,6 +31,8 @@ PRESENT = 3.0
 LATELY = 30.0
 FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
+LOOK = 0.25
+"""The pause between two looks whether another control changed something (seconds); gateways ask each half second."""
 FIELDS = (
     *("id", "name", "tenant", "role", "models", "networks"),
     *("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens", "class", "weight"),
@@ -85,7 +88,7 @@ class Hub:
     """Holds what the snapshot is made of and tells when it changes.
 
     ``dedicated`` has the nodes of tenants that have some to themselves.
-    ``stale``: for so many seconds a gateway serves by what it last heard.
+    ``stale``: for so many seconds keys are believed that were not read again.
 
     The version is a hash of what matters: keys, nodes, their states and tags, and which models are resident,
     but not how long they stay so.
@@ -109,6 +112,8 @@ class Hub:
         self._keys_digest = b""
         self._rows: list[tuple[dict[str, Any], list[tuple[str, float | None]]]] = []
         self._verifier_ends = math.inf
+        self._changes: int | None = None
+        self._read_at = -math.inf
         self._tenants: list[dict[str, Any]] = []
         self.disabled: list[str] = []
         self.continuable: dict[str, str] = {}
@@ -128,11 +133,39 @@ class Hub:
     async def reload(self) -> int:
         """Read keys, tenants and disabled models again after they changed; the number of the snapshot with them."""
         async with self._loading:
-            self._rows, self._tenants, self.disabled = await self._database.read(_read)
+            began = time.monotonic()
+            self._changes, self._rows, self._tenants, self.disabled = await self._database.read(_read)
+            self._read_at = began
             self._owners = {row["id"]: row["tenant"] for row, _ in self._rows}
             self._build_keys()
             self.refresh()
         return self.number
+
+    async def follow(self) -> None:
+        """Read again what another control changed, and see that the database still says what was read; until cancelled.
+
+        Whoever changes something enters it in the audit trail in the same transaction: the place of the last entry
+        tells that there was a change, at the price of one row.
+        """
+        silent = False
+        while True:
+            began = time.monotonic()
+            try:
+                if await self._database.read(_changes) == self._changes:
+                    self._read_at = max(self._read_at, began)
+                else:
+                    await self.reload()
+                silent = False
+            except Exception as error:  # whatever it is: what nobody reads again grows old
+                if not silent:
+                    log.warning("keys are not read, those that are known hold for %g s: %s", self._stale, error)
+                silent = True
+            await asyncio.sleep(LOOK)
+
+    @property
+    def age(self) -> float:
+        """For how long nobody has seen that the keys are what the database has (seconds)."""
+        return time.monotonic() - self._read_at
 
     def refresh(self) -> None:
         """Look whether what matters has changed, and tell if so."""
@@ -181,7 +214,9 @@ class Hub:
         )
 
     def look_up(self, key_id: str) -> tuple[dict[str, Any], list[tuple[str, float | None]]] | None:
-        """A key and its verifiers with their ends, as last read; None if it was not known then."""
+        """A key and its verifiers with their ends, as last read; None if it was not known then, or too long ago."""
+        if self.age > self._stale:
+            return None
         for row, proofs in self._rows:
             if row["id"] == key_id:
                 return {**row, "revoked": 0.0 if row["revoked"] else None}, proofs
@@ -291,10 +326,7 @@ class Hub:
             (end for _, proofs in self._rows for _, end in proofs if end is not None and end > now),
             default=math.inf,
         )
-        self._keys = [
-            {**row, "verifiers": [verifier for verifier, end in proofs if end is None or end > now]}
-            for row, proofs in self._rows
-        ]
+        self._keys = [_entry(row, proofs, now) for row, proofs in self._rows]
         self._keys_digest = hashlib.sha256(msgspec.json.encode(self._keys)).digest()
 
     def _publish(self) -> None:
@@ -311,11 +343,25 @@ class Hub:
             log.warning("the change was not published: %s", error)
 
 
-def _read(connection: Connection) -> tuple[list[Any], list[dict[str, Any]], list[str]]:
-    """Keys with their verifiers, tenants, and the names of disabled models."""
+def _entry(row: dict[str, Any], proofs: list[tuple[str, float | None]], now: float) -> dict[str, Any]:
+    """A key as gateways get it. ``ends``: they hold a verifier to its end by themselves, while control is away too."""
+    alive = [(verifier, end) for verifier, end in proofs if end is None or end > now]
+    entry: dict[str, Any] = {**row, "verifiers": [verifier for verifier, _ in alive]}
+    if ends := {verifier: end for verifier, end in alive if end is not None}:
+        entry["ends"] = ends
+    return entry
+
+
+def _changes(connection: Connection) -> int | None:
+    """A number that grows with each change of what is read here."""
+    return connection.execute(select(audit_streams.c.pos).where(audit_streams.c.stream == CONTROL)).scalar()
+
+
+def _read(connection: Connection) -> tuple[int | None, list[Any], list[dict[str, Any]], list[str]]:
+    """The number of changes, keys with their verifiers, tenants, and the names of disabled models."""
     owners = [dict(row) for row in connection.execute(select(tenants).order_by(tenants.c.name)).mappings()]
     off = connection.execute(select(disabled_models.c.name).order_by(disabled_models.c.name)).scalars()
-    return _read_keys(connection), owners, list(off)
+    return _changes(connection), _read_keys(connection), owners, list(off)
 
 
 def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[str, float | None]]]]:

@@ -29,6 +29,7 @@ class Key:
     ``deadline`` is how long a request of it may take that does not say so (seconds), None for as long as any.
     ``weight`` is its share where keys wait for the same model.
     ``networks`` is None for a key that may be used from anywhere; ``places`` are addresses that were found in them.
+    ``ends`` has the end (epoch seconds) of each verifier that has one: an old text's, while the key rotates.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Key:
     weight: float = 1.0
     density: float = 1.0
     places: set[str] = field(default_factory=set)
+    ends: dict[bytes, float] = field(default_factory=dict)
 
     def may_use(self, model: str) -> bool:
         """Whether one of the key's globs matches the model's canonical name, or its name without `:latest`."""
@@ -58,6 +60,7 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
     """A key from an entry of the snapshot; `defaults` are the limits of a key with none of its own."""
     globs = entry.get("models") or ["*"]
     networks = entry.get("networks")
+    ends: dict[str, float] = entry.get("ends") or {}
     return Key(
         id=entry["id"],
         tenant=entry.get("tenant") or "default",
@@ -71,6 +74,7 @@ def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tena
         content=bool(entry.get("content")),
         deadline=entry.get("deadline"),
         weight=float(entry.get("weight") or 1.0),
+        ends={bytes.fromhex(text): end for text, end in ends.items()},
     )
 
 
@@ -105,6 +109,7 @@ def authenticate(
 
     `verified` remembers which `Authorization` headers were checked against the keys in `known`; whoever changes
     `known` empties it. It is looked up by the header's hash, whose seed no caller knows, so its timing tells nothing.
+    A text that ends is checked each time.
 
     Raises:
         ApiError: 401 for a key that is missing, malformed, unknown, revoked or expired; says which.
@@ -112,8 +117,8 @@ def authenticate(
     bearer = headers.get(b"authorization")
     key = None if bearer is None or b"x-api-key" in headers else verified.get(bearer)
     if key is None:
-        key = _verify(credential(headers), known, pepper)
-        if bearer is not None and b"x-api-key" not in headers:
+        key, lasts = _verify(credential(headers), known, pepper, wall)
+        if lasts and bearer is not None and b"x-api-key" not in headers:
             if len(verified) >= VERIFIED_MAX:
                 verified.clear()
             verified[bearer] = key
@@ -133,7 +138,8 @@ def check(key: Key | None, wall: float) -> None:
         raise _unauthorized("the API key has expired")
 
 
-def _verify(text: str, known: Mapping[str, Key], pepper: bytes) -> Key:
+def _verify(text: str, known: Mapping[str, Key], pepper: bytes, wall: float) -> tuple[Key, bool]:
+    """The key of a text, and whether that text lasts as long as the key."""
     key_id = keys.parse(text)
     if key_id is None:
         raise _unauthorized("the API key is malformed: check that it was copied whole")
@@ -144,7 +150,10 @@ def _verify(text: str, known: Mapping[str, Key], pepper: bytes) -> Key:
         matched |= hmac.compare_digest(verifier, digest)
     if key is None or not matched:
         raise _unauthorized("the API key is unknown")
-    return key
+    end = key.ends.get(digest)
+    if end is not None and wall >= end:
+        raise _unauthorized("the API key is unknown")
+    return key, end is None
 
 
 def locate(key: Key, address: str) -> None:

@@ -49,7 +49,7 @@ def readiness(snapshot: Snapshot, now: float, stale_after: float) -> tuple[int, 
     if not snapshot.version:
         reason = "no snapshot of keys and nodes yet"
     elif now - snapshot.confirmed > stale_after:
-        reason = "the snapshot of keys is too old: control is away"
+        reason = "the snapshot of keys is too old: control or its database is away"
     elif not any(node.state is NodeState.READY for node in snapshot.nodes.values()):
         reason = "no node is ready"
     else:

@@ -179,7 +179,7 @@ class Page:
             ("corral_runners_ejected", GAUGE, "Those of them that gave no token when asked.", ejected),
             ("corral_ejections_total", COUNTER, "Models on nodes that were ejected.", health.ejections),
             ("corral_ejections_frozen_total", COUNTER, "Ejections that were too many at once.", health.frozen),
-            ("corral_snapshot_age_seconds", GAUGE, "Since control confirmed keys.", age),
+            ("corral_snapshot_age_seconds", GAUGE, "Since keys were confirmed by control and database.", age),
         ):
             yield from family(name, kind, text, (), {(): value})
 

@@ -26,6 +26,11 @@ NOW = "x-corral-now"
 Control may have stood still for long before it takes a question: what that says was true then, not since.
 """
 AS_OF = "X-Corral-As-Of"
+AGE = "x-corral-age"
+"""The header by which control says how long ago (seconds) it saw that its keys are what the database has.
+
+Without its database control answers on, of nodes above all: that confirms no key.
+"""
 ROUNDS = 5
 
 log = logging.getLogger(__name__)
@@ -119,13 +124,13 @@ class Feed:
 
     async def _poll(self, client: httpx.AsyncClient) -> bool:
         response = await self._ask(client, {})
-        now = time.monotonic()
+        now, age = time.monotonic(), float(response.headers.get(AGE, "0"))
         if response.status_code == 200:
             self._snapshot.apply(msgspec.json.decode(response.content))
             self._unkept = response.content
         elif response.status_code != 304:
             raise ValueError(f"status {response.status_code}")
-        self._snapshot.confirmed = now
+        self._snapshot.confirmed = now - age
         if ASKED in response.headers:
             await self._reply(client)
         if self._unkept is not None or now - self._touched > TOUCH:
@@ -154,7 +159,7 @@ class Feed:
                 self._unkept = None
             else:
                 with contextlib.suppress(FileNotFoundError):
-                    os.utime(self._file)
+                    self._date(self._file)
             self._touched = now
             self._unkept_logged = False
         except OSError as error:
@@ -168,4 +173,10 @@ class Feed:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
+        self._date(draft)
         draft.replace(self._file)
+
+    def _date(self, file: Path) -> None:
+        """Have a file say when what is in it was confirmed."""
+        moment = time.time() - (time.monotonic() - self._snapshot.confirmed)
+        os.utime(file, (moment, moment))

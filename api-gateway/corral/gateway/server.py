@@ -186,11 +186,11 @@ class Gateway:
         """The snapshot, if it may still be used. `now` is monotonic seconds.
 
         Raises:
-            ApiError: 503 before the first one, and when control has been away for `auth.stale`.
+            ApiError: 503 before the first one, and when control or its database has been away for `auth.stale`.
         """
         snapshot = self.snapshot
         if now - snapshot.confirmed > self.stale_after:
-            raise ApiError(503, "overloaded", "no current list of keys: control is away", retry_after=2)
+            raise ApiError(503, "overloaded", "no current list of keys: control or its database is away", retry_after=2)
         return snapshot
 
     def check_key(self, headers: dict[bytes, bytes]) -> None:

@@ -35,7 +35,7 @@ class Pool:
 
 
 class Snapshot:
-    """Keys, nodes and policies. ``confirmed`` is when control last confirmed it, in monotonic seconds.
+    """Keys, nodes and policies. ``confirmed`` is when its keys were what the database had, in monotonic seconds.
 
     ``group_of`` has the group of each node that some tenant has to itself (`corral.fleet.pools`).
     ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
