@@ -31,12 +31,15 @@ class Defence:
 
 
 ADMIN = "tests/integration/test_matrix_admin.py"
+AWAY = "tests/faults/test_keys_away.py"
 EDGE = "tests/integration/test_edge_callers.py"
 GATEWAY = "tests/integration/test_matrix_gateway.py"
+KEYS = "tests/integration/test_gateway_keys.py"
 LIMITS = "tests/unit/test_wire_limits.py"
 PULLS = "tests/integration/test_pulls.py"
 SMUGGLING = "tests/integration/test_smuggling.py"
 TENANTS = "tests/integration/test_tenants.py"
+VERIFY = "tests/unit/test_store_verify.py"
 
 DEFENCES = (
     Defence(
@@ -125,6 +128,14 @@ DEFENCES = (
         "time.monotonic() + BODY_DEADLINE",
         "tests/unit/test_listen.py",
     ),
+    Defence(11, "gateway/listen.py", "if not self._head_bytes:", "if True:", "tests/unit/test_listen.py"),
+    Defence(
+        11,
+        "gateway/listen.py",
+        "self.stalled_since and now - self.stalled_since > WRITE_DEADLINE",
+        "False",
+        "tests/unit/test_listen.py",
+    ),
     Defence(
         12,
         "config/haproxy.py",
@@ -171,6 +182,7 @@ DEFENCES = (
         EDGE,
     ),
     Defence(14, "config/haproxy_rules.py", 'if origin_sent !origin_own"', 'if origin_sent !origin_once"', EDGE),
+    Defence(14, "config/haproxy.py", "local=not plan.hosts", "local=False", EDGE),
     Defence(
         15, "gateway/authenticate.py", "key is None or key.revoked:", "key is None:", "tests/faults/test_revocation.py"
     ),
@@ -188,6 +200,24 @@ DEFENCES = (
         "return text or _KEY_LIKE.sub(",
         "tests/integration/test_control_refusals.py",
     ),
+    Defence(15, "gateway/authenticate.py", "wall >= key.expires:", "False:", KEYS),
+    Defence(15, "gateway/authenticate.py", "if end is not None and wall >= end:", "if False:", KEYS),
+    Defence(15, "gateway/authenticate.py", "if lasts and bearer", "if bearer", KEYS),
+    Defence(
+        15,
+        "control/keys.py",
+        "mine if overlap <= 0 else mine & column.expires.is_not(None)",
+        "mine & (column.expires <= now)",
+        "tests/integration/test_control.py",
+    ),
+    Defence(15, "gateway/feed.py", "self._snapshot.confirmed = now - age", "self._snapshot.confirmed = now", AWAY),
+    Defence(15, "gateway/feed.py", "        self._date(draft)\n", "", AWAY),
+    Defence(15, "control/app.py", "            tasks.append(asyncio.create_task(control.hub.follow()))\n", "", AWAY),
+    Defence(16, "store/verify.py", 'if leaf != row["leaf"]:', "if False:", VERIFY),
+    Defence(16, "store/verify.py", "if pos != expected:", "if False:", VERIFY),
+    Defence(16, "store/verify.py", "if whole and (root, end.hex()) != (span.root, span.link):", "if False:", VERIFY),
+    Defence(16, "store/verify.py", "elif not signed_by(signed, public):", "elif False:", VERIFY),
+    Defence(16, "store/verify.py", "if head.pos < at:", "if False:", VERIFY),
     Defence(
         17,
         "gateway/snapshot.py",

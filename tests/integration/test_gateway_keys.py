@@ -135,6 +135,18 @@ def test_a_text_that_ends_is_remembered_by_nobody() -> None:
     assert authenticate({b"x-api-key": first.encode()}, known, pepper, 100.0, old).id == key_id
 
 
+def test_a_key_ends_when_it_expires() -> None:
+    pepper = b"p" * 32
+    key_id, text = keys.generate()
+    entry = {"id": key_id, "verifiers": [keys.verifier(pepper, text)], "expires": 100.0}
+    known, verified = {key_id: build_key(entry, {})}, {}  # type: ignore[var-annotated]
+    headers = {b"authorization": f"Bearer {text}".encode()}
+    authenticate(headers, known, pepper, 99.0, verified)
+    for remembered in (verified, {}):
+        with pytest.raises(ApiError, match="expired"):
+            authenticate(headers, known, pepper, 100.0, remembered)
+
+
 def disable(gw: Gateway, *names: str) -> None:
     gw.control.publish(disabled=list(names))
     gw.control.until_known()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.listening import Stage
@@ -63,6 +64,36 @@ def test_a_body_of_a_byte_now_and_then_has_an_end(monkeypatch: pytest.MonkeyPatc
         stage.connection.data_received(b"x")
         now += 1.0
     assert 1055 < now < 1065
+
+
+def test_a_head_of_a_byte_now_and_then_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    stage.connection.data_received(b"GET /a HTTP/1.1\r\nX: ")
+    for _ in range(100):
+        stage.connection.check(now)
+        if stage.closed:
+            break
+        stage.connection.data_received(b"x")
+        now += 1.0
+    assert 1009 < now < 1012
+
+
+def test_who_takes_nothing_of_an_answer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    exchange: Any = SimpleNamespace(pause=lambda: None, resume=lambda: None)
+    stage.connection.exchange = exchange
+    for closed in (False, True):
+        stage.connection.pause_writing()
+        now += 59.0
+        stage.connection.check(now)
+        assert not stage.closed
+        if not closed:  # it has taken some: its time begins anew
+            stage.connection.resume_writing()
+    now += 2.0
+    stage.connection.check(now)
+    assert stage.closed
 
 
 def test_a_large_body_that_keeps_coming_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
