@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,7 @@ from support.control import Running, make_key
 from support.postgres import Postgres
 from support.postgres import postgres as run_postgres
 from support.process import Process, free_port, until
-from support.servers import python_env
+from support.servers import python_env, valkey
 
 STALE = 6.0
 WITHIN = 1.0
@@ -32,20 +32,22 @@ def server() -> Iterator[Postgres]:
 
 
 class Lone:
-    """A gateway of a control, without a store and nodes: a key is all that it is asked about."""
+    """A gateway of a control, without nodes: a key is all that it is asked about."""
 
     def __init__(self, folder: Path, control: Running) -> None:
-        port, self._folder = free_port(), folder
-        self.url, self.file = f"http://127.0.0.1:{port}", folder / "cache/gateway-1/snapshot.json"
-        gateway = {"listen": f"127.0.0.1:{port}", "metrics": "", "control_url": control.url}
-        gateway |= {"spool": str(folder / "spool"), "cache": str(folder / "cache")}
-        files = {"pepper_file": "pepper", "internal_token_file": "internal.token"}
-        auth = {name: str(control.state / file) for name, file in files.items()}
-        settings = {"gateway": gateway, "auth": {**auth, "stale": f"{STALE:g}s"}}
-        (folder / "gateway.yaml").write_text(yaml.safe_dump({**settings, "store": {"valkey": "redis://127.0.0.1:1/0"}}))
-        self.start()
+        self._port, self._folder, self._state = free_port(), folder, control.state
+        self._store = {"valkey": control.settings.store.valkey}
+        self.url, self.file = f"http://127.0.0.1:{self._port}", folder / "cache/gateway-1/snapshot.json"
+        self.start(control.url)
 
-    def start(self) -> None:
+    def start(self, control: str) -> None:
+        """Start it, with a control at an address."""
+        gateway = {"listen": f"127.0.0.1:{self._port}", "metrics": "", "control_url": control}
+        gateway |= {"spool": str(self._folder / "spool"), "cache": str(self._folder / "cache")}
+        files = {"pepper_file": "pepper", "internal_token_file": "internal.token"}
+        auth = {name: str(self._state / file) for name, file in files.items()}
+        settings = {"gateway": gateway, "auth": {**auth, "stale": f"{STALE:g}s"}, "store": self._store}
+        (self._folder / "gateway.yaml").write_text(yaml.safe_dump(settings))
         argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", self._folder / "gateway.yaml"]
         self.process = Process(argv, self._folder / "gateway.log", python_env())
         self.process.wait_until(lambda: self.status("") in (401, 503))
@@ -75,33 +77,38 @@ def test_known_keys_outlive_the_database_for_the_stated_time(tmp_path: Path, ser
                     assert operator.get("/admin/nodes").status_code == 503, "nor does control itself go by them"
                 # One that starts now has no more time, by its file or by what control says.
                 gateway.close()
-                gateway.start()
-                assert gateway.status(made["key"]) == 503
-                gateway.close()
                 gateway.file.unlink()
-                gateway.start()
+                gateway.start(control.url)
                 until(gateway.file.exists, "control has answered it")
                 assert gateway.status(made["key"]) == 503
+                gateway.close()
+                gateway.start("http://127.0.0.1:1")
+                assert gateway.status(made["key"]) == 503
+                gateway.close()
             finally:
                 server.hold(False) if how == "hangs" else server.start()
+            gateway.start(control.url)
             until(lambda: gateway.status(made["key"]) == 200, "the database is back")
 
 
 def test_what_one_control_changes_reaches_the_gateways_of_another_within_a_second(
     tmp_path: Path, server: Postgres
 ) -> None:
-    store, states = {"database": server.database()}, [tmp_path / "first", tmp_path / "second"]
-    with closing(Running(states[0], store=store)) as first:
+    states = [tmp_path / "first", tmp_path / "second"]
+    with ExitStack() as stack:
+        store = {"database": server.database(), "valkey": stack.enter_context(valkey(tmp_path)).url}
+        first = stack.enter_context(closing(Running(states[0], store=store)))
         states[1].mkdir()
         for name in ("pepper", "internal.token", "admin.key"):
             shutil.copy2(states[0] / name, states[1] / name)
-        with closing(Running(states[1], store=store)) as second, closing(Lone(tmp_path, second)) as gateway:
-            for _ in range(ROUNDS):
-                made = make_key(first)
-                changed = time.monotonic()
-                until(lambda key=made["key"]: gateway.status(key) == 200, "it knows the key", every=0.01)  # type: ignore[misc]
-                assert time.monotonic() - changed < WITHIN
-                changed = time.monotonic()
-                assert first.admin.post(f"/admin/keys/{made['id']}/revoke").status_code == 200
-                until(lambda key=made["key"]: gateway.status(key) == 401, "it refuses the key", every=0.01)  # type: ignore[misc]
-                assert time.monotonic() - changed < WITHIN
+        second = stack.enter_context(closing(Running(states[1], store=store)))
+        gateway = stack.enter_context(closing(Lone(tmp_path, second)))
+        for _ in range(ROUNDS):
+            made = make_key(first)
+            changed = time.monotonic()
+            until(lambda key=made["key"]: gateway.status(key) == 200, "it knows the key", every=0.01)  # type: ignore[misc]
+            assert time.monotonic() - changed < WITHIN
+            changed = time.monotonic()
+            assert first.admin.post(f"/admin/keys/{made['id']}/revoke").status_code == 200
+            until(lambda key=made["key"]: gateway.status(key) == 401, "it refuses the key", every=0.01)  # type: ignore[misc]
+            assert time.monotonic() - changed < WITHIN

@@ -1,5 +1,6 @@
-"""Limits while Valkey is killed, stopped, cut off or flushed: how much is admitted, how long it takes, what is known
-when it is back. Three gateways' limits in this process, with the time-out of production, then two whole gateways."""
+"""Limits while Valkey is killed, stopped, cut off, flushed or fails over: how much is admitted, how long it takes, what
+is known when it is back. Three gateways' limits in this process, with production's time-out, then two whole gateways.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +30,19 @@ ADDED = 0.050
 SLACK = 0.030
 """What a busy machine may add to a time-out."""
 EXACT = 5.0
+FAILOVERS = ["failed over", "failed over late", "demoted"]
+"""A replica takes the primary's place, which is gone; one that lacks what was acknowledged last; of one that stays."""
+WAYS = ["killed", "stopped", "cut off", "flushed", *FAILOVERS]
 
 
 class Line:
-    """The way to the store, which can be cut without a word: nothing passes, nothing is refused."""
+    """The way to the store, which can be cut without a word: nothing passes, nothing is refused.
+
+    ``to`` is where it leads; who is connected has to connect again to be there.
+    """
 
     def __init__(self, port: int) -> None:
-        self.port, self._to = free_port(), port
+        self.port, self.to = free_port(), port
         self.open = asyncio.Event()
         self.open.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -57,7 +64,7 @@ class Line:
         self._tasks.add(task)
         with suppress(OSError, asyncio.CancelledError):
             await self.open.wait()
-            back, forth = await asyncio.open_connection("127.0.0.1", self._to)
+            back, forth = await asyncio.open_connection("127.0.0.1", self.to)
             await asyncio.gather(self._pass(reader, forth), self._pass(back, writer))
         self._tasks.discard(task)
         writer.close()
@@ -79,14 +86,44 @@ class Faulty:
         self._stack = ExitStack()
         self.server: Server = self._stack.enter_context(valkey(folder, program=program))
         self.port = int(str(urlsplit(self.server.url).port))
+        self.replica = self.server
         self.line: Line | None = None
 
     def close(self) -> None:
         self._stack.close()
 
+    async def say(self, port: int, command: bytes) -> bytes:
+        """A command to one of the servers; what it says first."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(command + b"\r\n")
+        said = await reader.readuntil(b"\n")
+        if said.startswith(b"$"):
+            said = await reader.readexactly(int(said[1:]))
+        writer.close()
+        return said
+
+    async def prepare(self, how: str) -> None:
+        """Have a replica that has all there is, where one is to take over; a late one hears nothing from then on."""
+        if how not in FAILOVERS:
+            return
+        started = valkey(self._folder, program=self._program, primary=self.port)
+        self.replica = await asyncio.to_thread(self._stack.enter_context, started)
+        async with asyncio.timeout(30):
+            while b"link_status:up" not in await self.say(self._replica_port, b"INFO replication"):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        if how == "failed over late":
+            await self.say(self._replica_port, b"REPLICAOF NO ONE")
+
+    @property
+    def _replica_port(self) -> int:
+        return int(str(urlsplit(self.replica.url).port))
+
     async def fail(self, how: str) -> None:
-        if how == "killed":
+        if how in ("killed", "failed over", "failed over late"):
             self.server.process.end(signal.SIGKILL)
+        elif how == "demoted":
+            await self.say(self._replica_port, b"REPLICAOF NO ONE")
+            await self.say(self.port, b"REPLICAOF 127.0.0.1 %d" % self._replica_port)
         elif how == "stopped":
             os.kill(self.server.process.pid, signal.SIGSTOP)
         elif how == "cut off":
@@ -99,6 +136,10 @@ class Faulty:
         if how == "killed":
             started = valkey(self._folder, self.port, self._program)
             self.server = await asyncio.to_thread(self._stack.enter_context, started)
+        elif how in FAILOVERS:
+            assert self.line is not None
+            await self.say(self._replica_port, b"REPLICAOF NO ONE")
+            self.line.to = self._replica_port
         elif how == "stopped":
             os.kill(self.server.process.pid, signal.SIGCONT)
         elif how == "cut off":
@@ -150,7 +191,7 @@ async def timed(gateway: Gateway, budget: Budget, request: str, tokens: int) -> 
     return verdict, time.perf_counter() - began
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped", "cut off", "flushed"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("limits", [{"tpm": 12_000}, {"daily_tokens": 12_000}, {"rpm": 120}])
 def test_a_limit_holds_through_the_loss_of_its_store(store: Faulty, how: str, limits: dict[str, int]) -> None:
     limit = limits.get("rpm", 120)
@@ -174,7 +215,9 @@ def test_a_limit_holds_through_the_loss_of_its_store(store: Faulty, how: str, li
                         gateway.limits.release(budget, request, 100)
             return waits
 
-        await ask(15)
+        await ask(5)
+        await store.prepare(how)
+        await ask(10)
         assert passed == 45
         if "rpm" not in limits:
             # What each of them knows is at most two seconds old; here it is what the last call said.
@@ -201,7 +244,7 @@ def test_a_limit_holds_through_the_loss_of_its_store(store: Faulty, how: str, li
     run(store, work)
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped", "cut off", "flushed"])
+@pytest.mark.parametrize("how", WAYS)
 def test_concurrency_holds_through_the_loss_of_its_store(store: Faulty, how: str) -> None:
     async def work(made: list[Gateway]) -> None:
         name = unused()
@@ -215,6 +258,7 @@ def test_concurrency_holds_through_the_loss_of_its_store(store: Faulty, how: str
         def running() -> int:
             return sum(len(budget.in_flight) for budget in budgets)
 
+        await store.prepare(how)
         await fill("before")
         assert running() == 30
         await store.fail(how)
@@ -270,6 +314,19 @@ def test_what_one_gateway_used_alone_holds_through_the_loss_of_the_store(store: 
         await ask(made, "after")
         assert sum(len(budget.in_flight) for budget in running) <= 30 * OVER
         assert passed <= most()
+
+    run(store, work)
+
+
+def test_who_asks_nothing_leaves_a_server_that_became_a_replica(store: Faulty) -> None:
+    async def work(made: list[Gateway]) -> None:
+        await store.prepare("demoted")
+        servers = {gateway.store.server for gateway in made}
+        assert len(servers) == 1
+        await store.fail("demoted")
+        await store.mend("demoted")
+        await eventually(lambda: not any(gateway.store.server in servers for gateway in made), EXACT)
+        await granting(made, EXACT)
 
     run(store, work)
 

@@ -138,23 +138,6 @@ def test_rotation_keeps_the_old_text_for_the_overlap(control: Running) -> None:
     assert [works(text) for text in (last, newest)] == [False, True]
 
 
-def test_a_key_has_two_texts_at_most(control: Running) -> None:
-    made = make_key(control, role="operator")
-    texts = [made["key"]]
-    for overlap in (3600, 60, 3600, 3600):
-        rotated = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": overlap}).json()
-        texts.append(rotated["key"])
-
-    def status(text: str) -> int:
-        with control.client(text) as client:
-            return client.get("/admin/status").status_code
-
-    assert [status(text) for text in texts] == [401, 401, 401, 200, 200]
-    entry = next(key for key in control.snapshot().json()["keys"] if key["id"] == made["id"])
-    assert len(entry["verifiers"]) == 2
-    assert list(entry["ends"].values()) == [rotated["rotating_until"]], "gateways know when the old one ends"
-
-
 def test_revocation_says_which_gateways_know(control: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "ACKNOWLEDGE", 3.0)  # longer than a machine may halt
     made = make_key(control)

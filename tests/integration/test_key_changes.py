@@ -154,3 +154,20 @@ def test_a_name_is_that_of_the_key_that_lives(control: Running) -> None:
     assert control.admin.get("/admin/keys/twice").json()["id"] == new
     control.admin.post(f"/admin/keys/{new}/revoke").raise_for_status()
     assert control.admin.get("/admin/keys/twice").status_code == 409, "none lives: any may be meant"
+
+
+def test_a_key_has_two_texts_at_most(control: Running) -> None:
+    made = make_key(control, role="operator")
+    texts = [made["key"]]
+    for overlap in (3600, 60, 3600, 3600):
+        rotated = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": overlap}).json()
+        texts.append(rotated["key"])
+
+    def status(text: str) -> int:
+        with control.client(text) as client:
+            return client.get("/admin/status").status_code
+
+    assert [status(text) for text in texts] == [401, 401, 401, 200, 200]
+    entry = next(key for key in control.snapshot().json()["keys"] if key["id"] == made["id"])
+    assert len(entry["verifiers"]) == 2
+    assert list(entry["ends"].values()) == [rotated["rotating_until"]], "gateways know when the old one ends"

@@ -77,15 +77,22 @@ STORES = ("valkey", "redis-server")
 
 
 @contextmanager
-def valkey(folder: Path, port: int | None = None, program: str = "valkey") -> Iterator[Server]:
-    """A Valkey (or Redis) of its own, without persistence; ``url`` is redis://127.0.0.1:PORT/0."""
+def valkey(
+    folder: Path, port: int | None = None, program: str = "valkey", primary: int | None = None
+) -> Iterator[Server]:
+    """A Valkey (or Redis) of its own, without persistence; ``url`` is redis://127.0.0.1:PORT/0.
+
+    With the port of a ``primary`` it is a replica of that.
+    """
     port = port or free_port()
     found = binaries.valkey() if program == "valkey" else shutil.which(program)
     if found is None:
         pytest.fail(f"there is no {program}: apt-get install {program} (scripts/test does)", pytrace=False)
     argv = [found, "--port", str(port), "--bind", "127.0.0.1"]
     argv += ["--save", "", "--appendonly", "no", "--dir", str(folder)]
-    process = Process(argv, folder / "valkey.log")
+    if primary is not None:
+        argv += ["--replicaof", f"127.0.0.1 {primary}", "--repl-diskless-sync-delay", "0"]
+    process = Process(argv, folder / f"valkey-{port}.log" if primary else folder / "valkey.log")
     try:
         process.wait_until(lambda: _accepts(port))
         yield Server(f"redis://127.0.0.1:{port}/0", process)

@@ -9,6 +9,7 @@ from time import monotonic, time
 
 import hiredis
 
+from corral.store import keeper
 from corral.store.budget import (
     ACTIVE,
     ADMIT,
@@ -28,7 +29,7 @@ from corral.store.budget import (
     sha,
 )
 from corral.store.limits import Limits
-from corral.store.valkey import Valkey, ValkeyDown
+from corral.store.valkey import Valkey, ValkeyDown, encode
 
 RENEW = 2.0
 ASK = 0.02
@@ -37,21 +38,22 @@ PATIENCE, PATIENCE_AGAIN = 2.5, 0.5
 AT_ONCE = 200
 ACTIVE_MAX = 2000
 
-RENEWAL, REBUILD = script("renew", metered=False), script("rebuild", metered=False)
-SCRIPTS = (ADMIT, ADMIT_SLOT, CHARGE, RESERVE, RESERVE_SLOT, SETTLE, DECLARE, USE, RENEWAL, REBUILD)
-_RENEWAL, _REBUILD, _DECLARE, _USE = sha(RENEWAL), sha(REBUILD), sha(DECLARE), sha(USE)
+RENEWAL, REBUILD, FORGET = (script(name, metered=False) for name in ("renew", "rebuild", "forget"))
+SCRIPTS = (ADMIT, ADMIT_SLOT, CHARGE, RESERVE, RESERVE_SLOT, SETTLE, DECLARE, USE, RENEWAL, REBUILD, FORGET)
+_RENEWAL, _REBUILD, _FORGET, _DECLARE, _USE = sha(RENEWAL), sha(REBUILD), sha(FORGET), sha(DECLARE), sha(USE)
 _LEASE = b"%d" % (LEASE * 1e6)
 
 log = logging.getLogger(__name__)
 
 
 class _Known:
-    """``epoch`` is that of the store that knows what this gateway knows, ``since`` how far its use was read (us).
+    """``epoch`` is that of the store that knows what this gateway knows, ``server`` the run id of its process.
 
-    ``held`` are the scopes of which others had requests under way, as that was last read.
+    ``since`` is how far its use was read (us), ``held`` are the scopes of which others had requests under way then.
     """
 
     epoch: bytes | None = None
+    server: bytes | None = None
     since = 0
 
     def __init__(self) -> None:
@@ -69,6 +71,8 @@ async def keep(limits: Limits) -> None:
     known = _Known()
 
     def came_back() -> None:
+        if store is not None and known.server not in (None, store.server):
+            _another_server(store, known)
         limits.give_back()
         wake.set()
         if limits.slots is not None:
@@ -95,6 +99,8 @@ async def keep(limits: Limits) -> None:
             limits.back()
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("leases were not renewed: %s", error)
+            if isinstance(error, hiredis.ReplyError) and not told:
+                store.reset()  # a replica now, say: the address may lead to another server by now
         except Exception:  # a fault of ours, or a store of another kind: requests go on
             log.exception("leases were not renewed")
 
@@ -110,6 +116,22 @@ async def tell(limits: Limits, scopes: list[Budget]) -> None:
         await _declare_some(store, scopes, monotonic())
 
 
+def _another_server(store: Valkey, known: _Known) -> None:
+    """Have what took the store's place, with its data or a part of them, be told anew.
+
+    A replica that was promoted may lack what was acknowledged last, and has the epoch all the same. It is the first
+    thing that is said on a connection: nothing is granted, counted or believed by what such a server holds.
+    """
+    server = store.server
+
+    def heard(reply: object) -> None:
+        if not isinstance(reply, Exception):
+            known.server = server
+
+    keys = (EPOCH, GRANTS, keeper.GRANTS)
+    store.call(encode(b"EVALSHA", _FORGET, b"3", *keys, known.epoch or b""), heard)
+
+
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
     """See that the store knows what it last said, whatever became of it."""
     epoch = await store.request(b"GET", EPOCH)
@@ -119,14 +141,20 @@ async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
         await _declare(limits, store)
         await _step(limits, store, EPOCH, PATIENCE)
     elif await store.request(b"EXISTS", GRANTS):
-        known.epoch = epoch
+        _believe(store, known, epoch)
         return
     limits.give_back()
     await store.request(b"PING")  # answered after all that was told
     await _step(limits, store, GRANTS, PATIENCE_AGAIN)
     limits.give_back()  # what was admitted meanwhile
-    known.epoch = await store.request(b"GET", EPOCH)
+    _believe(store, known, await store.request(b"GET", EPOCH))
     log.info("the store had forgotten what it knew, and was told")
+
+
+def _believe(store: Valkey, known: _Known, epoch: bytes | None) -> None:
+    known.epoch = epoch
+    if known.server is None:
+        known.server = store.server
 
 
 async def _step(limits: Limits, store: Valkey, key: bytes, patience: float) -> None:

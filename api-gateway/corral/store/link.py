@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,22 @@ async def _connect(store: Valkey, lost: asyncio.Event) -> None:
     store.reader = hiredis.Reader()
     made: Callable[[], Any] = lambda: store.protocol(lost)  # noqa: E731
     store.transport, _ = await loop.create_connection(made, store.host, store.port)
-    for command in store.greeting():
+
+    async def ask(command: bytes) -> Any:
         future: asyncio.Future[Any] = loop.create_future()
         store.enqueue(command, _Waiter(future).hand_over)
-        reply = await future
+        return await future
+
+    for command in store.greeting():
+        reply = await ask(command)
         if isinstance(reply, Exception):
             raise ConnectionError(str(reply))
+    # A user that may not ask has no run id, which is no reason not to be served.
+    told = await ask(store.inquiry())
+    if isinstance(told, Exception) and not isinstance(told, hiredis.ReplyError):
+        raise ConnectionError(str(told))
+    found = re.search(rb"\brun_id:(\w+)", told) if isinstance(told, bytes) else None
+    store.server = found[1] if found else b""
     store.connected = True
     store.connections += 1
     if store.on_connect is not None:

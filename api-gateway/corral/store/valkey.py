@@ -45,7 +45,7 @@ class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
     ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now,
-    ``connections`` counts those that were made.
+    ``connections`` counts those that were made. ``server`` is the run id of the last one's server, or b"".
     """
 
     def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT) -> None:
@@ -66,6 +66,7 @@ class Valkey:
         self._watch: asyncio.TimerHandle | None = None
         self.connected = False
         self.connections = 0
+        self.server = b""
         self.on_connect: Callable[[], None] | None = None
         self.on_message: Callback | None = None
 
@@ -163,6 +164,10 @@ class Valkey:
         commands.append((b"PING",))
         commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in self.scripts]
         return [encode(*parts) for parts in commands]
+
+    def inquiry(self) -> bytes:
+        """The command that asks for the server's run id."""
+        return encode(b"INFO", b"server")
 
     def received(self, data: bytes) -> None:
         """Hand each reply to who waits for it."""
