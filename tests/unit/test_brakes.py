@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.fleet.brakes import MOST, Standing, spared
@@ -71,3 +71,30 @@ def test_never_more_than_half_of_the_nodes_that_were_in_use_go(
     assert kept.keys() <= missed
     gone = missed - kept.keys()
     assert len(gone) <= 3 or (gone <= dead | unused and len(dead & missed) == 6)
+
+
+ANSWERS, LATE, MISSED, OUT = ("answers", "late", "missed", "out of use")
+
+
+# Most answer, as else most draws have more than half of the nodes away, and then it is their number that holds.
+standings = st.tuples(
+    st.sampled_from((ANSWERS, ANSWERS, ANSWERS, ANSWERS, LATE, MISSED, MISSED, OUT)),
+    st.frozensets(st.sampled_from("mnop"), max_size=2),
+)
+
+
+@settings(max_examples=300, derandomize=True)
+@given(st.lists(standings, min_size=2, max_size=6), st.none() | st.sets(st.sampled_from("abcdef"), max_size=3))
+def test_no_copy_goes_that_no_node_answers_for_unless_somebody_else_misses_its_node_too(
+    drawn: list[tuple[str, frozenset[str]]], dead: set[str] | None
+) -> None:
+    nodes = [
+        Standing(name, state != ANSWERS, state in (MISSED, OUT), state != OUT, models)
+        for name, (state, models) in zip("abcdef", drawn, strict=False)
+    ]
+    kept = spared(nodes, dead)
+    assert kept.keys() <= {node.name for node in nodes if node.missed}
+    left = {model for node in nodes if not node.late for model in node.models}
+    for node in nodes:
+        if node.missed and node.used and node.name not in kept and node.name not in (dead or ()):
+            assert node.models <= left

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.scheduler import Promises, Spot, Told
 
 from corral.fleet.ledger import LEASE, Grant, Ledger
+from corral.fleet.placement import Action, Demand, Host, Planner, Stand
 from corral.fleet.slots import ABORTED, ABORTED_MAX, PlaceState, cool_down, own_slots, step_of
 from corral.fleet.tickets import AHEAD_MAX, BATCH_LATER, LONG, NEVER, Request, Ticket, estimate, wait_bound
 
@@ -16,6 +17,7 @@ NODES = ("n1", "n2", "n3")
 MODELS = ("a", "b")
 GATEWAYS = ("g1", "g2")
 RESIDENT = PlaceState.RESIDENT
+BECOMES = {Action.LOAD: PlaceState.LOADING, Action.DRAIN: PlaceState.DRAINING, Action.UNLOAD: PlaceState.ABSENT}
 
 
 class Scheduler(RuleBasedStateMachine):
@@ -140,6 +142,27 @@ class Scheduler(RuleBasedStateMachine):
         generation = 1 + (spot.generation if spot else 0)
         self.promises.spots[node, model] = Spot(state, generation, slots)
         self.heard(self.ledger.place(node, model, state, generation, self.now, slots, step_of(slots, 0, 0)))
+
+    @rule(rates=st.tuples(*[st.sampled_from((0.0, 0.0, 1.0))] * len(MODELS)), room=st.sampled_from((1, 2)))
+    def look(self, rates: tuple[float, ...], room: int) -> None:
+        """The leader looks and moves models: on demand only what somebody waits for whom no free slot would serve."""
+        hosts = {node: Host(node, max_models=room, slots=2, held=frozenset(MODELS)) for node in NODES}
+        for (node, model), spot in self.promises.spots.items():
+            if spot.state != PlaceState.ABSENT:
+                in_use = self.promises.used(node, model)
+                hosts[node].places[model] = Stand(PlaceState(spot.state), self.now - 100.0, in_use, spot.slots)
+        demands = {model: Demand(model, rate, load=2.0) for model, rate in zip(MODELS, rates, strict=True)}
+        for model, queue in self.ledger.queues.items():
+            oldest = queue.oldest()
+            demands[model].waiting = len(queue)
+            demands[model].oldest = 0.0 if oldest is None else self.now - oldest
+        for step in Planner(list(hosts.values()), demands, self.now).plan():
+            wanted = step.model if step.action is Action.LOAD else step.wanted
+            if wanted and not demands[wanted].rate:
+                waiting = [told for told in self.promises.waiting.values() if told.model == wanted]
+                assert waiting, f"{step} though nobody waits"
+                assert not any(map(self.promises.usable, waiting)), f"{step} though a free slot would serve"
+            self.move(step.node, step.model, BECOMES[step.action], 2)
 
     @precondition(lambda self: self.promises.spots)
     @rule(data=st.data())

@@ -260,7 +260,6 @@ def test_no_decision_breaks_what_is_promised(fleet: list[Host], asked: tuple[Dem
         assert not one.memory or sum(models[model].size for model in after) <= one.memory
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 def hurries(hosts: list[Host], *demands: Demand) -> bool:
     """Whether the next look is to be soon, after a plan."""
     planner = Planner(hosts, {demand.name: demand for demand in demands}, 0.0)
@@ -280,6 +279,7 @@ def test_the_next_look_is_soon_while_somebody_waits_for_it() -> None:
     assert hurries([drains], Demand("a"), waits), "for the last request there"
 
 
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     st.lists(
         st.tuples(st.floats(0, 120), st.sampled_from(MODELS), st.integers(1, 12000), st.integers(1, 600)),
