@@ -1,71 +1,174 @@
-"""Two real Ollama servers under load, one of them killed."""
+"""Two real Ollama servers under load: one is killed, unloads the model, or has more callers than it takes."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
+import httpx
 import pytest
-from support.load import TOLD, WHOLE, Load, after
-from support.process import free_port
-from support.servers import MODEL, Server, ollama
-from support.stack import Stack, stack
+from support.load import CHAT, PROMPT, REFUSED, TOLD, WHOLE, Answer, Client, Load, after, body_of, json_of
+from support.pair import Pair
+from support.process import until
+from support.servers import MODEL
 
+Matrix = Callable[[str, str, str], None]
 pytestmark = pytest.mark.ollama
-
-
-class Pair:
-    """Two Ollama servers behind a stack; the first can be killed and started again at its port."""
-
-    def __init__(self, folder: Path, exits: ExitStack) -> None:
-        self._folder, self._exits = folder, exits
-        self.servers: list[Server] = []
-        for name in ("one", "two"):
-            (folder / name).mkdir()
-            self.servers.append(self._start(name, free_port()))
-        attach = [f"--attach={server.url}" for server in self.servers]
-        self.stack: Stack = exits.enter_context(stack(folder / "state", *attach))
-
-    def _start(self, name: str, port: int) -> Server:
-        cpu = len(self.servers) % (os.cpu_count() or 1)
-        return self._exits.enter_context(ollama(self._folder / name, port, cpu))
-
-    def kill(self) -> None:
-        """kill -9 of the first, and of the runners that it leaves."""
-        pid = self.servers[0].process.pid
-        # Any of its threads may have started them.
-        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
-        for victim in (pid, *map(int, children)):
-            os.kill(victim, signal.SIGKILL)
-        self.servers[0].process.end()
-
-    def start(self) -> None:
-        """Start the first again."""
-        self.servers[0] = self._start("one", urlsplit(self.servers[0].url).port or 0)
+BUDGET = 5.0
+CANCELLED_WITHIN = 1.0
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with ExitStack() as exits:
-        yield Pair(tmp_path_factory.mktemp("pair"), exits)
+        yield Pair(tmp_path_factory.mktemp("pair"), exits, [MODEL])
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Nodes that run one request at a time, which nobody can ask them: they are given four, and those wait there."""
+    with ExitStack() as exits:
+        made = Pair(tmp_path_factory.mktemp("single"), exits, [MODEL], parallel=1, queue={"length": 8})
+        # Control's self-test would stand in a test's way.
+        made.tested()
+        yield made
 
 
 def test_a_killed_ollama_loses_nothing_and_is_used_again(pair: Pair) -> None:
     with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, tokens=[24]) as load:
         load.more(8, "node-1", seconds=60)
-        pair.kill()
+        pair.kill("node-1")
         killed = time.monotonic()
         load.until(lambda _: time.monotonic() > killed + 5, "the fleet has settled")
         load.more(8, "node-2", seconds=60)
-        pair.start()
+        pair.start("node-1", warm=False)
         load.more(4, "node-1", seconds=60)
     assert load.unlike(WHOLE, TOLD) == []
     assert [str(a) for a in load.answers if a.fate == TOLD and not a.text] == []
     assert load.fates[TOLD] <= 8
     assert [str(a) for a in load.answers if a.began > killed + 5 and a.fate != WHOLE] == []
     assert {a.node for a in after(load.answers, killed)} == {"node-1", "node-2"}
+
+
+def test_a_model_that_leaves_the_memory_under_load_is_there_for_the_next_request(pair: Pair, matrix: Matrix) -> None:
+    """Unloaded at the node itself, which nobody tells Corral: what runs ends, and who comes next has it loaded."""
+    times = 2
+    with Load(pair.stack.url, pair.stack.key, MODEL, clients=2, paths=[CHAT], tokens=[8], fresh=True) as load:
+        for _ in range(times):
+            load.more(2, "node-1", seconds=60)
+            old = set(pair.runners("node-1", MODEL))
+            assert old
+
+            def left(old: set[int] = old) -> bool:
+                # A request that comes before the last one has ended keeps it in memory.
+                pair.unload("node-1", MODEL)
+                return not old & set(pair.runners("node-1", MODEL))
+
+            until(left, "its runner has ended", 60, every=0.1)
+            load.more(4, "node-1", seconds=60)
+    assert load.unlike(WHOLE) == []
+    retried = sum(answer.attempts > 1 for answer in load.answers)
+    measured = f"{len(load.answers)} answers, 0 lost, {retried} retried, used again {times} times"
+    matrix("real node unloads the model under load", "0 lost, the next one is answered", measured)
+
+
+def test_a_runner_that_is_killed_while_idle_is_replaced_for_the_next_request(pair: Pair, matrix: Matrix) -> None:
+    killed = [pid for name in pair.servers for pid in pair.loaded(name, MODEL)]
+    assert len(killed) == 2
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, paths=[CHAT], tokens=[8], fresh=True) as load:
+        for name in pair.servers:
+            load.more(4, name, seconds=60)
+    assert load.unlike(WHOLE) == []
+    retried = sum(answer.attempts > 1 for answer in load.answers)
+    measured = f"{len(load.answers)} answers by both, 0 lost, {retried} retried"
+    matrix("real runners killed while idle", "0 lost, the next one is answered", measured)
+
+
+def test_a_caller_that_leaves_has_the_runner_stop(single: Pair, matrix: Matrix) -> None:
+    # What the model goes on with for long.
+    body = {"model": MODEL, "prompt": " ".join(["la"] * 16), "raw": True, "stream": True}
+    body["options"] = {"num_predict": 2000, "temperature": 0}
+    other: dict[str, Any] = {"model": MODEL, "prompt": "a", "raw": True, "stream": False}
+    other["options"] = {"num_predict": 1}
+    alone = max(asked(single.servers[name].url, other) for name in 2 * list(single.servers))
+    headers = single.stack.headers() | {"X-Request-ID": "left-in-mid-stream"}
+    pieces, until_then = 0, 0.0
+    with httpx.stream("POST", single.stack.url + "/api/generate", json=body, headers=headers, timeout=60) as answer:
+        assert answer.status_code == 200
+        node = single.servers[answer.headers["X-Corral-Node"]]
+        began = time.monotonic()
+        for line in answer.iter_lines():
+            assert json_of(line)["done"] is False
+            pieces += 1
+            if pieces == 20:
+                # Nobody else is served as long as it runs.
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(node.url + "/api/generate", json=other, timeout=CANCELLED_WITHIN)
+                until_then = time.monotonic() + 0.5
+            if until_then and time.monotonic() > until_then:
+                break
+        speed = pieces / (time.monotonic() - began)
+    took = asked(node.url, other)
+    assert took < CANCELLED_WITHIN + alone
+    rows: dict[str, dict[str, Any]] = {}
+
+    def recorded() -> bool:
+        rows.update({row["request_id"]: row for row in single.stack.corral("audit", "list")})
+        return rows.get("left-in-mid-stream", {}).get("outcome") is not None
+
+    until(recorded, "its record", 30, every=0.3)
+    record = rows["left-in-mid-stream"]
+    assert (record["outcome"], record["status"], record["estimated"]) == ("client_gone", 499, True)
+    assert pieces <= record["tokens"] <= pieces + speed * CANCELLED_WITHIN
+    measured = f"next answer in {took:.2f} s (idle: {alone:.2f} s); {record['tokens']} tokens on record, {pieces} read"
+    matrix("caller leaves a real runner", "it stops <= 1 s", measured)
+
+
+def asked(url: str, body: dict[str, Any]) -> float:
+    """Ask a node itself; the seconds that it took."""
+    began = time.monotonic()
+    httpx.post(url + "/api/generate", json=body, timeout=60).raise_for_status()
+    return time.monotonic() - began
+
+
+def test_a_full_queue_of_real_nodes_that_run_one_at_a_time_ejects_nothing(single: Pair, matrix: Matrix) -> None:
+    until(single.all_ready, "both nodes are in service", 30, every=0.3)
+    ejections = single.ejections()
+    states: list[set[str]] = []
+    count = 28
+
+    def ask(number: int) -> Answer:
+        client = Client(single.stack.url, single.stack.key, timeout=120)
+        try:
+            return client.ask(CHAT, body_of(CHAT, MODEL, 120, f"{number}: {PROMPT}"), f"full-{number}")
+        finally:
+            client.close()
+
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(ask, number) for number in range(count)]
+
+        def over() -> bool:
+            states.append(set(single.states().values()))
+            return all(each.done() for each in asked)
+
+        until(over, "all have their answers", 120, every=0.5)
+    answers = [each.result() for each in asked]
+    whole = [answer for answer in answers if answer.fate == WHOLE]
+    refused = [answer for answer in answers if answer.fate == REFUSED]
+    assert len(whole) + len(refused) == count, [str(answer) for answer in answers]
+    assert {answer.attempts for answer in whole} == {1}
+    assert any(answer.ended - answer.began < BUDGET for answer in refused), "the queue was never full"
+    assert all(answer.status == 503 and int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    slowest = max(answer.first - answer.began for answer in whole)
+    assert slowest > BUDGET
+    assert all(each == {"ready"} for each in states)
+    assert single.ejections() == ejections
+    measured = f"0; {len(whole)} answered in {slowest:.0f} s, {len(refused)} told to come back"
+    matrix("real nodes, one request at a time, full queue", "0 ejections", measured)

@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from support.load import WHOLE, Load, json_of
 from support.pair import OTHER, Pair
 from support.process import until
 from support.servers import MODEL
 
 Matrix = Callable[[str, str, str], None]
+Fault = Callable[[str, list[int]], None]
+"""What is done to a node, or to those of its processes that run the model."""
+
 pytestmark = [pytest.mark.ollama, pytest.mark.slow]
-TOKENS = 64
-CUTS = {"/api/chat": range(1, 41, 2), "/api/generate": range(2, 38, 7)}
+TOKENS = 48
+AFTER = 8
+"""Tokens of an answer after its cut, where only the cut is looked at."""
+CHAT, GENERATE, V1_CHAT, V1_COMPLETIONS = "/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions"
+CUTS = {
+    CHAT: range(1, 40, 2),
+    GENERATE: range(1, 40, 2),
+    # The same answers in other words: what is gone on with is native.
+    V1_CHAT: range(3, 36, 8),
+    V1_COMPLETIONS: range(3, 36, 8),
+}
 PROMPTS = {
     MODEL: "Describe a farm by the river, its animals and its people.",
     OTHER: "Write the beginning of a story about a lighthouse keeper.",
 }
+BUDGET, EJECTED_WITHIN = 5.0, 10.0
 
 
 @dataclass
 class Told:
-    """A whole answer: its node, text, counts, the way it ended, and the nodes that its last line names."""
+    """A whole answer: its node, text, counts, the way it ended, and the nodes that its end names."""
 
     node: str
-    text: str
-    usage: tuple[int, int]
-    reason: str
-    nodes: list[str]
+    text: str = ""
+    usage: tuple[int, int] = (0, 0)
+    reason: str = ""
+    nodes: list[str] = field(default_factory=list)
+    whole: bool = False
+
+    def hear(self, line: str) -> bool:
+        """A line of the stream; whether it was a piece of the answer."""
+        if line == "data: [DONE]":
+            self.whole = True
+        if not (event := json_of(line)):
+            return False
+        assert "error" not in event, event
+        (choice,) = event.get("choices") or [{}]
+        said = event.get("message") or choice.get("delta") or {}
+        piece = said.get("content") or event.get("response") or choice.get("text") or ""
+        self.text += piece
+        self.whole = self.whole or event.get("done") is True
+        self.reason = event.get("done_reason") or choice.get("finish_reason") or self.reason
+        self.nodes = event.get("corral", {}).get("continued", self.nodes)
+        if told := event.get("usage"):
+            self.usage = told["prompt_tokens"], told["completion_tokens"]
+        elif "eval_count" in event:
+            self.usage = event["prompt_eval_count"], event["eval_count"]
+        return bool(piece)
 
 
 @pytest.fixture(scope="module")
@@ -48,55 +82,53 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield made
 
 
+def kill(node: str, pids: list[int]) -> None:
+    """The runner crashes."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 def ask(
-    pair: Pair,
-    route: str,
-    model: str,
-    number: int,
-    cut: int = 0,
-    server: bool = False,
-    number_sent: int = signal.SIGKILL,
+    pair: Pair, route: str, model: str, number: int, cut: int = 0, fault: Fault = kill, tokens: int = TOKENS
 ) -> Told:
-    """A greedy answer; its runner (or the whole ``server``) is killed after ``cut`` pieces.
+    """A greedy answer of ``tokens`` tokens at most; after ``cut`` pieces there is a fault of its node.
 
     Prompts have a number: one that was alone with two runners that crashed is refused.
     """
-    options = {"temperature": 0, "num_predict": TOKENS}
     prompt = f"{number}. {PROMPTS[model]}"
-    body: dict[str, Any] = {"model": model, "options": options, "stream": True}
-    if route == "/api/chat":
+    body: dict[str, Any] = {"model": model, "stream": True}
+    if route in (CHAT, V1_CHAT):
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
         body["prompt"] = prompt
-    said, last, pieces = "", {}, 0
+    if route in (CHAT, GENERATE):
+        body["options"] = {"temperature": 0, "num_predict": tokens}
+    else:
+        body |= {"temperature": 0, "max_tokens": tokens, "stream_options": {"include_usage": True}}
     victims = {name: pair.loaded(name, model) for name in pair.servers} if cut else {}
     headers = pair.stack.headers()
+    pieces = 0
     with httpx.stream("POST", pair.stack.url + route, json=body, headers=headers, timeout=90) as answer:
         assert answer.status_code == 200
-        node = answer.headers["X-Corral-Node"]
+        told = Told(answer.headers["X-Corral-Node"])
         for line in answer.iter_lines():
-            last = json.loads(line)
-            assert "error" not in last, last
-            said += last["message"]["content"] if "message" in last else last["response"]
-            pieces += 1
-            if pieces == cut:
-                if server:
-                    pair.kill(node)
-                for pid in () if server else victims[node]:
-                    os.kill(pid, number_sent)
-    assert last["done"] is True
-    usage = last["prompt_eval_count"], last["eval_count"]
-    return Told(node, said, usage, last["done_reason"], last.get("corral", {}).get("continued", []))
+            if told.hear(line):
+                pieces += 1
+                if pieces == cut:
+                    fault(told.node, victims[told.node])
+    assert told.whole
+    return told
 
 
 @pytest.mark.parametrize("model", [MODEL, OTHER])
-@pytest.mark.parametrize("route", ["/api/chat", "/api/generate"])
+@pytest.mark.parametrize("route", CUTS)
 def test_a_killed_runners_answer_is_the_undisturbed_one(pair: Pair, matrix: Matrix, model: str, route: str) -> None:
     differ: list[str] = []
     for cut in CUTS[route]:
-        undisturbed = ask(pair, route, model, cut)
+        number = cut + (500 if route.startswith("/v1") else 0)
+        undisturbed = ask(pair, route, model, number, tokens=cut + AFTER)
         assert undisturbed.usage[1] > cut + 4, "it ends before it is cut"
-        told = ask(pair, route, model, cut, cut)
+        told = ask(pair, route, model, number, cut, tokens=cut + AFTER)
         assert told.nodes[:1] == [told.node] and len(told.nodes) == 2, (cut, told)
         if (told.text, told.usage, told.reason) != (undisturbed.text, undisturbed.usage, undisturbed.reason):
             differ.append(f"cut after {cut}: {told} for {undisturbed}")
@@ -105,24 +137,48 @@ def test_a_killed_runners_answer_is_the_undisturbed_one(pair: Pair, matrix: Matr
     matrix(f"real runner killed, {route}, {model}", "whole answer exact", f"{places} of {places} cuts exact")
 
 
-def test_a_stopped_runners_answer_is_the_undisturbed_one(pair: Pair, matrix: Matrix) -> None:
-    """kill -STOP in mid-stream: the API answers, nothing comes; it is ejected long before `between_tokens` (20 s)."""
-    undisturbed = ask(pair, "/api/chat", MODEL, 300)
-    began = time.monotonic()
-    told = ask(pair, "/api/chat", MODEL, 300, 9, number_sent=signal.SIGSTOP)
-    took = time.monotonic() - began
-    for pid in pair.runners(told.node, MODEL):
-        os.kill(pid, signal.SIGCONT)
+def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, matrix: Matrix) -> None:
+    """kill -STOP in mid-stream: the API answers, nothing comes; that is seen long before `between_tokens` (20 s)."""
+    undisturbed = ask(pair, CHAT, MODEL, 300)
+    before = pair.ejections()
+    stopped: list[tuple[float, str, list[int]]] = []
+
+    def stop(node: str, pids: list[int]) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        stopped.append((time.monotonic(), node, pids))
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, pair, CHAT, MODEL, 300, 9, stop)
+            until(lambda: stopped or asked.done(), "it is stopped", 60)
+            ((at, node, pids),) = stopped
+            until(lambda: pair.ejections() > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.1)
+            ejected = time.monotonic() - at
+            told = asked.result()
+        state = pair.states()[node]
+    finally:
+        for _, _, victims in stopped:
+            for pid in victims:
+                os.kill(pid, signal.SIGCONT)
     assert (told.text, told.usage, told.reason) == (undisturbed.text, undisturbed.usage, undisturbed.reason)
-    assert len(told.nodes) == 2
-    assert took < 19
-    matrix("real runner stopped in mid-stream", "gone on with, exact", f"exact, the whole answer in {took:.1f} s")
+    assert told.nodes == [node, "node-2" if node == "node-1" else "node-1"]
+    assert state == "suspect"
+    assert ejected < BUDGET + EJECTED_WITHIN
+    # It has no stream that could go on: one token that is asked of it clears it.
+    until(pair.all_ready, "it is suspect no more", 30, every=0.3)
+    with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, paths=[CHAT], tokens=[4], fresh=True) as load:
+        load.more(4, node, seconds=60)
+    assert load.unlike(WHOLE) == []
+    assert pair.runners(node, MODEL) == pids, "it is another runner that is used again"
+    measured = f"{ejected:.1f} s, the answer exact, the same runner used again"
+    matrix("real runner stopped in mid-stream", "ejected <= 10 s after its budget (5 s)", measured)
 
 
 def test_a_killed_servers_answer_is_the_undisturbed_one(pair: Pair, matrix: Matrix) -> None:
     for cut in (3, 20):
-        undisturbed = ask(pair, "/api/chat", MODEL, 100 + cut)
-        told = ask(pair, "/api/chat", MODEL, 100 + cut, cut, server=True)
+        undisturbed = ask(pair, CHAT, MODEL, 100 + cut)
+        told = ask(pair, CHAT, MODEL, 100 + cut, cut, lambda node, pids: pair.kill(node))
         assert told.nodes == [told.node, "node-2" if told.node == "node-1" else "node-1"]
         assert (told.text, told.usage, told.reason) == (undisturbed.text, undisturbed.usage, undisturbed.reason)
         pair.start(told.node)

@@ -148,8 +148,7 @@ class Fleet:
 
     def sum_of(self, name: str) -> float:
         """A metric, of all gateways together."""
-        pages = [page(gateway["metrics"]) for gateway in self._parts()["gateways"]]
-        return sum(each.value(name) for each in pages)
+        return self.stack.sum_of(name)
 
     def states(self) -> dict[str, str]:
         """The nodes' states, as control has them."""

@@ -1,4 +1,4 @@
-"""Two real Ollama servers with two different models behind a stack; runners and servers that a test may kill."""
+"""Two real Ollama servers with one or two models behind a stack; runners and servers that a test may kill."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import yaml
 
 from corral.fleet import smollm2
-from corral.stack import models
+from corral.stack.models import install
 from support.process import free_port
 from support.servers import MODEL, Server, ollama
 from support.stack import Stack, stack
@@ -46,35 +48,45 @@ def make_other(url: str) -> None:
 
 
 class Pair:
-    """Two Ollama servers with models of their own behind a stack. ``servers`` are by the names of their nodes."""
+    """Two Ollama servers behind a stack, with the models in memory. ``servers`` are by the names of their nodes."""
 
-    def __init__(self, folder: Path, exits: ExitStack) -> None:
-        self._folder, self._exits = folder, exits
+    def __init__(
+        self, folder: Path, exits: ExitStack, models: Sequence[str] = (MODEL, OTHER), parallel: int = 4, **gateway: Any
+    ) -> None:
+        """``models`` may leave `OTHER` out; ``parallel``: NUM_PARALLEL of both; ``gateway``: of its settings."""
+        self._folder, self._exits, self._models, self._parallel = folder, exits, models, parallel
         self.servers: dict[str, Server] = {}
         for name in ("node-1", "node-2"):
             (folder / name).mkdir()
             self._start(name, free_port())
-        models.install(self.servers["node-1"].url, threads=1)
-        make_other(self.servers["node-1"].url)
+        if OTHER in models:
+            install(self.servers["node-1"].url, threads=1)
+            make_other(self.servers["node-1"].url)
         for name in self.servers:
             self.warm(name)
         config = folder / "corral.yaml"
-        settings = {"limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}}}
-        settings["nodes"] = [{"name": name, "url": server.url} for name, server in self.servers.items()]  # type: ignore[assignment]
+        settings: dict[str, Any] = {"limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}}}
+        settings["nodes"] = [{"name": name, "url": server.url} for name, server in self.servers.items()]
+        settings["gateway"] = gateway
         config.write_text(yaml.safe_dump(settings))
         self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config)))
 
     def _start(self, name: str, port: int) -> None:
         cpu = (int(name[-1]) - 1) % (os.cpu_count() or 1)
-        self.servers[name] = self._exits.enter_context(
-            ollama(self._folder / name, port, cpu, store=self._folder / "models")
-        )
+        # What a test makes is not for others.
+        store = self._folder / "models" if OTHER in self._models else None
+        self.servers[name] = self._exits.enter_context(ollama(self._folder / name, port, cpu, self._parallel, store))
 
     def warm(self, name: str) -> None:
-        """Load both models."""
-        for model in (MODEL, OTHER):
+        """Load the models."""
+        for model in self._models:
             body = {"model": model, "prompt": "a", "stream": False, "keep_alive": -1, "options": {"num_predict": 1}}
             httpx.post(self.servers[name].url + "/api/generate", json=body, timeout=60).raise_for_status()
+
+    def unload(self, name: str, model: str) -> None:
+        """Have a node take a model out of its memory, by its own API; what runs there ends first."""
+        body = {"model": model, "keep_alive": 0}
+        httpx.post(self.servers[name].url + "/api/generate", json=body, timeout=60).raise_for_status()
 
     def runners(self, name: str, model: str = "") -> list[int]:
         """The processes that compute on a node (for one model): they are children of its server."""
@@ -100,15 +112,24 @@ class Pair:
             os.kill(victim, signal.SIGKILL)
         self.servers[name].process.end()
 
-    def start(self, name: str) -> None:
-        """Start a node that was killed again, both models in memory."""
+    def start(self, name: str, warm: bool = True) -> None:
+        """Start a node that was killed again, its models in memory (or not)."""
         self._start(name, urlsplit(self.servers[name].url).port or 0)
-        self.warm(name)
+        if warm:
+            self.warm(name)
+
+    def states(self) -> dict[str, str]:
+        """The nodes' states, as control has them."""
+        return {node["name"]: node["state"] for node in self.stack.corral("nodes", "list")}
 
     def all_ready(self) -> bool:
         """Whether control has both nodes in service."""
-        return {node["state"] for node in self.stack.corral("nodes", "list")} == {"ready"}
+        return set(self.states().values()) == {"ready"}
+
+    def ejections(self) -> float:
+        """How many runners the gateway has ejected."""
+        return self.stack.sum_of("corral_ejections_total")
 
     def tested(self) -> None:
-        """Wait until control has tried both models, each passed, and the gateways know."""
-        self.stack.until_continued(MODEL, OTHER, seconds=120)
+        """Wait until control has tried the models, each passed, and the gateways know."""
+        self.stack.until_continued(*self._models, seconds=120)

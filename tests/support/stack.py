@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from corral.stack.state import StateFolder
+from support.metrics import page
 from support.process import free_port, until
 from support.servers import REPOSITORY, python_env
 
@@ -34,6 +36,11 @@ class Stack:
     def headers(self) -> dict[str, str]:
         """The inference key as a header."""
         return {"Authorization": f"Bearer {self.key}"}
+
+    def sum_of(self, name: str) -> float:
+        """A metric, of all gateways together."""
+        parts = StateFolder(self.state).stack() or {}
+        return sum(page(gateway["metrics"]).value(name) for gateway in parts["gateways"])
 
     def until_continued(self, *models: str, seconds: float = 30.0) -> None:
         """Wait until control has tried the models (all there are), each passed, and every gateway knows."""
