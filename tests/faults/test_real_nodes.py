@@ -147,7 +147,7 @@ def test_a_full_queue_of_real_nodes_that_run_one_at_a_time_ejects_nothing(single
     def ask(number: int) -> Answer:
         client = Client(single.stack.url, single.stack.key, timeout=120)
         try:
-            return client.ask(CHAT, body_of(CHAT, MODEL, 120, f"{number}: {PROMPT}"), f"full-{number}")
+            return client.ask(CHAT, body_of(CHAT, MODEL, 100, f"{number}: {PROMPT}"), f"full-{number}")
         finally:
             client.close()
 
