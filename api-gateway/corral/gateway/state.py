@@ -33,7 +33,7 @@ class State(Waiter):
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
     whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may.
-    ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began that is still on,
+    ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began that is on,
     0.0 while it has a node. What most requests never set stands on the class.
     """
 
