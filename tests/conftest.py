@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support import process, servers
+from support import process, servers, tampers
 from support.postgres import Postgres
 from support.postgres import postgres as run_postgres
 from support.stack import Stack
@@ -24,6 +24,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes is the machine's: one that halts for a fifth of a second is no fault of what is tested.
 settings.register_profile("corral", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("corral")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tamper table, where a run had it."""
+    tampers.write_table(terminalreporter)
 
 
 @pytest.fixture

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +17,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import Connection, Engine, event, update
+from sqlalchemy import Connection, Engine, event, insert, update
 from support.control import FakeNode, Running, make_key, recorded, until
+from support.sealed import Records, begin_before_the_chain, move
+from support.servers import python_env
+from support.tampers import TAMPERS, note
 
 from corral.cli.common import Admin
 from corral.cli.main import cli
@@ -79,13 +85,17 @@ def run(control: Running, *arguments: str, key: str = "") -> Result:
     return CliRunner().invoke(cli, list(arguments), env=env)
 
 
-def ship(control: Running, key: str, count: int) -> None:
+def ship(control: Running, key: str, count: int, first: int = 0, offset: int = 0) -> int:
+    """Records r`first` and on; where the next ones begin."""
     record = {"t": "settle", "request_id": "s", "ts": time.time(), "key": key, "api": "openai", "addr": "192.0.2.7"}
     what = {"route": "/v1/chat/completions", "method": "POST", "model": "m:latest", "status": 200, "outcome": "ok"}
     counted = {"node": "node-1", "attempts": 1, "prompt_tokens": 10, "tokens": 5, "queue_ms": 0.0, "ms": 1000.0}
-    frames = b"".join(encode_frame({**record, **what, **counted, "id": f"r{number}"}) for number in range(count))
+    frames = b"".join(
+        encode_frame({**record, **what, **counted, "id": f"r{number}"}) for number in range(first, first + count)
+    )
     path = "/internal/spool/gateway-1/0000000000000001.seg"
-    assert control.internal.post(path, params={"offset": 0}, content=frames).status_code == 200
+    assert control.internal.post(path, params={"offset": offset}, content=frames).status_code == 200
+    return offset + len(frames)
 
 
 def signed(control: Running) -> None:
@@ -124,6 +134,66 @@ def test_verify_says_whole_and_names_what_is_not(control: Running, hook: Webhook
     until("the webhook gets what waited for it", lambda: hook.taken)
     assert [one["checkpoint"]["number"] for one in hook.taken][:1] == [1]
     assert json.loads(copy.read_text().splitlines()[0]) == hook.taken[0]
+
+
+def test_the_tamper_table_by_the_command(control: Running, tmp_path: Path) -> None:
+    key = make_key(control)["id"]
+    first = offset = 0
+    for count in (5, 5, 5, 3):
+        offset = ship(control, key, count, first, offset)
+        first += count
+        signed(control)
+    copy, public = tmp_path / "copy.jsonl", control.admin.get("/admin/audit/chain").json()["public_key"]
+    copy.write_bytes(control.admin.get("/admin/audit/checkpoints").content)
+    argv = [sys.executable, "-P", "-m", "corral", "audit", "verify", "--json"]
+    argv += ["--checkpoints", str(copy), "--public-key", public]
+    env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": (control.state / "admin.key").read_text().strip()}
+
+    def verified() -> tuple[int, list[str]]:
+        done = subprocess.run(argv, env=os.environ | python_env() | env, capture_output=True, text=True, timeout=60)
+        return done.returncode, json.loads(done.stdout)["problems"]
+
+    records = Records(Database(resolve(control.settings.store.database, control.state)))
+    try:
+        put_back = records.keep()
+        for tamper, (do, words) in TAMPERS.items():
+            do(records)
+            status, problems = verified()
+            found = [one for one in problems if words in one]
+            assert (status, len(found)) == (1, 1), (tamper, problems)
+            note("corral audit verify", records.database.dialect, tamper, found[0])
+            put_back()
+            assert verified() == (0, []), tamper
+    finally:
+        records.database.close()
+
+
+def test_records_older_than_the_chain_by_the_command(tmp_path: Path, node: FakeNode, database_url: str) -> None:
+    (tmp_path / "state").mkdir()
+    records = Records(Database(resolve(database_url, tmp_path / "state")))
+    records.write(begin_before_the_chain)
+    audited = {"checkpoint": "200ms", "retention": "36500d"}
+    made = Running(tmp_path / "state", nodes=[{"url": node.url}], store={"database": database_url}, audit=audited)
+    try:
+        signed(made)
+        whole = run(made, "audit", "verify")
+        assert whole.exit_code == 0, whole.output
+        assert "note: 6 records are older than the chain: covered as they were at checkpoint 1" in whole.stdout
+
+        def told(words: str) -> bool:
+            done = run(made, "audit", "verify")
+            return done.exit_code == 1 and f"PROBLEM: {words}" in done.stdout
+
+        records.write(lambda c: c.execute(update(audit).where(audit.c.id == "old2").values(tokens=7)))
+        assert told("of 6 records older than the chain some were changed")
+        row = {"seq": -1, "id": "forged", "ts": 2.0, "outcome": "ok"}
+        records.write(lambda c: c.execute(insert(audit).values(row)))
+        assert told("1 records stand beside the chain: they were inserted")
+        move(records, 10**9)
+        assert told("records up to 1000000000 (6) pass for older than the chain, up to 7 (6) were signed")
+    finally:
+        made.close()
+        records.database.close()
 
 
 def test_what_is_signed_while_verify_reads_is_not_missing(

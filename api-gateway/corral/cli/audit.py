@@ -218,7 +218,7 @@ class _Api:
             name: Head(head["pos"], bytes.fromhex(head["link"]), head["signed"], head["highest"])
             for name, head in told["streams"].items()
         }
-        self._state = State(heads, told["outside"], told["older"], told["unnamed"])
+        self._state = State(heads, told["outside"], told["older"], told["last_older"], told["unnamed"])
 
     def state(self) -> State:
         return self._state
@@ -229,7 +229,7 @@ class _Api:
         names = (*self._fields, "leaf")
         listed = [dict(zip(names, row, strict=True)) for row in found["records"]]
         for row in listed:
-            row["leaf"] = bytes.fromhex(row["leaf"])
+            row["leaf"] = bytes.fromhex(row["leaf"]) if row["leaf"] is not None else None
             row["kept"] = found["kept"].get(row["id"])
         return listed
 

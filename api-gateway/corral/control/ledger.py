@@ -20,15 +20,27 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.record import AuditSettings
 from corral.control.reserved import Reserved
-from corral.store import progress, recovery
-from corral.store.chain import ZERO, Merkle, Signed, Signer, Span, link_after, read_checkpoint
+from corral.store import progress, recovery, seal
+from corral.store.chain import (
+    ZERO,
+    Merkle,
+    Older,
+    OlderRoot,
+    Signed,
+    Signer,
+    Span,
+    link_after,
+    read_checkpoint,
+)
 from corral.store.database import Database, reason
 from corral.store.retention import drop, drop_content, due
 from corral.store.tables import audit, audit_checkpoints, audit_streams
+from corral.store.verify import PAGE
 
 ROUND = 5.0
 BREATH = 0.1
 SWEEP = 3600.0
+DAY = 86400.0
 TAIL = 1 << 16
 SPAN_MAX = 200_000
 """Most records of a stream in one checkpoint; the next one follows at once."""
@@ -104,7 +116,8 @@ class Ledger:
     async def sign(self) -> None:
         """Sign what came since the last checkpoint. Raises ChainBroken, SQLAlchemyError, OSError."""
         await self._complete_file()
-        while (signed := await self._database.write(self._sign, None)) is not None:
+        older = await self._first_older()
+        while (signed := await self._database.write(self._sign, None, older)) is not None:
             await asyncio.to_thread(self._append, [signed])
         self.signed_at = time.time()
 
@@ -113,7 +126,14 @@ class Ledger:
         until = time.time() - self._settings.retention
         dropped = await self._database.read(due, until)
         if dropped:
-            signed = await self._database.write(self._sign, dropped)
+            await self._drop(until, dropped, None)
+        # By days: what is left is read anew each time.
+        older = await self._left_older(until // DAY * DAY)
+        await self._drop(until, None, older)
+
+    async def _drop(self, until: float, dropped: dict[str, int] | None, older: Older | None) -> None:
+        if dropped or older is not None:
+            signed = await self._database.write(self._sign, dropped, older)
             if signed is not None:
                 await asyncio.to_thread(self._append, [signed])
         count = 1
@@ -129,19 +149,50 @@ class Ledger:
             count = await self._database.write(drop_content, until)
             await asyncio.sleep(BREATH)
 
-    def _sign(self, connection: Connection, dropped: dict[str, int] | None) -> Signed | None:
+    async def _first_older(self) -> Older | None:
+        """What is older than the chain as it is now, for the first checkpoint that says so; None for later ones."""
+        newest = await self._database.read(seal.newest)
+        if newest is not None and newest.checkpoint.older is not None:
+            return None
+        last = await self._database.read(seal.last_older)
+        (root,) = await self._older_roots(last, 0.0)
+        return Older(last, 0.0, root.count, root.root())
+
+    async def _left_older(self, until: float) -> Older | None:
+        """What is left of the records older than the chain without those before `until`; None where it is the same."""
+        newest = await self._database.read(seal.newest)
+        known = newest.checkpoint.older if newest is not None else None
+        if known is None or until <= known.until or not await self._database.read(seal.has_older, known, until):
+            return None
+        was, left = await self._older_roots(known.last, known.until, until)
+        if (was.count, was.root()) != (known.count, known.root):
+            raise ChainBroken(
+                "the records older than the chain are not those that were signed: `corral audit verify` says more"
+            )
+        return Older(known.last, until, left.count, left.root())
+
+    async def _older_roots(self, last: int, *untils: float) -> list[OlderRoot]:
+        """The roots of the records older than the chain from each of these times on, read page by page."""
+        roots = [OlderRoot(until) for until in untils]
+        after = 0
+        while after < last and (rows := await self._database.read(seal.records, "", after, PAGE)):
+            await asyncio.to_thread(lambda page=rows: [root.add(row) for row in page for root in roots])
+            after = rows[-1]["pos"]
+        return roots
+
+    def _sign(self, connection: Connection, dropped: dict[str, int] | None, older: Older | None) -> Signed | None:
         spans = [self._span(connection, *row, dropped) for row in _unsigned(connection)]
         if dropped:
             spans += [
                 self._drop_alone(connection, stream, dropped) for stream in dropped if stream not in _names(spans)
             ]
-        if not spans:
+        last = seal.newest(connection)
+        number, previous, before = 0, ZERO.hex(), None
+        if last is not None:
+            number, previous, before = last.checkpoint.number, last.digest(), last.checkpoint.older
+        if not spans and (older is None or older == before):
             return None
-        last = connection.execute(
-            select(audit_checkpoints).order_by(audit_checkpoints.c.number.desc()).limit(1)
-        ).first()
-        number, previous = (last.number, read_checkpoint(last.line).digest()) if last is not None else (0, ZERO.hex())
-        signed = self.signer.sign(number + 1, time.time(), previous, spans)
+        signed = self.signer.sign(number + 1, time.time(), previous, spans, older or before)
         checkpoint = signed.checkpoint
         row = {"number": checkpoint.number, "ts": checkpoint.ts, "line": signed.line().decode()}
         connection.execute(insert(audit_checkpoints).values(row))

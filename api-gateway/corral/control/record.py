@@ -66,8 +66,13 @@ async def chain(control: Here) -> Response:
         name: {"pos": head.pos, "link": head.link.hex(), "signed": head.signed, "highest": head.highest}
         for name, head in state.heads.items()
     }
-    found = {"streams": streams, "outside": state.outside, "older": state.older, "unnamed": state.unnamed}
-    told = {"fields": FIELDS, "checkpoint": checkpoint, "public_key": control.ledger.signer.public}
+    found = {"streams": streams, "outside": state.outside, "older": state.older, "last_older": state.last_older}
+    told = {
+        "unnamed": state.unnamed,
+        "fields": FIELDS,
+        "checkpoint": checkpoint,
+        "public_key": control.ledger.signer.public,
+    }
     return _json(found | told)
 
 
@@ -174,17 +179,22 @@ def _why_nothing(connection: Connection, who: Principal, request: str, settings:
 @router.get("/admin/audit/records", tags=["audit"])
 async def sealed(
     control: Here,
-    stream: Annotated[str, Query(max_length=63, description="Of this gateway, or `control`.")],
+    stream: Annotated[str, Query(max_length=63, description="Of this gateway, `control`, or none.")],
     after: Annotated[int, Query(ge=0, lt=2**63, description="Behind this place.")] = 0,
     limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
 ) -> Response:
     """Sealed records in the order of the chain: values in the order of `fields`, then the leaf (hex).
 
+    Those of the stream without a name are older than the chain, by their numbers, and have no leaf.
     `kept`: the SHA-256 of the texts that are kept of some of them, by the record's id.
     """
     rows = await control.database.read(seal.records, stream, after, limit)
     kept = {row["id"]: row["kept"] for row in rows if row["kept"] is not None}
-    return _json({"records": [[*(row[name] for name in FIELDS), row["leaf"].hex()] for row in rows], "kept": kept})
+    return _json({"records": [[*(row[name] for name in FIELDS), _leaf(row)] for row in rows], "kept": kept})
+
+
+def _leaf(row: dict[str, Any]) -> str | None:
+    return None if row["leaf"] is None else str(row["leaf"].hex())
 
 
 @router.get("/admin/audit/checkpoints", tags=["audit"])

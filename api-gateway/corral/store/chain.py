@@ -5,6 +5,9 @@ object of its fields that are not null, in the order of their names; ``leaf`` is
 chain's link after a record is SHA-256 of 0x02, the link before it and the record's leaf; before the first it is
 ZERO. A checkpoint holds the link and the Merkle root (RFC 6962, section 2.1) of each range of records that came since
 the checkpoint before, and the SHA-256 of that one; it is signed by Ed25519 (RFC 8032).
+
+Records that are older than the chain have no place; each checkpoint holds the root of all of them that there are, in
+the order of their numbers (``seq``), which stand in their content as ``pos``.
 """
 
 from __future__ import annotations
@@ -91,14 +94,51 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dropped: int = 0
 
 
-class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One checkpoint. ``ts`` is epoch seconds, ``previous`` the digest of the one before, ``key`` the signer's id."""
+class Older(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Records older than the chain: those numbered 1 to `last` without a place, from `until` on (epoch seconds).
+
+    How many, and their Merkle root (hex). Retention removes those before ``until``.
+    """
+
+    last: int
+    until: float
+    count: int
+    root: str
+
+
+class OlderRoot:
+    """The root of records older than the chain, which come one by one in the order of their numbers."""
+
+    def __init__(self, until: float) -> None:
+        self._until, self._tree = until, Merkle()
+        self.count = 0
+
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Take a record; false where it is before `until`, and not counted."""
+        if row["ts"] < self._until:
+            return False
+        self._tree.add(leaf_of(content(row)))
+        self.count += 1
+        return True
+
+    def root(self) -> str:
+        """The root (hex) of what was counted."""
+        return self._tree.root().hex()
+
+
+# Without `older` it is encoded, and so signed, as it was before there was that field.
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One checkpoint. ``ts`` is epoch seconds, ``previous`` the digest of the one before, ``key`` the signer's id.
+
+    ``older`` is None in those of versions that did not sign it.
+    """
 
     number: int
     ts: float
     key: str
     previous: str
     streams: tuple[Span, ...]
+    older: Older | None = None
 
 
 class Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,9 +173,11 @@ class Signer:
         self.public = self._key.public_key().public_bytes_raw().hex()
         self.id = key_id(self.public)
 
-    def sign(self, number: int, ts: float, previous: str, streams: Iterable[Span]) -> Signed:
+    def sign(
+        self, number: int, ts: float, previous: str, streams: Iterable[Span], older: Older | None = None
+    ) -> Signed:
         """A checkpoint of these spans."""
-        checkpoint = Checkpoint(number, ts, self.id, previous, tuple(streams))
+        checkpoint = Checkpoint(number, ts, self.id, previous, tuple(streams), older)
         return Signed(checkpoint, self._key.sign(_encode_sorted(checkpoint)).hex())
 
 

@@ -6,6 +6,7 @@ from sqlalchemy import Connection, delete, func, select
 
 from corral.store.actions import enter
 from corral.store.chain import read_checkpoint
+from corral.store.seal import last_older, newest
 from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
 from corral.store.verify import TEXTS_DROPPED
 
@@ -53,8 +54,11 @@ def drop_content(connection: Connection, until: float) -> int:
 
 
 def drop(connection: Connection, until: float) -> int:
-    """Delete a batch of what may go; how many rows. Rows that are older than the chain go by their time."""
+    """Delete a batch of what may go; how many rows. Rows that are older than the chain go as it was signed of them."""
     column = audit.c
+    signed = newest(connection)
+    older = signed.checkpoint.older if signed is not None else None
+    last, before = (older.last, older.until) if older is not None else (last_older(connection), 0.0)
     for stream, dropped in connection.execute(select(audit_streams.c.stream, audit_streams.c.dropped)).all():
         if stream:
             first = connection.execute(select(func.min(column.pos)).where(column.gw == stream)).scalar()
@@ -62,8 +66,9 @@ def drop(connection: Connection, until: float) -> int:
                 continue
             which = (column.gw == stream) & column.pos.between(first, min(first + BATCH - 1, dropped))
         else:
-            old = select(column.seq).where(column.pos.is_(None), column.ts < until).order_by(column.ts).limit(BATCH)
-            which = column.seq.in_(old)
+            free = ~column.seq.between(1, last) | (column.ts < before)
+            old = select(column.seq).where(column.pos.is_(None), column.ts < until, free)
+            which = column.seq.in_(old.order_by(column.ts).limit(BATCH))
         count = connection.execute(delete(audit).where(which)).rowcount
         if count:
             return count

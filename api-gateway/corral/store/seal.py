@@ -11,15 +11,16 @@ from typing import Any
 
 from sqlalchemy import Connection, case, func, select
 
-from corral.store.chain import FIELDS, ZERO, content, leaf_of, link_after
+from corral.store.chain import FIELDS, ZERO, Older, Signed, content, leaf_of, link_after, read_checkpoint
 from corral.store.database import insert
-from corral.store.tables import audit, audit_content, audit_streams
+from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
 from corral.store.verify import Head, State
 
 TEXTS = 100
 """Texts that are read at once, of up to 700 KB each."""
 
 _EMPTY = dict.fromkeys(FIELDS)
+_PLACELESS = audit.c.outcome.is_not(None) & audit.c.pos.is_(None)
 
 
 def seal(connection: Connection, stream: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -48,12 +49,13 @@ def state(connection: Connection) -> State:
     column = audit.c
     heads = {row.stream: row for row in connection.execute(select(audit_streams)).all()}
     first = heads.pop("").pos if "" in heads else 0
-    done = column.outcome.is_not(None) & column.pos.is_(None)
+    # Numbers below 1 are given by hand alone.
+    old = column.seq.between(1, first)
     counted = select(
         column.gw,
         func.max(column.pos),
-        func.sum(case((done & (column.seq <= first), 1), else_=0)),
-        func.sum(case((done & (column.seq > first), 1), (column.pos < 1, 1), else_=0)),
+        func.sum(case((_PLACELESS & old, 1), else_=0)),
+        func.sum(case((_PLACELESS & ~old, 1), (column.pos < 1, 1), else_=0)),
     ).group_by(column.gw)
     highest: dict[str, int] = {}
     older = outside = 0
@@ -68,14 +70,17 @@ def state(connection: Connection) -> State:
     found = {name: Head(head.pos, head.link, head.signed, highest.get(name, 0)) for name, head in sorted(heads.items())}
     named = audit_content.join(audit, column.id == audit_content.c.id, isouter=True)
     unnamed = select(func.count()).select_from(named).where(column.content_hash.is_(None))
-    return State(found, outside, older, connection.execute(unnamed).scalar_one())
+    return State(found, outside, older, first, connection.execute(unnamed).scalar_one())
 
 
 def records(connection: Connection, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
     """Sealed records of a stream behind a place, in order: the fields that are hashed, ``leaf``, and ``kept``.
 
-    ``kept`` is the SHA-256 of the text that is there of it, None where there is none.
+    ``kept`` is the SHA-256 of the text that is there of it, None where there is none. Those of the stream without a
+    name are older than the chain: their place is their number, and they have no leaf.
     """
+    if not stream:
+        return _older(connection, after, limit)
     columns = [*(audit.c[name] for name in FIELDS), audit.c.leaf]
     wanted = select(*columns).where(audit.c.gw == stream, audit.c.pos > after).order_by(audit.c.pos).limit(limit)
     names = (*FIELDS, "leaf")
@@ -84,6 +89,34 @@ def records(connection: Connection, stream: str, after: int, limit: int) -> list
     for row in found:
         row["kept"] = texts.get(row["id"])
     return found
+
+
+def _older(connection: Connection, after: int, limit: int) -> list[dict[str, Any]]:
+    column = audit.c
+    columns = [column.seq if name == "pos" else column[name] for name in FIELDS]
+    old = _PLACELESS & (column.seq > after) & (column.seq <= last_older(connection))
+    names = (*FIELDS, "leaf", "kept")
+    found = connection.execute(select(*columns).where(old).order_by(column.seq).limit(limit))
+    return [dict(zip(names, (*row, None, None), strict=True)) for row in found]
+
+
+def last_older(connection: Connection) -> int:
+    """Up to which number records are older than the chain, 0 where none is."""
+    return connection.execute(select(audit_streams.c.pos).where(audit_streams.c.stream == "")).scalar() or 0
+
+
+def has_older(connection: Connection, known: Older, until: float) -> bool:
+    """Whether records older than the chain, as they were signed, are from before `until` (epoch seconds)."""
+    column = audit.c
+    found = _PLACELESS & column.seq.between(1, known.last) & (column.ts >= known.until) & (column.ts < until)
+    return connection.execute(select(column.seq).where(found).limit(1)).first() is not None
+
+
+def newest(connection: Connection) -> Signed | None:
+    """The last checkpoint that the database has."""
+    lines = select(audit_checkpoints.c.line).order_by(audit_checkpoints.c.number.desc()).limit(1)
+    line = connection.execute(lines).scalar()
+    return None if line is None else read_checkpoint(line)
 
 
 def _texts(connection: Connection, ids: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from corral.store.chain import (
     ZERO,
     Merkle,
+    OlderRoot,
     Signed,
     Span,
     content,
@@ -50,12 +51,14 @@ class Head:
 class State:
     """The streams, rows that are complete but in no chain, and rows that are older than the chain.
 
-    ``unnamed``: texts that are kept of records that do not name them.
+    ``last_older``: those numbered up to there are, as the database has it. ``unnamed``: texts that are kept of records
+    that do not name them.
     """
 
     heads: Mapping[str, Head]
     outside: int
     older: int
+    last_older: int = 0
     unnamed: int = 0
 
 
@@ -67,7 +70,7 @@ class Source(Protocol):
 
     def records(self, stream: str, after: int, limit: int) -> Sequence[Mapping[str, Any]]:
         """The next records of a stream behind a place, in order: each with the fields that are hashed, ``leaf``, and
-        ``kept``, the SHA-256 of the text that is there of it or None.
+        ``kept``, the SHA-256 of the text that is there of it or None. Of "": those that are older than the chain.
         """
 
 
@@ -95,8 +98,6 @@ def verify(
     good = _checkpoints(lines, publics, report)
     report.checkpoints = len(good)
     state = source.state()
-    if state.older:
-        report.notes.append(f"{state.older} records are older than the chain and not covered by it")
     if state.unnamed:
         report.notes.append(f"{state.unnamed} prompts with their answers are not covered: no record has their digest")
     if state.outside:
@@ -106,13 +107,14 @@ def verify(
         for span in signed.checkpoint.streams:
             spans.setdefault(span.stream, []).append((signed.checkpoint.number, span))
     report.streams = len(spans)
-    total = sum(head.pos for head in state.heads.values())
+    total = sum(head.pos for head in state.heads.values()) + state.older
     texts = _Texts(report)
     # Control's first: its records say which texts may be missing.
     for stream in sorted(spans, key=lambda name: (name != CONTROL, name)):
         _Stream(stream, spans[stream], state.heads.get(stream), report, total, say, texts).check(source)
     head = state.heads.get(CONTROL)
     texts.finish(source, head.pos if head is not None else 0)
+    _older(source, good, state, report)
     say(report.records, report.records)
     return report
 
@@ -143,6 +145,43 @@ def _checkpoints(lines: Iterable[bytes], publics: Sequence[str], report: Report)
         else:
             good.append(signed)
     return good
+
+
+def _older(source: Source, good: Sequence[Signed], state: State, report: Report) -> None:
+    """Check the records that are older than the chain: the database says which, and a checkpoint has to confirm it."""
+    told = [(one.checkpoint.number, one.checkpoint.older) for one in good if one.checkpoint.older is not None]
+    if not told:
+        if state.older:
+            report.notes.append(f"{state.older} records are older than the chain and covered by no checkpoint")
+        return
+    begun, first = told[0]
+    number, signed = told[-1]
+    if signed.last != first.last:
+        report.problems.append(
+            f"checkpoint {number}: records up to {signed.last} are older than the chain, up to {first.last} were"
+        )
+    if state.last_older != signed.last:
+        report.problems.append(
+            f"records up to {state.last_older} ({state.older}) pass for older than the chain, up to {signed.last} "
+            f"({signed.count}) were signed"
+        )
+        return
+    counted = OlderRoot(signed.until)
+    after = early = 0
+    while after < signed.last and (rows := source.records("", after, PAGE)):
+        early += sum(not counted.add(row) for row in rows)
+        after = rows[-1]["pos"]
+    count = counted.count
+    report.records += count
+    if count != signed.count:
+        how = f"{signed.count - count} are missing" if count < signed.count else f"{count - signed.count} were inserted"
+        report.problems.append(f"of {signed.count} records older than the chain {how}")
+    elif counted.root() != signed.root:
+        report.problems.append(f"of {count} records older than the chain some were changed")
+    if count:
+        report.notes.append(f"{count} records are older than the chain: covered as they were at checkpoint {begun}")
+    if early:
+        report.notes.append(f"{early} records older than the chain, which retention removes, are still there")
 
 
 class _Texts:
@@ -204,6 +243,10 @@ class _Stream:
 
     def check(self, source: Source) -> None:
         link, at = self._dropped()
+        if at and (first := source.records(self._name, 0, 1)) and first[0]["pos"] <= at:
+            # Retention is at work, or somebody put them there: it removes them either way.
+            left = f"{self._name}: records up to {at} that retention removes are still there, from {first[0]['pos']} on"
+            self._report.notes.append(left)
         rows = _Rows(source, self._name, at, self._head.pos if self._head is not None else 0)
         for number, span in self._spans:
             if span.last < span.first or span.last <= at:
