@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import httpx
 from sqlalchemy import Connection, func, insert, select, update
@@ -176,7 +176,7 @@ class Ledger:
         roots = [OlderRoot(until) for until in untils]
         after = 0
         while after < last and (rows := await self._database.read(seal.records, "", after, PAGE)):
-            await asyncio.to_thread(lambda page=rows: [root.add(row) for row in page for root in roots])
+            await asyncio.to_thread(_add, roots, rows)
             after = rows[-1]["pos"]
         return roots
 
@@ -292,6 +292,12 @@ class Ledger:
             log.warning("%d requests whose gateway was killed are settled at their last progress", len(rows))
             if self._reserved is not None:
                 self._reserved.ended(rows)
+
+
+def _add(roots: list[OlderRoot], rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for root in roots:
+            root.add(row)
 
 
 def whole_lines(data: bytes) -> int:
