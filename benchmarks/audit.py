@@ -157,18 +157,25 @@ def verified_by_command(database: Database, state: Path, records: int) -> int:
         os.environ["CORRAL_ADMIN_KEY_FILE"] = str(state / "admin.key")
         admin = Admin(StateFolder.locate(str(state), os.environ))
         until(lambda: is_signed(admin), "all is signed", 600, every=1.0)
-        begun = time.monotonic()
+        begun, spent, theirs = time.monotonic(), os.times(), cpu_of(control.pid)
         run = subprocess.run([*command, "audit", "verify", "--json"], env=os.environ | env, stdout=subprocess.PIPE)
-        seconds = time.monotonic() - begun
+        seconds, theirs, now = time.monotonic() - begun, cpu_of(control.pid) - theirs, os.times()
+        own = now.children_user + now.children_system - spent.children_user - spent.children_system
         told = json.loads(run.stdout)
     finally:
         control.end()
     print(
         f"{database.dialect}: corral audit verify: {told['records']} records verified in {seconds:.1f} s, "
-        f"{len(told['problems'])} problems"
+        f"{len(told['problems'])} problems; CPU: {own:.1f} s of the command's, {theirs:.1f} s of control's"
     )
     # Control's own records are among them.
     return 0 if run.returncode == 0 and told["records"] >= records and seconds <= BAR else 1
+
+
+def cpu_of(pid: int) -> float:
+    """The CPU seconds that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def is_signed(admin: Admin) -> bool:
