@@ -138,7 +138,10 @@ def test_what_nobody_settled_is_settled_at_its_last_progress(database: Database)
     far = ["node-2", 1, 40, 5, 900, 1.5, 20.0, 1000.0]
     spool.ship(admit(1), admit(2), admit(3))
     spool.ship({"t": "progress", "rows": [["edge-1", *far], ["edge-3", *far]]}, settle(3))
-    spool.ship({"t": "progress", "rows": [["edge-1", "node-2", 1, 40, 9, 1800, 1.5, 20.0, 2000.0], ["edge-2", 1], 7]})
+    further = ["node-2", 1, 40, 9, 1800, 1.5, 20.0, 2000.0]
+    told_late = {"t": "progress", "rows": [["edge-1", *far]]}
+    spool.ship({"t": "progress", "rows": [["edge-1", *further], ["edge-2", 1], 7]}, told_late)
+    spool.ship(told_late)
     assert recovered(database, time.time() + 3600) == 0, "their gateway may live"
     spool.ship(begin(), admit(4))
     assert recovered(database, time.time() + recovery.GRACE - 5) == 0, "the edge may have asked another gateway"

@@ -7,10 +7,11 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
-from corral.store.spool import SpoolReader, SpoolWriter, opened, readable, salvage
+from corral.store.spool import SpoolReader, SpoolWriter, opened, put_aside, readable, salvage
 
 PAUSE = 0.2
 PAUSE_BUSY = 0.5
@@ -22,6 +23,14 @@ PAUSE_FAILED = 1.0
 log = logging.getLogger(__name__)
 
 
+class Damaged(NamedTuple):
+    """A segment that is to be put aside: under which suffix, the bad frame's offset, how many records are rescued."""
+
+    suffix: str
+    offset: int
+    rescued: int
+
+
 class Shipper:
     """One gateway's spool on its way to control; ``backlog`` and ``behind`` tell what waits, and for how long."""
 
@@ -29,6 +38,8 @@ class Shipper:
         self._writer = writer
         self._folder = folder
         self._reader = SpoolReader(folder)
+        self._damaged: dict[str, Damaged] = {}
+        self._stuck = False
         # What an earlier process left waits since it was written.
         self._caught_up = min((opened(name) for name in self._reader.backlog()), default=time.time())
         self._url = f"{control_url}/internal/spool/{gateway}"
@@ -62,8 +73,9 @@ class Shipper:
             httpx.HTTPError: control cannot be reached.
             ValueError: control refused the frames.
         """
-        shipped, began = 0, time.time()
+        shipped, began, last = 0, time.time(), ""
         end = sum(self._reader.backlog().values())
+        self._rename()
         while shipped < end and (piece := self._reader.next_chunk()) is not None:
             segment, offset, frames = piece
             response = await client.post(
@@ -75,11 +87,14 @@ class Shipper:
             shipped += confirmed - offset
             if response.status_code == 400:
                 self._put_aside(self._folder / segment, confirmed, ".corrupt")
-                self._reader.forget(segment)
             else:
                 self._reader.confirm(segment, confirmed)
+            if segment != last:  # not only once all is shipped: the disk may hold so much once, not twice
+                self._reader.drop_shipped(self._writer.segment, self._put_aside)
+                last = segment
         self._reader.drop_shipped(self._writer.segment, self._put_aside)
-        self._caught_up = began
+        if not self._damaged:
+            self._caught_up = began
         return shipped
 
     def backlog(self) -> int:
@@ -95,6 +110,10 @@ class Shipper:
         disk = os.statvfs(self._folder)
         return disk.f_bavail * disk.f_frsize
 
+    def put_aside(self) -> list[str]:
+        """The names of segments that were put aside and are still there."""
+        return put_aside(self._folder)
+
     async def drain(self) -> None:
         """Ship the rest before the process ends; what control does not take stays for the next start."""
         async with httpx.AsyncClient(timeout=3.0, trust_env=False) as client:
@@ -103,23 +122,46 @@ class Shipper:
             except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
                 log.warning("the spool was not shipped to its end: %r", error)
 
-    def _put_aside(self, path: Path, offset: int, suffix: str = "") -> None:
-        """Rename a segment whose rest cannot be shipped. ``offset``: up to there control has it."""
+    def _put_aside(self, path: Path, offset: int, suffix: str = ".torn") -> None:
+        """Put a segment aside whose rest cannot be shipped. ``offset``: up to there control has it."""
         if path == self._writer.segment:
             # What is still to be written must not follow what cannot be read.
             self._writer.roll()
             suffix = ".corrupt"
-        aside = path.with_suffix(suffix or ".torn")
-        size = path.stat().st_size
-        path.replace(aside)
-        rescued = self._rescue(aside, offset)
-        what = "a corrupt frame" if aside.suffix == ".corrupt" else "a torn frame"
-        said = "%s has %s at byte %d of %d; kept as %s. %d records behind it are shipped all the same"
-        log.error(said, path, what, offset, size, aside, rescued)
+        self._damaged[path.name] = Damaged(suffix, offset, self._rescue(path, offset))
+        self._reader.leave(path.name)
+        self._rename()
 
-    def _rescue(self, aside: Path, offset: int) -> int:
+    def _rename(self) -> None:
+        """Rename the damaged segments whose good records are in the spool anew, not before: nobody reads them there.
+
+        Who is killed between the two ships those records twice, and control takes each once. While the disk takes
+        nothing the segments stay as they are, and what came after them is shipped: that makes room.
+        """
+        if not self._damaged:
+            return
+        try:
+            self._writer.flush()
+            self._writer.sync()
+            for name, damaged in list(self._damaged.items()):
+                path = self._folder / name
+                aside = path.with_suffix(damaged.suffix)
+                size = path.stat().st_size
+                path.replace(aside)
+                del self._damaged[name]
+                self._reader.forget(name)
+                what = "a corrupt frame" if damaged.suffix == ".corrupt" else "a torn frame"
+                said = "%s has %s at byte %d of %d; kept as %s. %d records behind it are shipped all the same"
+                log.error(said, path, what, damaged.offset, size, aside, damaged.rescued)
+            self._stuck = False
+        except OSError as error:
+            if not self._stuck:
+                log.error("damaged segments are not put aside yet, what is behind them is shipped: %s", error)
+            self._stuck = True
+
+    def _rescue(self, path: Path, offset: int) -> int:
         """Write the good records behind a bad frame anew; how many. That an earlier life began is no news any more."""
-        with aside.open("rb") as file:
+        with path.open("rb") as file:
             file.seek(offset)
             data = file.read()
         records = [one for payload in salvage(data) for one in payload.split(b"\n")]
@@ -127,7 +169,6 @@ class Shipper:
         records = [one for one in records if not one.startswith(b'{"t":"begin"') and readable(one)]
         for record in records:
             self._writer.append(record)
-        self._writer.flush()
         return len(records)
 
 

@@ -93,7 +93,8 @@ def _store(
                 contents.setdefault(content["id"], content)
             continue
         if kind == "progress":
-            moved.update(progress.read(record))
+            far = progress.read(record)
+            moved.update({known: row for known, row in far.items() if progress.later(row, moved.get(known))})
             continue
         row = _row(record, gateway)
         if row is None:

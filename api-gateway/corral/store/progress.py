@@ -99,9 +99,15 @@ def read(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def later(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+    """Whether a request is as far as it was known to be: what was rescued from a damaged segment comes late."""
+    return before is None or (row["new_tokens"] or 0) >= (before["new_tokens"] or 0)
+
+
 def note(connection: Connection, rows: list[dict[str, Any]]) -> None:
-    """Write how far requests are that are still open."""
+    """Write how far requests are that are still open, where that is as far as was known."""
     if not rows:
         return
-    still = (audit.c.id == bindparam("request")) & audit.c.outcome.is_(None)
+    further = audit.c.tokens.is_(None) | (audit.c.tokens <= bindparam("new_tokens"))
+    still = (audit.c.id == bindparam("request")) & audit.c.outcome.is_(None) & further
     connection.execute(update(audit).where(still).values({name: bindparam(f"new_{name}") for name in FIELDS}), rows)

@@ -39,6 +39,7 @@ _BEGIN: Final = b'{"t":"'
 """How a payload begins."""
 
 ASIDE = (".torn", ".corrupt")
+_ASIDE_NAME: Final = re.compile(r"\d{16}\.(torn|corrupt)")
 
 _SEGMENT_NAME: Final = re.compile(r"(\d{16})\.seg")
 _decode_lines: Final = msgspec.json.Decoder(dict[str, Any]).decode_lines
@@ -162,6 +163,15 @@ def segments(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
 
 
+def put_aside(folder: Path) -> list[str]:
+    """The names of segments that were put aside in a folder: those with a corrupt frame first, then oldest first."""
+    try:
+        found = [path for path in folder.iterdir() if _ASIDE_NAME.fullmatch(path.name)]
+    except OSError:  # no folder, or none of ours to read
+        return []
+    return [path.name for path in sorted(found, key=lambda path: (path.suffix, path.name))]
+
+
 def opened(segment: str) -> float:
     """When a segment was opened, in epoch seconds: its name says so."""
     return int(segment.partition(".")[0]) / 1e3
@@ -249,6 +259,11 @@ class SpoolWriter:
         if self._number == number:
             self._open_next()
 
+    def sync(self) -> None:
+        """Where that is promised (durability `synced`), have the disk hold what was flushed. Raises OSError."""
+        if self._synced:
+            os.fdatasync(self._fd)  # an earlier segment was synced when this one was opened
+
     def close(self) -> None:
         """Flush and close; an empty last segment is removed."""
         if self._fd < 0:
@@ -295,10 +310,11 @@ class SpoolReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._offsets: dict[str, int] = {}
+        self._left: set[str] = set()
 
     def next_chunk(self, limit: int = SHIP_MAX) -> tuple[str, int, bytes] | None:
         """The next ``(segment name, offset, whole frames)`` that is not confirmed yet, or None."""
-        for path in segments(self._folder):
+        for path in self._whole():
             offset = self._offsets.get(path.name, 0)
             with path.open("rb") as file:
                 file.seek(offset)
@@ -324,9 +340,17 @@ class SpoolReader:
         """Note what control has of a segment."""
         self._offsets[segment] = offset
 
+    def leave(self, segment: str) -> None:
+        """Hand out no more of a segment, whose rest cannot be shipped, until it is forgotten."""
+        self._left.add(segment)
+
     def forget(self, segment: str) -> None:
         """A segment is no longer there."""
         self._offsets.pop(segment, None)
+        self._left.discard(segment)
+
+    def _whole(self) -> list[Path]:
+        return [path for path in segments(self._folder) if path.name not in self._left]
 
     def drop_shipped(self, current: Path, aside: Callable[[Path, int], None]) -> None:
         """Delete each segment but `current` that is shipped to its end.
@@ -334,17 +358,15 @@ class SpoolReader:
         A segment whose rest is no whole frame is handed to `aside` with its good length: torn by a crash, or, if it
         is `current`, whose groups are always written whole, damaged.
         """
-        for path in segments(self._folder):
+        for path in self._whole():
             size, offset = path.stat().st_size, self._offsets.get(path.name, 0)
             if offset == size:
                 if path == current:
                     continue
                 path.unlink()
+                self.forget(path.name)
             elif not self._has_whole_frame(path, offset):
                 aside(path, offset)
-            else:
-                continue
-            self.forget(path.name)
 
     @staticmethod
     def _has_whole_frame(path: Path, offset: int) -> bool:
