@@ -13,6 +13,11 @@ from corral.stack.state import StackError, StateFolder
 NODE = {"name": "n1", "url": "http://n1:11434", "state": "ready", "version": "0.17.4", "reason": None, "models": ["m"]}
 
 
+def aside(*names: str) -> dict[str, Any]:
+    """A gateway that put segments aside."""
+    return {"name": "g1", "state": "ready", "aside": {"count": len(names), "names": list(names)}}
+
+
 def told(**changes: Any) -> dict[str, Any]:
     whole = {
         "gateways": [{"name": "g1", "state": "ready"}],
@@ -39,6 +44,8 @@ def test_all_is_well(tmp_path: Path) -> None:
         ({"gateways": [{"name": "g1", "state": "down"}]}, "g1", "problem"),
         ({"gateways": []}, "gateways", "problem"),
         ({"store": {"valkey": {"state": "down"}, "database": {"state": "ready"}}}, "valkey", "problem"),
+        ({"gateways": [aside("1.corrupt", "2.torn")]}, "spool of g1", "problem"),
+        ({"gateways": [aside("2.torn")]}, "spool of g1", "warning"),
         ({"alerts": [{"name": "NodeDown", "summary": "a node is down"}]}, "alert", "warning"),
     ],
 )

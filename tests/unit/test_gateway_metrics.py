@@ -46,6 +46,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         limits=SimpleNamespace(gateways=2, local=3),
         shipper=SimpleNamespace(backlog=lambda: 5, behind=lambda: 1.5, free=lambda: 9),
         spool_max=10,
+        put_aside=lambda: ["a.torn"] * 3,
         journal=SimpleNamespace(failing=True, shed=2),
         store=SimpleNamespace(connected=False),
         health=SimpleNamespace(canaries={}, ejections=2, frozen=1),
@@ -183,6 +184,7 @@ def test_what_is_now() -> None:
     assert one(seen, "corral_connections") == 2
     assert one(seen, "corral_spool_bytes") == 5 and one(seen, "corral_spool_oldest_seconds") == 1.5
     assert one(seen, "corral_spool_failing") == 1 and one(seen, "corral_limit_store_up") == 0
+    assert one(seen, "corral_spool_aside_files") == 3
     assert one(seen, "corral_local_admissions_total") == 3
     assert one(seen, "corral_queue_length") == one(seen, "corral_slots_shared") == 1
     assert one(seen, "corral_queue_full_total") == 4 and one(seen, "corral_queue_overdue_total") == 5

@@ -21,10 +21,12 @@ from corral.store.spool import SHIP_MAX, SpoolCorrupt
 
 CHUNK_MAX = SHIP_MAX
 SUSPECTS_MAX = 100
+ASIDE_MAX = 20
 _Amount = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 Row = tuple[_Amount, _Amount, _Amount, _Amount, _Amount]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ASIDE = re.compile(rf"({_NAME.pattern}/)?\d{{16}}\.(torn|corrupt)")
 
 router = APIRouter(include_in_schema=False)
 
@@ -103,15 +105,17 @@ def _told(request: Request) -> Told:
         queues = {}
     return Told(
         metrics,
-        _seconds(request, "x-corral-backlog"),
-        _seconds(request, "x-corral-as-of"),
+        _number(request, "x-corral-backlog"),
+        _number(request, "x-corral-as-of"),
         _runners(request, "x-corral-suspects"),
         _runners(request, "x-corral-crowded"),
         {model: list(row) for model, row in queues.items()},
+        int(_number(request, "x-corral-aside")),
+        tuple(filter(_ASIDE.fullmatch, request.headers.get("x-corral-aside-names", "").split(",")[:ASIDE_MAX])),
     )
 
 
-def _seconds(request: Request, header: str) -> float:
+def _number(request: Request, header: str) -> float:
     try:
         value = float(request.headers.get(header, "0")[:32])
     except ValueError:

@@ -52,6 +52,8 @@ class Told(NamedTuple):
     suspects: Mapping[str, frozenset[str]] = MappingProxyType({})
     crowded: Mapping[str, frozenset[str]] = MappingProxyType({})
     queues: Mapping[str, list[float]] = MappingProxyType({})
+    aside: int = 0
+    aside_names: tuple[str, ...] = ()
 
 
 NOTHING = Told()
@@ -65,7 +67,8 @@ class Gateway:
     ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds),
     ``as_of`` control's time (epoch seconds) in the last answer that it had by then, 0 where it had none: its words held
     then, however long its question has waited since. ``queues`` who waits there, by model: how many, the oldest's wait
-    (seconds), slots, seconds of a load, seconds that a request takes.
+    (seconds), slots, seconds of a load, seconds that a request takes. ``aside`` damaged segments lie in its spool, of
+    which ``aside_names`` has the first, those with a corrupt frame before torn ones.
     """
 
     name: str
@@ -76,6 +79,8 @@ class Gateway:
     as_of: float = 0.0
     queues: Mapping[str, list[float]] = field(default_factory=dict)
     left: bool = False
+    aside: int = 0
+    aside_names: tuple[str, ...] = ()
     at: float = field(default_factory=time.monotonic)
 
     @property
@@ -240,7 +245,11 @@ class Hub:
         self._fleet.suspect(name, told.suspects, told.crowded)
         now = time.time()
         as_of = min(told.as_of, now)
-        self.gateways[name] = Gateway(name, now, version, told.metrics, told.behind, as_of, told.queues, left)
+        self.gateways[name] = Gateway(
+            *(name, now, version, told.metrics, told.behind, as_of, told.queues, left),
+            aside=told.aside,
+            aside_names=told.aside_names,
+        )
         async with self._arrived:
             self._arrived.notify_all()
 

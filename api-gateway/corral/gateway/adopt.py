@@ -20,7 +20,7 @@ import msgspec
 
 from corral.gateway.records import Begun
 from corral.gateway.shipper import Shipper
-from corral.store.spool import LOCK, SpoolWriter, hold, segments
+from corral.store.spool import LOCK, SpoolWriter, hold, put_aside, segments
 
 EVERY = 15.0
 GONE = 60.0
@@ -53,6 +53,15 @@ class Adopter:
 
     def __init__(self, root: Path, name: str, control_url: str, token: str) -> None:
         self._root, self._name, self._control_url, self._token = root, name, control_url, token
+
+    def put_aside(self) -> list[str]:
+        """Segments that were put aside in spools that nobody has any more, as FOLDER/NAME."""
+        found: list[str] = []
+        for folder in _others(self._root, self._name):
+            with contextlib.suppress(OSError):  # not ours to read
+                if not (folder / LOCK).exists():
+                    found += [f"{folder.name}/{name}" for name in put_aside(folder)]
+        return found
 
     async def run(self) -> None:
         """Look each EVERY seconds, until cancelled."""

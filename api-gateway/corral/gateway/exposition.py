@@ -170,6 +170,7 @@ class Page:
             ("corral_spool_oldest_seconds", GAUGE, "How long the oldest of them wait.", gateway.shipper.behind()),
             ("corral_spool_max_bytes", GAUGE, "Most that there may be of them.", gateway.spool_max),
             ("corral_spool_disk_free_bytes", GAUGE, "Free on the spool's disk.", gateway.shipper.free()),
+            ("corral_spool_aside_files", GAUGE, "Damaged segments that were put aside.", len(gateway.put_aside())),
             ("corral_spool_shed_total", COUNTER, "Requests refused, as none can be recorded.", gateway.journal.shed),
             ("corral_spool_failing", GAUGE, "1 while the disk takes no records.", int(gateway.journal.failing)),
             ("corral_limit_store_up", GAUGE, "1 while this gateway reaches Valkey.", int(gateway.store.connected)),

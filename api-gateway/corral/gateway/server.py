@@ -48,6 +48,8 @@ PROGRESS_ROWS: Final = 4000
 SUSPECTS_TOLD: Final = 50
 """They go in one header."""
 
+ASIDE_TOLD: Final = 20
+
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 
 
@@ -245,15 +247,23 @@ class Gateway:
         for start in range(0, len(rows), PROGRESS_ROWS):
             self.journal.record(Progress(rows[start : start + PROGRESS_ROWS]), NOBODY)
 
+    def put_aside(self) -> list[str]:
+        """Damaged segments of this gateway's spool, and of those that it adopted, which nobody has removed yet."""
+        return self.shipper.put_aside() + self.adopter.put_aside()
+
     def _tell(self) -> dict[str, str]:
-        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, which
-        runners are suspect or run fewer at once than they have slots, and who waits."""
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, what was
+        put aside, which runners are suspect or run fewer at once than they have slots, and who waits."""
         told = {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
         crowded = self.health.crowding.crowded(time.monotonic())
         for header, runners in (("Suspects", list(self.health.canaries)), ("Crowded", crowded)):
             if runners:
                 names = [f"{quote(node, '')}/{quote(model, '')}" for node, model in runners[:SUSPECTS_TOLD]]
                 told[f"X-Corral-{header}"] = ",".join(names)
+        aside = self.put_aside()
+        if aside:
+            told["X-Corral-Aside"] = str(len(aside))
+            told["X-Corral-Aside-Names"] = ",".join(aside[:ASIDE_TOLD])
         if queues := self.report.queues():
             told["X-Corral-Queues"] = queues
         return told

@@ -22,6 +22,7 @@ BACKLOG = 64 << 20
 DISK = 1 << 30
 CLOCK = 5.0
 OLLAMA_TESTED = (0, 17)
+LOST = "those are not in the audit trail"
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -144,7 +145,20 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
             yield Finding(name, "problem", str(said), f"read the log of {name}; docs/runbooks/incident-response.md")
     if not told["gateways"]:
         yield Finding("gateways", "problem", "control knows none", "read the logs of the gateways")
+    for gateway in told["gateways"]:
+        yield from _aside(str(gateway["name"]), gateway.get("aside") or {"count": 0})
     yield from _firing(told["alerts"])
+
+
+def _aside(gateway: str, told: dict[str, Any]) -> Iterator[Finding]:
+    """What a gateway says that it put aside. A control of before says nothing of it."""
+    if told["count"]:
+        names = [str(name) for name in told["names"]]
+        more = f" and {told['count'] - len(names)} more" if told["count"] > len(names) else ""
+        seen = f"records in {', '.join(names)}{more} could not be read: {LOST}"
+        corrupt = any(name.endswith(".corrupt") for name in names)
+        advice = f"the log of {gateway} says from which byte on; check the disk of its spool, then remove them"
+        yield Finding(f"spool of {gateway}", "problem" if corrupt else "warning", seen, advice)
 
 
 def _firing(alerts: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -258,7 +272,7 @@ def _backlog(state: StateFolder) -> Iterator[Finding]:
             yield Finding(check, "ok", text)
         for path, size in sizes.items():
             if path.suffix in ASIDE:
-                seen = f"{path} ({size} bytes) has records that could not be read: those are not in the audit trail"
+                seen = f"{path} ({size} bytes) has records that could not be read: {LOST}"
                 advice = (
                     f"`corral logs --program {folder.name}` says from which byte on; check the disk, then remove it"
                 )
