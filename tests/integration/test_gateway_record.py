@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import threading
@@ -69,10 +70,28 @@ def is_shed(gw: Gateway) -> bool:
     return answer.status_code == 503
 
 
+def threshold() -> float:
+    """The share of `spool_max` from which on SpoolFilling rises."""
+    rules = (Path(__file__).parents[2] / "monitoring/prometheus/rules/traffic.yml").read_text()
+    (share,) = re.findall(r"corral_spool_bytes > ([\d.]+) \* corral_spool_max_bytes", rules)
+    return float(share)
+
+
 def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> None:
     with gateway(tmp_path, gateway={"spool_max": "20KB"}) as gw:
         gw.control.busy = True
-        until(lambda: is_shed(gw), "requests are shed", 30)
+        alerted: list[bool] = []
+        """By request that was taken: whether the alert had its condition by then."""
+
+        def is_shed_at_last() -> bool:
+            firing = value(gw, "corral_spool_bytes") > threshold() * value(gw, "corral_spool_max_bytes")
+            shed = is_shed(gw)
+            if not shed:
+                alerted.append(firing)
+            return shed
+
+        until(is_shed_at_last, "requests are shed", 30)
+        assert alerted[0] is False and alerted[-1] is True, "SpoolFilling rises while requests are still taken"
         asked = [len(node.requests) for node in gw.nodes]
         shed = value(gw, "corral_spool_shed_total")
         held = value(gw, "corral_spool_bytes")
