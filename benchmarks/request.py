@@ -326,16 +326,18 @@ def report(found: list[Subject], title: str) -> dict[str, float]:
         )
     for name in (NO_RECORD, NO_HASHES):
         if name in ratios:
-            print(f"  beside '{name}': {_share(found, name)}")
+            print(f"  beside '{name}': {_share(found, 'gateway', name)}")
+    if SYNCED in ratios:
+        print(f"  '{SYNCED}' beside 'gateway': {_share(found, SYNCED, 'gateway')}")
     for subject in found:
         subject.cost, subject.rate, subject.valkey, subject.load = [], [], [], []
     return ratios
 
 
-def _share(found: list[Subject], without: str) -> str:
-    """What the gateway's CPU and requests are more and fewer than those of one without something, by the medians."""
+def _share(found: list[Subject], of: str, without: str) -> str:
+    """What a gateway's CPU and requests are more and fewer than those of one without something, by the medians."""
     named = {subject.name: subject for subject in found}
-    whole, other = named["gateway"], named[without]
+    whole, other = named[of], named[without]
     cost = 1 - statistics.median(other.cost) / statistics.median(whole.cost)
     rate = 1 - statistics.median(whole.rate) / statistics.median(other.rate)
     return f"{cost:.1%} of its CPU and {rate:.1%} of its requests a second"

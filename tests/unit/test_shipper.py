@@ -122,7 +122,7 @@ def test_a_disk_that_is_full_holds_up_nothing_behind_a_damaged_segment(
         for _ in range(3):
             ship(shipper, control)
         assert (control.took, bad.exists(), good.exists()) == ([4], True, False)
-        assert shipper.backlog() > 0 and shipper.behind() > 0
+        assert shipper.backlog() > 0 and shipper.behind() > 1e6, "since the segment was opened"
     assert len(caplog.messages) == 1
     ship(shipper, control)
     assert (control.took, bad.exists(), shipper.put_aside()) == ([4, 2, 3], False, ["0000000000000001.corrupt"])
