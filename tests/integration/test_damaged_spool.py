@@ -55,8 +55,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("current", [True, False], ids=["the segment that is written to", "an earlier one"])
-def test_a_gateway_that_is_killed_before_the_rename_ships_everything_once(
-    control: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: bool
+@pytest.mark.parametrize("renamed", [False, True], ids=["before the rename", "after it"])
+def test_a_gateway_that_is_killed_at_the_rename_ships_everything_once(
+    control: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: bool, renamed: bool
 ) -> None:
     folder = tmp_path / "spool/gateway-1"
     admitted = {"t": "admit", "id": "e6", "ts": 1795000000.5, "api": "native", "model": "m:latest"}
@@ -79,15 +80,19 @@ def test_a_gateway_that_is_killed_before_the_rename_ships_everything_once(
 
         asyncio.run(all_of_it())
 
+    rename = Path.replace
+
     def kill(path: Path, target: Path) -> None:
+        if renamed:
+            rename(path, target)
         raise Killed(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", kill)
         with pytest.raises(Killed):
             ship(writer)
-    assert not list(folder.glob("*.corrupt"))
-    # What it had rescued by then is shipped, and once more from the segment, which the next life finds as it was.
+    # What it had rescued by then is shipped, and before the rename once more from the segment, which is as it was.
+    assert len(list(folder.glob("*.corrupt"))) == renamed
     again = SpoolWriter(folder)
     ship(again)
     ship(again)
