@@ -16,7 +16,7 @@ from corral.fleet.tickets import HEAD, NEVER, PICKY
 from corral.store import keeper
 from corral.store.budget import ADMIT, EPOCH, GRANTS, PREFIX, RESERVE, Budget, sha
 from corral.store.lua import combined
-from corral.store.slots import Wanted
+from corral.store.slots import Answer, Wanted
 from corral.store.valkey import ValkeyDown, encode
 
 RESIDENT = PlaceState.RESIDENT
@@ -51,6 +51,51 @@ def test_a_gateway_that_was_thought_dead_tells_of_what_runs(store: Server) -> No
             assert not more.done(), "s1 still runs there"
             stalled.slots.end("s1")
             assert (await asyncio.wait_for(more, 5)).node == "n1"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("what", ["a turn", "an answer"])
+def test_what_was_given_before_the_lease_was_over_is_not_taken_after_it(store: Server, what: str) -> None:
+    """A gateway stands still, its connections with it, and goes on: the slot is another's by then."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2, lease=1.0) as made:
+            stalled, other = made
+            await place(other, "n1", "a", "resident", 1, 1)
+            heard: asyncio.Future[tuple[Answer, asyncio.Future[Answer]]] | None = None
+            if what == "a turn":
+                assert (await other.ask(Wanted("o1", "a")))[0].node == "n1"
+                assert (await stalled.ask(Wanted("s1", "a")))[0].position == 1
+            keeping = stalled.tasks.pop()
+            keeping.cancel()
+            connections = [one.transport for one in (stalled.store, stalled.ears) if one.transport is not None]
+            for transport in connections:
+                transport.pause_reading()
+            if what == "a turn":
+                other.slots.end("o1")
+            else:
+                heard = asyncio.ensure_future(stalled.ask(Wanted("s1", "a")))
+            async with asyncio.timeout(5):
+                # It is given to the one that does not hear.
+                while (await request_of(other, stalled.name, "s1"))[:1] != [b"g"]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            answer, more = await other.ask(Wanted("o2", "a"))
+            assert (answer.node or (await asyncio.wait_for(more, 10)).node) == "n1"
+            for transport in connections:
+                transport.resume_reading()
+            if heard is not None:
+                assert not (await asyncio.wait_for(heard, 5))[0].node
+            stalled.tasks.append(asyncio.create_task(keeper.keep(stalled.slots)))
+            async with asyncio.timeout(5):
+                while (await request_of(other, stalled.name, "s1"))[:1] != [b"t"]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert not stalled.slots.held["s1"].node, "o2 has the slot"
+            other.slots.end("o2")
+            async with asyncio.timeout(5):
+                while stalled.slots.held["s1"].node != "n1":  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await settled(made, {"s1": stalled.name})
 
     asyncio.run(work())
 
@@ -139,9 +184,9 @@ redis.call('HINCRBY', used, 'n2', -1)
 
 
 async def request_of(gateway: Gateway, of: str, id: str) -> list[bytes]:
-    """What the store has of a request."""
-    text: bytes = await gateway.store.request(b"HGET", PREFIX + b"held:" + of.encode(), id.encode())
-    return text.split(b" ")
+    """What the store has of a request; nothing where it knows of none."""
+    text: bytes | None = await gateway.store.request(b"HGET", PREFIX + b"held:" + of.encode(), id.encode())
+    return text.split(b" ") if text else []
 
 
 def test_who_has_waited_elsewhere_keeps_its_place_and_is_not_turned_away(store: Server) -> None:

@@ -115,7 +115,9 @@ async def renew(slots: Slots) -> None:
         for wanted in slots.held.values():
             runs = b"%b %d" % (wanted.node.encode(), wanted.reads) if wanted.node else b""
             arguments += [wanted.id.encode(), runs]
+        began = monotonic()
         missing = [id.decode() for id in await slots.store.request(b"EVALSHA", _LIVE, b"0", *arguments)]
+        slots.until = began + slots.lease
         if not missing:
             return
         await _declare(slots, [slots.held[id] for id in missing if id in slots.held])

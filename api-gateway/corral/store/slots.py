@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from math import inf
 from time import monotonic
 from typing import Any, Final
 
@@ -119,8 +120,8 @@ class Slots:
     ``held`` is all that it holds or waits for, ``waiting`` who hears of a ticket's turn. ``early`` are those who came
     while the store was there and did not grant, for it is still told of what is held: they are asked for once it does,
     with when they came (monotonic seconds). ``told`` is the store's connection (`Valkey.connections`) on which it was
-    told of what is held; ``led``: somebody says what stands where. ``length`` is how many may wait for a model, as the
-    store reads it.
+    told of what is held; ``until`` is when the lease ends if it is not renewed (monotonic seconds); ``led``: somebody
+    says what stands where. ``length`` is how many may wait for a model, as the store reads it.
     """
 
     def __init__(self, store: Valkey, gateway: str, length: int = MOST, lease: float = LEASE) -> None:
@@ -131,6 +132,7 @@ class Slots:
         self.waiting: dict[str, Heard] = {}
         self.early: dict[str, tuple[Wanted, Heard, float]] = {}
         self.told = 0
+        self.until = inf
         self.led = False
         self.channel = PREFIX + b"wake:" + self.gateway
         self.gateways: Callable[[], int] = lambda: 1
@@ -161,6 +163,11 @@ class Slots:
         if not self.store.connected:
             return True
         return self._early_since > 0.0 and monotonic() - self._early_since > EARLY_MAX
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether the lease is over: what the store gave before may be another's by now."""
+        return monotonic() > self.until
 
     def connected(self) -> None:
         """There is a connection again."""
@@ -247,6 +254,11 @@ class Slots:
                 log.error("the store refused the script of slots: %s", reply)
                 self.store.reset()
             heard(Answer(away=True))
+        elif reply[0] == 1 and self.lapsed:
+            # This gateway stood still: the next renewal says whether the slot is its own, else it waits at the head.
+            self.waiting[id] = heard
+            self.on_lost()
+            heard(Answer(position=1, slots=1))
         elif reply[0] == 1:
             wanted.node, wanted.generation = reply[1].decode(), reply[2]
             heard(Answer(wanted.node))
@@ -264,7 +276,10 @@ class Slots:
             del self.held[wanted.id]
 
     def given(self, id: str, node: str, generation: int) -> None:
-        """A ticket has its turn."""
+        """A ticket has its turn; not where the lease is over: the next renewal says whether it still has."""
+        if self.lapsed:
+            self.on_lost()
+            return
         heard, wanted = self.waiting.pop(id, None), self.held.get(id)
         if heard is None or wanted is None:
             return
