@@ -48,7 +48,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         spool_max=10,
         put_aside=lambda: ["a.torn"] * 3,
         journal=SimpleNamespace(failing=True, shed=2),
-        store=SimpleNamespace(connected=False),
+        store=SimpleNamespace(connected=False, connections=2),
         health=SimpleNamespace(canaries={}, ejections=2, frozen=1),
         queue=SimpleNamespace(waiting={"a": 1}, full=4, overdue=5, slots=SimpleNamespace(counts=True)),
     )
@@ -185,7 +185,7 @@ def test_what_is_now() -> None:
     assert one(seen, "corral_spool_bytes") == 5 and one(seen, "corral_spool_oldest_seconds") == 1.5
     assert one(seen, "corral_spool_failing") == 1 and one(seen, "corral_limit_store_up") == 0
     assert one(seen, "corral_spool_aside_files") == 3
-    assert one(seen, "corral_local_admissions_total") == 3
+    assert one(seen, "corral_local_admissions_total") == 3 and one(seen, "corral_limit_store_connections_total") == 2
     assert one(seen, "corral_queue_length") == one(seen, "corral_slots_shared") == 1
     assert one(seen, "corral_queue_full_total") == 4 and one(seen, "corral_queue_overdue_total") == 5
 

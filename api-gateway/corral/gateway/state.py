@@ -81,7 +81,8 @@ class State(Waiter):
     _admitted = False
     _recorded = False
     _settled = False
-    opened = overdue = False
+    opened = False
+    overdue = False
     _ending = NOTHING
     _status = 0
     _last_head = b""
