@@ -65,6 +65,15 @@ class SimulatedNode:
         """Have it do something wrong from now on (corral/node/faults.py)."""
         httpx.post(self.url + "/simulated/faults", json=fault).raise_for_status()
 
+    def work(self, model: str = MODEL) -> dict[str, int]:
+        """What it does of a model, by its own word (corral/node/work.py); all 0 before it was asked for anything."""
+        told = httpx.get(self.url + "/simulated/work").json()["models"]
+        return dict(told.get(model) or {"running": 0, "most": 0, "tokens": 0, "loads": 0})
+
+    def count_anew(self) -> None:
+        """Have the most at once, tokens and loads begin again."""
+        httpx.delete(self.url + "/simulated/work").raise_for_status()
+
     def well(self) -> None:
         """Have it do nothing wrong any more."""
         httpx.delete(self.url + "/simulated/faults").raise_for_status()

@@ -53,6 +53,7 @@ def _routes() -> list[Route]:
         get("/v1/models/{model:path}", openai.get_model, openai.error_body),
         post("/v1/messages", anthropic.post_messages, anthropic.error_body),
         Route("/simulated/faults", endpoint(_faults), methods=["GET", "POST", "DELETE"]),
+        Route("/simulated/work", endpoint(_work), methods=["GET", "DELETE"]),
     ]
 
 
@@ -81,6 +82,15 @@ async def _faults(node: Node, request: Request, body: bytes, reply: Reply) -> No
     if request.method == "DELETE":
         node.backend.faults.clear()
     await reply.json({"faults": node.backend.faults.listing()})
+
+
+async def _work(node: Node, request: Request, body: bytes, reply: Reply) -> None:
+    """GET tells what it does by model, DELETE has it count anew; simulated nodes alone do."""
+    if not isinstance(node.backend, SimulatedBackend):
+        raise NodeError(404, "only a simulated node counts its work")
+    if request.method == "DELETE":
+        node.backend.work.clear()
+    await reply.json({"models": node.backend.work.listing()})
 
 
 async def _refused(request: Request, error: Exception) -> Response:

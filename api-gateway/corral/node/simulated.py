@@ -8,11 +8,12 @@ request with the prompt and the start of an answer continues that answer exactly
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from corral.node.models import Model, newest_first
 from corral.node.names import Name
 from corral.node.options import Options
 from corral.node.runners import BROKEN, TOO_LONG, Completion, Piece, Runner, truncated
+from corral.node.work import Work
 
 _WORDS = (
     "corral", "horse", "river", "stone", "light", "north", "field", "water", "road", "bridge", "garden",
@@ -159,16 +161,18 @@ class SimulatedStore:
 
 
 class SimulatedBackend:
-    """Makes simulated runners; ``faults`` holds what they are to do wrong."""
+    """Makes simulated runners; ``faults`` holds what they are to do wrong, ``work`` what they do."""
 
     def __init__(self, simulation: Simulation) -> None:
         self.store = SimulatedStore(simulation)
         self._gpu = simulation.gpu
         self.faults = Faults()
+        self.work = Work()
 
     def runner(self, model: Model, options: Options, parallel: int) -> Runner:
         profile = self.store.profiles[model.digest]
-        return SimulatedRunner(model, profile, options.num_ctx, profile.slots or parallel, self.faults, self._gpu)
+        slots = profile.slots or parallel
+        return SimulatedRunner(model, profile, options.num_ctx, slots, self.faults, self.work, self._gpu)
 
     async def meet(self) -> None:
         """What a GET route meets: the faults whose scope is "all"."""
@@ -184,7 +188,9 @@ class SimulatedRunner:
 
     alive = True
 
-    def __init__(self, model: Model, profile: Profile, context: int, slots: int, faults: Faults, gpu: bool) -> None:
+    def __init__(
+        self, model: Model, profile: Profile, context: int, slots: int, faults: Faults, work: Work, gpu: bool
+    ) -> None:
         self.size = model.size
         self._gpu = gpu
         self.slots = slots
@@ -192,6 +198,7 @@ class SimulatedRunner:
         self._profile = profile
         self._context = context
         self._faults = faults
+        self._work = work
 
     @property
     def vram(self) -> int:
@@ -199,6 +206,7 @@ class SimulatedRunner:
         return self.size if self._gpu and not self._faults.on_cpu(self._name) else 0
 
     async def start(self) -> None:
+        self._work.of(self._name).loads += 1
         await asyncio.sleep(self._profile.load)
 
     async def close(self) -> None:
@@ -223,6 +231,20 @@ class SimulatedRunner:
         return [value / length for value in vector], count
 
     async def complete(self, request: Completion) -> AsyncIterator[Piece]:
+        last: Piece | None = None
+        async with contextlib.aclosing(self._pieces(request)) as pieces:
+            with self._work.request(self._name, request.options.num_predict) as work:
+                async for piece in pieces:
+                    if piece.done:
+                        last = piece
+                        break
+                    work.tokens += 1
+                    yield piece
+        # It runs no more when who asked hears of its end, and may begin another.
+        if last is not None:
+            yield last
+
+    async def _pieces(self, request: Completion) -> AsyncGenerator[Piece, None]:
         options, profile = request.options, self._profile
         prompt_tokens = len(
             truncated(await self.tokenize(request.prompt), self._context, options.num_keep, request.truncate)
