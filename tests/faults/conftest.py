@@ -2,39 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from support.fleet import Fleet
+from support.fleet import MODEL, QUICK, SIMULATION, SINGLE, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
 
 Row = Callable[[str, str, str], None]
 """Notes a fault, its bar and what was measured."""
 
+FAILED = "FAILED"
 
-_rows: dict[tuple[str, str], list[str]] = {}
+
+@dataclass
+class Noted:
+    """A row of the table, and the test that noted it."""
+
+    test: str
+    fault: str
+    bar: str
+    measured: str
+
+
+_rows: list[Noted] = []
 
 
 @pytest.fixture
-def matrix() -> Iterator[Row]:
+def matrix(request: pytest.FixtureRequest) -> Row:
     """Notes what a fault came to: (fault, bar, measured), a row of the table at the end of the run."""
 
     def row(fault: str, bar: str, measured: str) -> None:
-        _rows.setdefault((fault, bar), []).append(measured)
+        _rows.append(Noted(request.node.nodeid, fault, bar, measured))
 
-    yield row
+    return row
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A fault whose test failed stands in the table as such, also where nothing was measured before it did."""
+    report = yield
+    if report.failed:
+        noted = [row for row in _rows if row.test == item.nodeid]
+        if not noted:
+            noted = [Noted(item.nodeid, item.nodeid.rpartition("/")[2], "-", "nothing")]
+            _rows.extend(noted)
+        for row in noted:
+            row.measured = f"{FAILED}: {row.measured.removeprefix(f'{FAILED}: ')}"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table, also to the file that CORRAL_FAULTS_TABLE names."""
     if not _rows:
         return
-    terminalreporter.section("faults")
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in _rows:
+        found.setdefault((row.fault, row.bar), []).append(row.measured)
     table = [("fault", "runs", "bar", "measured")]
-    table += [(fault, str(len(seen)), bar, "; ".join(seen)) for (fault, bar), seen in _rows.items()]
+    table += [(fault, str(len(seen)), bar, "; ".join(seen)) for (fault, bar), seen in found.items()]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        terminalreporter.write_line("  ".join((*cells, row[3])))
+    lines = []
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        lines.append("  ".join((*padded, cells[3])))
+    terminalreporter.section("faults")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if path := os.environ.get("CORRAL_FAULTS_TABLE"):
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +92,33 @@ def fleet(whole_fleet: Fleet) -> Iterator[Fleet]:
     whole_fleet.all_ready()
     yield whole_fleet
     whole_fleet.all_ready()
+
+
+SLOTS, PLACES = 4, 16
+"""Slots of a node and model in a fleet that is contended, and how many may wait for one."""
+BIG = "big:latest"
+BIG_LOADS = 5.0
+"""Seconds that it takes to load: longer than gateways believe in a leader that says nothing."""
+
+
+@pytest.fixture(scope="module")
+def contended_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet with few slots, which its nodes do not hold anybody to: they run whatever they are asked to."""
+    folder = tmp_path_factory.mktemp("contended")
+    big = {"name": BIG, "load": BIG_LOADS, "prefill": 5000.0, "decode": 100.0, "slots": 64}
+    simulation = {"models": [*SIMULATION["models"], big]}
+    nodes = [SimulatedNode(name, folder, simulation) for name in ("node-1", "node-2")]
+    with run_fleet(folder, "20s", nodes=nodes, slots=SLOTS, queue={"length": PLACES}) as made:
+        # Its requests ask for no slot: they would count as too many.
+        made.stack.until_continued(MODEL, SINGLE, QUICK, seconds=120)
+        yield made
+
+
+@pytest.fixture
+def contended(contended_fleet: Fleet) -> Iterator[Fleet]:
+    """The same, every node ready, and what its nodes did so far forgotten."""
+    contended_fleet.all_ready()
+    for node in contended_fleet.nodes.values():
+        node.count_anew()
+    yield contended_fleet
+    contended_fleet.all_ready()
