@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import socket
+import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +14,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from support.fleet import MODEL, SINGLE, Fleet
-from support.load import APIS, CHAT, body_of
+from support.load import APIS, CHAT, PROMPT, body_of
+from support.process import until
 
 CANCELLED_WITHIN = 1.0
+LONG = 15
+"""Times the usual prompt: some three seconds of reading."""
 _numbers = itertools.count(1)
 
 
@@ -57,6 +62,47 @@ def test_the_node_stops_within_a_second(fleet: Fleet, path: str, matrix: Callabl
     exact = httpx.post(fleet.nodes[name].url + "/api/chat", content=body_of(CHAT, SINGLE, 1, stream=False)).json()
     assert exact["prompt_eval_count"] / 3 < record["prompt_tokens"] < exact["prompt_eval_count"] * 3
     assert 1 <= record["tokens"] < 100
+
+
+@pytest.mark.parametrize("when", ["while its prompt is read", "in the midst of its answer"])
+def test_a_connection_that_is_reset_ends_the_work_and_is_counted_as_it_was(
+    fleet: Fleet, when: str, matrix: Callable[[str, str, str], None]
+) -> None:
+    name = "reset-" + when.split()[-1]
+    key = fleet.key(name)
+    reads = when == "while its prompt is read"
+    # Three seconds of reading for one, a few hundredths for the other.
+    prompt = PROMPT * (LONG if reads else 1)
+    for node in fleet.nodes.values():
+        node.count_anew()
+    body = body_of(CHAT, MODEL, 2000, prompt)
+    address = urlsplit(fleet.stack.url)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer {key}\r\nX-Request-ID: {name}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    def work(what: str) -> int:
+        return sum(node.work()[what] for node in fleet.nodes.values())
+
+    with socket.create_connection((address.hostname, address.port or 80), timeout=10) as caller:
+        caller.sendall(head.encode() + body)
+        until(lambda: work("running") == 1 and (reads or work("tokens") >= 5), when, every=0.01)
+        before = work("tokens")
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    left = time.monotonic()
+    until(lambda: work("running") == 0, "the node has stopped", every=0.01)
+    took, wrote = time.monotonic() - left, work("tokens")
+    (record,) = fleet.records(name)
+    assert (record["outcome"], record["status"], record["estimated"]) == ("client_gone", 499, True)
+    assert record["prompt_tokens"] > 0
+    # What came counts, to the token: what the node wrote until it heard that the caller has left may have come or not.
+    assert max(0, before - 1) <= record["tokens"] <= wrote and bool(wrote) != reads
+    report = fleet.stack.corral("usage", "report")["usage"]
+    (usage,) = [row for row in report if (row["key"], row["model"]) == (key.split("_")[1], MODEL)]
+    assert (usage["requests"], usage["tokens"]) == (1, record["tokens"])
+    assert usage["prompt_tokens"] == record["prompt_tokens"]
+    counted = f"{took:.2f} s, {record['tokens']} tokens counted, the node wrote {wrote}"
+    matrix(f"caller resets {when}", "upstream closed <= 1 s, usage exact", counted)
+    assert took <= CANCELLED_WITHIN
 
 
 def test_a_whole_answer_is_not_an_estimate(fleet: Fleet) -> None:

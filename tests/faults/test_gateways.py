@@ -1,44 +1,63 @@
-"""A gateway is killed under load: what it had begun is cut so that the caller sees it, and nothing is unrecorded."""
+"""A gateway is killed, or stands still, under load: what it had begun ends so that the caller sees it, nothing is
+unrecorded, and no node has more running than it has slots."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import httpx
 from support.fleet import MODEL, Fleet
 from support.leader import Leader
-from support.load import CUT, WHOLE, after
+from support.load import CHAT, CUT, TOLD, WHOLE, after
 from support.process import until
 
+from corral.store.keeper import RENEW
+from corral.store.lua import PREFIX
+from corral.store.slots import LEASE
+
+Matrix = Callable[[str, str, str], None]
+
 BACK_WITHIN = 3.0
-SLOTS_BACK_WITHIN = 12.0
+SLOTS_BACK_WITHIN = LEASE + RENEW
 """The lease, and the next one's renewal."""
+STALLED = 15.0
+SLOTS = 4
+"""Of each node (`contended` in conftest.py)."""
 
 
-def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: Fleet) -> None:
-    gateway = fleet.stack.corral("status")["gateways"][0]
-    store = Leader(fleet.valkey.url)
-    with fleet.load(tokens=[40, 8], name="gateway") as load:
+def peaks(fleet: Fleet) -> list[int]:
+    """The most that ran at once on each node, as the nodes saw it."""
+    return [node.work()["most"] for node in fleet.nodes.values()]
+
+
+def ready(gateway: dict[str, str]) -> bool:
+    try:
+        return httpx.get(gateway["url"] + "/health/ready", timeout=1).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(contended: Fleet, matrix: Matrix) -> None:
+    gateway = contended.stack.corral("status")["gateways"][0]
+    store = Leader(contended.valkey.url)
+    with contended.load(tokens=[40, 8], name="gateway") as load:
         load.more(40)
         # The long ones of both gateways: there is no telling from outside which is whose.
-        load.until(lambda _: len(load.streaming) >= 12, "streams run on both gateways")
+        load.until(lambda _: len(load.streaming) >= 6 and store.waiting(MODEL) >= 4, "streams run, and others wait")
         os.kill(gateway["pid"], signal.SIGKILL)
         killed = time.monotonic()
-
-        def back() -> bool:
-            try:
-                return httpx.get(gateway["url"] + "/health/ready", timeout=1).status_code == 200
-            except httpx.HTTPError:
-                return False
-
-        until(lambda: not os.path.exists(f"/proc/{gateway['pid']}") and back(), "the gateway is back", 10)
-        assert time.monotonic() - killed < BACK_WITHIN
+        until(lambda: not os.path.exists(f"/proc/{gateway['pid']}") and ready(gateway), "the gateway is back", 10)
+        back = time.monotonic() - killed
+        assert back < BACK_WITHIN
         load.until(lambda answers: len(after(answers, killed + BACK_WITHIN)) > 40, "requests go on")
         used, holders = store.counts(MODEL)
         assert used == holders > 0, "a slot is counted that nobody has, or not counted"
     until(lambda: store.counts(MODEL) == (0, 0), "its slots are back, and those of all others", SLOTS_BACK_WITHIN)
+    returned = time.monotonic() - killed
+    assert peaks(contended) == [SLOTS] * 2, "all of them were in use, and no more"
 
     # What was begun cannot be whole; what was not is the edge's to replay: nobody hears of it.
     assert load.unlike(WHOLE, CUT) == []
@@ -48,10 +67,57 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(fleet: F
     assert [str(answer) for answer in cut if answer.began > killed] == []
 
     ended = [answer.request_id for answer in load.answers if answer.fate == WHOLE]
-    fleet.records(*ended)
-    records = fleet.admitted(*(answer.request_id for answer in load.answers))
+    contended.records(*ended)
+    records = contended.admitted(*(answer.request_id for answer in load.answers))
     for answer, record in zip(load.answers, records, strict=True):
         # Its gateway died before it could say how it ended: what was admitted stands all the same, open for fifteen
         # seconds and then settled by control.
         outcomes = ("ok",) if answer.fate == WHOLE else (None, "interrupted")
         assert record["outcome"] in outcomes, (str(answer), record)
+    bar = f"back <= {BACK_WITHIN:g} s, no slot leaks past lease and renewal ({LEASE:g} + {RENEW:g} s) or counts twice"
+    seen = f"back in {back:.1f} s, {len(cut)} of {len(load.answers)} cut, none held after {returned:.0f} s"
+    matrix("gateway killed (-9)", bar, f"{seen}, at most {max(peaks(contended))} of {SLOTS} slots a node in use")
+
+
+def test_a_gateway_that_stands_still_for_longer_than_its_lease_uses_no_slot_twice(
+    contended: Fleet, matrix: Matrix
+) -> None:
+    gateway = contended.stack.corral("status")["gateways"][0]
+    store = Leader(contended.valkey.url)
+    held_by = PREFIX + b"held:" + gateway["name"].encode()
+
+    def waits() -> bool:
+        # Its turn comes while nobody hears of it, and is over before somebody does.
+        return sum(text.startswith(b"t ") for text in store.ask(b"HVALS", held_by)) >= 2
+
+    with contended.load(clients=12, paths=[CHAT], tokens=[40, 8], name="stalled") as load:
+        load.more(24)
+        load.until(lambda _: waits(), "some of its requests wait")
+        os.kill(gateway["pid"], signal.SIGSTOP)
+        stalled = time.monotonic()
+        try:
+            # The edge has found out by then: these are all the other gateway's.
+            load.until(lambda _: time.monotonic() > stalled + BACK_WITHIN, "the edge asks it no more")
+            with contended.load(clients=12, paths=[CHAT], tokens=[40, 8], name="others") as others:
+                others.until(lambda _: time.monotonic() > stalled + STALLED, "it stands still", STALLED + 5)
+                before = peaks(contended)
+                for node in contended.nodes.values():
+                    node.count_anew()
+                os.kill(gateway["pid"], signal.SIGCONT)
+                back = time.monotonic()
+                load.until(lambda answers: len(after(answers, back)) >= 24, "its callers are answered again")
+                used, holders = store.counts(MODEL)
+                assert used == holders > 0, "a slot is counted that nobody has, or not counted"
+        finally:
+            os.kill(gateway["pid"], signal.SIGCONT)
+    until(lambda: store.counts(MODEL) == (0, 0), "all slots are back", SLOTS_BACK_WITHIN)
+    assert len(after(others.answers, stalled)) > 24, "nobody had the slots that it could not give back"
+    answers = [*load.answers, *others.answers]
+    assert max(before) <= SLOTS
+    assert peaks(contended) == [SLOTS] * 2, "all of them were in use, and no more"
+    assert [str(answer) for answer in answers if answer.fate not in (WHOLE, TOLD)] == []
+    told = sum(answer.fate == TOLD for answer in answers)
+    held = sum(answer.began < stalled + BACK_WITHIN and answer.ended > back for answer in load.answers)
+    bar = f"no slot used twice after {STALLED:g} s, its lease is {LEASE:g} s and renewed each {RENEW:g} s"
+    seen = f"at most {max(peaks(contended))} of {SLOTS} on a node, {held} of its requests went on, {told} told"
+    matrix("gateway stalled (-STOP) under load", bar, seen)
