@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,7 +101,9 @@ def ready(fleet: Fleet) -> Iterator[Fleet]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_another_node_goes_on_and_the_answer_is_the_same(ready: Fleet, fault: str) -> None:
+def test_another_node_goes_on_and_the_answer_is_the_same(
+    ready: Fleet, fault: str, matrix: Callable[[str, str, str], None]
+) -> None:
     contents = {route: body(route, about=fault) for route in ROUTES}
     undisturbed = {route: ask(ready, route, contents[route], "undisturbed") for route in ROUTES}
     ready.nodes["node-1"].fault(after_tokens=7, **FAULTS[fault])
@@ -127,6 +129,8 @@ def test_another_node_goes_on_and_the_answer_is_the_same(ready: Fleet, fault: st
             assert (record["node"], record["continued"]) == ("node-2", "node-1,node-2")
         else:
             assert (marks(answer), record["continued"]) == ([], None)
+    measured = f"{len(disturbed)} of {len(answers)} gone on with, all equal to undisturbed ones"
+    matrix(f"after the first token: {fault}", "exact, or told; usage counts once", measured)
 
 
 @pytest.mark.parametrize("route", ["/api/chat", "/v1/chat/completions", "/v1/messages"])

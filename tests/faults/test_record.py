@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def pid_of(up: Stack, name: str) -> int:
 
 @pytest.mark.slow
 def test_every_answer_is_recorded_and_counted_once(
-    tmp_path: Path, server: Postgres, nodes: list[SimulatedNode]
+    tmp_path: Path, server: Postgres, nodes: list[SimulatedNode], matrix: Callable[[str, str, str], None]
 ) -> None:
     url = server.database()
     name = url.rpartition("/")[2]
@@ -149,6 +149,8 @@ def test_every_answer_is_recorded_and_counted_once(
         counts = {one.request_id: json_of(one.body.decode().splitlines()[-1]) for one in whole if one.path == CHAT}
         assert counts
         assert {one: last["eval_count"] for one, last in counts.items()} == {one: tokens[one] for one in counts}
+        measured = f"{sum(killed.values())} kills, {len(begun)} begun: each one record, sums of usage equal"
+        matrix("gateways, control, PostgreSQL killed (-9)", "each answer recorded once", measured)
         assert outcomes["interrupted"] > 0, "none was killed in the middle of an answer"
         env = {"CORRAL_URL": up.url, "CORRAL_ADMIN_KEY": up.admin_key}
         verified = CliRunner().invoke(cli, ["audit", "verify"], env=env)

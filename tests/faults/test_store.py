@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -17,6 +17,8 @@ from support.fleet import MODEL, QUICK, Fleet
 from support.load import CHAT, WHOLE, Answer, body_of
 from support.process import until
 from support.servers import valkey
+
+Matrix = Callable[[str, str, str], None]
 
 ADDED = 0.050
 OVER = 1.1
@@ -83,7 +85,7 @@ def admitted(answers: list[Answer]) -> int:
     return Counter(answer.status for answer in answers)[200]
 
 
-def test_requests_go_on_without_it(fleet: Fleet) -> None:
+def test_requests_go_on_without_it(fleet: Fleet, matrix: Matrix) -> None:
     with fleet.load(name="store-killed") as load:
         load.more(20)
         kill(fleet)
@@ -92,9 +94,10 @@ def test_requests_go_on_without_it(fleet: Fleet) -> None:
         load.more(40)
     assert load.unlike(WHOLE) == []
     assert {answer.attempts for answer in load.answers} == {1}
+    matrix("Valkey killed (-9) under load", "0 requests lost", f"0 of {len(load.answers)}")
 
 
-def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet) -> None:
+def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet, matrix: Matrix) -> None:
     limit = 60
     # Both made before: what a command takes is a refill of as many requests.
     spent, fresh = (fleet.key(name, "--rpm", str(limit)) for name in ("spent", "fresh"))
@@ -103,9 +106,11 @@ def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet) -
     assert limit - 5 <= first <= limit + max(5.0, (time.monotonic() - began) * limit / 60)
     kill(fleet)
     assert admitted(burst(fleet, spent, limit)) <= limit * (OVER - 1), "its minute was used up before the loss"
-    assert limit * 0.5 <= admitted(burst(fleet, fresh, 2 * limit)) <= limit * OVER
+    during = admitted(burst(fleet, fresh, 2 * limit))
+    assert limit * 0.5 <= during <= limit * OVER
     revive(fleet)
     assert admitted(burst(fleet, fresh, limit)) <= limit * 0.3, "its minute was used up during the loss"
+    matrix("a limit while Valkey is away", "over-admission <= 10%", f"{during} admitted of a limit of {limit}")
 
 
 def test_concurrency_is_held_in_shares(fleet: Fleet) -> None:
@@ -119,7 +124,7 @@ def test_concurrency_is_held_in_shares(fleet: Fleet) -> None:
     assert admitted(burst(fleet, key, 16, tokens=120, model=MODEL)) == limit
 
 
-def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet) -> None:
+def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet, matrix: Matrix) -> None:
     def waits(count: int) -> list[float]:
         client = fleet.client()
         answers = [client.ask(CHAT, body_of(CHAT, QUICK, 1), f"hung-{number}") for number in range(count)]
@@ -134,6 +139,8 @@ def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet) -> None:
             during = waits(200)
     finally:
         fleet.valkey.process.send(signal.SIGCONT)
+    measured = f"longest wait {max(during) * 1e3:.0f} ms, {max(before) * 1e3:.0f} ms before"
+    matrix("Valkey hangs (-STOP)", f"<= {ADDED * 1e3:.0f} ms added", measured)
     assert max(during) <= ADDED + max(before) + 0.01 + max(late)
     assert statistics.median(during) <= statistics.median(before) + 0.01, "each request pays, not only the first"
     until(fleet.store_used, "both gateways are back in the store", every=0.1)
