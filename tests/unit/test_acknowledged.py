@@ -16,7 +16,7 @@ STALE = 600.0
 
 @pytest.fixture
 def hub() -> Hub:
-    fleet: Any = SimpleNamespace(members={}, suspect=lambda name, runners: None)
+    fleet: Any = SimpleNamespace(members={}, suspect=lambda *told: None)
     made = Hub(None, fleet, SimpleNamespace(connected=False), [], STALE)  # type: ignore[arg-type]
     made.refresh()
     return made
