@@ -42,7 +42,8 @@ def test_what_failed_is_in_the_table_as_failed(tmp_path: Path) -> None:
     (folder / "conftest.py").write_text((TESTS / "faults/conftest.py").read_text())
     (folder / "test_some.py").write_text(SOME)
     path = os.pathsep.join([str(TESTS), str(TESTS.parent / "api-gateway")])
-    env = {**os.environ, "PYTHONPATH": path, "CORRAL_FAULTS_TABLE": str(tmp_path / "table")}
+    given = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    env = {**given, "PYTHONPATH": path, "CORRAL_FAULTS_TABLE": str(tmp_path / "table")}
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(folder)]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert "2 failed, 3 passed, 1 error" in done.stdout, done.stdout + done.stderr
