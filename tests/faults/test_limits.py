@@ -1,10 +1,11 @@
 """Limits while Valkey is killed, stopped, cut off, flushed or fails over: how much is admitted, how long it takes, what
-is known when it is back. Three gateways' limits in this process, with production's time-out, then two whole gateways.
+is known when it is back. Three gateways' limits in this process, with production's time-out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import time
@@ -13,12 +14,9 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
-from support.fleet import MODEL, QUICK, Fleet
 from support.limits import Gateway, eventually, flush, gateways, granting, unused
-from support.load import CHAT, CUT, Answer, Client, body_of
-from support.process import free_port, until
+from support.process import free_port
 from support.servers import STORES, Server, valkey
 
 from corral.store.budget import Budget
@@ -327,100 +325,13 @@ def test_who_asks_nothing_leaves_a_server_that_became_a_replica(store: Faulty) -
         await store.prepare("demoted")
         servers = {gateway.store.server for gateway in made}
         assert len(servers) == 1
+        moved: list[Gateway] = []
+        for gateway in made:
+            gateway.limits.on_moved = functools.partial(moved.append, gateway)
         await store.fail("demoted")
         await store.mend("demoted")
         await eventually(lambda: not any(gateway.store.server in servers for gateway in made), EXACT)
         await granting(made, EXACT)
+        assert set(moved) == set(made), "who only listens is told"
 
     run(store, work)
-
-
-# -- two gateways behind their edge
-
-
-def spend(fleet: Fleet, key: str, count: int) -> int:
-    """Requests of ten tokens each; how many were answered."""
-    answers = []
-    for number in range(count):
-        client = fleet.client(key)
-        answers.append(client.ask(CHAT, body_of(CHAT, QUICK, 10), f"spend-{number}"))
-        client.close()
-    assert {answer.status for answer in answers} <= {200, 429}
-    return sum(answer.status == 200 for answer in answers)
-
-
-def test_no_budget_begins_anew_with_an_empty_store(fleet: Fleet) -> None:
-    key = fleet.key("budget", "--daily-tokens", "1500")
-    first = spend(fleet, key, 200)
-    assert 5 <= first < 200, "its day is used up"
-    with fleet.valkey_client() as plain:
-        plain.sendall(b"FLUSHALL\r\n")
-        assert plain.recv(16) == b"+OK\r\n"
-    assert spend(fleet, key, 50) == 0
-    fleet.valkey.process.end(signal.SIGKILL)
-    assert spend(fleet, key, 50) == 0
-    fleet.valkey = fleet.enter(valkey(fleet.folder, urlsplit(fleet.valkey.url).port))
-    assert spend(fleet, key, 50) == 0
-    until(fleet.store_used, "both gateways are back in the store", every=0.1)
-    assert spend(fleet, key, 50) == 0
-
-
-def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet) -> None:
-    """Nobody is left who was there: what was used is known from the records alone."""
-    daily = fleet.key("daily", "--daily-tokens", "1500")
-    monthly = fleet.key("monthly", "--monthly-tokens", "1500")
-    fleet.stack.corral("tenants", "create", "spent", "--daily-tokens", "1500")
-    shared = fleet.key("shared", "--tenant", "spent", "--new-tenant", "--daily-tokens", "100000")
-    keys = (daily, monthly, shared)
-    for key in keys:
-        assert 5 <= spend(fleet, key, 200) < 200, "it is used up"
-    gateways = fleet.stack.corral("status")["gateways"]
-    with fleet.valkey_client() as plain:
-        for gateway in gateways:
-            os.kill(gateway["pid"], signal.SIGSTOP)  # nobody is left to tell the store anything
-        plain.sendall(b"FLUSHALL\r\n")
-        assert plain.recv(16) == b"+OK\r\n"
-        for gateway in gateways:
-            os.kill(gateway["pid"], signal.SIGKILL)
-    for gateway in gateways:
-        until(lambda gateway=gateway: _ready(gateway["url"]), "the gateway is back", 60)  # type: ignore[misc]
-    until(lambda: _ready(fleet.stack.url), "the edge has found one again", 60)
-    assert [spend(fleet, key, 30) for key in keys] == [0, 0, 0]
-
-
-def test_what_a_killed_gateway_had_reserved_is_what_its_record_says(fleet: Fleet) -> None:
-    """A guess of 1500 tokens and more; what was generated until the gateway was killed is what counts in the end."""
-    fleet.stack.corral("tenants", "create", "cut", "--monthly-tokens", "200000")
-    key = fleet.key("killed", "--tenant", "cut", "--new-tenant", "--daily-tokens", "100000")
-    victim, other = fleet.stack.corral("status")["gateways"]
-
-    def left() -> int:
-        answer = httpx.get(other["url"] + "/api/tags", headers={"Authorization": f"Bearer {key}"})
-        return int(answer.headers["x-ratelimit-remaining-tokens"])
-
-    assert left() == 100_000
-    client = Client(victim["url"], key)
-
-    def kill(answer: Answer) -> None:
-        until(lambda: fleet.admitted(answer.request_id)[0]["tokens"], "control knows how far it is")
-        assert left() < 100_000 - 1500
-        os.kill(victim["pid"], signal.SIGKILL)
-
-    answer = client.ask(CHAT, body_of(CHAT, MODEL, 1500), "killed-1", kill)
-    client.close()
-    assert answer.fate == CUT
-    (record,) = fleet.records("killed-1", seconds=60)
-    assert record["outcome"] == "interrupted"
-    used = record["prompt_tokens"] + record["tokens"]
-    assert 0 < used < 1500
-    until(lambda: left() == 100_000 - used, "the guess is no longer counted", 20, every=0.2)
-    # The tenant's sum too: the key's limit is the one with less left, as long as that is 10,000.
-    fleet.stack.corral("tenants", "limit", "cut", "--monthly-tokens", "10000")
-    until(lambda: left() == 10_000 - used, "nor for its tenant", 10, every=0.2)
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(url + "/health/ready", timeout=1).status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from corral.control.snapshot import PRESENT, Gateway, Hub
+from corral.control.snapshot import PRESENT, Gateway, Hub, _altered, _changes
+from corral.store.actions import enter
+from corral.store.database import Database, resolve
 
 STALE = 600.0
 
@@ -59,3 +62,19 @@ def test_the_wait_ends_with_the_last_acknowledgement(hub: Hub) -> None:
         return await waiting
 
     assert asyncio.run(both()) == (["slow"], [])
+
+
+def test_reads_that_are_recorded_are_no_change_of_keys(database_url: str, tmp_path: Path) -> None:
+    database = Database(resolve(database_url, tmp_path))
+    try:
+        database.migrate()
+        seen = []
+        for method in ("POST", "GET", "GET", "DELETE"):
+            before = database.read_now(_changes) or 0
+            database.write_now(lambda connection, method=method: enter(connection, method, "/admin/keys", None, None))  # type: ignore[misc]
+            assert database.read_now(_changes) == before + 1
+            seen.append(database.read_now(lambda connection, before=before: _altered(connection, before)))  # type: ignore[misc]
+        assert seen == [True, False, False, True]
+        assert database.read_now(lambda connection: _altered(connection, 1)), "one behind two reads"
+    finally:
+        database.close()

@@ -130,6 +130,29 @@ def test_a_disk_that_is_full_holds_up_nothing_behind_a_damaged_segment(
     writer.close()
 
 
+def test_a_damaged_segment_that_somebody_took_away_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"000000000000000{number}.seg" for number in (1, 2)]
+    for number, path in enumerate(paths):
+        path.write_bytes(damaged(number * 2, number * 2 + 1))
+    writer, control = SpoolWriter(tmp_path), Control()
+    shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
+
+    def busy(path: Path, target: Path) -> Path:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", busy)
+        ship(shipper, control)
+    paths[0].unlink()
+    ship(shipper, control)
+    ship(shipper, control)
+    assert (sorted(control.took), shipper.put_aside()) == ([1, 3], ["0000000000000002.corrupt"])
+    assert (shipper.backlog(), shipper.behind()) == (0, 0.0)
+    writer.close()
+
+
 @pytest.mark.parametrize("synced", [True, False])
 def test_what_was_rescued_is_on_the_disk_before_the_rename_where_that_is_promised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool

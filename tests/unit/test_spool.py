@@ -19,6 +19,7 @@ from corral.store.spool import (
     SpoolWriter,
     decode_frames,
     encode_frame,
+    held,
     hold,
     salvage,
     segments,
@@ -226,3 +227,27 @@ def test_a_spool_has_one_owner(tmp_path: Path) -> None:
         hold(tmp_path)
     os.close(first)
     os.close(hold(tmp_path))
+
+
+def test_a_spool_is_held_as_long_as_somebody_has_it(tmp_path: Path) -> None:
+    assert not held(tmp_path)
+    first = hold(tmp_path)
+    assert held(tmp_path)
+    os.close(first)
+    assert not held(tmp_path), "its file stays where a gateway ended in order"
+
+
+def test_a_writer_that_cannot_write_the_rest_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SpoolWriter(tmp_path)
+    opened = len(os.listdir("/proc/self/fd"))
+    writer.append(b'{"n":1}')
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        writer.close()
+    assert len(os.listdir("/proc/self/fd")) == opened - 1

@@ -90,7 +90,6 @@ class Application:
         tasks = [
             asyncio.create_task(control.valkey.run()),
             asyncio.create_task(notes.run()),
-            asyncio.create_task(control.ledger.run()),
         ]
         try:
             members = await control.database.write(nodes.load, self._settings.nodes)
@@ -99,6 +98,8 @@ class Application:
             control.preloader.start()
             await control.hub.reload()
             tasks.append(asyncio.create_task(control.hub.follow()))
+            # It tells the store of limits what killed gateways' requests used, by the keys that were just read.
+            tasks.append(asyncio.create_task(control.ledger.run()))
             # The first try before anyone hears that control is ready: HAProxy may be started with its file then.
             if not await _told(control):
                 tasks.append(asyncio.create_task(_catch_up(control)))

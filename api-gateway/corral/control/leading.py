@@ -93,6 +93,8 @@ class Leading:
             if not self._silent:
                 log.warning("what stands where is not decided: %s", error)
             self._silent = True
+            if isinstance(error, hiredis.ReplyError):
+                self._store.reset()  # a replica now, say: its address may lead to another server by now
         except Exception:  # a fault of ours: gateways go on by themselves, and the next turn may be better
             log.exception("what stands where was not decided")
 

@@ -190,6 +190,8 @@ class Ledger:
         number, previous, before = 0, ZERO.hex(), None
         if last is not None:
             number, previous, before = last.checkpoint.number, last.digest(), last.checkpoint.older
+        if older is not None and before is not None and older.until <= before.until:
+            older = before  # another control has signed a later one meanwhile
         if not spans and (older is None or older == before):
             return None
         signed = self.signer.sign(number + 1, time.time(), previous, spans, older or before)

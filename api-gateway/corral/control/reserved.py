@@ -53,6 +53,8 @@ class Reserved:
                         return  # it has lost what it knew, and is told that first
             except (ValkeyDown, hiredis.HiredisError) as error:
                 log.warning("the store has not heard of requests of killed gateways: %s", error)
+                if isinstance(error, hiredis.ReplyError):
+                    self._store.reset()  # a replica now, say
                 return
             for _ in some:
                 self._owed.popleft()

@@ -21,7 +21,7 @@ from corral.config.settings import ModelSettings
 from corral.control.prober import Fleet
 from corral.store.database import Database
 from corral.store.progress import Shipped
-from corral.store.tables import audit_streams, disabled_models, key_verifiers, keys, tenants
+from corral.store.tables import audit, audit_streams, disabled_models, key_verifiers, keys, tenants
 from corral.store.valkey import Valkey, ValkeyDown
 from corral.store.verify import CONTROL
 
@@ -150,14 +150,15 @@ class Hub:
         """Read again what another control changed, and see that the database still says what was read; until cancelled.
 
         Whoever changes something enters it in the audit trail in the same transaction: the place of the last entry
-        tells that there was a change, at the price of one row.
+        tells that there may be a change, at the price of one row. Reads are entered there too.
         """
         silent = False
         while True:
             began = time.monotonic()
             try:
-                if await self._database.read(_changes) == self._changes:
-                    self._read_at = max(self._read_at, began)
+                changes = await self._database.read(_changes)
+                if changes == self._changes or not await self._database.read(_altered, self._changes or 0):
+                    self._changes, self._read_at = changes, max(self._read_at, began)
                 else:
                     await self.reload()
                 silent = False
@@ -364,6 +365,13 @@ def _entry(row: dict[str, Any], proofs: list[tuple[str, float | None]], now: flo
 def _changes(connection: Connection) -> int | None:
     """A number that grows with each change of what is read here."""
     return connection.execute(select(audit_streams.c.pos).where(audit_streams.c.stream == CONTROL)).scalar()
+
+
+def _altered(connection: Connection, since: int) -> bool:
+    """Whether what was entered behind a place of control's is more than reads."""
+    row = audit.c
+    more = select(row.seq).where(row.gw == CONTROL, row.pos > since, row.method != "GET").limit(1)
+    return connection.execute(more).first() is not None
 
 
 def _read(connection: Connection) -> tuple[int | None, list[Any], list[dict[str, Any]], list[str]]:

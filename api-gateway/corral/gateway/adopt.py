@@ -20,7 +20,7 @@ import msgspec
 
 from corral.gateway.records import Begun
 from corral.gateway.shipper import Shipper
-from corral.store.spool import LOCK, SpoolWriter, hold, put_aside, segments
+from corral.store.spool import LOCK, SpoolWriter, held, hold, put_aside, segments
 
 EVERY = 15.0
 GONE = 60.0
@@ -59,7 +59,7 @@ class Adopter:
         found: list[str] = []
         for folder in _others(self._root, self._name):
             with contextlib.suppress(OSError):  # not ours to read
-                if not (folder / LOCK).exists():
+                if not held(folder):
                     found += [f"{folder.name}/{name}" for name in put_aside(folder)]
         return found
 

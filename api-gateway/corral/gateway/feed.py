@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ AGE = "x-corral-age"
 
 Without its database control answers on, of nodes above all: that confirms no key.
 """
+OLDER = 2.0
+"""Seconds by which what is confirmed may be older than before. Of two controls one may be without its database."""
 ROUNDS = 5
 
 log = logging.getLogger(__name__)
@@ -123,8 +126,11 @@ class Feed:
         return response
 
     async def _poll(self, client: httpx.AsyncClient) -> bool:
+        now = time.monotonic()  # what is said was true after this, however late it is read
         response = await self._ask(client, {})
-        now, age = time.monotonic(), float(response.headers.get(AGE, "0"))
+        age = float(response.headers.get(AGE, "0"))
+        if not 0.0 <= age < math.inf or now - age < self._snapshot.confirmed - OLDER:
+            raise ValueError("its keys are older than those in force here")
         if response.status_code == 200:
             self._snapshot.apply(msgspec.json.decode(response.content))
             self._unkept = response.content

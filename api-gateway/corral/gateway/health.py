@@ -35,7 +35,7 @@ LONG: Final = 64
 """Tokens of a prompt from which on its time says something of that rate."""
 GOES_ON: Final = 1.0
 """Seconds since a runner's last progress within which it surely goes on."""
-TOOLS: Final = b'"tools":['
+TOOLS: Final = b'"tools":[{'
 """In the body of a request that may be answered by calls of tools: a quote within a JSON string is escaped."""
 FAILED: Final = 3
 """Requests in a row that a runner may fail, or answer with nonsense."""

@@ -82,6 +82,7 @@ class Gateway:
         self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS + keeper.SCRIPTS)
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
+        self.limits.on_moved = self.changes.reset  # it only listens: nothing else would tell it
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.queue = Queue(self, self.name, gateway.queue.length, gateway.queue.wait)
         self.limits.slots = self.queue.slots

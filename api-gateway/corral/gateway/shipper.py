@@ -146,9 +146,16 @@ class Shipper:
             for name, damaged in list(self._damaged.items()):
                 path = self._folder / name
                 aside = path.with_suffix(damaged.suffix)
-                size = path.stat().st_size
-                path.replace(aside)
                 del self._damaged[name]
+                try:
+                    size = path.stat().st_size
+                    path.replace(aside)
+                except FileNotFoundError:  # somebody has taken it away, and what was behind is in the spool anew
+                    self._reader.forget(name)
+                    continue
+                except OSError:
+                    self._damaged[name] = damaged
+                    raise
                 self._reader.forget(name)
                 what = "a corrupt frame" if damaged.suffix == ".corrupt" else "a torn frame"
                 said = "%s has %s at byte %d of %d; kept as %s. %d records behind it are shipped all the same"

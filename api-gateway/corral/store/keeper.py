@@ -64,7 +64,7 @@ async def keep(slots: Slots) -> None:
                 if slots.told != connection:
                     # What runs comes before anything is taken back, and given to others.
                     await _declare(slots, [wanted for wanted in slots.held.values() if wanted.node])
-                if slots.told != connection or monotonic() - renewed >= slots.lease / LEASE * RENEW:
+                if slots.told != connection or slots.lapsed or monotonic() - renewed >= slots.lease / LEASE * RENEW:
                     await renew(slots)
                     renewed = monotonic()
                 slots.led = bool(await store.request(b"EXISTS", LEADER))

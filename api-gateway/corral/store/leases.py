@@ -35,6 +35,8 @@ RENEW = 2.0
 ASK = 0.02
 PATIENCE, PATIENCE_AGAIN = 2.5, 0.5
 """How long a rebuild waits for gateways that tell nothing (seconds); an idle one sees what happened after `RENEW`."""
+AGAIN = 0.5
+"""Seconds until a server that refuses what it is told is left."""
 AT_ONCE = 200
 ACTIVE_MAX = 2000
 
@@ -73,6 +75,7 @@ async def keep(limits: Limits) -> None:
     def came_back() -> None:
         if store is not None and known.server not in (None, store.server):
             _another_server(store, known)
+            limits.on_moved()
         limits.give_back()
         wake.set()
         if limits.slots is not None:
@@ -99,7 +102,9 @@ async def keep(limits: Limits) -> None:
             limits.back()
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("leases were not renewed: %s", error)
-            if isinstance(error, hiredis.ReplyError) and not told:
+            if isinstance(error, hiredis.ReplyError):
+                if told:  # right after it was connected
+                    await asyncio.sleep(AGAIN)
                 store.reset()  # a replica now, say: the address may lead to another server by now
         except Exception:  # a fault of ours, or a store of another kind: requests go on
             log.exception("leases were not renewed")
@@ -134,6 +139,8 @@ def _another_server(store: Valkey, known: _Known) -> None:
 
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
     """See that the store knows what it last said, whatever became of it."""
+    if known.server not in (None, store.server):
+        _another_server(store, known)  # it refused that, as a replica does that is not promoted yet
     epoch = await store.request(b"GET", EPOCH)
     if epoch is None or known.epoch not in (None, epoch):
         # Presence first: when the last one has told, all are counted.

@@ -67,6 +67,8 @@ class Limits:
         """Metered keys with requests that run and were admitted without the store."""
         self.on_lost: Callable[[], None] = _nothing
         """Called when the store says that it has lost what it knew."""
+        self.on_moved: Callable[[], None] = _nothing
+        """Called when another server has taken the store's place."""
         self.budgets: Callable[[], Iterable[Budget]] = self.busy.values
         """All budgets, and ``find`` one by its name: for what the store is asked and told of them."""
         self.find: Callable[[str], Budget | None] = self.busy.get

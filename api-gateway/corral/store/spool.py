@@ -158,6 +158,21 @@ def hold(folder: Path) -> int:
     return descriptor
 
 
+def held(folder: Path) -> bool:
+    """Whether a process writes to a spool."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def segments(folder: Path) -> list[Path]:
     """The segment files of a folder, oldest first."""
     return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
@@ -268,9 +283,11 @@ class SpoolWriter:
         """Flush and close; an empty last segment is removed."""
         if self._fd < 0:
             return
-        self.flush()
-        descriptor, self._fd = self._fd, -1
-        os.close(descriptor)
+        try:
+            self.flush()
+        finally:
+            descriptor, self._fd = self._fd, -1
+            os.close(descriptor)
         if self._size == 0:
             self.segment.unlink(missing_ok=True)
 

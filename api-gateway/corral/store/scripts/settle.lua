@@ -46,7 +46,7 @@ for _, scope in ipairs(scopes) do
   end
   if requests > 0 or #changes > 0 then redis.call('ZADD', KEYS[2], now, scope.name) end
   if requests > 0 and scope.rpm > 0 then
-    local arrival = arrival_of(scope.rate) + requests * MINUTE / scope.rpm
+    local arrival = math.min(arrival_of(scope.rate) + requests * MINUTE / scope.rpm, now + MINUTE)
     redis.call('SET', scope.rate, string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
   end
   if #changes > 0 then
