@@ -170,8 +170,8 @@ DEFENCES = (
     Defence(
         13,
         "store/leases.py",
-        "known.server not in (None, store.server):",
-        "False:",
+        "return known.server not in (None, store.server)",
+        "return False",
         "tests/faults/test_limits.py",
     ),
     Defence(

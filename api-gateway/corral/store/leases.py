@@ -73,7 +73,7 @@ async def keep(limits: Limits) -> None:
     known = _Known()
 
     def came_back() -> None:
-        if store is not None and known.server not in (None, store.server):
+        if store is not None and _moved(store, known):
             _another_server(store, known)
             limits.on_moved()
         limits.give_back()
@@ -121,6 +121,11 @@ async def tell(limits: Limits, scopes: list[Budget]) -> None:
         await _declare_some(store, scopes, monotonic())
 
 
+def _moved(store: Valkey, known: _Known) -> bool:
+    """Whether another server is where the store was."""
+    return known.server not in (None, store.server)
+
+
 def _another_server(store: Valkey, known: _Known) -> None:
     """Have what took the store's place, with its data or a part of them, be told anew.
 
@@ -139,7 +144,7 @@ def _another_server(store: Valkey, known: _Known) -> None:
 
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
     """See that the store knows what it last said, whatever became of it."""
-    if known.server not in (None, store.server):
+    if _moved(store, known):
         _another_server(store, known)  # it refused that, as a replica does that is not promoted yet
     epoch = await store.request(b"GET", EPOCH)
     if epoch is None or known.epoch not in (None, epoch):
