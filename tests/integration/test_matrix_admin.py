@@ -104,10 +104,12 @@ def _database(control: Running) -> Database:
 
 
 def state(control: Running) -> list[Any]:
-    """Whatever a call may change."""
+    """Whatever a call may change, but when keys were used."""
     database = _database(control)
     read = [
-        database.read_now(lambda connection, one=table: connection.execute(select(one)).all())
+        database.read_now(
+            lambda connection, one=table: connection.execute(select(*(c for c in one.c if c.name != "last_used"))).all()
+        )
         for table in (keys, tenants, nodes, disabled_models)
     ]
     database.close()
