@@ -31,10 +31,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 @pytest.fixture
 def gw(shared: Gateway) -> Gateway:
     """The shared gateway, with nodes that are well and forgotten failures."""
-    for node in shared.nodes:
-        node.script.clear()
-        node.requests.clear()
-        node.ended.clear()
+    shared.forget()
     return shared
 
 

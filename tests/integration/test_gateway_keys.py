@@ -27,10 +27,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def gw(running: Gateway) -> Iterator[Gateway]:
-    for node in running.nodes:
-        node.requests.clear()
-    yield running
+def gw(running: Gateway) -> Gateway:
+    running.forget()
+    return running
 
 
 def asked(gw: Gateway) -> int:

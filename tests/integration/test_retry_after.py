@@ -24,9 +24,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 
 @pytest.fixture
 def gw(shared: Gateway) -> Gateway:
-    for node in shared.nodes:
-        node.script.clear()
-        node.requests.clear()
+    shared.forget()
     return shared
 
 

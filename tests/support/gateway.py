@@ -289,6 +289,13 @@ class Gateway:
         if known and hasattr(self, "process"):
             self.control.until_known()
 
+    def forget(self) -> None:
+        """Have the nodes be well, and know of no request: who shares a gateway begins with that."""
+        for node in self.nodes:
+            node.script.clear()
+            node.requests.clear()
+            node.ended.clear()
+
     @property
     def auth(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"}

@@ -122,7 +122,7 @@ class Hub:
         self._tenants: list[dict[str, Any]] = []
         self.disabled: list[str] = []
         self.continuable: dict[str, str] = {}
-        self._owners: dict[str, str] = {}
+        self._known: dict[str, tuple[dict[str, Any], list[tuple[str, float | None]]]] = {}
         self.number = 0
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._arrived = asyncio.Condition()
@@ -141,7 +141,7 @@ class Hub:
             began = time.monotonic()
             self._changes, self._rows, self._tenants, self.disabled = await self._database.read(_read)
             self._read_at = began
-            self._owners = {row["id"]: row["tenant"] for row, _ in self._rows}
+            self._known = {row["id"]: (row, proofs) for row, proofs in self._rows}
             self._build_keys()
             self.refresh()
         return self.number
@@ -221,17 +221,17 @@ class Hub:
 
     def look_up(self, key_id: str) -> tuple[dict[str, Any], list[tuple[str, float | None]]] | None:
         """A key and its verifiers with their ends, as last read; None if it was not known then, or too long ago."""
-        if self.age > self._stale:
+        if self.age > self._stale or key_id not in self._known:
             return None
-        for row, proofs in self._rows:
-            if row["id"] == key_id:
-                return {**row, "revoked": 0.0 if row["revoked"] else None}, proofs
-        return None
+        row, proofs = self._known[key_id]
+        return {**row, "revoked": 0.0 if row["revoked"] else None}, proofs
 
     def limited(self, key_id: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """A key and its tenant, with their limits, as last read; None for one that was not known then."""
-        key = next((row for row, _ in self._rows if row["id"] == key_id), None)
-        return key, next((row for row in self._tenants if key and row["name"] == key["tenant"]), None)
+        if key_id not in self._known:
+            return None, None
+        key, _ = self._known[key_id]
+        return key, next((row for row in self._tenants if row["name"] == key["tenant"]), None)
 
     # -- who has it
 
@@ -289,7 +289,7 @@ class Hub:
 
     def tenant(self, key_id: str) -> str | None:
         """The tenant of a key; None where there is no such key."""
-        return self._owners.get(key_id)
+        return str(self._known[key_id][0]["tenant"]) if key_id in self._known else None
 
     async def spread(self) -> dict[str, list[str]]:
         """Read again what changed and wait a second: gateways that have ``acknowledged`` it, and ``pending`` ones.
