@@ -127,3 +127,38 @@ def test_without_a_checksum_nothing_is_fetched_and_another_module_is_not_built(m
     assert not machine.fetched.exists()
     program(machine.bin / "go", "echo off")
     assert "GOSUMDB=off" in machine.run().stderr
+
+
+@pytest.mark.parametrize("defined", ["__AVX2__", "__AMX_INT8__"])
+def test_a_processor_whose_sources_the_module_lacks_is_built_for_without_them(machine: Machine, defined: str) -> None:
+    flags, sources = machine.folder / "flags", machine.folder / "miniaudio-1.71/miniaudio"
+    sources.mkdir(parents=True)
+    (sources / "miniaudio.h").touch()
+    made = machine.folder / "made"
+    ollama(made, TESTED)
+    program(machine.bin / "gcc", f"echo '#define {defined} 1'")
+    for tool in ("g++", "apt-get"):
+        program(machine.bin / tool, "exit 0")
+    digest = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("module_hash=")).partition("=")[2]
+    program(
+        machine.bin / "go",
+        f"""case $1 in
+env) echo on ;;
+mod) echo '{{"Sum": "{digest}"}}' ;;
+install) echo "$CGO_CFLAGS" > {flags}; mkdir -p "$GOBIN"; cp {made} "$GOBIN/ollama" ;;
+esac""",
+    )
+    # A virtual environment is this program again, and the package that it downloads is the folder above.
+    program(
+        machine.bin / "python3",
+        f"""case "$*" in
+-c*) cat > /dev/null; echo '{digest}' ;;
+-m\\ venv*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+*\\ download\\ *)
+    while [ "$1" != -d ]; do shift; done
+    mkdir -p "$2" && tar -czf "$2/miniaudio-1.71.tar.gz" -C {machine.folder} miniaudio-1.71 ;;
+esac""",
+    )
+    done = machine.run()
+    assert (done.returncode, done.stdout) == (0, f"{machine.cache}/bin/ollama\n"), done.stderr
+    assert ("-mno-amx-int8" in flags.read_text()) == ("AMX" in defined)
