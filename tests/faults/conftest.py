@@ -1,4 +1,7 @@
-"""The fleet that these tests hurt: one for all of them, since each leaves it whole."""
+"""The fleet that these tests hurt: one for all of them, since each leaves it whole.
+
+CORRAL_FAULTS_RUNS (1) is how often each test runs, one run after the other on the same fleet.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ Row = Callable[[str, str, str], None]
 """Notes a fault, its bar and what was measured."""
 
 FAILED = "FAILED"
+RUNS = int(os.environ.get("CORRAL_FAULTS_RUNS", "1"))
 
 
 @dataclass
@@ -28,6 +32,13 @@ class Noted:
 
 
 _rows: list[Noted] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test as often as it is to run."""
+    if RUNS > 1:
+        metafunc.fixturenames.append("run")
+        metafunc.parametrize("run", range(1, RUNS + 1))
 
 
 @pytest.fixture
