@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from support.fleet import MODEL, QUICK, Fleet
+from support.limits import unused
 from support.load import CHAT, CUT, Answer, Client, body_of
 from support.process import until
 from support.servers import valkey
@@ -44,8 +45,9 @@ def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet
     """Nobody is left who was there: what was used is known from the records alone."""
     daily = fleet.key("daily", "--daily-tokens", "1500")
     monthly = fleet.key("monthly", "--monthly-tokens", "1500")
-    fleet.stack.corral("tenants", "create", "spent", "--daily-tokens", "1500")
-    shared = fleet.key("shared", "--tenant", "spent", "--new-tenant", "--daily-tokens", "100000")
+    spent = unused()
+    fleet.stack.corral("tenants", "create", spent, "--daily-tokens", "1500")
+    shared = fleet.key("shared", "--tenant", spent, "--new-tenant", "--daily-tokens", "100000")
     keys = (daily, monthly, shared)
     for key in keys:
         assert 5 <= spend(fleet, key, 200) < 200, "it is used up"
@@ -65,8 +67,9 @@ def test_no_budget_begins_anew_with_an_empty_store_and_new_gateways(fleet: Fleet
 
 def test_what_a_killed_gateway_had_reserved_is_what_its_record_says(fleet: Fleet) -> None:
     """A guess of 1500 tokens and more; what was generated until the gateway was killed is what counts in the end."""
-    fleet.stack.corral("tenants", "create", "cut", "--monthly-tokens", "200000")
-    key = fleet.key("killed", "--tenant", "cut", "--new-tenant", "--daily-tokens", "100000")
+    cut = unused()
+    fleet.stack.corral("tenants", "create", cut, "--monthly-tokens", "200000")
+    key = fleet.key("killed", "--tenant", cut, "--new-tenant", "--daily-tokens", "100000")
     victim, other = fleet.stack.corral("status")["gateways"]
 
     def left() -> int:
@@ -90,7 +93,7 @@ def test_what_a_killed_gateway_had_reserved_is_what_its_record_says(fleet: Fleet
     assert 0 < used < 1500
     until(lambda: left() == 100_000 - used, "the guess is no longer counted", 20, every=0.2)
     # The tenant's sum too: the key's limit is the one with less left, as long as that is 10,000.
-    fleet.stack.corral("tenants", "limit", "cut", "--monthly-tokens", "10000")
+    fleet.stack.corral("tenants", "limit", cut, "--monthly-tokens", "10000")
     until(lambda: left() == 10_000 - used, "nor for its tenant", 10, every=0.2)
 
 
