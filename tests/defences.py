@@ -223,7 +223,7 @@ DEFENCES = (
     Defence(16, "store/verify.py", 'if leaf != row["leaf"]:', "if False:", VERIFY),
     Defence(16, "store/verify.py", "if pos != expected:", "if False:", VERIFY),
     Defence(16, "store/verify.py", "if whole and (root, end.hex()) != (span.root, span.link):", "if False:", VERIFY),
-    Defence(16, "store/verify.py", "elif not signed_by(signed, public):", "elif False:", VERIFY),
+    Defence(16, "store/signed.py", "elif not signed_by(signed, public):", "elif False:", VERIFY),
     Defence(16, "store/verify.py", "if head.pos < at:", "if False:", VERIFY),
     Defence(
         17,

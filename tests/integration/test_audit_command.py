@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import http.server
 import json
@@ -25,11 +26,14 @@ from support.tampers import TAMPERS, note
 
 from corral.cli.common import Admin
 from corral.cli.main import cli
+from corral.config.record import AuditSettings
+from corral.control.ledger import Ledger
+from corral.store import verify as verifying
 from corral.store.content import Hashes
 from corral.store.database import Database, resolve
 from corral.store.keys import read_pepper
 from corral.store.spool import encode_frame
-from corral.store.tables import audit
+from corral.store.tables import audit, audit_checkpoints
 
 
 class Webhook:
@@ -222,6 +226,42 @@ def test_what_is_signed_while_verify_reads_is_not_missing(
     assert (checked.exit_code, f"newer than {older} and control's own" in checked.output) == (0, True), checked.output
     older.write_bytes(data.replace(b"gateway-1", b"gateway-2"))
     assert run(control, "audit", "verify", "--checkpoints", str(older)).exit_code == 1, "no copy of this one"
+
+
+@pytest.mark.parametrize("dropped", [(), (12,)], ids=["whole", "dropped record"])
+def test_what_retention_removes_between_two_pages_is_not_missing(
+    control: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dropped: tuple[int, ...]
+) -> None:
+    key = make_key(control)["id"]
+    offset, numbers = 0, []
+    for first in (0, 5, 10):
+        offset = ship(control, key, 5, first, offset)
+        signed(control)
+        numbers.append(control.admin.get("/admin/audit/chain").json()["checkpoint"])
+    records = Records(Database(resolve(control.settings.store.database, control.state)))
+    aged = update(audit_checkpoints).where(audit_checkpoints.c.number <= numbers[1]).values(ts=5.0)
+    # Another control of this database: what it signs is in the first one's file a round later.
+    (tmp_path / "audit.key").write_bytes((control.state / "audit.key").read_bytes())
+    other = Ledger(records.database, AuditSettings(retention="1h"), tmp_path, 60.0)
+    raw, ran = Admin.raw, []
+
+    def removes_meanwhile(admin: Admin, path: str) -> bytes:
+        if path.startswith("/audit/records?stream=gateway-1&after=4&") and not ran:
+            ran.append(path)
+            records.write(lambda connection: connection.execute(aged))
+            asyncio.run(other.forget())
+            for place in dropped:
+                records.drop(place, place)
+        return raw(admin, path)
+
+    monkeypatch.setattr(verifying, "PAGE", 4)
+    monkeypatch.setattr(Admin, "raw", removes_meanwhile)
+    checked = run(control, "audit", "verify", "--json")
+    records.database.close()
+    told = json.loads(checked.stdout)
+    assert told["problems"] == [f"gateway-1: record {place} is missing" for place in dropped]
+    assert "gateway-1: records up to 10 were removed by retention meanwhile" in told["notes"]
+    assert (checked.exit_code, len(ran)) == (len(dropped), 1)
 
 
 def test_a_key_is_named_by_its_id_or_its_name(control: Running) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, insert, select,
 from corral.config.record import AuditSettings
 from corral.control import audit as trail
 from corral.control.auth import Principal
-from corral.control.ledger import DAY, Ledger
+from corral.control.ledger import DAY, Ledger, lines_after
 from corral.store import seal
 from corral.store.chain import ZERO, content, leaf_of, link_after
 from corral.store.database import Database, resolve, upgrade
@@ -37,6 +37,9 @@ class Direct:
 
     def records(self, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
         return self._database.read_now(seal.records, stream, after, limit)
+
+    def checkpoints(self, after: int) -> list[bytes]:
+        return [line.encode() for line in self._database.read_now(lines_after, after, 10**6)]
 
 
 class Records:

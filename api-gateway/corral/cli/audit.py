@@ -241,6 +241,9 @@ class _Api:
             row["kept"] = found["kept"].get(row["id"])
         return listed
 
+    def checkpoints(self, after: int) -> list[bytes]:
+        return self._admin.raw("/audit/checkpoints?" + urlencode({"after": after})).splitlines()
+
 
 def _records(stream: str, after: int, limit: int) -> str:
     return "/audit/records?" + urlencode({"stream": stream, "after": after, "limit": limit})

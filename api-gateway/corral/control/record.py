@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from base64 import b64encode
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -19,9 +20,9 @@ from corral.control.audit import moment, of_key, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.control.ledger import last_checkpoint, whole_lines
+from corral.control.ledger import last_checkpoint, lines_after, whole_lines
 from corral.store import seal, usage
-from corral.store.chain import FIELDS
+from corral.store.chain import FIELDS, read_checkpoint
 from corral.store.content import Hashes
 from corral.store.tables import audit, audit_content, keys
 from corral.store.usage import REFUSED
@@ -198,11 +199,33 @@ def _leaf(row: dict[str, Any]) -> str | None:
 
 
 @router.get("/admin/audit/checkpoints", tags=["audit"])
-async def checkpoints(control: Here) -> Response:
-    """The file of checkpoints as it is: a signed checkpoint a line."""
-    path = control.ledger.path
-    data = await asyncio.to_thread(lambda: path.read_bytes() if path.exists() else b"")
-    return Response(data[: whole_lines(data)], media_type="application/x-ndjson")
+async def checkpoints(
+    control: Here, after: Annotated[int, Query(ge=0, lt=2**63, description="Behind the first so many.")] = 0
+) -> Response:
+    """The file of checkpoints, a signed checkpoint a line, and what the database has behind its end.
+
+    Another control, or this one just now, may have signed what is not in the file yet.
+    """
+    lines = await asyncio.to_thread(_lines_of, control.ledger.path)
+    lines += await control.database.read(_lines_behind, lines)
+    return Response(b"".join(lines[after:]), media_type="application/x-ndjson")
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    data = path.read_bytes() if path.exists() else b""
+    return data[: whole_lines(data)].splitlines(keepends=True)
+
+
+def _lines_behind(connection: Connection, lines: list[bytes]) -> list[bytes]:
+    """The checkpoints behind the last of these; none where it is not one."""
+    try:
+        last = read_checkpoint(lines[-1]).checkpoint.number if lines else 0
+    except ValueError:
+        return []
+    found: list[str] = []
+    while some := lines_after(connection, last + len(found), PAGE):
+        found += some
+    return [line.encode() + b"\n" for line in found]
 
 
 @router.get("/admin/usage", tags=["usage"])

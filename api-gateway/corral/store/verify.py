@@ -12,19 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from corral.store.chain import (
-    ZERO,
-    Merkle,
-    OlderRoot,
-    Signed,
-    Span,
-    content,
-    key_id,
-    leaf_of,
-    link_after,
-    read_checkpoint,
-    signed_by,
-)
+from corral.store.chain import ZERO, Merkle, Older, OlderRoot, Signed, Span, content, leaf_of, link_after
+from corral.store.signed import Beside, Checkpoints
 
 CONTROL = "control"
 """The stream of what administrators and control itself do."""
@@ -73,6 +62,9 @@ class Source(Protocol):
         ``kept``, the SHA-256 of the text that is there of it or None. Of "": those that are older than the chain.
         """
 
+    def checkpoints(self, after: int) -> Iterable[bytes]:
+        """The checkpoints behind the first `after`, as they were signed until now."""
+
 
 @dataclass
 class Report:
@@ -95,8 +87,10 @@ def verify(
 ) -> Report:
     """Check everything. `lines` are the checkpoints as they were signed, `publics` the keys (hex) that may sign."""
     report = Report()
-    good = _checkpoints(lines, publics, report)
+    checkpoints = Checkpoints(publics, report.problems)
+    good = checkpoints.take(lines)
     report.checkpoints = len(good)
+    beside = Beside(source, checkpoints)
     state = source.state()
     if state.unnamed:
         report.notes.append(f"{state.unnamed} prompts with their answers are not covered: no record has their digest")
@@ -111,43 +105,15 @@ def verify(
     texts = _Texts(report)
     # Control's first: its records say which texts may be missing.
     for stream in sorted(spans, key=lambda name: (name != CONTROL, name)):
-        _Stream(stream, spans[stream], state.heads.get(stream), report, total, say, texts).check(source)
+        _Stream(stream, spans[stream], state.heads.get(stream), report, total, say, texts).check(beside)
     head = state.heads.get(CONTROL)
-    texts.finish(source, head.pos if head is not None else 0)
-    _older(source, good, state, report)
+    texts.finish(beside, head.pos if head is not None else 0)
+    _older(beside, good, state, report)
     say(report.records, report.records)
     return report
 
 
-def _checkpoints(lines: Iterable[bytes], publics: Sequence[str], report: Report) -> list[Signed]:
-    keys = {key_id(public): public for public in publics}
-    good: list[Signed] = []
-    number, previous = 0, ZERO.hex()
-    for at, line in enumerate(lines, 1):
-        try:
-            signed = read_checkpoint(line)
-        except ValueError:
-            report.problems.append(f"line {at} of the checkpoints is none")
-            continue
-        checkpoint = signed.checkpoint
-        name = f"checkpoint {checkpoint.number}"
-        if checkpoint.number != number + 1:
-            missing = f"{number + 1} to {checkpoint.number - 1}" if checkpoint.number > number + 1 else "an order"
-            report.problems.append(f"{name} follows {number}: {missing} is missing")
-        elif checkpoint.previous != previous:
-            report.problems.append(f"{name} does not continue checkpoint {number}")
-        number, previous = checkpoint.number, signed.digest()
-        public = keys.get(checkpoint.key)
-        if public is None:
-            report.problems.append(f"{name} is signed by another key ({checkpoint.key})")
-        elif not signed_by(signed, public):
-            report.problems.append(f"{name} has a wrong signature: it was changed")
-        else:
-            good.append(signed)
-    return good
-
-
-def _older(source: Source, good: Sequence[Signed], state: State, report: Report) -> None:
+def _older(source: Beside, good: Sequence[Signed], state: State, report: Report) -> None:
     """Check the records that are older than the chain: the database says which, and a checkpoint has to confirm it."""
     told = [(one.checkpoint.number, one.checkpoint.older) for one in good if one.checkpoint.older is not None]
     if not told:
@@ -166,11 +132,14 @@ def _older(source: Source, good: Sequence[Signed], state: State, report: Report)
             f"({signed.count}) were signed"
         )
         return
-    counted = OlderRoot(signed.until)
-    after = early = 0
-    while after < signed.last and (rows := source.records("", after, PAGE)):
-        early += sum(not counted.add(row) for row in rows)
-        after = rows[-1]["pos"]
+    counted, early = _count(source, signed)
+    while (counted.count, counted.root()) != (signed.count, signed.root):
+        # Retention signs what it will leave, and then removes the rest.
+        later = source.older()
+        if later is None or later.last != signed.last or later.until <= signed.until:
+            break
+        signed = later
+        counted, early = _count(source, signed)
     count = counted.count
     report.records += count
     if count != signed.count:
@@ -182,6 +151,16 @@ def _older(source: Source, good: Sequence[Signed], state: State, report: Report)
         report.notes.append(f"{count} records are older than the chain: covered as they were at checkpoint {begun}")
     if early:
         report.notes.append(f"{early} records older than the chain, which retention removes, are still there")
+
+
+def _count(source: Beside, signed: Older) -> tuple[OlderRoot, int]:
+    """Read the records that are older than the chain; the root of those that are to be there, and how many are not."""
+    counted = OlderRoot(signed.until)
+    after = early = 0
+    while after < signed.last and (rows := source.records("", after, PAGE)):
+        early += sum(not counted.add(row) for row in rows)
+        after = rows[-1]["pos"]
+    return counted, early
 
 
 class _Texts:
@@ -209,14 +188,19 @@ class _Texts:
     def _dropped(self, record: str, ts: float) -> bool:
         return ts < self._until or record in self._ahead
 
-    def finish(self, source: Source, after: int) -> None:
+    def finish(self, source: Beside, after: int) -> None:
         """Name those that are missing, but for what retention has removed meanwhile; `after`: control's end before."""
         while self._missing and (rows := source.records(CONTROL, after, PAGE)):
             for row in rows:
                 self.look(CONTROL, row)
             after = rows[-1]["pos"]
-        missing = [one for one in self._missing if not self._dropped(one[2], one[3])]
-        for stream, pos, record, _ in missing[:SHOWN]:
+        missing = [
+            (stream, pos, record)
+            for stream, pos, record, ts in self._missing
+            # Of a record that goes too, control's own may have gone before, and with it what it said of texts.
+            if not self._dropped(record, ts) and pos > source.dropped(stream, pos)
+        ]
+        for stream, pos, record in missing[:SHOWN]:
             self._report.problems.append(f"{stream}: the text of record {pos} ({record}) is missing")
         if len(missing) > SHOWN:
             self._report.problems.append(f"the texts of {len(missing) - SHOWN} more records are missing")
@@ -240,8 +224,9 @@ class _Stream:
         self._changed: list[Mapping[str, Any]] = []
         self._changes = 0
         self._rebuilt = False
+        self._gone = 0
 
-    def check(self, source: Source) -> None:
+    def check(self, source: Beside) -> None:
         link, at = self._dropped()
         if at and (first := source.records(self._name, 0, 1)) and first[0]["pos"] <= at:
             # Retention is at work, or somebody put them there: it removes them either way.
@@ -263,6 +248,8 @@ class _Stream:
             link, at = bytes.fromhex(span.link), span.last
         self._unsigned(rows, at, link)
         self._name_changed()
+        if self._gone:
+            self._report.notes.append(f"{self._name}: records up to {self._gone} were removed by retention meanwhile")
 
     def _dropped(self) -> tuple[bytes, int]:
         """Where the records begin that retention has left, and the link before them."""
@@ -282,9 +269,7 @@ class _Stream:
             row = rows.next(last)
             pos = row["pos"] if row is not None else last + 1
             if pos != expected:
-                what = f"record {expected} is" if pos == expected + 1 else f"records {expected} to {pos - 1} are"
-                end = row is None and last >= self._end()
-                self._problem(f"{what} missing" + (": the tail was cut" if end else ""))
+                self._miss(rows, expected, pos - 1, row is None and last >= self._end())
                 whole = False
             if row is None:
                 break
@@ -303,6 +288,15 @@ class _Stream:
             if not self._report.records % PAGE:
                 self._say(self._report.records, self._total)
         return whole, tree.root().hex(), link
+
+    def _miss(self, rows: _Rows, first: int, last: int, end: bool) -> None:
+        """Name records that are not there, but for those that retention has removed since this began."""
+        gone = min(rows.dropped(last), last)
+        if gone >= first:
+            self._gone, first = gone, gone + 1
+        if first <= last:
+            what = f"record {first} is" if first == last else f"records {first} to {last} are"
+            self._problem(f"{what} missing" + (": the tail was cut" if end else ""))
 
     def _end(self) -> int:
         """The last place that anything knows of."""
@@ -343,7 +337,7 @@ class _Stream:
 class _Rows:
     """A stream's records behind a place, up to the stream's end, page by page."""
 
-    def __init__(self, source: Source, stream: str, after: int, end: int) -> None:
+    def __init__(self, source: Beside, stream: str, after: int, end: int) -> None:
         self._source, self._stream, self._end = source, stream, end
         self._page: list[Mapping[str, Any]] = []
         self._after = after
@@ -357,3 +351,7 @@ class _Rows:
         if not self._page or self._page[-1]["pos"] > last:
             return None
         return self._page.pop()
+
+    def dropped(self, wanted: int) -> int:
+        """See `Beside.dropped`."""
+        return self._source.dropped(self._stream, wanted)
