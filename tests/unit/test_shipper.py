@@ -12,8 +12,9 @@ import httpx
 import pytest
 from msgspec.json import encode
 
+from corral.gateway import shipper as shipping
 from corral.gateway.shipper import Shipper
-from corral.store.spool import SpoolCorrupt, SpoolWriter, decode_frames, encode_frame, segments
+from corral.store.spool import FRAME_MAX, SpoolCorrupt, SpoolWriter, decode_frames, encode_frame, segments
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -121,12 +122,8 @@ def test_a_disk_that_is_full_holds_up_nothing_behind_a_damaged_segment(
         patch.setattr(os, "write", full)
         for _ in range(3):
             ship(shipper, control)
-        assert (control.took, bad.exists(), good.exists()) == ([4], True, False)
-        assert shipper.backlog() > 0 and shipper.behind() > 1e6, "since the segment was opened"
-    assert len(caplog.messages) == 1
-    ship(shipper, control)
-    assert (control.took, bad.exists(), shipper.put_aside()) == ([4, 2, 3], False, ["0000000000000001.corrupt"])
-    assert shipper.backlog() == 0
+        assert (control.took, good.exists(), shipper.put_aside()) == ([2, 3, 4], False, ["0000000000000001.corrupt"])
+    assert (len(caplog.messages), shipper.backlog()) == (1, 0)
     writer.close()
 
 
@@ -153,26 +150,93 @@ def test_a_damaged_segment_that_somebody_took_away_holds_up_no_other(
     writer.close()
 
 
-@pytest.mark.parametrize("synced", [True, False])
-def test_what_was_rescued_is_on_the_disk_before_the_rename_where_that_is_promised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
+def cut(*numbers: int) -> bytes:
+    """Frames; the length of the first of them is not what was written."""
+    data = bytearray(b"".join(encode_frame({"t": "settle", "n": number}) for number in numbers))
+    data[:4] = (FRAME_MAX - 1).to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("bad", [damaged, cut], ids=["a frame", "its length"])
+def test_what_is_behind_damage_comes_before_what_was_written_after_it(
+    tmp_path: Path, bad: Callable[..., bytes]
 ) -> None:
-    (tmp_path / "0000000000000001.seg").write_bytes(damaged(1, 2))
-    writer = SpoolWriter(tmp_path, synced=synced)
-    done: list[str] = []
-    sync, replace = os.fdatasync, Path.replace
+    frame = encode_frame({"t": "settle", "n": 1})
+    for number, data in enumerate((frame + bad(2, 3, 4), encode_frame({"n": 5}) + bad(6, 7), encode_frame({"n": 8}))):
+        (tmp_path / f"{number:016d}.seg").write_bytes(data)
+    writer, control = SpoolWriter(tmp_path), Control()
+    writer.append(record(9))
+    writer.flush()
+    shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
+    ship(shipper, control)
+    assert control.took == [1, 3, 4, 5, 7, 8, 9]
+    assert (len(shipper.put_aside()), segments(tmp_path)) == (2, [writer.segment])
+    writer.close()
 
-    def synchronised(descriptor: int) -> None:
-        done.append(f"sync of {os.fstat(descriptor).st_size} bytes")
-        sync(descriptor)
 
-    def renamed(path: Path, target: Path) -> Path:
-        done.append("rename")
-        return replace(path, target)
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_control_has_taken_of_it_is_not_shipped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    (tmp_path / "0000000000000001.seg").write_bytes(damaged(1, 2, 3, 4))
+    (tmp_path / "0000000000000002.seg").write_bytes(encode_frame({"n": 5}))
+    monkeypatch.setattr(shipping, "SHIP_MAX", len(encode_frame({"t": "settle", "n": 2})))
+    writer, control = SpoolWriter(tmp_path), Control()
+    shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
 
-    monkeypatch.setattr(os, "fdatasync", synchronised)
-    monkeypatch.setattr(Path, "replace", renamed)
-    ship(Shipper(writer, tmp_path, "http://control", "token", "g"), Control())
-    size = len(encode_frame({"t": "settle", "n": 2}))
-    assert done == [*([f"sync of {size} bytes"] if synced else []), "rename"]
+    def ends(request: httpx.Request) -> httpx.Response:
+        if len(control.took) == 2:
+            raise httpx.ConnectError("gone")
+        return control(request)
+
+    for _ in range(3):
+        with pytest.raises(httpx.ConnectError):
+            ship(shipper, ends)
+    assert (control.took, shipper.put_aside()) == ([2, 3], []), "in order: what comes after it waits"
+    assert shipper.behind() > 1e6, "since the segment was opened"
+    if killed:
+        shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
+    ship(shipper, control)
+    assert (control.took, shipper.put_aside()) == ([2, 3, 4, 5], ["0000000000000001.corrupt"])
+    writer.close()
+
+
+def test_a_disk_that_tells_something_else_the_next_time_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "0000000000000001.seg"
+    bad.write_bytes(damaged(1, 22, 3, 4))
+    monkeypatch.setattr(shipping, "SHIP_MAX", len(encode_frame({"t": "settle", "n": 22})))
+    writer, control = SpoolWriter(tmp_path), Control()
+    shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
+
+    def ends(request: httpx.Request) -> httpx.Response:
+        if control.took:
+            raise httpx.ConnectError("gone")
+        return control(request)
+
+    with pytest.raises(httpx.ConnectError):
+        ship(shipper, ends)
+    assert control.took == [22]
+    bad.write_bytes(damaged(1) + damaged(22, 3, 4))
+    ship(shipper, control)
+    assert (control.took, bad.with_suffix(".corrupt").exists()) == ([22, 3, 4], True)
+    writer.close()
+
+
+def test_a_damaged_segment_that_was_written_to_is_told_as_corrupt_however_long_that_takes(tmp_path: Path) -> None:
+    writer, control = SpoolWriter(tmp_path), Control()
+    path = writer.segment
+    path.write_bytes(cut(1, 2))
+
+    def away(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("gone")
+
+    shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
+    with pytest.raises(httpx.ConnectError):
+        ship(shipper, away)
+    writer.append(record(3))
+    writer.flush()
+    ship(shipper, control)
+    assert (control.took, shipper.put_aside()) == ([2, 3], [f"{path.stem}.corrupt"])
     writer.close()

@@ -141,7 +141,7 @@ def test_the_reader_hands_out_each_record_once_and_deletes_what_is_shipped(tmp_p
             segment, offset, frames = piece
             got.extend(record["n"] for _, record in decode_frames(frames))
             reader.confirm(segment, offset + len(frames))
-        reader.drop_shipped(writer.segment, lambda path, offset: pytest.fail(f"{path} is not torn"))
+        assert reader.drop_shipped(writer.segment) == []
 
     for number in range(40):
         writer.append(encode({"n": number, "text": "y" * 10}))
@@ -168,10 +168,9 @@ def test_a_torn_tail_is_put_aside_and_what_follows_is_shipped(tmp_path: Path) ->
     while (piece := reader.next_chunk()) is not None:
         got.extend(record["n"] for _, record in decode_frames(piece[2]))
         reader.confirm(piece[0], piece[1] + len(piece[2]))
-    torn: list[str] = []
-    reader.drop_shipped(second.segment, lambda path, offset: torn.append(path.name))
     assert got == [1, 3]
-    assert torn == [first.segment.name]
+    assert reader.drop_shipped(second.segment, first.segment.name) == []
+    assert reader.drop_shipped(second.segment) == [(first.segment, len(encode_frame({"n": 1})))]
 
 
 def test_a_damaged_length_in_the_segment_that_is_written_to_is_found_at_once(tmp_path: Path) -> None:
@@ -188,9 +187,7 @@ def test_a_damaged_length_in_the_segment_that_is_written_to_is_found_at_once(tmp
     assert piece is not None
     reader.confirm(piece[0], len(piece[2]))
     assert reader.next_chunk() is None
-    found: list[tuple[str, int]] = []
-    reader.drop_shipped(writer.segment, lambda path, offset: found.append((path.name, offset)))
-    assert found == [(damaged.name, first)]
+    assert reader.drop_shipped(writer.segment) == [(damaged, first)]
     writer.roll()
     assert writer.segment != damaged
     writer.append(encode({"n": 3}))

@@ -6,12 +6,23 @@ import asyncio
 import logging
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 
-from corral.store.spool import SpoolReader, SpoolWriter, opened, put_aside, readable, salvage
+from corral.store.spool import (
+    SHIP_MAX,
+    SpoolReader,
+    SpoolWriter,
+    framed,
+    opened,
+    put_aside,
+    readable,
+    salvage,
+    whole_frames,
+)
 
 PAUSE = 0.2
 PAUSE_BUSY = 0.5
@@ -24,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Damaged(NamedTuple):
-    """A segment that is to be put aside: under which suffix, the bad frame's offset, how many records are rescued."""
+    """A segment that is to be put aside: under which suffix, the bad frame's offset, how many records were rescued."""
 
     suffix: str
     offset: int
@@ -38,6 +49,7 @@ class Shipper:
         self._writer = writer
         self._folder = folder
         self._reader = SpoolReader(folder)
+        self._suffixes: dict[str, str] = {}
         self._damaged: dict[str, Damaged] = {}
         self._stuck = False
         # What an earlier process left waits since it was written.
@@ -78,24 +90,35 @@ class Shipper:
         self._rename()
         while shipped < end and (piece := self._reader.next_chunk()) is not None:
             segment, offset, frames = piece
-            response = await client.post(
-                f"{self._url}/{segment}", params={"offset": offset}, content=frames, headers=self._headers
-            )
-            if response.status_code not in (200, 409) and not _is_corrupt(response):
-                raise ValueError(f"status {response.status_code}: {response.text[:200]}")
-            confirmed = int(response.json()["offset"])
+            if segment != last:
+                # Not only once all is shipped: the disk may hold so much once, not twice. And in order: what an earlier
+                # life left behind damage has to be there before control hears that this one began.
+                await self._finish(client, segment)
+                last = segment
+            confirmed, corrupt = await self._post(client, segment, offset, frames)
             shipped += confirmed - offset
-            if response.status_code == 400:
-                self._put_aside(self._folder / segment, confirmed, ".corrupt")
+            if corrupt:
+                await self._put_aside(client, self._folder / segment, confirmed, ".corrupt")
             else:
                 self._reader.confirm(segment, confirmed)
-            if segment != last:  # not only once all is shipped: the disk may hold so much once, not twice
-                self._reader.drop_shipped(self._writer.segment, self._put_aside)
-                last = segment
-        self._reader.drop_shipped(self._writer.segment, self._put_aside)
-        if not self._damaged:
-            self._caught_up = began
+        await self._finish(client)
+        self._caught_up = began
         return shipped
+
+    async def _post(self, client: httpx.AsyncClient, segment: str, offset: int, frames: bytes) -> tuple[int, bool]:
+        """Ship frames: up to where control has the segment, and whether the frame there is not what was written."""
+        response = await client.post(
+            f"{self._url}/{segment}", params={"offset": offset}, content=frames, headers=self._headers
+        )
+        corrupt = _is_corrupt(response)
+        if response.status_code not in (200, 409) and not corrupt:
+            raise ValueError(f"status {response.status_code}: {response.text[:200]}")
+        return int(response.json()["offset"]), corrupt
+
+    async def _finish(self, client: httpx.AsyncClient, before: str = "") -> None:
+        """Delete what is shipped, and put aside what is torn, of the segments before one."""
+        for path, offset in self._reader.drop_shipped(self._writer.segment, before):
+            await self._put_aside(client, path, offset, ".torn")
 
     def backlog(self) -> int:
         """Bytes in the spool that control has not confirmed."""
@@ -122,61 +145,70 @@ class Shipper:
             except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
                 log.warning("the spool was not shipped to its end: %r", error)
 
-    def _put_aside(self, path: Path, offset: int, suffix: str = ".torn") -> None:
-        """Put a segment aside whose rest cannot be shipped. ``offset``: up to there control has it."""
+    async def _put_aside(self, client: httpx.AsyncClient, path: Path, offset: int, suffix: str) -> None:
+        """Put a segment aside whose rest cannot be shipped, once what is good of it is. ``offset``: up to there control
+        has it."""
         if path == self._writer.segment:
             # What is still to be written must not follow what cannot be read.
             self._writer.roll()
             suffix = ".corrupt"
-        self._damaged[path.name] = Damaged(suffix, offset, self._rescue(path, offset))
+        suffix = self._suffixes.setdefault(path.name, suffix)  # it may take several turns
+        rescued, count = _rescue(path, offset)
+        # As a segment of its own: who is killed meanwhile makes and ships the same, and each record is taken once.
+        await self._ship_rescued(client, f"{path.stem}.{offset}.{zlib.crc32(rescued):08x}", rescued)
+        self._damaged[path.name] = Damaged(suffix, offset, count)
         self._reader.leave(path.name)
         self._rename()
 
-    def _rename(self) -> None:
-        """Rename the damaged segments whose good records are in the spool anew, not before: nobody reads them there.
+    async def _ship_rescued(self, client: httpx.AsyncClient, segment: str, data: bytes) -> None:
+        offset = 0
+        while offset < len(data):
+            piece = data[offset : offset + SHIP_MAX]
+            confirmed, corrupt = await self._post(client, segment, offset, piece[: whole_frames(piece)])
+            if corrupt or confirmed == offset:
+                raise ValueError(f"{segment}: no frame is taken at byte {offset}")
+            offset = confirmed
 
-        Who is killed between the two ships those records twice, and control takes each once. While the disk takes
-        nothing the segments stay as they are, and what came after them is shipped: that makes room.
-        """
-        if not self._damaged:
-            return
+    def _rename(self) -> None:
+        """Rename the damaged segments: control has what is good of them. While that fails, nothing else is held up."""
         try:
-            self._writer.flush()
-            self._writer.sync()
             for name, damaged in list(self._damaged.items()):
                 path = self._folder / name
                 aside = path.with_suffix(damaged.suffix)
-                del self._damaged[name]
                 try:
                     size = path.stat().st_size
                     path.replace(aside)
-                except FileNotFoundError:  # somebody has taken it away, and what was behind is in the spool anew
-                    self._reader.forget(name)
+                except FileNotFoundError:  # somebody has taken it away
+                    self._renamed(name)
                     continue
-                except OSError:
-                    self._damaged[name] = damaged
-                    raise
-                self._reader.forget(name)
+                self._renamed(name)
                 what = "a corrupt frame" if damaged.suffix == ".corrupt" else "a torn frame"
-                said = "%s has %s at byte %d of %d; kept as %s. %d records behind it are shipped all the same"
+                said = "%s has %s at byte %d of %d; kept as %s. %d records behind it were shipped all the same"
                 log.error(said, path, what, damaged.offset, size, aside, damaged.rescued)
             self._stuck = False
         except OSError as error:
             if not self._stuck:
-                log.error("damaged segments are not put aside yet, what is behind them is shipped: %s", error)
+                log.error("damaged segments are not put aside yet, what is good of them was shipped: %s", error)
             self._stuck = True
 
-    def _rescue(self, path: Path, offset: int) -> int:
-        """Write the good records behind a bad frame anew; how many. That an earlier life began is no news any more."""
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read()
-        records = [one for payload in salvage(data) for one in payload.split(b"\n")]
-        # What control could not read either would be put aside again and again.
-        records = [one for one in records if not one.startswith(b'{"t":"begin"') and readable(one)]
-        for record in records:
-            self._writer.append(record)
-        return len(records)
+    def _renamed(self, name: str) -> None:
+        del self._damaged[name], self._suffixes[name]
+        self._reader.forget(name)
+
+
+def _rescue(path: Path, offset: int) -> tuple[bytes, int]:
+    """The good records behind a bad frame, in frames, and how many. That an earlier life began is no news any more."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    frames, count = [], 0
+    for payload in salvage(data):
+        # What control could not read either would hold up what comes behind it.
+        good = [one for one in payload.split(b"\n") if one and not one.startswith(b'{"t":"begin"') and readable(one)]
+        if good:
+            frames.append(framed(b"\n".join(good)))
+            count += len(good)
+    return b"".join(frames), count
 
 
 def _is_corrupt(response: httpx.Response) -> bool:

@@ -20,7 +20,7 @@ import re
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,7 +63,11 @@ class SpoolCorrupt(ValueError):
 
 def encode_frame(record: dict[str, Any]) -> bytes:
     """One record as a frame."""
-    payload = _encode(record)
+    return framed(_encode(record))
+
+
+def framed(payload: bytes) -> bytes:
+    """A frame of encoded records, a line each."""
     return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 
@@ -274,11 +278,6 @@ class SpoolWriter:
         if self._number == number:
             self._open_next()
 
-    def sync(self) -> None:
-        """Where that is promised (durability `synced`), have the disk hold what was flushed. Raises OSError."""
-        if self._synced:
-            os.fdatasync(self._fd)  # an earlier segment was synced when this one was opened
-
     def close(self) -> None:
         """Flush and close; an empty last segment is removed."""
         if self._fd < 0:
@@ -369,21 +368,25 @@ class SpoolReader:
     def _whole(self) -> list[Path]:
         return [path for path in segments(self._folder) if path.name not in self._left]
 
-    def drop_shipped(self, current: Path, aside: Callable[[Path, int], None]) -> None:
-        """Delete each segment but `current` that is shipped to its end.
+    def drop_shipped(self, current: Path, before: str = "") -> list[tuple[Path, int]]:
+        """Delete each segment but `current` that is shipped to its end, up to one that is not, or that is `before`.
 
-        A segment whose rest is no whole frame is handed to `aside` with its good length: torn by a crash, or, if it
-        is `current`, whose groups are always written whole, damaged.
+        Returns those whose rest is no whole frame, with their good length: torn by a crash, or, if it is `current`,
+        whose groups are always written whole, damaged.
         """
+        torn = []
         for path in self._whole():
+            if path.name == before:
+                break
             size, offset = path.stat().st_size, self._offsets.get(path.name, 0)
-            if offset == size:
-                if path == current:
-                    continue
+            if offset != size:
+                if self._has_whole_frame(path, offset):
+                    break
+                torn.append((path, offset))
+            elif path != current:
                 path.unlink()
                 self.forget(path.name)
-            elif not self._has_whole_frame(path, offset):
-                aside(path, offset)
+        return torn
 
     @staticmethod
     def _has_whole_frame(path: Path, offset: int) -> bool:

@@ -1,0 +1,98 @@
+"""Requests whose admit record stood behind damage: settled where a killed gateway left them, left alone where it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from msgspec.json import encode
+from support.control import Running, until
+
+from corral.control import ledger
+from corral.gateway.records import Begun
+from corral.gateway.shipper import Shipper
+from corral.store import recovery
+from corral.store.spool import SpoolWriter, encode_frame, segments
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "GRACE", 0.0)
+    monkeypatch.setattr(ledger, "ROUND", 0.2)
+
+
+def admit(number: int) -> dict[str, Any]:
+    return {"t": "admit", "id": f"e{number}", "ts": time.time(), "api": "native", "model": "m:latest"}
+
+
+def settle(number: int) -> dict[str, Any]:
+    return {**admit(number), "t": "settle", "outcome": "ok", "tokens": number}
+
+
+def begin() -> dict[str, Any]:
+    return {"t": "begin", "gw": "gateway-1", "ts": time.time()}
+
+
+def wrong_byte(frame: bytes) -> bytes:
+    return frame[:-3] + b"?" + frame[-2:]
+
+
+def wrong_length(frame: bytes) -> bytes:
+    return (1 << 19).to_bytes(4, "little") + frame[4:]
+
+
+BAD = [wrong_byte, wrong_length]
+
+
+def outcomes(control: Running) -> dict[str, str | None]:
+    rows = control.admin.get("/admin/audit", params={"model": "m:latest"}).json()["audit"]
+    return {row["id"]: row["outcome"] for row in rows}
+
+
+def ship(control: Running, writer: SpoolWriter, folder: Path) -> None:
+    """Ship a spool to its end, as its gateway does."""
+    token = control.internal.headers["authorization"].removeprefix("Bearer ")
+
+    async def all_of_it() -> None:
+        shipper = Shipper(writer, folder, control.url, token, folder.name)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await shipper.ship_all(client)
+            await shipper.ship_all(client)
+        assert shipper.backlog() == 0
+
+    asyncio.run(all_of_it())
+
+
+@pytest.mark.parametrize("damage", BAD)
+def test_what_an_earlier_life_left_behind_damage_is_settled(control: Running, tmp_path: Path, damage: Any) -> None:
+    folder = tmp_path / "spool/gateway-1"
+    killed = SpoolWriter(folder)
+    left = [encode_frame(one) for one in (begin(), admit(1), settle(99), admit(2), admit(3), settle(3), admit(4))]
+    left[2] = damage(left[2])
+    killed.segment.write_bytes(b"".join(left))
+    # The edge replayed the fourth.
+    other = SpoolWriter(tmp_path / "spool/gateway-2")
+    other.append(encode(admit(4)))
+    other.flush()
+    ship(control, other, tmp_path / "spool/gateway-2")
+    writer = SpoolWriter(folder)
+    mine = [encode_frame(one) for one in (begin(), admit(5), settle(98), admit(6))]
+    mine[2] = damage(mine[2])
+    writer.segment.write_bytes(b"".join(mine))
+    ship(control, writer, folder)
+    until("the dead are settled", lambda: outcomes(control)["e2"] == "interrupted")
+    waiting = {"e4": None, "e5": None, "e6": None}
+    assert outcomes(control) == {"e1": "interrupted", "e2": "interrupted", "e3": "ok", **waiting}
+    for number, of, at in ((4, other, "gateway-2"), (5, writer, "gateway-1"), (6, writer, "gateway-1")):
+        of.append(encode(settle(number)))
+        of.flush()
+        ship(control, of, tmp_path / "spool" / at)
+    assert outcomes(control) == {"e1": "interrupted", "e2": "interrupted", **dict.fromkeys(["e3", "e4", "e5", "e6"], "ok")}
+    assert (segments(folder), len(list(folder.glob("*.seg"))), len(list(folder.iterdir()))) == ([writer.segment], 1, 3)
+    writer.close()
+    killed.close()
+    other.close()
