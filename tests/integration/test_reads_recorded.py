@@ -41,15 +41,107 @@ def read(notes: Notes, *queries: str, who: Principal = ONE, route: str = "/admin
 
 def recorded(database: Database) -> list[str]:
     """The queries on record, oldest first."""
+    return [row["query"] for row in told(database)]
+
+
+def told(database: Database) -> list[dict[str, Any]]:
+    """What rows say besides, oldest first."""
     chosen = select(audit.c.after).order_by(audit.c.seq)
-    return [after["query"] for after in database.read_now(lambda c: c.execute(chosen).scalars().all())]
+    return list(database.read_now(lambda c: c.execute(chosen).scalars().all()))
 
 
-@pytest.mark.parametrize("route", ["/admin/audit", "/admin/audit/content"])
-def test_no_read_of_the_trail_is_only_counted(database: Database, route: str) -> None:
+def test_no_look_at_texts_is_only_counted(database: Database) -> None:
     asked = [f"request=r{number}" for number in range(NOTES_MAX + 7)]
-    read(Notes(database), *asked, route=route)
+    read(Notes(database), *asked, route="/admin/audit/content")
     assert recorded(database) == asked, "a control that is killed now has lost none"
+
+
+@pytest.mark.parametrize("page", ["limit={}", "after=5&limit={}", "after={}&after=7"])
+def test_reads_of_the_trail_are_bounded_and_those_beyond_are_counted(database: Database, page: str) -> None:
+    notes, asked = Notes(database), [page.format(number) for number in range(1, NOTES_MAX + 31)]
+    read(notes, *asked[: NOTES_MAX + 1])
+    assert recorded(database) == asked[: NOTES_MAX + 1]
+    assert told(database)[NOTES_MAX:] == [{"query": asked[NOTES_MAX], "counting": True}], "it is known that more may come"
+    read(notes, *asked[NOTES_MAX + 1 :])
+    assert len(told(database)) == NOTES_MAX + 1
+    other = Principal("abd", "operator", "10.1.2.4", "", "team")
+    read(notes, "after=5", "after=6", who=other)
+    asyncio.run(notes.flush())
+    asyncio.run(notes.flush())
+    assert told(database)[NOTES_MAX + 1 :] == [{"query": "after=5"}, {"more_read": 29}]
+    read(notes, *asked)
+    assert len(told(database)) == 2 * (NOTES_MAX + 1) + 2, "anew, each minute"
+
+
+def test_other_reads_and_what_is_refused_leave_no_read_of_the_trail_without_a_row(database: Database) -> None:
+    notes = Notes(database)
+    read(notes, *["by=day"] * (NOTES_MAX + 5), route="/admin/usage")
+    read(notes, "limit=7")
+    assert told(database)[NOTES_MAX:] == [{"query": "limit=7"}]
+    asyncio.run(notes.flush())
+    assert told(database)[NOTES_MAX + 1 :] == [{"more_read": 5}]
+
+
+def test_of_many_reads_at_once_none_is_answered_before_the_row_that_tells_of_it(database: Database) -> None:
+    notes = Notes(database)
+
+    async def one(number: int) -> list[dict[str, Any]]:
+        assert await notes.note(ONE, "GET", "/admin/audit", 200, f"limit={number}")
+        return told(database)  # in this very moment
+
+    async def crowd() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(*(one(number) for number in range(NOTES_MAX + 60)))
+
+    seen = asyncio.run(crowd())
+    assert len(told(database)) == NOTES_MAX + 1
+    for number, rows in enumerate(seen):
+        assert any(row.get("counting") or row["query"] == f"limit={number}" for row in rows), number
+
+
+def test_no_read_of_the_trail_is_only_counted_while_no_row_is_taken(tmp_path: Path) -> None:
+    database = Database(resolve("sqlite:///corral.db", tmp_path))
+    database.migrate()
+    notes = Notes(database)
+    refuse = "CREATE TRIGGER refuse BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no record'); END"
+
+    async def ask(times: int) -> list[bool]:
+        return [await notes.note(ONE, "GET", "/admin/audit", 200, f"limit={number + 1}") for number in range(times)]
+
+    async def all_of_it() -> None:
+        assert all(await ask(NOTES_MAX))
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        assert not any(await ask(5)), "nothing is shown"
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        assert all(await ask(3))
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        await notes.flush()
+        assert not any(await ask(2))
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        assert all(await ask(4))
+        database.write_now(lambda c: c.execute(sql(refuse)))
+        other = Principal("abd", "admin", "10.1.2.4", "")
+        assert not await notes.note(other, "GET", "/admin/keys", 200), "so the count may not be taken either"
+        assert not any(await ask(3))
+        database.write_now(lambda c: c.execute(sql("DROP TRIGGER refuse")))
+        await notes.flush()
+
+    asyncio.run(all_of_it())
+    rows = told(database)
+    database.close()
+    counted = sum(row.get("more_read", 0) for row in rows)
+    assert sum("query" in row for row in rows) + counted == NOTES_MAX + 3 + 4
+    assert counted == 2 + 3
+
+
+def test_a_loop_of_an_operator_does_not_fill_the_database(control: Running) -> None:
+    operator = make_key(control, role="operator")
+    with control.client(operator["key"]) as client:
+        for number in range(4 * NOTES_MAX):
+            client.get("/admin/audit", params={"limit": number + 1}).raise_for_status()
+    rows = control.admin.get("/admin/audit", params={"limit": 1000, "key": operator["id"]}).json()["audit"]
+    # The loop may have gone over the end of a minute, as calls count it and as counts are entered.
+    assert NOTES_MAX < len(rows) <= 3 * (NOTES_MAX + 2)
+    assert any((row["after"] or {}).get("counting") for row in rows)
 
 
 def test_the_pages_of_a_run_have_one_row_that_says_where_it_began(database: Database) -> None:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Query
 from sqlalchemy import Connection, Table, select
@@ -26,8 +26,9 @@ from corral.store.tables import audit, keys, usage
 
 MINUTE = 60.0
 NOTES_MAX = 20
-# Reads of the trail itself, each of which has its row. Comparing is a POST, and has one of its own.
+# Reads of the trail itself. Each text that is looked at is named; comparing is a POST, and has a row of its own.
 TRAIL = re.compile(r"/admin/audit(/.*)?")
+TEXTS = "/admin/audit/content"
 
 # How the pages of one run differ.
 _AFTER = re.compile(r"(?:^|&)after=([0-9]{1,18})(?=&|$)")
@@ -60,9 +61,19 @@ def record(
     enter(connection, method, route, before, after, status, **known)
 
 
+class Counted(NamedTuple):
+    """Whose calls are counted together in a minute: a key and its tenant, what they were, and what the count names."""
+
+    key: str
+    tenant: str
+    what: str
+    route: str
+
+
 class Notes:
     """Enters refused calls and reads in the audit trail: of each caller NOTES_MAX of either a minute, and then how many
-    more. A read of the trail itself is never only counted. Keys that were used are noted with them.
+    more. Of reads of the trail itself it has as many again, and a row, before they are answered, that says that those
+    behind it are counted; a look at texts is never only counted. Keys that were used are noted with them.
 
     Callers without a key that works are one caller, so that nobody can fill the database from outside.
     """
@@ -70,7 +81,9 @@ class Notes:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._minute = 0
-        self._counts: dict[tuple[str, str, bool], int] = {}
+        self._counts: dict[Counted, int] = {}
+        self._said: set[Counted] = set()
+        self._saying = asyncio.Lock()
         self._runs: dict[tuple[str, str, str, str], int] = {}
         self._used: dict[str, float] = {}
         self._silent = False
@@ -91,7 +104,7 @@ class Notes:
             await self.flush()
         if status < 400 and TRAIL.fullmatch(route):
             return await self._note_trail(who, method, route, status, query)
-        caller = who.key_id, who.tenant, status >= 400
+        caller = Counted(who.key_id, who.tenant, "refused" if status >= 400 else "read", "/admin")
         count = self._counts[caller] = self._counts.get(caller, 0) + 1
         if count > NOTES_MAX and not self._silent:
             return True
@@ -107,32 +120,62 @@ class Notes:
         The row says that all behind its `after` may have been read: what is not entered is nothing else.
         """
         place = _AFTER.search(query)
-        # What was cut, or may be read in another way than it is read here, has a row of its own.
-        if place is None or query.count("after=") != 1 or len(query) >= ROUTE_MAX:
-            return await self._enter(who, method, route, status, query)
+        # What was cut, or may be read in another way than it is read here, is no page of a run.
+        if route == TEXTS or place is None or query.count("after=") != 1 or len(query) >= ROUTE_MAX:
+            return await self._count_trail(who, method, route, status, query) is not None
         run, after = (who.key_id, who.address, route, _AFTER.sub("", query)), int(place[1])
         if (began := self._runs.get(run)) is not None and began <= after:
             return True
-        done = await self._enter(who, method, route, status, query)
-        if done:
+        entered = await self._count_trail(who, method, route, status, query)
+        if entered:
             self._runs[run] = after
-        return done
+        return entered is not None
 
-    async def _enter(self, who: Principal, method: str, route: str, status: int, query: str) -> bool:
-        asked = {"query": query} if query else None
-        return await self._write(lambda connection: record(connection, who, method, route, None, asked, status))
+    async def _count_trail(self, who: Principal, method: str, route: str, status: int, query: str) -> bool | None:
+        """Enter a read of the trail, or count it behind the row that says so; whether it was entered, None for neither.
+
+        That row is there before any read is only counted: a control that is killed loses the number, not that there
+        were some.
+        """
+        if route == TEXTS:
+            return await self._enter(who, method, route, status, query) or None
+        caller = Counted(who.key_id, who.tenant, "read", "/admin/audit")
+        count = self._counts[caller] = self._counts.get(caller, 0) + 1
+        if count <= NOTES_MAX:
+            done = await self._enter(who, method, route, status, query)
+            if not done and self._counts.get(caller):
+                self._counts[caller] -= 1  # it is not answered
+            return done or None
+        async with self._saying:  # of many at once one has the row, and the others wait for it
+            if caller in self._said and not self._silent:
+                return False
+            done = await self._enter(who, method, route, status, query, counting=True)
+            if self._counts.get(caller):
+                self._counts[caller] -= 1  # it has a row of its own, or is not answered
+                if done:
+                    self._said.add(caller)
+        return done or None
+
+    async def _enter(
+        self, who: Principal, method: str, route: str, status: int, query: str, counting: bool = False
+    ) -> bool:
+        asked: dict[str, Any] = {"query": query} if query else {}
+        if counting:
+            asked["counting"] = True
+        return await self._write(lambda connection: record(connection, who, method, route, None, asked or None, status))
 
     async def flush(self) -> None:
         """Enter how many were left out of those that were noted, one row a caller, and count anew; and when keys were
         used."""
         counts, self._counts = self._counts, {}
+        self._said.clear()
         more = {caller: count - NOTES_MAX for caller, count in counts.items() if count > NOTES_MAX}
 
         def tell(connection: Connection) -> None:
-            for (key, tenant, refused), count in more.items():
-                who = Principal(key, "", "", "", tenant)
-                told = {"more_refused" if refused else "more_read": count}
-                record(connection, who, "", "/admin", None, told, status=429 if refused else 200)
+            for caller, count in more.items():
+                who = Principal(caller.key, "", "", "", caller.tenant)
+                status = 429 if caller.what == "refused" else 200
+                record(connection, who, "", caller.route, None, {f"more_{caller.what}": count}, status=status)
 
         if more and not await self._write(tell):
             for caller in more:  # the next minute tells of them too
