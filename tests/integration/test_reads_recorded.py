@@ -61,7 +61,7 @@ def test_reads_of_the_trail_are_bounded_and_those_beyond_are_counted(database: D
     notes, asked = Notes(database), [page.format(number) for number in range(1, NOTES_MAX + 31)]
     read(notes, *asked[: NOTES_MAX + 1])
     assert recorded(database) == asked[: NOTES_MAX + 1]
-    assert told(database)[NOTES_MAX:] == [{"query": asked[NOTES_MAX], "counting": True}], "it is known that more may come"
+    assert told(database)[NOTES_MAX:] == [{"query": asked[NOTES_MAX], "counting": True}], "more may come"
     read(notes, *asked[NOTES_MAX + 1 :])
     assert len(told(database)) == NOTES_MAX + 1
     other = Principal("abd", "operator", "10.1.2.4", "", "team")

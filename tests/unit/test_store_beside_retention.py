@@ -1,4 +1,4 @@
-"""A verification that runs while retention deletes: nothing is missed falsely, and nothing that is missing is passed over."""
+"""A verification that runs while retention deletes: nothing is missed falsely, nothing that is missing passed over."""
 
 from __future__ import annotations
 
