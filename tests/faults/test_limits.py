@@ -9,14 +9,14 @@ import functools
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from support.limits import Gateway, eventually, flush, gateways, granting, unused
-from support.process import free_port
+from support.line import Line
 from support.servers import STORES, Server, valkey
 
 from corral.store.budget import Budget
@@ -31,65 +31,6 @@ EXACT = 5.0
 FAILOVERS = ["failed over", "failed over late", "demoted"]
 """A replica takes the primary's place, which is gone; one that lacks what was acknowledged last; of one that stays."""
 WAYS = ["killed", "stopped", "cut off", "flushed", *FAILOVERS]
-
-
-class Line:
-    """The way to the store, which can be cut without a word: nothing passes, nothing is refused.
-
-    ``to`` is where it leads; who is connected has to connect again to be there.
-    """
-
-    def __init__(self, port: int) -> None:
-        self.port, self.to = free_port(), port
-        self.open = asyncio.Event()
-        self.open.set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-        try:
-            yield
-        finally:
-            server.close()
-            await asyncio.sleep(0)  # who was accepted in this turn is told of
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            # A task that is cancelled before its first step runs no line of its own: what it had is closed here.
-            for writer in self._writers:
-                writer.close()
-            await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        self._start(self._serve(reader, writer))
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await self.open.wait()
-            back, forth = await asyncio.open_connection("127.0.0.1", self.to)
-        except OSError:
-            writer.close()
-            return
-        self._writers.add(forth)
-        self._start(self._pass(reader, forth))
-        self._start(self._pass(back, writer))
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with suppress(OSError):
-                while data := await reader.read(65536):
-                    await self.open.wait()
-                    writer.write(data)
-        finally:
-            writer.close()
 
 
 class Faulty:

@@ -159,14 +159,14 @@ def test_a_key_rotates_under_load_without_one_refusal(fleet: Fleet) -> None:
     made = admin(fleet, "/keys", {"name": "rotating"})
     with watching(fleet, made["key"]) as watches:
         for _ in range(ROUNDS):
-            text = admin(fleet, f"/keys/{made['id']}/rotate", {"overlap": 30})["key"]
+            text = admin(fleet, f"/keys/{made['id']}/rotate", {"overlap": 30, "end_oldest": True})["key"]
             for watch in watches:
                 watch.text = text
             count = [len(watch.seen) for watch in watches]
             until(lambda n=count: all(len(w.seen) > k + 5 for w, k in zip(watches, n, strict=True)), "more")  # type: ignore[misc]
         assert {status for watch in watches for _, status in watch.seen} == {200}
         # The old text ends with its overlap, on both gateways, within a second of it.
-        last = admin(fleet, f"/keys/{made['id']}/rotate", {"overlap": 1})["key"]
+        last = admin(fleet, f"/keys/{made['id']}/rotate", {"overlap": 1, "end_oldest": True})["key"]
         ends = time.monotonic() + 1.0
         assert refused_within(watches, 401, ends) < WITHIN
     for gateway in fleet.stack.corral("status")["gateways"]:

@@ -160,7 +160,8 @@ def test_a_key_has_two_texts_at_most(control: Running) -> None:
     made = make_key(control, role="operator")
     texts = [made["key"]]
     for overlap in (3600, 60, 3600, 3600):
-        rotated = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": overlap}).json()
+        how = {"overlap": overlap, "end_oldest": True}
+        rotated = control.admin.post(f"/admin/keys/{made['id']}/rotate", json=how).json()
         texts.append(rotated["key"])
 
     def status(text: str) -> int:
@@ -171,3 +172,36 @@ def test_a_key_has_two_texts_at_most(control: Running) -> None:
     entry = next(key for key in control.snapshot().json()["keys"] if key["id"] == made["id"])
     assert len(entry["verifiers"]) == 2
     assert list(entry["ends"].values()) == [rotated["rotating_until"]], "gateways know when the old one ends"
+
+
+def test_a_text_that_works_is_not_ended_without_a_word(control: Running) -> None:
+    made = make_key(control, role="operator")
+    first = json.loads(command(control, "rotate", made["id"], "--overlap", "1h", "--json").stdout)
+    texts = [made["key"], first["key"]]
+
+    def working() -> list[bool]:
+        answers = []
+        for text in texts:
+            with control.client(text) as client:
+                answers.append(client.get("/admin/status").status_code == 200)
+        return answers
+
+    refused = command(control, "rotate", made["id"])
+    until_then = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(first["rotating_until"]))
+    assert refused.exit_code == 1 and refused.stdout == "", "no key is there to take"
+    assert f"works until {until_then}" in refused.stderr and "--end-oldest" in refused.stderr
+    answer = control.admin.post(f"/admin/keys/{made['id']}/rotate")
+    assert (answer.status_code, answer.json()["rotating_until"]) == (409, first["rotating_until"])
+    assert working() == [True, True], "nothing was changed"
+    refusals = [row["status"] for row in recorded(control.admin) if row["route"] == f"/admin/keys/{made['id']}/rotate"]
+    assert refusals == [200, 409, 409]
+    meant = command(control, "rotate", made["id"], "--overlap", "1s", "--end-oldest", "--json")
+    texts.append(json.loads(meant.stdout)["key"])
+    assert working()[::2] == [False, True]
+    # What has ended by itself is nobody's to lose.
+    until(lambda: working() == [False, False, True], "the overlap is over")
+    texts.append(json.loads(command(control, "rotate", made["id"], "--json").stdout)["key"])
+    assert working() == [False, False, True, True]
+    # Who says that the old text ends at once says it of all: a key that leaked.
+    texts.append(json.loads(command(control, "rotate", made["id"], "--overlap", "0s", "--json").stdout)["key"])
+    assert working() == [False, False, False, False, True]

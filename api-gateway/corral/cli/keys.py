@@ -127,10 +127,12 @@ def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
 @click.option(
     "--overlap", type=Span(unit=True), default="24h", show_default=True, help="How long the old secret still works."
 )
+@click.option("--end-oldest", is_flag=True, help="End what an earlier rotation left, if it still works; else refused.")
 @common.options
-def rotate(id: str, overlap: float, as_json: bool, state: str | None) -> None:
+def rotate(id: str, overlap: float, end_oldest: bool, as_json: bool, state: str | None) -> None:
     """Give a key a new secret; it is shown once."""
-    made = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/rotate", {"overlap": overlap})
+    how = {"overlap": overlap, "end_oldest": end_oldest}
+    made = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/rotate", how)
     until = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + overlap))
     _show_once(made, as_json, f"; the old text works until {until}, `--overlap 0s` ends it now" if overlap else "")
 

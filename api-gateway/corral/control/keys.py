@@ -123,6 +123,9 @@ class Rotation(BaseModel):
     overlap: Annotated[float, BeforeValidator(duration, json_schema_input_type=str | float)] = Field(
         OVERLAP, le=366 * 86400, description="How long the old text goes on working: seconds, or 24h."
     )
+    end_oldest: bool = Field(
+        False, description="One that an earlier rotation left ends now; otherwise that is refused, but for an overlap of 0."
+    )
 
 
 @router.get("/admin/keys")
@@ -163,12 +166,11 @@ async def update_key(control: Here, caller: Caller, key: str, wanted: Changes) -
 async def rotate_key(
     control: Here, caller: Caller, key: str, response: Response, how: Annotated[Rotation | None, Body()] = None
 ) -> dict[str, Any]:
-    """Give a key a new text; the old one works on for `overlap`, one that was older ends now."""
-    overlap = how.overlap if how is not None else OVERLAP
+    """Give a key a new text; the old one works on for `overlap`. A 409 while one that is older works: two at most do."""
     row = await control.database.read(_find, caller, key)
     text = keytext.secret_for(row.id)
     proof = keytext.verifier(control.pepper, text)
-    made = await control.database.write(_rotate, caller, row.id, _defaults(control), proof, overlap)
+    made = await control.database.write(_rotate, caller, row.id, _defaults(control), proof, how or Rotation())
     await control.hub.spread()
     response.headers["Cache-Control"] = "no-store"
     return {**made, "key": text}
@@ -296,7 +298,7 @@ def _update(
 
 
 def _rotate(
-    connection: Connection, who: Principal, key_id: str, defaults: Mapping[str, Any], proof: str, overlap: float
+    connection: Connection, who: Principal, key_id: str, defaults: Mapping[str, Any], proof: str, how: Rotation
 ) -> dict[str, Any]:
     row = _find(connection, who, key_id)
     if row.revoked is not None:
@@ -304,15 +306,25 @@ def _rotate(
     if row.id != who.key_id:
         _no_more(who, row._asdict(), defaults)
     before, now, column = _describe(connection, row), time.time(), key_verifiers.c
-    mine = column.key_id == key_id
+    mine, oldest = column.key_id == key_id, before["rotating_until"]
+    if oldest is not None and how.overlap > 0 and not how.end_oldest:
+        raise Problem(409, "rotating", _rotating(oldest), rotating_until=oldest)
     # Two texts at most: what an earlier rotation left ends here, and so does the last one without an overlap.
-    left = mine if overlap <= 0 else mine & column.expires.is_not(None)
+    left = mine if how.overlap <= 0 else mine & column.expires.is_not(None)
     connection.execute(delete(key_verifiers).where(left))
-    connection.execute(update(key_verifiers).where(mine).values(expires=now + overlap))
+    connection.execute(update(key_verifiers).where(mine).values(expires=now + how.overlap))
     connection.execute(insert(key_verifiers).values(verifier=proof, key_id=key_id, created=now))
     made = _describe(connection, row)
     record(connection, who, "POST", f"/admin/keys/{key_id}/rotate", before, made, tenant=row.tenant)
     return made
+
+
+def _rotating(oldest: float) -> str:
+    ends = datetime.fromtimestamp(oldest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (
+        f"the text that the last rotation replaced works until {ends}, and this would end it now, as a key has two at most: "
+        "wait until then, or say --end-oldest (API: `end_oldest`); --overlap 0s ends every text but the new one"
+    )
 
 
 def _revoke(connection: Connection, who: Principal, key: str, method: str) -> dict[str, Any]:
