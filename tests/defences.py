@@ -32,6 +32,7 @@ class Defence:
 
 ADMIN = "tests/integration/test_matrix_admin.py"
 AWAY = "tests/faults/test_keys_away.py"
+COMPOSE = "tests/unit/test_compose_files.py"
 EDGE = "tests/integration/test_edge_callers.py"
 GATEWAY = "tests/integration/test_matrix_gateway.py"
 KEYS = "tests/integration/test_gateway_keys.py"
@@ -59,6 +60,10 @@ DEFENCES = (
     Defence(1, "control/auth.py", 'if not plain(scope.get("raw_path") or path.encode()):', "if False:", ADMIN),
     Defence(2, "fleet/catalogue.py", "return len(parts) <= 2 or parts[0]", "return bool(parts) or parts[0]", PULLS),
     Defence(2, "control/modelops.py", "if not permitted(name", "if False and not permitted(name", PULLS),
+    Defence(2, "docker-compose.yml", "internal: ${CORRAL_NODES_INTERNAL:-false}", "internal: false", COMPOSE),
+    Defence(
+        2, "docker-compose.yml", 'inhibit_ipv4: "${CORRAL_NODES_INTERNAL:-false}"', 'inhibit_ipv4: "false"', COMPOSE
+    ),
     Defence(3, "wire/common.py", "for name in UPSTREAM_FIELDS]", "for name in ()]", LIMITS),
     Defence(3, "wire/native.py", 'if ":" in image[:64]:', "if False:", LIMITS),
     Defence(4, "control/auth.py", "if not headers.host_fits():", "if False:", ADMIN),
@@ -97,7 +102,7 @@ DEFENCES = (
     Defence(
         8, "scripts/setup", "install --require-hashes --no-deps", "install --no-deps", "tests/unit/test_repository.py"
     ),
-    Defence(8, "docker-compose.yml", "valkey/valkey:8.1.8", "valkey/valkey:latest", "tests/unit/test_compose_files.py"),
+    Defence(8, "docker-compose.yml", "valkey/valkey:8.1.8", "valkey/valkey:latest", COMPOSE),
     Defence(9, "gateway/listen.py", "if name in _ONCE:", "if False:", SMUGGLING + " " + GATEWAY),
     Defence(
         9,
@@ -239,6 +244,7 @@ DEFENCES = (
         "return Pool(self.nodes)",
         "tests/unit/test_dedicated.py",
     ),
+    Defence(17, "gateway/snapshot.py", 'data.get("dedicated") or {}', "{}", "tests/integration/test_own_nodes.py"),
 )
 
 

@@ -128,7 +128,9 @@ def test_rotation_keeps_the_old_text_for_the_overlap(control: Running) -> None:
     after = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 60}).json()
     assert after["rotating_until"] is not None
     assert [works(text) for text in (last, after["key"])] == [True, True]
-    newest = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 0.5, "end_oldest": True}).json()["key"]
+    newest = control.admin.post(f"/admin/keys/{made['id']}/rotate", json={"overlap": 0.5, "end_oldest": True}).json()[
+        "key"
+    ]
 
     def verifiers() -> int:
         return next(len(key["verifiers"]) for key in control.snapshot().json()["keys"] if key["id"] == made["id"])

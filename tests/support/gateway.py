@@ -173,7 +173,7 @@ class Gateway:
         self.port, edge, nodes, stats, self._metrics = self._ports
         self.url = f"http://127.0.0.1:{self.port}"
         self.edge = f"http://127.0.0.1:{edge}"
-        self.states = {"node-1": "ready", "node-2": "ready"}
+        self.states = {node.name: "ready" for node in self.nodes}
         self.slots = 4
         self.publish()
         self.plan = HaproxyPlan(

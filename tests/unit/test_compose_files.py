@@ -57,3 +57,18 @@ def test_without_a_gpu_no_node_reserves_one(compose: dict[str, Any]) -> None:
     freed = re.findall(r"^  (\S+): \{deploy: \{resources: \{reservations: \{devices: !reset \[\]\}\}\}\}$",
                        (ROOT / "compose.cpu.yml").read_text(), re.MULTILINE)  # fmt: skip
     assert reserving == set(freed) == {"ollama-1", "ollama-2", "ollama-3"}
+
+
+def test_with_the_setting_no_network_of_a_node_leads_out_or_to_the_machine() -> None:
+    """That Docker makes such networks of it is seen in tests/deploy."""
+
+    def ways(setting: str) -> list[tuple[bool, str]]:
+        read = yaml.safe_load(TEXT.replace("${CORRAL_NODES_INTERNAL:-false}", setting))
+        found = []
+        for name in ("ollama-1", "ollama-2", "ollama-3"):
+            of = [read["networks"][network] for network in read["services"][name]["networks"]]
+            found += [(one["internal"], one["driver_opts"]["com.docker.network.bridge.inhibit_ipv4"]) for one in of]
+        return found
+
+    assert ways("true") == [(True, "true")] * 6
+    assert ways("false") == [(True, "false"), (False, "false")] * 3

@@ -124,7 +124,8 @@ class Rotation(BaseModel):
         OVERLAP, le=366 * 86400, description="How long the old text goes on working: seconds, or 24h."
     )
     end_oldest: bool = Field(
-        False, description="One that an earlier rotation left ends now; otherwise that is refused, but for an overlap of 0."
+        False,
+        description="One that an earlier rotation left ends now; otherwise that is refused, but for an overlap of 0.",
     )
 
 
@@ -166,7 +167,7 @@ async def update_key(control: Here, caller: Caller, key: str, wanted: Changes) -
 async def rotate_key(
     control: Here, caller: Caller, key: str, response: Response, how: Annotated[Rotation | None, Body()] = None
 ) -> dict[str, Any]:
-    """Give a key a new text; the old one works on for `overlap`. A 409 while one that is older works: two at most do."""
+    """Give a key a new text; the old one works on for `overlap`. A 409 while one older still works: two at most do."""
     row = await control.database.read(_find, caller, key)
     text = keytext.secret_for(row.id)
     proof = keytext.verifier(control.pepper, text)
@@ -322,8 +323,8 @@ def _rotate(
 def _rotating(oldest: float) -> str:
     ends = datetime.fromtimestamp(oldest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return (
-        f"the text that the last rotation replaced works until {ends}, and this would end it now, as a key has two at most: "
-        "wait until then, or say --end-oldest (API: `end_oldest`); --overlap 0s ends every text but the new one"
+        f"the text that the last rotation replaced works until {ends}, and this would end it now, as a key has two at "
+        "most: wait until then, or say --end-oldest (API: `end_oldest`); --overlap 0s ends every text but the new one"
     )
 
 
