@@ -216,9 +216,13 @@ class Gateway:
         self.start()
         until(lambda: httpx.get(self.edge + "/health").status_code == 200, "the edge sees the gateway")
 
-    def start(self, small_disk: str = "") -> None:
-        """Start the gateway's process; `small_disk`: its spool is on a disk of this size of its own (`mount`)."""
-        argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", str(self._file)]
+    def start(self, small_disk: str = "", patch: str = "") -> None:
+        """Start the gateway's process.
+
+        `small_disk`: its spool is on a disk of this size of its own (`mount`); `patch`: what it runs before anything.
+        """
+        begins = ["-c", f"{patch}\nfrom corral.cli.main import cli; cli()"] if patch else ["-m", "corral"]
+        argv = [sys.executable, *begins, "serve", "gateway", "--config", str(self._file)]
         if small_disk:
             (self.folder / "spool").mkdir(exist_ok=True)
             mount = f"mount -t tmpfs -o size={small_disk} spool '{self.folder}/spool' && exec \"$@\""

@@ -12,7 +12,8 @@ import pytest
 
 from corral.gateway import journal as compiled
 from corral.gateway.journal import NOBODY, Journal, Waiter
-from corral.gateway.records import Begun
+from corral.gateway.records import Admitted, Begun, Settled
+from corral.store.spool import decode_frames
 
 CALLERS = 20
 ROUNDS = 3
@@ -95,5 +96,52 @@ def test_who_waits_hears_nothing_before_the_disk_has_it(
         free.release()
         journal.close()
         assert len(second.heard) == 1
+
+    asyncio.run(run())
+
+
+class Refused(Waiter):
+    """Ends its request where it hears that its admission is not on the disk, as an exchange does."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.heard: list[bool] = []
+
+    def recorded(self, written: bool) -> None:
+        self.heard.append(written)
+        if len(self.heard) == 1 and not written:
+            times = 503, "overloaded", "", 0, 1, 1, 0, 0, False, 0.0, None, 1.0
+            self._journal.record(
+                Settled("r", "r", 1.0, "g", "k", "a", "native", "/api/chat", "POST", "m", *times), self
+            )
+
+
+@pytest.mark.skipif(
+    not (compiled.__file__ or "").endswith(".py"), reason="compiled, it takes no waiter of a test's own"
+)
+def test_a_request_whose_admission_the_disk_refused_is_not_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the disk refused stands in the segment all the same, and control gets it."""
+    refused = []
+
+    def sync(descriptor: int) -> None:
+        if not refused:
+            refused.append(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+
+    async def run() -> None:
+        journal = Journal(tmp_path, "", asyncio.get_running_loop(), synced=True)
+        waiter = Refused(journal)
+        journal.record(Admitted("r", "r", 1.0, "g", "k", "a", "native", "/api/chat", "m", None), waiter)
+        async with asyncio.timeout(30):
+            while len(waiter.heard) < 2:  # noqa: ASYNC110 (what it waits for has no event)
+                await asyncio.sleep(0.01)
+        assert waiter.heard == [False, True]
+        segment = journal.spool.segment
+        journal.close()
+        assert [record["t"] for _, record in decode_frames(segment.read_bytes())] == ["admit", "settle"]
 
     asyncio.run(run())

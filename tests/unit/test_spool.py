@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -19,12 +20,11 @@ from corral.store.spool import (
     SpoolWriter,
     decode_frames,
     encode_frame,
-    held,
-    hold,
     salvage,
     segments,
     whole_frames,
 )
+from corral.store.spool_lock import LOCK, held, hold
 
 RECORDS = st.lists(
     st.dictionaries(st.text(max_size=5), st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=20))),
@@ -103,6 +103,57 @@ def test_a_full_disk_leaves_no_half_frame_and_loses_nothing(tmp_path: Path, monk
     writer.flush()
     assert [record["n"] for _, record in decode_frames(writer.segment.read_bytes())] == [1, 2, 3]
     writer.close()
+
+
+def test_a_group_whose_disk_fails_as_its_segment_is_full_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SpoolWriter(tmp_path, segment_bytes=1, synced=True)
+    writer.append(encode({"n": 1}))
+    writer.flush()
+    first = writer.segment
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    writer.append(encode({"n": 2}))
+    for call in ("fdatasync", "fsync"):  # of the full segment, and of the folder with the next one
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fails)
+            if call == "fdatasync":
+                with pytest.raises(OSError, match="Input/output"):
+                    writer.flush()
+            else:
+                with pytest.raises(OSError, match="Input/output"):
+                    writer.roll()
+        assert segments(tmp_path) == [first], "nothing is left of the next one"
+    writer.append(encode({"n": 3}))
+    writer.flush()
+    assert writer.segment != first
+    writer.close()
+    got = [record["n"] for path in segments(tmp_path) for _, record in decode_frames(path.read_bytes())]
+    assert got == [1, 2, 3]
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gateway-1"
+    other, lock = hold(folder), fcntl.flock
+
+    def ends(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        (folder / LOCK).unlink()  # who has adopted it ends between our opening of the file and our lock
+        folder.rmdir()
+        os.close(other)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", ends)
+    mine = hold(folder)
+    assert held(folder), "another one sees it"
+    with pytest.raises(BlockingIOError):
+        hold(folder)
+    os.close(mine)
 
 
 def test_a_segment_without_a_successor_is_written_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,8 @@ import msgspec
 
 from corral.gateway.records import Begun
 from corral.gateway.shipper import Shipper
-from corral.store.spool import LOCK, SpoolWriter, held, hold, put_aside, segments
+from corral.store.spool import SpoolWriter, put_aside, segments
+from corral.store.spool_lock import LOCK, held, hold
 
 EVERY = 15.0
 GONE = 60.0

@@ -119,7 +119,10 @@ class Journal:
         if error is not None:
             log.error("the spool is not on its disk: %s", error)
             self.failing = True
+        # What the disk refused stands in the segment all the same, and is shipped: its request has to end there too.
+        self._telling = error is not None
         self._tell(written, error is None)
+        self._telling = False
         if self._waiting or self._shed:
             self._commit()
 

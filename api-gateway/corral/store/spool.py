@@ -13,7 +13,6 @@ crash cut, ``.corrupt`` has a frame that is not what was written.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -31,9 +30,6 @@ SEGMENT_BYTES: Final = 64 << 20
 FRAME_MAX: Final = 1 << 20
 SHIP_MAX: Final = 4 << 20
 """Most bytes of frames that are shipped at once."""
-
-LOCK: Final = "lock"
-"""The file of a spool that its owner has locked."""
 
 _BEGIN: Final = b'{"t":"'
 """How a payload begins."""
@@ -146,37 +142,6 @@ def _is_frame(data: bytes, position: int) -> bool:
     return bool(length <= FRAME_MAX and len(payload) == length and zlib.crc32(payload) == checksum)
 
 
-def hold(folder: Path) -> int:
-    """Be the one process that writes to a spool, until the descriptor is closed or the process ends.
-
-    Raises:
-        OSError: another one is (BlockingIOError), or there can be no such file.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def held(folder: Path) -> bool:
-    """Whether a process writes to a spool."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def segments(folder: Path) -> list[Path]:
     """The segment files of a folder, oldest first."""
     return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
@@ -212,6 +177,8 @@ class SpoolWriter:
         self._records: list[bytes] = []
         self._bytes = 0
         self._frames: list[bytes] = []
+        if synced:
+            _sync_folder(folder.parent)
         existing = segments(folder)
         self._number = int(existing[-1].stem) if existing else 0
         self._fd = -1
@@ -253,6 +220,9 @@ class SpoolWriter:
         self._close_frame()
         if not self._frames:
             return
+        # Before the group, not behind it: the caller syncs the segment that the group is in.
+        if self._size >= self._limit:
+            self._rotate()
         data = b"".join(self._frames)
         try:
             written = os.write(self._fd, data)
@@ -264,8 +234,6 @@ class SpoolWriter:
             raise
         self._frames.clear()
         self._size += len(data)
-        if self._size >= self._limit:
-            self._rotate()
 
     def roll(self) -> None:
         """Go on in a new segment.
@@ -273,10 +241,9 @@ class SpoolWriter:
         Raises:
             OSError: as `flush`, or there can be no new segment.
         """
-        number = self._number
         self.flush()
-        if self._number == number:
-            self._open_next()
+        self._sync()
+        self._open_next()
 
     def close(self) -> None:
         """Flush and close; an empty last segment is removed."""
@@ -290,7 +257,12 @@ class SpoolWriter:
         if self._size == 0:
             self.segment.unlink(missing_ok=True)
 
+    def _sync(self) -> None:
+        if self._synced:
+            os.fdatasync(self._fd)
+
     def _rotate(self) -> None:
+        self._sync()
         try:
             self._open_next()
             self._stuck = False
@@ -300,21 +272,31 @@ class SpoolWriter:
             self._stuck = True
 
     def _open_next(self) -> None:
-        # The old segment is closed after the new one is there: its number would soon be another file's or socket's.
         number = max(self._number + 1, int(time.time() * 1000))
         path = self._folder / f"{number:016d}.seg"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        if self._synced:
+            try:
+                _sync_folder(self._folder)
+            except OSError:
+                os.close(descriptor)
+                path.unlink()
+                raise
+        # The old segment is closed after the new one is there: its number would soon be another file's or socket's.
         previous, self._fd = self._fd, descriptor
         self._number, self._size = number, 0
-        if self._synced:
-            if previous >= 0:
-                os.fsync(previous)
-            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
         if previous >= 0:
             with contextlib.suppress(OSError):  # what it held was written by then
                 os.close(previous)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk hold which files a folder has. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class SpoolReader:
