@@ -11,7 +11,7 @@ from time import monotonic
 from corral.store import leases
 from corral.store.budget import GRANTS, Budget
 from corral.store.limits import Limits, Verdict
-from corral.store.valkey import Valkey, ValkeyDown
+from corral.store.valkey import Valkey, ValkeyDown, encode
 from support.servers import Server
 
 _numbers = itertools.count()
@@ -56,7 +56,7 @@ class Gateway:
 async def flush(port: int) -> None:
     """Have a store forget everything."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"FLUSHALL\r\n")
+    writer.write(encode(b"FLUSHALL"))
     assert await reader.readline() == b"+OK\r\n"
     writer.close()
 

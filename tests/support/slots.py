@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from corral.fleet.slots import step_of
 from corral.store import keeper
 from corral.store.lua import PREFIX
-from corral.store.slots import Answer, Slots, Wanted
+from corral.store.slots import MOST, Answer, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown
 from support.limits import flush
 
@@ -18,11 +18,13 @@ from support.limits import flush
 class Gateway:
     """One that asks, and hears; ``lease`` in seconds. `kill` ends it as a signal would: it says nothing more."""
 
-    def __init__(self, url: str, name: str, lease: float, patience: float, count: int) -> None:
+    def __init__(
+        self, url: str, name: str, lease: float, patience: float, count: int, length: int = MOST
+    ) -> None:
         self.name = name
         self.store = Valkey(url, scripts=keeper.SCRIPTS, timeout=patience)
         self.ears = Valkey(url, timeout=patience)
-        self.slots = Slots(self.store, name, lease=lease)
+        self.slots = Slots(self.store, name, length, lease)
         self.store.on_connect = self.slots.connected
         self.slots.gateways = lambda: count
         works = (self.store.run(), keeper.listen(self.slots, self.ears), keeper.keep(self.slots))
@@ -52,10 +54,12 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateways(url: str, count: int, lease: float = 10.0, patience: float = 5.0) -> AsyncIterator[list[Gateway]]:
+async def gateways(
+    url: str, count: int, lease: float = 10.0, patience: float = 5.0, length: int = MOST
+) -> AsyncIterator[list[Gateway]]:
     """So many gateways, connected to a store that is empty but grants."""
     await flush(int(url.rpartition(":")[2].partition("/")[0]))
-    made = [Gateway(url, f"g{number}", lease, patience, count) for number in range(1, count + 1)]
+    made = [Gateway(url, f"g{number}", lease, patience, count, length) for number in range(1, count + 1)]
     try:
         await granting(made[0])
         async with asyncio.timeout(30):

@@ -78,7 +78,7 @@ class Scheduler(RuleBasedStateMachine):
         usable = self.promises.usable(told)
         words = (*preferred, *(NEVER + node for node in sorted(avoids)))
         answer = self.ledger.ask(request, words, self.now)
-        self.alive[gateway] = self.now + LEASE
+        self.alive.setdefault(gateway, self.now + LEASE)  # to ask is not to renew
         if isinstance(answer, Grant):
             for other in waiting:
                 assert not self.promises.usable(other), f"{told.id} barges past {other.id}"

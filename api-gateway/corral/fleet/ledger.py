@@ -120,7 +120,7 @@ class Ledger:
         ticket = queue.tickets.get(request.id)
         if ticket is not None:
             return ticket
-        self.leases[request.gateway] = now + LEASE
+        self.leases.setdefault(request.gateway, now + LEASE)  # who asks need not know any more what it holds
         # One of its kind that waits may use no slot, else it had one: nor may this, unless they avoid other nodes.
         if request.kind >= PICKY or not queue.orders[request.kind]:
             place = self._find(request, preferred)
