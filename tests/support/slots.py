@@ -18,9 +18,7 @@ from support.limits import flush
 class Gateway:
     """One that asks, and hears; ``lease`` in seconds. `kill` ends it as a signal would: it says nothing more."""
 
-    def __init__(
-        self, url: str, name: str, lease: float, patience: float, count: int, length: int = MOST
-    ) -> None:
+    def __init__(self, url: str, name: str, lease: float, patience: float, count: int, length: int = MOST) -> None:
         self.name = name
         self.store = Valkey(url, scripts=keeper.SCRIPTS, timeout=patience)
         self.ears = Valkey(url, timeout=patience)

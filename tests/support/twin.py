@@ -1,7 +1,7 @@
 """What the store's scripts of slots do, in steps of the ledger: the one mapping by which tests hold the two together.
 
 The ledger is the model; what stands here beside it is what only a store has: whether it grants, who listens, the
-generation of places that are no more, and that what is taken back by a renewal is given to nobody before all is counted.
+generation of places that are no more, and that a renewal gives nothing away before all that it takes back is counted.
 
 What a script may choose freely is taken from what it did (`support.witness`) and checked to be allowed: the time, in
 which order models are served that share a node, and which tickets of gateways that do not listen were put back.
@@ -153,14 +153,14 @@ class Twin:
         return [2, position, total, b"%d" % score] + ([] if total else [0])
 
     def _snap(self, queue: Queue, ticket: Ticket, reply: Any) -> None:
-        """Have the time of a ticket in whole us, as the store does: else rounding would decide which of two is first."""
+        """Have the time of a ticket in whole us, as the store does: else rounding might decide who is first."""
         if isinstance(reply, list) and reply[0] == 2 and self._micros(ticket.score) == int(reply[3]):
             queue.remove(ticket.request.id)
             ticket.score = self._seconds(int(reply[3]))
             queue.put(ticket)
 
     def _again(self, queue: Queue, ticket: Ticket, preferred: tuple[str, ...], now: float) -> Grant | None:
-        """The first of its kind, or one that avoids nodes, asks again: it alone is looked at, even if others are ahead."""
+        """The first of its kind, or one that avoids nodes, asks again: it alone is looked at."""
         kind, id = ticket.request.kind, ticket.request.id
         if kind < PICKY and queue.orders[kind][0][1] != id:
             return None
@@ -290,7 +290,9 @@ class Twin:
         # Its name is the store's, for of two tickets of one time the first by name is served first.
         picky, base = divmod(int(kind), PICKY)
         prompt = LONG + 1 if base == LONG_KIND else 1
-        return Request(f"{gateway} {id}", gateway, model, key, prompt, cost, weight, batch, base == EMBED_KIND, bool(picky))
+        return Request(
+            f"{gateway} {id}", gateway, model, key, prompt, cost, weight, batch, base == EMBED_KIND, bool(picky)
+        )
 
     def _held(self, gateway: str) -> list[str]:
         waiting = [id for queue in self.ledger.queues.values() for id in queue.tickets]
@@ -452,9 +454,7 @@ def _moved(call: Call) -> dict[str, int]:
     """Tickets that were put back, with their new times."""
     if SCRIPTS[call.words[1]] in ("ask", "declare"):
         return {}
-    return {
-        words[3]: int(words[2]) for words in call.inner if words[0] == "ZADD" and words[1].startswith(f"{P}wait:")
-    }
+    return {words[3]: int(words[2]) for words in call.inner if words[0] == "ZADD" and words[1].startswith(f"{P}wait:")}
 
 
 def _published(call: Call) -> list[tuple[str, ...]]:

@@ -42,8 +42,10 @@ return found
 
 @dataclass
 class Call:
-    """A command that was carried out. ``who`` is a connection ("address:port"), ``inner`` what a script called, ``reply``
-    what a script answered."""
+    """A command that was carried out.
+
+    ``who`` is a connection ("address:port"), ``inner`` what a script called, ``reply`` what a script answered.
+    """
 
     stamp: float
     who: str

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from support.limits import flush
 from support.servers import STORES, Server, valkey
 from support.slots import Gateway, gateways, granting, place, settled
+from support.twin import Twin
+from support.witness import Witness
 
-from corral.fleet.ledger import Grant, Ledger
-from corral.fleet.slots import PlaceState, step_of
-from corral.fleet.tickets import HEAD, LATE, LONG, NEVER, PICKY, Request, Ticket
+from corral.fleet.slots import PlaceState
+from corral.fleet.tickets import HEAD, LATE, NEVER, PICKY
 from corral.store import keeper
 from corral.store.budget import PREFIX
 from corral.store.slots import Wanted
 from corral.store.valkey import ValkeyDown
-
-RESIDENT = PlaceState.RESIDENT
 
 
 @pytest.fixture(scope="module", params=STORES)
@@ -63,65 +62,51 @@ def test_the_store_gives_what_the_ledger_gives(store: Server, steps: list[tuple[
     """One after the other, from three gateways: the same slots to the same requests, the same tickets."""
 
     async def work() -> None:
-        async with gateways(store.url, 3) as made:
-            ledger = Ledger()
+        async with Witness(store.url) as seen, gateways(seen.url, 3) as made:
+            twin = Twin()
             given: dict[str, str] = {}
             late: dict[str, asyncio.Future[Any]] = {}
             owner: dict[str, Gateway] = {}
-            now, generation = 0.0, 0
+            generation = 0
             for node, model in (("n1", "a"), ("n2", "b")):
-                ledger.place(node, model, RESIDENT, generation, now, 2, step_of(2, 0, 0))
                 assert await place(made[0], node, model, "resident", generation, 2)
             for step in steps:
-                now += 1.0
-                grants: list[Grant] = []
                 held = sorted([*given, *late])
                 if step[0] == "ask":
                     id = f"r{len(owner):03}"
                     owner[id] = gateway = made[len(owner) % 3]
-                    kind, prompt = step[2], LONG + 1 if step[2] == 1 else 1
                     picky = any(word[0] in (LATE, NEVER) for word in step[3])
-                    request = Request(id, gateway.name, step[1], id, prompt, embed=kind == 2, picky=picky)
-                    expected = ledger.ask(request, step[3], now)
-                    wanted = Wanted(id, step[1], kind + (PICKY if picky else 0), id, preferred=step[3])
+                    wanted = Wanted(id, step[1], step[2] + (PICKY if picky else 0), id, preferred=step[3])
                     answer, more = await gateway.ask(wanted)
-                    if isinstance(expected, Grant):
-                        assert answer.node == expected.node
+                    if answer.node:
                         given[id] = answer.node
                     else:
-                        assert isinstance(expected, Ticket) and not answer.node
-                        assert answer.position == ledger.position(id, step[1])
-                        assert answer.slots == ledger.slots(step[1])
                         late[id] = more
                 elif step[0] == "place":
                     generation += 1
                     _, node, model, state, slots = step
-                    grants = ledger.place(node, model, state, generation, now, slots, step_of(slots, 0, 0))
                     assert await place(made[0], node, model, state.value, generation, slots)
-                    if (node, model) in ledger.places:
-                        assert not await place(made[1], node, model, "resident", generation - 1, 99)
+                    assert not await place(made[1], node, model, "resident", generation - 1, 99)
                 elif held:
                     id = held[step[1] % len(held)]
                     if step[0] == "read":
-                        if id in given:
-                            grants = ledger.read(id, now)
-                            owner[id].slots.read(id)
+                        owner[id].slots.read(id)
                     else:
-                        model = next((g.model for g in ledger.grants.values() if g.request.id == id), "")
-                        grants = ledger.release(id, now)
-                        if not model:
-                            assert any(ledger.cancel(id, model) for model in "ab")
                         owner[id].slots.end(id)
                         given.pop(id, None)
                         if id in late:
                             late.pop(id).cancel()
                     await owner[id].store.request(b"PING")
-                for grant in grants:
-                    async with asyncio.timeout(5):
-                        assert (await late.pop(grant.request.id)).node == grant.node
-                    given[grant.request.id] = grant.node
+                await seen.look(PREFIX)
+                await seen.seen()
+                for told in twin.follow(seen.calls()):
+                    for _, id, node, _ in told.grants:
+                        async with asyncio.timeout(5):
+                            assert (await late.pop(id)).node == node
+                        given[id] = node
                 # What nobody was to hear of was not given.
                 assert not any(future.done() for future in late.values())
+                assert given == {grant.request.id.split(" ")[1]: grant.node for grant in twin.ledger.grants.values()}
             await settled(made, {id: owner[id].name for id in [*given, *late]})
 
     asyncio.run(work())

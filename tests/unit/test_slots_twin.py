@@ -169,7 +169,7 @@ class Storm:
         await asyncio.gather(*movers, *(task for tasks in self.callers.values() for task in tasks))
         await self.seen.look(PREFIX)
         async with asyncio.timeout(20):
-            while (await self.seen.do((b"KEYS", PREFIX + b"held:*")))[0]:
+            while (await self.seen.do((b"KEYS", PREFIX + b"held:*")))[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await self.seen.look(PREFIX)
 

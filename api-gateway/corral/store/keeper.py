@@ -55,9 +55,10 @@ async def keep(slots: Slots) -> None:
     lost = asyncio.Event()
     slots.on_lost = lost.set
     while True:
+        # Also without a connection, which sets it when there is one: the wait below would be none, and nothing else ran.
+        lost.clear()
         try:
             if store.connected:
-                lost.clear()
                 connection = store.connections
                 # Also where nothing is asked: others wait for what this one has to tell.
                 await _rebuild(slots)
