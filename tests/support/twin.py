@@ -9,7 +9,6 @@ which order models are served that share a node, and which tickets of gateways t
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,25 +17,12 @@ from typing import Any
 from corral.fleet.ledger import LEASE, Grant, Ledger
 from corral.fleet.slots import Place, PlaceState
 from corral.fleet.tickets import EMBED_KIND, LONG, LONG_KIND, PICKY, Queue, Request, Ticket
-from corral.store import keeper, slots
-from corral.store.lua import PREFIX, sha
+from corral.store import keeper
+from support.transcript import SCRIPTS, P, counted, moved, orders, published, state
 from support.witness import Call
 
-P = PREFIX.decode()
 RESIDENT, ABSENT = PlaceState.RESIDENT, PlaceState.ABSENT
 LEASE_US = int(LEASE * 1e6)
-SCRIPTS = {
-    sha(text).decode(): name
-    for name, text in {
-        "ask": slots.ASK,
-        "end": slots.END,
-        "declare": slots.DECLARE,
-        "stand": slots.STAND,
-        "place": keeper.PLACE,
-        "live": keeper.LIVE,
-        "tell": keeper.TELL,
-    }.items()
-}
 
 
 class Differs(AssertionError):
@@ -100,7 +86,7 @@ class Twin:
             self._script(SCRIPTS[words[1]], words[3:], call, told)
 
     def _script(self, name: str, argv: list[str], call: Call, told: Told) -> None:
-        self._orders, self._moved = _orders(call), _moved(call)
+        self._orders, self._moved = orders(call), moved(call)
         now, given = self._time(call), list[Grant]()
         if name == "ask":
             expected: Any = self._ask(argv, now, call.reply)
@@ -116,8 +102,8 @@ class Twin:
         if expected != call.reply:
             raise Differs(f"{name}: the store answers {call.reply}, the ledger {expected}")
         told.grants = [(*grant.request.id.split(" "), grant.node, grant.generation) for grant in given]  # type: ignore[misc]
-        if told.grants != (published := _published(call)):
-            raise Differs(f"{name}: the store gives {published}, the ledger {told.grants}")
+        if told.grants != (sent := published(call)):
+            raise Differs(f"{name}: the store gives {sent}, the ledger {told.grants}")
         if self._moved:
             raise Differs(f"put back though they listen, or do not wait: {self._moved}")
 
@@ -370,7 +356,7 @@ class Twin:
 
     def _compare(self, dump: list[list[Any]]) -> None:
         """Hold all that a store has of slots to the ledger."""
-        store, ledger = _state(dump), self._state()
+        store, ledger = state(dump), self._state()
         for key in sorted({*store, *ledger}):
             if store.get(key) != ledger.get(key):
                 raise Differs(f"{key}: the store has {store.get(key)}, the ledger {ledger.get(key)}")
@@ -399,68 +385,4 @@ class Twin:
             words = ("g", grant.model, grant.request.kind, grant.node, grant.generation, reads)
             found[f"held:{gateway}"][id] = " ".join(map(str, words))
         found["live"] = {gateway: self._micros(until) for gateway, until in ledger.leases.items()}
-        return _counted(found)
-
-
-def _counted(state: dict[str, Any]) -> dict[str, Any]:
-    """Without counts of nothing: a store keeps a 0 where the ledger has forgotten, and the other way round."""
-    found = {}
-    for key, value in state.items():
-        kept = {name: one for name, one in value.items() if one} if key.startswith(("used:", "busy:")) else value
-        if kept:
-            found[key] = kept
-    return found
-
-
-def _state(dump: list[list[Any]]) -> dict[str, Any]:
-    """A store's keys of slots, in the form of `Twin._state`."""
-    found: dict[str, Any] = {}
-    for key, value in dump:
-        name = key.decode().removeprefix(P)
-        kind = name.partition(":")[0]
-        texts = [text.decode() for text in value]
-        pairs: dict[str, Any] = dict(zip(texts[::2], texts[1::2], strict=True)) if len(texts) % 2 == 0 else {}
-        if kind == "total":
-            found[name] = int(texts[0])
-        elif kind in ("used", "busy", "wait", "live"):
-            found[name] = {one: int(text) for one, text in pairs.items()}
-        elif kind == "load":
-            found[name] = {one: float(text) for one, text in pairs.items()}
-        elif kind == "places":
-            found[name] = pairs
-        elif kind == "held":  # of a ticket without its time, which stands in its queue
-            found[name] = {one: re.sub(r"^(t \S+ \S+) \S+", r"\1", text) for one, text in pairs.items()}
-    return _counted(found)
-
-
-def _orders(call: Call) -> list[list[str]]:
-    """In which order models were looked at: each time that a node's were, or, in a renewal, all of them."""
-    orders: list[list[str]] = [[]]
-    listed = orders[0]
-    for words in call.inner:
-        if words[0] == "SINTER":
-            listed = []
-            orders.append(listed)
-        elif words[0] == "SISMEMBER":
-            listed = []
-        elif words[0] == "ZRANGE" and words[2:] == ["0", "0", "WITHSCORES"]:
-            model = words[1].removeprefix(f"{P}load:")
-            if model not in listed:
-                listed.append(model)
-    return orders if SCRIPTS[call.words[1]] == "live" else orders[1:]
-
-
-def _moved(call: Call) -> dict[str, int]:
-    """Tickets that were put back, with their new times."""
-    if SCRIPTS[call.words[1]] in ("ask", "declare"):
-        return {}
-    return {words[3]: int(words[2]) for words in call.inner if words[0] == "ZADD" and words[1].startswith(f"{P}wait:")}
-
-
-def _published(call: Call) -> list[tuple[str, ...]]:
-    found = []
-    for words in call.inner:
-        if words[0] == "PUBLISH":
-            id, node, generation = words[2].split(" ")
-            found.append((words[1].removeprefix(f"{P}wake:"), id, node, int(generation)))
-    return found  # type: ignore[return-value]
+        return counted(found)

@@ -55,7 +55,7 @@ async def keep(slots: Slots) -> None:
     lost = asyncio.Event()
     slots.on_lost = lost.set
     while True:
-        # Also without a connection, which sets it when there is one: the wait below would be none, and nothing else ran.
+        # Also without a connection: the wait below would be none, and nothing else ran.
         lost.clear()
         try:
             if store.connected:
