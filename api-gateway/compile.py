@@ -17,6 +17,7 @@ from pathlib import Path
 MODULES = (
     "fleet/choose.py",
     "fleet/dispatch.py",
+    "fleet/hanging.py",
     "fleet/node.py",
     "fleet/pools.py",
     "fleet/slots.py",

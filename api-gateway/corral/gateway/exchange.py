@@ -16,7 +16,7 @@ from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
 from corral.gateway.metrics import WHOLE
-from corral.gateway.recover import CRASHES, GIVEN_UP, Failure, final_error, holds, may_retry
+from corral.gateway.recover import CRASHES, GIVEN_UP, Failure, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -180,6 +180,7 @@ class Exchange(State):
         """Send `decoded` to a node; the answer comes back by `progress`, `answered` or `attempt_failed`."""
         self.node_name = node.name
         self.deadline = now + self.gateway.first_token
+        self.gateway.health.sent(self, node, now)
         self._attempt = attempt = Attempt(self, node, decoded)
         attempt.begin()
 
@@ -193,10 +194,10 @@ class Exchange(State):
         if first or tokens != self._seen or self.path in WHOLE:
             self._seen = tokens
             gateway, now = self.gateway, monotonic()
+            gateway.health.token(self, first, now)
             if first:
                 self.first_token = now
                 gateway.queue.read(self, now)
-                gateway.health.first_token(self, now)
                 self.pace = gateway.metrics.first_token(self, now)
             elif self.pace is not None:
                 self.pace.piece(now)
@@ -219,7 +220,7 @@ class Exchange(State):
         attempt, self._attempt = self._attempt, None
         assert self.decoded is not None and attempt is not None
         responder = self.decoded.responder
-        holds(attempt.node, self.model)
+        self.gateway.health.answered(self, attempt.node, monotonic())
         try:
             if (self.resumption is not None or self.decoded.more) and goes_on(self, attempt.node):
                 return

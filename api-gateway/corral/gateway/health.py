@@ -1,10 +1,10 @@
 """Runners that hang or fail: seen by their streams, asked for one token, and left alone until they give it.
 
-A runner is a model on a node. It is suspect when no stream on it has progressed for its budget, or when it has failed
-so many in a row, and gets no new work (`corral.fleet.choose`). Then it is asked for one token (the canary). One that
-gives it is clear; one that does not is ejected: its streams are given up, to be tried or gone on with elsewhere, and it
-is asked again until it answers. What is not in the node's memory is loading, and no runner's fault; nor are requests
-whose caller takes no more bytes.
+A runner is a model on a node. It is suspect when it has had work for its budget and given no token
+(`corral.fleet.hanging`), or when it has failed so many in a row, and gets no new work (`corral.fleet.choose`). Then it
+is asked for one token (the canary). One that gives it is clear; one that does not is ejected: its streams are given up,
+to be tried or gone on with elsewhere, and it is asked again until it answers. What is not in the node's memory is
+loading, and no runner's fault; nor are requests whose caller takes no more bytes.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+from corral.fleet.hanging import RATE, SILENCE, Runner, needs, stays
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import counted
 from corral.gateway.crowding import Crowding
+from corral.gateway.decode import SHOW
 from corral.gateway.metrics import WHOLE
+from corral.gateway.recover import holds
 from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.store.slots import Wanted
 from corral.wire.common import decode_line, encode
+from corral.wire.continuation import Rendering
 from corral.wire.errors import UpstreamNonsense
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.server import Gateway
 
-SILENCE: Final = 5.0
-"""Seconds without progress that any runner may take."""
-PREFILL: Final = 3.0
-"""So many times what reading its prompts should take a runner may be silent."""
-RATE: Final = 100.0
-"""Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
 LONG: Final = 64
 """Tokens of a prompt from which on its time says something of that rate."""
 GOES_ON: Final = 1.0
@@ -52,7 +50,7 @@ class Canary(Handler):
 
     def __init__(self, gateway: Gateway, node: Node, model: str, due: float) -> None:
         self._gateway, self.node, self.model, self.due = gateway, node, model, due
-        self.until = 0.0
+        self.asked = self.until = 0.0
         self.answered = self.ejected = False
         self._status = 0
         self._said = b""
@@ -61,7 +59,7 @@ class Canary(Handler):
 
     def ask(self, now: float) -> None:
         """Send it, on a connection and a slot of its own: those of the runner are with the streams that hang."""
-        self.until, self._status, self._said = now + CANARY, 0, b""
+        self.asked, self.until, self._status, self._said = now, now + CANARY, 0, b""
         gateway = self._gateway
         self._slot = gateway.new_id()
         group = gateway.snapshot.group_of.get(self.node.name, "")
@@ -123,72 +121,96 @@ class Health:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._latest: dict[tuple[str, str], float] = {}
-        self._clear_at: dict[tuple[str, str], float] = {}
+        self._runners: dict[tuple[str, str], Runner] = {}
         self.rates: dict[str, float] = {}
         self.canaries: dict[tuple[str, str], Canary] = {}
         self.crowding = Crowding()
         self.ejections = self.frozen = 0
 
-    def first_token(self, exchange: Exchange, now: float) -> None:
-        """A model has read a prompt; of the rates that are seen the slowest counts, and fades."""
+    def sent(self, exchange: Exchange, node: Node, now: float) -> None:
+        """A request is sent to a node."""
+        exchange.sent, exchange.token, exchange.runner = now, 0.0, None
         decoded = exchange.decoded
-        if decoded is None or decoded.estimate < LONG:
+        if decoded is None or decoded.upstream_path == SHOW or isinstance(decoded.responder, Rendering):
+            return  # the node answers that itself
+        key = node.name, canonical_name(exchange.model)
+        runner = self._runners.get(key)
+        if runner is None:
+            runner = self._runners[key] = Runner(key[0], key[1], now)
+        exchange.runner = runner
+
+    def token(self, exchange: Exchange, first: bool, now: float) -> None:
+        """A runner gave a token, or a part of what has none. Of the rates at which prompts are read the slowest counts,
+        and fades."""
+        runner = exchange.runner
+        if runner is not None:
+            runner.token = exchange.token = now
+        decoded = exchange.decoded
+        if not first or decoded is None or decoded.estimate < LONG:
             return
-        asked = exchange.deadline - self._gateway.first_token
-        rate = decoded.estimate / max(0.001, now - asked)
+        rate = decoded.estimate / max(0.001, now - exchange.sent)
         known = self.rates.get(exchange.model)
         self.rates[exchange.model] = rate if known is None else min(rate, known * 1.05)
+
+    def answered(self, exchange: Exchange, node: Node, now: float) -> None:
+        """A node's answer is whole, whatever was in it."""
+        holds(node, exchange.model)
+        if exchange.runner is not None:
+            exchange.runner.token = now
 
     def look(self, now: float) -> None:
         """Look at every stream, and go on with what is suspect. Each half second."""
         gateway = self._gateway
-        budgets: dict[tuple[str, str], float] = {}
-        silent: dict[tuple[str, str], list[Exchange]] = {}
-        latest: dict[tuple[str, str], float] = {}
-        withheld: set[tuple[str, str]] = set()
-        stalled: set[tuple[str, str]] = set()
-        late: list[tuple[tuple[str, str], Exchange]] = []
+        nodes = gateway.snapshot.nodes
+        used: dict[Runner, list[Exchange]] = {}
         for exchange in gateway.running:
-            node = gateway.snapshot.nodes.get(exchange.node_name)
-            if node is None or exchange.paused or exchange.waiting or exchange.path in WHOLE:
+            runner = exchange.runner
+            if runner is None:
                 continue
-            runner = (node.name, canonical_name(exchange.model))
-            if runner[1] not in node.resident:
+            streams = used.setdefault(runner, [])
+            if exchange.paused or exchange.path in WHOLE:
                 continue
-            silent.setdefault(runner, []).append(exchange)
-            # Its deadline moves with each token.
-            since = exchange.deadline - (gateway.between_tokens if exchange.first_token else gateway.first_token)
-            known = max(self._latest.get(runner, 0.0), self._clear_at.get(runner, 0.0))
-            latest[runner] = max(since, latest.get(runner, known))
-            budget = SILENCE
-            if not exchange.first_token and exchange.decoded is not None:
-                budget = max(SILENCE, PREFILL * exchange.decoded.estimate / self.rates.get(exchange.model, RATE))
-            budgets[runner] = max(budget, budgets.get(runner, 0.0))
-            if now - since > SILENCE and exchange.decoded is not None:
-                if not exchange.first_token and now - since > budget:
-                    late.append((runner, exchange))
-                if exchange.decoded.body.find(TOOLS) >= 0:
-                    withheld.add(runner)
-                elif exchange.first_token:
-                    stalled.add(runner)
-        # A node holds back what may become a call of a tool, and who comes behind it may wait: only a stream of plain
-        # text that stands still says that the runner does.
-        for runner in withheld - stalled:
-            budgets[runner] = max(budgets[runner], gateway.between_tokens)
-        for runner, exchange in late:
-            if now - latest[runner] < GOES_ON:
-                self.crowding.note(runner, exchange.record_id, now)
-        self._latest = latest
-        self._clear_at = {runner: at for runner, at in self._clear_at.items() if runner in latest}
-        for runner, budget in budgets.items():
-            if runner not in self.canaries and now - latest[runner] > budget:
-                self._suspect(runner, now, "no stream progresses of")
-        for node in gateway.snapshot.nodes.values():
+            streams.append(exchange)
+            need = SILENCE
+            if not exchange.token and exchange.decoded is not None:
+                need = needs(exchange.decoded.estimate, self.rates.get(exchange.model, RATE))
+                if now - exchange.sent > need and now - runner.token < GOES_ON:
+                    self.crowding.note((runner.node, runner.model), exchange.record_id, now)
+            runner.works(exchange.sent, need)
+        for key, runner in list(self._runners.items()):
+            hangs = runner.look(now)
+            if runner.model not in _resident(nodes, runner):
+                runner.anew()
+            elif hangs and key not in self.canaries and not self._holds_back(runner, used[runner], now):
+                self._suspect(key, now, "no token comes of")
+            if runner not in used and runner.unused(now):
+                del self._runners[key]
+        for node in nodes.values():
             if node.failed:
                 self._failing(node, now)
-        for runner, canary in list(self.canaries.items()):
-            self._go_on(runner, canary, silent.get(runner) or [], latest.get(runner, 0.0), now)
+        for key, canary in list(self.canaries.items()):
+            self._go_on(key, canary, used, now)
+
+    def _holds_back(self, runner: Runner, streams: list[Exchange], now: float) -> bool:
+        """Whether a silent runner's node may hold back what may become a call of a tool.
+
+        Who comes behind that may wait: only a stream of plain text that stands still says that the runner does.
+        """
+        if runner.waited > self._gateway.between_tokens:
+            return False
+        withheld = False
+        # The one that came first may be silent for less, where callers leave: nobody is before it.
+        oldest = min([exchange.sent for exchange in streams])
+        for exchange in streams:
+            since = exchange.deadline - self._gateway.between_tokens if exchange.token else exchange.sent
+            silent = now - since > SILENCE  # the deadline of one that was paused moved as it went on
+            if exchange.decoded is None or not (silent or exchange.sent == oldest):
+                continue
+            if exchange.decoded.body.find(TOOLS) >= 0:
+                withheld = True
+            elif silent and exchange.token:
+                return False
+        return withheld
 
     def _failing(self, node: Node, now: float) -> None:
         for model, count in list(node.failed.items()):
@@ -204,53 +226,46 @@ class Health:
         node.suspects |= {runner[1]}
         self.canaries[runner] = Canary(self._gateway, node, runner[1], now)
 
-    def _go_on(
-        self, runner: tuple[str, str], canary: Canary, streams: list[Exchange], progressed: float, now: float
-    ) -> None:
-        node = canary.node
-        if canary.answered or self._gateway.snapshot.nodes.get(node.name) is not node or runner[1] not in node.resident:
-            self._clear(runner, canary, now)
+    def _go_on(self, key: tuple[str, str], canary: Canary, used: dict[Runner, list[Exchange]], now: float) -> None:
+        node, runner = canary.node, self._runners.get(key)
+        if canary.answered or self._gateway.snapshot.nodes.get(node.name) is not node or key[1] not in node.resident:
+            self._clear(key, canary, now)
         elif not canary.until:
             if now >= canary.due:
                 canary.ask(now)
-        elif progressed > canary.until - CANARY:
-            self._clear(runner, canary, now)  # a stream went on: the token waits in a queue
+        elif runner is not None and runner.token > canary.asked:
+            self._clear(key, canary, now)  # a stream went on: the token waits in a queue
         elif now >= canary.until:
             canary.close()
             canary.due = now + AGAIN
+            streams = used.get(runner, []) if runner is not None else []
             if not canary.ejected and not self._too_many(canary):
                 canary.ejected = True
                 self.ejections += 1
-                log.warning("%s: %s gives no token: its %d streams go elsewhere", node.name, runner[1], len(streams))
+                log.warning("%s: %s gives no token: its %d streams go elsewhere", node.name, key[1], len(streams))
             if canary.ejected:
                 for exchange in streams:
                     exchange.deadline = min(exchange.deadline, now)  # the next look at deadlines gives it up
 
-    def _clear(self, runner: tuple[str, str], canary: Canary, now: float) -> None:
+    def _clear(self, key: tuple[str, str], canary: Canary, now: float) -> None:
         canary.close()
-        self._clear_at[runner] = now  # the token counts as a stream's would
-        canary.node.suspects -= {runner[1]}
-        canary.node.failed.pop(runner[1], None)
-        del self.canaries[runner]
-        log.warning("%s: %s gives tokens again, or has left", canary.node.name, runner[1])
+        runner = self._runners.get(key)
+        if runner is not None:
+            runner.token = now  # the token counts as a stream's would
+        canary.node.suspects -= {key[1]}
+        canary.node.failed.pop(key[1], None)
+        del self.canaries[key]
+        log.warning("%s: %s gives tokens again, or has left", canary.node.name, key[1])
 
     def _too_many(self, canary: Canary) -> bool:
-        """Whether one more would make more than half of the nodes: then it is this gateway that sees wrongly. Nor does
-        the last one go that has a model: its streams have nowhere else to go on."""
-        suspect = {other.node.name for other in self.canaries.values()}
-        if len(suspect) * 2 <= len(self._gateway.snapshot.nodes) and not self._last(canary):
+        snapshot = self._gateway.snapshot
+        out = {other.node.name for other in self.canaries.values()}
+        if not stays(canary.node, canary.model, out, snapshot.nodes, snapshot.group_of):
             return False
         self.frozen += 1
         return True
 
-    def _last(self, canary: Canary) -> bool:
-        """Whether no other node of its group would take the streams of a runner."""
-        snapshot = self._gateway.snapshot
-        group = snapshot.group_of.get(canary.node.name, "")
-        for other in snapshot.nodes.values():
-            if other is canary.node or snapshot.group_of.get(other.name, "") != group:
-                continue
-            held = other.state is NodeState.READY and canary.model in other.held
-            if held and canary.model not in other.suspects:
-                return False
-        return True
+
+def _resident(nodes: dict[str, Node], runner: Runner) -> frozenset[str]:
+    node = nodes.get(runner.node)
+    return node.resident if node is not None else frozenset()

@@ -12,6 +12,7 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
 from corral.fleet.dispatch import Affinity, chain, messages
+from corral.fleet.hanging import RATE
 from corral.fleet.node import Node, canonical_name
 from corral.fleet.pools import counted
 from corral.fleet.slots import ABORTED_MAX, cool_down
@@ -32,7 +33,6 @@ from corral.gateway.admit import EMBEDS
 from corral.gateway.authenticate import check
 from corral.gateway.avoid import avoided, unfit
 from corral.gateway.decode import SHOW
-from corral.gateway.health import RATE
 from corral.gateway.local import Local, stand_in
 from corral.gateway.recover import LOST, SHUN, Failure, shun
 from corral.store.slots import Answer, Slots, Wanted
@@ -170,6 +170,7 @@ class Queue:
 
     def leave(self, exchange: Exchange, cool: float = 0.0) -> None:
         """Give back what a request holds, a slot after so many seconds or a ticket; nothing where it holds none."""
+        exchange.runner = None
         wanted = exchange.wanted
         if wanted is None:
             return

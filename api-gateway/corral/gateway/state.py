@@ -6,6 +6,7 @@ from asyncio import TimerHandle
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
+from corral.fleet.hanging import Runner
 from corral.gateway.authenticate import Key
 from corral.gateway.journal import Waiter
 from corral.gateway.listen import ClientConnection
@@ -33,6 +34,7 @@ class State(Waiter):
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
     whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may.
+    ``sent`` is when its last attempt began, at ``runner``, ``token`` when that last gave one, 0.0 before its first.
     ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began that is on,
     0.0 while it has a node. What most requests never set stands on the class.
     """
@@ -69,6 +71,9 @@ class State(Waiter):
     cool = 0.0
     first_token = 0.0
     deadline = 0.0
+    sent = 0.0
+    token = 0.0
+    runner: Runner | None = None
     refusal = ""
     pace: Pace | None = None
     resumption: Resume | None = None

@@ -1,0 +1,104 @@
+"""Whether a runner (a model on a node) hangs, by what its requests show: it has work, and gives no token for too long.
+
+Only tokens, and time with work, are counted: who comes and who leaves says nothing of a runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from corral.fleet.node import Node, NodeState
+
+SILENCE: Final = 5.0
+"""Seconds without a token that any runner may take."""
+PREFILL: Final = 3.0
+"""So many times what reading its prompts should take a runner may be silent."""
+RATE: Final = 100.0
+"""Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
+STEP_MAX: Final = 1.0
+"""A look that comes later than so many seconds after the last one says that the gateway stood still, not the runner."""
+IDLE: Final = 60.0
+"""After so many seconds without work, what was before it is forgotten."""
+
+
+def needs(estimate: int, rate: float) -> float:
+    """For how long a runner may be silent that reads a prompt of so many tokens, at so many a second (seconds)."""
+    return max(SILENCE, PREFILL * estimate / rate)
+
+
+class Runner:
+    """A runner as the requests that were sent to it show it. Times are monotonic seconds.
+
+    ``token`` is when it last gave one, to whomever; ``waited`` for how many seconds it has had work since then, and
+    ``budget`` for how many it may: as the longest prompt needs that it has, or had a moment ago.
+
+    At each look, `works` is called for each request that it has, then `look`.
+    """
+
+    def __init__(self, node: str, model: str, now: float) -> None:
+        self.node = node
+        self.model = model
+        self.token = 0.0
+        self.waited = 0.0
+        self.budget = SILENCE
+        self._looked = now
+        self._worked = now
+        self._gone = 0.0
+        self._has = False
+        self._sent = 0.0
+        self._needs = SILENCE
+
+    def works(self, sent: float, need: float) -> None:
+        """It has a request that was sent at `sent` and, while its prompt is read, `need`s so many seconds for that."""
+        if not self._has or sent < self._sent:
+            self._sent = sent
+        self._needs = max(self._needs, need)
+        self._has = True
+
+    def look(self, now: float) -> bool:
+        """Whether it has given no token for longer than it may, and has work now."""
+        before, has, need = self._looked, self._has, self._needs
+        self._looked, self._has, self._needs = now, False, SILENCE
+        if self.token >= before or (not has and now - self._worked > IDLE):
+            self.anew()
+        if not has:
+            return False
+        self._worked = now
+        step = min(STEP_MAX, max(0.0, now - max(before, self._sent, self.token)))
+        self.waited += step
+        if need >= self.budget:
+            self.budget, self._gone = need, 0.0
+        else:
+            # Who asked for that has left. The runner may have read for them until now: the others have not had all of
+            # it yet. Nor is it forgotten for good, or a prompt that nobody waits for would excuse a runner for ever.
+            self._gone += step
+            if self._gone > SILENCE:
+                self.budget, self._gone = need, 0.0
+        return self.waited > self.budget
+
+    def anew(self) -> None:
+        """What was before says nothing of it any more: it gave a token, or was loaded again."""
+        self.waited = self._gone = 0.0
+        self.budget = SILENCE
+
+    def unused(self, now: float) -> bool:
+        """Whether nothing is known of it that counts."""
+        return now - max(self._worked, self.token) > IDLE
+
+
+def stays(node: Node, model: str, out: Collection[str], nodes: Mapping[str, Node], groups: Mapping[str, str]) -> bool:
+    """Whether a runner stays in use though it hangs.
+
+    So it does where with it more than half of the nodes would be `out` (names, its own among them): then it is who
+    looks that sees wrongly. And where no other node of its group would take its streams: they have nowhere else to go.
+    """
+    if len(set(out)) * 2 > len(nodes):
+        return True
+    group = groups.get(node.name, "")
+    for other in nodes.values():
+        if other is node or groups.get(other.name, "") != group:
+            continue
+        if other.state is NodeState.READY and model in other.held and model not in other.suspects:
+            return False
+    return True

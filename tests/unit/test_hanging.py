@@ -1,0 +1,200 @@
+"""When a runner hangs, by its tokens and the time it has had work; and when it stays in use though it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corral.fleet.hanging import IDLE, PREFILL, SILENCE, STEP_MAX, Runner, needs, stays
+from corral.fleet.node import Node, NodeState
+
+LOOK = 0.5
+LONG = 30.0
+PROPERTY = settings(max_examples=150, derandomize=True)
+Works = Iterable[tuple[float, float]]
+
+
+class Watched:
+    """A runner that is looked at each half second from 100.0 on."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.runner = Runner("node-1", "m:latest", self.now)
+
+    def look(self, works: Works, later: float = LOOK) -> bool:
+        """The next look; `works` are its requests then: when they were sent, and what they need."""
+        self.now += later
+        for sent, need in works:
+            self.runner.works(sent, need)
+        return self.runner.look(self.now)
+
+    def hangs_after(self, works: Works, most: float = 1000.0) -> float:
+        """Seconds until it hangs with these requests."""
+        works, began = list(works), self.now
+        for _ in range(int(most / LOOK)):
+            if self.look(works):
+                return self.now - began
+        return most
+
+
+def test_what_a_prompt_needs_is_as_long_as_it_is_and_never_less_than_any_token() -> None:
+    assert needs(10, 100.0) == SILENCE
+    assert needs(1000, 100.0) == PREFILL * 10.0
+
+
+@pytest.mark.parametrize("need", [SILENCE, LONG])
+def test_a_runner_hangs_that_gives_no_token_for_as_long_as_its_prompts_need(need: float) -> None:
+    watched = Watched()
+    assert watched.hangs_after([(watched.now, need)]) == need + LOOK
+
+
+def test_who_comes_and_leaves_is_no_progress() -> None:
+    watched = Watched()
+    for at in count():
+        # Each stays for three seconds, and the next comes after another half.
+        sent = watched.now
+        if any(watched.look([(sent, SILENCE)]) for _ in range(6)):
+            break
+        watched.look([])
+        assert at < 3
+    assert watched.now == 100.0 + SILENCE + LOOK + LOOK
+
+
+def test_a_token_of_any_stream_is_progress_also_of_one_that_has_ended_since() -> None:
+    watched = Watched()
+    waits = [(watched.now, SILENCE)]
+    for _ in range(100):
+        watched.hangs_after(waits, SILENCE - LOOK)
+        watched.runner.token = watched.now + LOOK / 2
+        assert not watched.look(waits)
+    assert watched.hangs_after(waits) == SILENCE
+
+
+def test_a_long_prompt_that_came_late_has_the_time_that_it_needs() -> None:
+    watched = Watched()
+    assert watched.hangs_after([(watched.now, SILENCE)], SILENCE) == SILENCE
+    assert watched.hangs_after([(watched.now, LONG)]) == LONG - SILENCE + LOOK
+
+
+def test_who_comes_while_a_long_prompt_was_read_waits_as_long_as_any_once_nobody_wants_that() -> None:
+    watched = Watched()
+    watched.hangs_after([(watched.now, LONG)], 15.0)
+    assert watched.hangs_after([(watched.now, SILENCE)]) == SILENCE + LOOK
+
+
+def test_a_prompt_that_nobody_waits_for_excuses_no_runner_for_ever() -> None:
+    watched = Watched()
+    watched.look([(watched.now, 3000.0)])
+    # Prompts of every length have their budgets, and callers of long ones are no more patient.
+    assert watched.hangs_after([(watched.now, 8.0)]) == 8.0
+
+
+def test_time_without_work_is_none_of_silence_and_a_while_of_it_has_all_forgotten() -> None:
+    watched = Watched()
+    watched.hangs_after([(watched.now, SILENCE)], SILENCE - LOOK)
+    for _ in range(int(IDLE / LOOK) - 1):
+        assert not watched.look([])
+    assert watched.hangs_after([(watched.now, SILENCE)]) == LOOK * 2
+    watched.runner.anew()
+    watched.hangs_after([(watched.now, SILENCE)], SILENCE - LOOK)
+    for _ in range(int(IDLE / LOOK) + 1):
+        assert not watched.look([])
+    assert watched.hangs_after([(watched.now, SILENCE)]) == SILENCE + LOOK
+
+
+def test_what_was_sent_since_the_last_look_has_waited_since_it_was_sent() -> None:
+    watched = Watched()
+    assert not watched.look([(watched.now + 0.4, SILENCE)])
+    assert watched.runner.waited == pytest.approx(0.1)
+
+
+def test_a_gateway_that_stood_still_sees_no_runner_hang() -> None:
+    watched = Watched()
+    assert not watched.look([(watched.now, SILENCE)], later=3600.0)
+    assert watched.runner.waited == STEP_MAX
+
+
+def test_a_runner_is_forgotten_once_it_is_not_used() -> None:
+    watched = Watched()
+    watched.look([(watched.now, SILENCE)])
+    assert not watched.runner.unused(watched.now + IDLE)
+    assert watched.runner.unused(watched.now + IDLE + LOOK)
+    watched.runner.token = watched.now + 1.0
+    assert not watched.runner.unused(watched.now + IDLE + LOOK)
+
+
+# What is there at a look: for how long it has been, and what it needs.
+streams = st.lists(st.tuples(st.floats(0.0, 4.0), st.sampled_from((SILENCE, SILENCE, 8.0, LONG))), max_size=4)
+
+
+@PROPERTY
+@given(st.lists(streams, min_size=1, max_size=30))
+def test_without_a_token_it_hangs_once_it_has_had_work_for_what_the_longest_prompt_needs(looks: list[Works]) -> None:
+    watched = Watched()
+    worked = 0
+    longest = SILENCE
+    for turn in range(150):
+        works = [(max(100.0, watched.now - age), need) for age, need in looks[turn % len(looks)]]
+        hangs = watched.look(works)
+        worked += bool(works)
+        longest = max([longest, *(need for _, need in works)])
+        if hangs:
+            # Never sooner than one that is there may take.
+            assert worked * LOOK > max(need for _, need in works)
+            break
+        assert worked * LOOK <= longest + LOOK or not works
+
+
+@PROPERTY
+@given(st.lists(st.tuples(streams, st.booleans(), st.floats(0.0, LOOK)), min_size=1, max_size=200))
+def test_a_runner_that_gives_a_token_in_time_never_hangs(looks: list[tuple[Works, bool, float]]) -> None:
+    watched = Watched()
+    watched.runner.token = watched.now
+    for works, gives, at in looks:
+        if gives or watched.now + LOOK - watched.runner.token > SILENCE:
+            watched.runner.token = watched.now + at
+        assert not watched.look([(watched.now - age, need) for age, need in works])
+
+
+def fleet(held: Iterable[Iterable[str]]) -> dict[str, Node]:
+    nodes = [Node(f"node-{at}", "", 1, held=frozenset(models)) for at, models in enumerate(held)]
+    return {node.name: node for node in nodes}
+
+
+def test_more_than_half_of_the_nodes_are_never_out_of_use() -> None:
+    nodes = fleet("mm" * 3)
+    assert not stays(nodes["node-0"], "m", {"node-0", "node-1", "node-2"}, nodes, {})
+    assert stays(nodes["node-0"], "m", {"node-0", "node-1", "node-2", "node-3"}, nodes, {})
+
+
+def test_a_runner_stays_that_no_other_could_stand_in_for() -> None:
+    nodes = fleet(["mn", "m", "n", ""])
+    assert not stays(nodes["node-0"], "m", {"node-0"}, nodes, {})
+    assert stays(nodes["node-0"], "m", {"node-0"}, nodes, {"node-1": "theirs"})
+    nodes["node-1"].state = NodeState.DRAINING
+    assert stays(nodes["node-0"], "m", {"node-0"}, nodes, {})
+    nodes["node-1"].state = NodeState.READY
+    nodes["node-1"].suspects = frozenset("m")
+    assert stays(nodes["node-0"], "m", {"node-0"}, nodes, {})
+
+
+@PROPERTY
+@given(st.lists(st.frozensets(st.sampled_from("mno")), min_size=1, max_size=6), st.data())
+def test_whatever_hangs_never_the_last_copy_goes_and_never_more_than_half(
+    held: list[frozenset[str]], data: st.DataObject
+) -> None:
+    nodes = fleet(held)
+    runners = sorted((node.name, model) for node in nodes.values() for model in node.held)
+    suspect, gone = set(), set()
+    for name, model in data.draw(st.permutations(runners)):
+        nodes[name].suspects |= {model}
+        suspect.add(name)
+        if not stays(nodes[name], model, suspect, nodes, {}):
+            gone.add((name, model))
+    assert len({name for name, _ in gone}) * 2 <= len(nodes)
+    for model in {model for _, model in runners}:
+        assert {name for name, other in runners if other == model} - {name for name, other in gone if other == model}
