@@ -16,7 +16,7 @@ from support.fleet import MODEL, SINGLE, Fleet
 from support.fleet import fleet as run_fleet
 from support.gateway import END, HEAD, LAST, LINE, chunk, gateway, well
 from support.held import leading, placed
-from support.load import CHAT, WHOLE, Client, body_of
+from support.load import CHAT, WHOLE, Answer, Client, body_of
 from support.process import until
 
 EJECTED, FROZEN = "corral_ejections_total", "corral_ejections_frozen_total"
@@ -61,6 +61,47 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
     assert took < BUDGET + EJECTED_WITHIN
     measured = f"{took:.1f} s, {len(load.answers)} answers, 0 lost, back after a token in {back - well:.1f} s"
     matrix("runner hung, API healthy", "ejected <= 10 s after its budget (5 s)", measured)
+
+
+def test_a_hung_runner_is_ejected_though_its_callers_wait_for_less_than_its_budget(
+    patient: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    node, waits = patient.nodes["node-1"], 3.0
+    before, gateways = patient.sum_of(EJECTED), patient.present_gateways()
+    answers: list[Answer] = []
+    over = threading.Event()
+
+    def calls(number: int) -> None:
+        turn = 0
+        while not over.is_set():
+            client = Client(patient.stack.url, patient.stack.key, timeout=waits)
+            # Each its own prompt: no node is preferred for having read it.
+            turn += 1
+            answers.append(client.ask(CHAT, body_of(CHAT, MODEL, 4, f"{number} {turn} horses"), f"leaves-{number}"))
+            client.close()
+
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(calls, number) for number in range(12)]
+        try:
+            node.fault(kind="hang", model=MODEL)
+            hung = time.monotonic()
+            until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
+            ejected = time.monotonic()
+            until(lambda: patient.sum_of(EJECTED) >= before + gateways, "each gateway has seen it", 20, every=0.2)
+            seen = time.monotonic()
+            until(lambda: sum(a.began > seen for a in list(answers)) > 50, "they are answered elsewhere", 20)
+        finally:
+            over.set()
+            node.well()
+        for one in asked:
+            one.result()
+    left = [answer for answer in answers if answer.fate != WHOLE]
+    assert left, "nobody left"
+    assert max(answer.ended - answer.began for answer in left) < BUDGET, "somebody waited"
+    assert {(answer.fate, answer.node) for answer in answers if answer.began > seen} == {(WHOLE, "node-2")}
+    until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 5)
+    measured = f"{ejected - hung:.1f} s, {len(left)} left after {waits:g} s each"
+    matrix("runner hung, callers wait for 3 s", "ejected <= 10 s after its budget (5 s)", measured)
 
 
 def test_long_prefills_beside_short_streams_eject_nothing(
