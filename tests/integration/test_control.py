@@ -9,13 +9,14 @@ import socket
 import stat
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.control import WITHIN, FakeNode, Running, haproxy, make_key, until
+from support.control import WITHIN, FakeNode, Running, haproxy, make_key, recorded, until
 from support.process import free_port
 
 from corral.config.settings import Settings
@@ -363,8 +364,14 @@ def test_haproxy_knows_a_node_first_and_forgets_it_last(tmp_path: Path, node: Fa
             third = {"url": f"http://127.0.0.1:{free_port()}", "name": "third"}
             assert control.admin.post("/admin/nodes", json=third).json()["state"] == "down"
             assert control.admin.post("/admin/nodes/node-2/drain").json()["streams"] == 1
-            threading.Timer(0.3, other.release.set).start()
-            removed = control.admin.delete("/admin/nodes/node-2", params={"wait": WITHIN}).json()
+            assert control.admin.post("/admin/nodes/node-2/resume", params={"preload": False}).status_code == 200
+            with ThreadPoolExecutor(1) as pool:
+                removing = pool.submit(control.admin.delete, "/admin/nodes/node-2", params={"wait": WITHIN})
+                until("it gets no more work", lambda: control.node("node-2")["state"] == "draining")
+                assert removals(control) == [202], "on record before its streams have ended"
+                other.release.set()
+                removed = removing.result().json()
+            assert removals(control) == [202, 200]
             assert removed == {"name": "node-2", "removed": True, "streams": 0}
             held.join()
             assert statuses == [200]
@@ -373,6 +380,10 @@ def test_haproxy_knows_a_node_first_and_forgets_it_last(tmp_path: Path, node: Fa
         finally:
             other.release.set()
             control.close()
+
+
+def removals(control: Running) -> list[int]:
+    return [row["status"] for row in recorded(control.admin) if row["method"] == "DELETE"]
 
 
 def test_a_gateway_that_ends_in_order_is_missed_by_nobody(control: Running) -> None:

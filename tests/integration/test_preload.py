@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.control import FakeNode, Running
+from support.control import FakeNode, Running, recorded
 from support.process import until
 from support.servers import MODEL
 from support.site import Site, Source, digests, resident, site
@@ -124,6 +124,8 @@ def test_nobody_has_to_wait_for_it(here: Site, source: Source) -> None:
     with source.registry.halted():
         assert here.corral("nodes", "resume", "node-2", "--no-preload").returncode == 0
         assert states(control)["node-2"] == "ready"
+        rows = [row for row in recorded(control.admin) if row["route"] == "/admin/nodes/node-2/resume"]
+        assert [row["after"]["preloading"] for row in rows] == [None], "what puts it into service is on record"
         control.admin.delete("/admin/nodes/node-2")
     third = here.node()
     added = control.admin.post("/admin/nodes", json={"url": third.url, "preload": False}).json()

@@ -38,9 +38,10 @@ def until(what: str, holds: Callable[[], Any], within: float = WITHIN) -> Any:
 
 
 class FakeNode:
-    """Answers /api/ps, /api/tags and /api/version, and counts them; ``broken`` makes it answer 500.
+    """Answers /api/ps, /api/tags and /api/version, and counts what it is asked; ``broken`` makes it answer 500.
 
-    /api/hold is answered once `release` is set.
+    /api/hold is answered once `release` is set. It does nothing else: what would change it is heard, and answered 501,
+    a pull of `held:latest` once `release` is set.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,16 @@ class FakeNode:
                 self.end_headers()
                 self.wfile.write(body)
 
+            def do_POST(self) -> None:
+                node.asked.append(self.path)
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.path == "/api/pull" and b"held:latest" in body:
+                    node.release.wait()
+                with contextlib.suppress(BrokenPipeError):  # who asked has left meanwhile
+                    self.send_error(501)
+
+            do_DELETE = do_POST
+
             def log_message(self, *args: object) -> None:
                 pass
 
@@ -71,6 +82,7 @@ class FakeNode:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
+        self.release.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

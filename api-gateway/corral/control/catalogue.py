@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -52,19 +52,19 @@ class Catalogue:
 
     async def record_stated(self) -> None:
         """Record what corral.yaml states, so that a model stays at that version when it is no longer stated there."""
-        for name, entry in self.entries.items():
-            if entry.digest is not None and self.recorded.get(name) != entry.digest:
-                await self.record(name, entry.digest, "corral.yaml", anew=True)
+        if fresh := self.stated(self.entries.values()):
+            self.recorded |= await self._database.write(enter, fresh, True)
 
     async def record(self, name: str, digest: str, node: str, anew: bool = False) -> str:
         """Record a model's digest unless there is one already (or ``anew``); the one that holds from now on."""
-        self.recorded[name] = await self._database.write(_record, name, digest, node, anew)
+        self.recorded |= await self._database.write(enter, {name: (digest, node)}, anew)
         return self.recorded[name]
 
-    async def forget(self, name: str) -> None:
-        """Forget a recorded digest."""
-        await self._database.write(lambda connection: connection.execute(delete(models).where(models.c.name == name)))
-        self.recorded.pop(name, None)
+    def stated(self, entries: Iterable[ModelSettings]) -> dict[str, tuple[str, str]]:
+        """The digests that entries state and that are not recorded, for `enter` with `anew`."""
+        found = ((canonical_name(entry.name), entry.digest) for entry in entries)
+        wanted = {name: digest for name, digest in found if digest is not None and self.recorded.get(name) != digest}
+        return {name: (digest, "corral.yaml") for name, digest in wanted.items()}
 
     def wanted(self) -> list[Wanted]:
         """What the catalogue asks for; digests that nobody stated or recorded yet are None."""
@@ -186,11 +186,23 @@ def _read(connection: Connection) -> dict[str, str]:
     return {row.name: row.digest for row in connection.execute(select(models))}
 
 
-def _record(connection: Connection, name: str, digest: str, node: str, anew: bool) -> str:
-    row = {"name": name, "digest": digest, "recorded": time.time(), "node": node}
-    statement = insert(connection, models).values(row)
-    if anew:
-        connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=row))
-    else:
-        connection.execute(statement.on_conflict_do_nothing())
-    return str(connection.execute(select(models.c.digest).where(models.c.name == name)).scalar_one())
+def enter(connection: Connection, fresh: Mapping[str, tuple[str, str]], anew: bool = False) -> dict[str, str]:
+    """Record digests, each with the node that it is of, by model, where there are none yet (or `anew`).
+
+    Those that hold once this is committed: they are the caller's to put in `Catalogue.recorded`.
+    """
+    held = {}
+    for name, (digest, node) in fresh.items():
+        row = {"name": name, "digest": digest, "recorded": time.time(), "node": node}
+        statement = insert(connection, models).values(row)
+        if anew:
+            connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=row))
+        else:
+            connection.execute(statement.on_conflict_do_nothing())
+        held[name] = str(connection.execute(select(models.c.digest).where(models.c.name == name)).scalar_one())
+    return held
+
+
+def forget(connection: Connection, names: Collection[str]) -> None:
+    """Forget recorded digests; they are the caller's to take out of `Catalogue.recorded`."""
+    connection.execute(delete(models).where(models.c.name.in_(names)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
@@ -13,12 +14,12 @@ from corral.config.reader import hint
 from corral.config.settings import ModelSettings
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
-from corral.control.catalogue import view
+from corral.control.catalogue import enter, forget, view
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.modelops import UNLISTED
 from corral.control.nodes import no_node
-from corral.control.operations import Operation, Work
+from corral.control.operations import Besides, Operation, Work
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import LOAD, PULL, REMOVE, UNLOAD, Step, digest_of
 from corral.fleet.node import canonical_name
@@ -136,11 +137,16 @@ async def apply_models(control: Here, caller: Caller, how: Annotated[Apply | Non
     made, fresh = control.catalogue.plan()
     if how is not None and how.plan is not None and how.plan != made.fingerprint:
         raise Problem(409, "plan_changed", "the fleet has changed since that plan was made: plan again")
-    for name, (digest, node) in fresh.items():
-        await control.catalogue.record(name, digest, node)
     works = [Work(step) for step in made.steps]
     operation = Operation("apply", caller, works, made.problems, made.notes)
-    return (await control.operations.start(operation, "/admin/models/apply")).describe()
+    recorded: dict[str, str] = {}
+
+    def besides(connection: Connection) -> None:
+        recorded.update(enter(connection, fresh))
+
+    await control.operations.start(operation, "/admin/models/apply", besides)
+    control.catalogue.recorded |= recorded
+    return operation.describe()
 
 
 @router.post("/admin/models/pull", status_code=202)
@@ -223,10 +229,11 @@ async def remove_models(control: Here, caller: Caller, wanted: Choice) -> dict[s
     chosen = _nodes(control, wanted)
     await _held(control, names, chosen)
     steps = [Step(REMOVE, node, name, "asked for") for node in chosen for name in names]
-    if wanted.nodes is None:
-        for name in names:
-            await control.catalogue.forget(name)
-    return await _begin(control, caller, "remove", steps)
+    gone = names if wanted.nodes is None else []
+    begun = await _begin(control, caller, "remove", steps, besides=lambda connection: forget(connection, gone))
+    for name in gone:
+        control.catalogue.recorded.pop(name, None)
+    return begun
 
 
 @router.put("/admin/models/catalogue")
@@ -239,16 +246,23 @@ async def replace_catalogue(
         raise Problem(400, "bad_request", f"models: {twice[0]} is there twice")
     before = [entry.model_dump(mode="json") for entry in control.catalogue.entries.values()]
     after = [model.model_dump(mode="json") for model in models]
-    await control.database.write(_replaced, caller, before, after)
+    stated = control.catalogue.stated(models)
+    control.catalogue.recorded |= await control.database.write(_replaced, caller, before, after, stated)
     control.catalogue.replace(models)
-    await control.catalogue.record_stated()
     control.hub.replace(models)
     control.hub.refresh()
     return {"models": after}
 
 
-def _replaced(connection: Connection, who: Principal, before: list[Any], after: list[Any]) -> None:
+def _replaced(
+    connection: Connection,
+    who: Principal,
+    before: list[Any],
+    after: list[Any],
+    stated: Mapping[str, tuple[str, str]],
+) -> dict[str, str]:
     record(connection, who, "PUT", "/admin/models/catalogue", {"models": before}, {"models": after})
+    return enter(connection, stated, anew=True)
 
 
 async def _begin(
@@ -258,10 +272,11 @@ async def _begin(
     steps: list[Step],
     problems: list[str] | None = None,
     accept: bool = False,
+    besides: Besides | None = None,
 ) -> dict[str, Any]:
     works = [Work(step) for step in steps]
     operation = Operation(kind, who, works, tuple(problems or ()), accept=accept)
-    return (await control.operations.start(operation, f"/admin/models/{kind}")).describe()
+    return (await control.operations.start(operation, f"/admin/models/{kind}", besides)).describe()
 
 
 def _names(wanted: Choice) -> list[str]:

@@ -36,6 +36,9 @@ FIELDS = ("url", "slots", "memory", "max_models", "accelerator")
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["nodes"])
+Row = tuple[str, str, int]
+"""The method, route and status that a change of a node is recorded with."""
+
 Wait = Annotated[float, Query(ge=0, le=LONGEST, description="Seconds to wait for its streams.")]
 
 
@@ -86,10 +89,14 @@ async def add_node(control: Here, caller: Caller, wanted: NewNode) -> dict[str, 
 
 @router.delete("/admin/nodes/{name}")
 async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRAIN) -> dict[str, Any]:
-    """Remove a node: it gets no new work, its streams may end within `wait`, then HAProxy forgets it."""
+    """Remove a node: it gets no new work, its streams may end within `wait`, then HAProxy forgets it.
+
+    Two records: that its removal began (202), and that it is gone. Where it fails, it has its work again.
+    """
     known = control.fleet.members.get(name)
     was_draining = known is not None and known.draining
-    member = await _set_draining(control, caller, name, True, None)
+    route = f"/admin/nodes/{name}"
+    member = await _set_draining(control, caller, name, True, ("DELETE", route, 202))
     streams, _ = await _drained(control, name, wait)
     try:
         async with control.fleet.changing:
@@ -101,7 +108,10 @@ async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRA
             control.preloader.forget(member)
     except (Problem, SQLAlchemyError):
         if control.fleet.members.get(name) is member and not was_draining:
-            await _set_draining(control, caller, name, False, None)
+            try:
+                await _set_draining(control, caller, name, False, ("DELETE", route, 500))
+            except SQLAlchemyError:
+                log.error("%s stays drained: that it has work again could not be recorded", name)
         raise
     return {"name": name, "removed": True, "streams": streams}
 
@@ -112,7 +122,7 @@ async def drain_node(control: Here, caller: Caller, name: str, wait: Wait = 0.0)
 
     `drained` and `streams` are null where HAProxy cannot say what runs there, and `reason` is why.
     """
-    member = await _set_draining(control, caller, name, True, "drain")
+    member = await _set_draining(control, caller, name, True, ("POST", f"/admin/nodes/{name}/drain", 200))
     streams, reason = await _drained(control, name, wait)
     drained = None if streams is None else streams == 0
     return {**member.describe(), "drained": drained, "streams": streams, "reason": reason}
@@ -126,8 +136,10 @@ async def resume_node(
     preload: Annotated[bool, Query(description="Once it has its models of the catalogue.")] = True,
 ) -> dict[str, Any]:
     """Give a drained node work again, or one that is kept out of service by preloading."""
-    member = await _set_draining(control, caller, name, False, "resume", preload)
-    if not preload and member.preloading is not None:
+    row = "POST", f"/admin/nodes/{name}/resume", 200
+    member = await _set_draining(control, caller, name, False, row, preload)
+    if not preload and (held := member.preloading) is not None:
+        await control.database.write(_serves, caller, member.describe(), held, row)
         control.preloader.forget(member)
         control.hub.refresh()
     return member.describe()
@@ -172,14 +184,14 @@ def no_node(control: Control, name: str) -> Problem:
 
 
 async def _set_draining(
-    control: Control, who: Principal, name: str, draining: bool, action: str | None, preload: bool = False
+    control: Control, who: Principal, name: str, draining: bool, row: Row, preload: bool = False
 ) -> Member:
     async with control.fleet.changing:
         member = control.fleet.members.get(name)
         if member is None:
             raise no_node(control, name)
         if member.draining != draining:
-            await control.database.write(_mark, who, member.describe(), draining, action)
+            await control.database.write(_mark, who, member.describe(), draining, row)
             member.draining = draining
             if draining:
                 control.preloader.forget(member)
@@ -286,12 +298,17 @@ def _leave(connection: Connection, who: Principal, node: dict[str, Any]) -> None
     record(connection, who, "DELETE", f"/admin/nodes/{node['name']}", _short(node), None)
 
 
-def _mark(connection: Connection, who: Principal, node: dict[str, Any], draining: bool, action: str | None) -> None:
+def _mark(connection: Connection, who: Principal, node: dict[str, Any], draining: bool, row: Row) -> None:
     connection.execute(update(nodes).where(nodes.c.name == node["name"]).values(draining=draining))
-    if action is not None:
-        before = _short(node)
-        after = before | {"draining": draining}
-        record(connection, who, "POST", f"/admin/nodes/{node['name']}/{action}", before, after)
+    before = _short(node)
+    method, route, status = row
+    record(connection, who, method, route, before, before | {"draining": draining}, status)
+
+
+def _serves(connection: Connection, who: Principal, node: dict[str, Any], held: str, row: Row) -> None:
+    before = _short(node)
+    method, route, status = row
+    record(connection, who, method, route, before | {"preloading": held}, before | {"preloading": None}, status)
 
 
 def _short(node: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.control.audit import record
@@ -18,6 +19,9 @@ from corral.control.auth import Principal
 from corral.control.errors import Problem
 from corral.fleet.catalogue import Step
 from corral.store.database import Database
+
+Besides = Callable[[Connection], None]
+"""What is written with an operation's row, or not at all."""
 
 KEPT = 100
 NOBODY = Principal("", "", "", "")
@@ -147,8 +151,8 @@ class Operations:
             raise Problem(404, "not_found", f"there is no operation {operation!r}: {gone}")
         return self._known[operation]
 
-    async def start(self, operation: Operation, route: str) -> Operation:
-        """Begin; it is in the audit trail when this returns.
+    async def start(self, operation: Operation, route: str, besides: Besides | None = None) -> Operation:
+        """Begin; it is in the audit trail when this returns, and what `besides` wrote in the same transaction.
 
         Raises:
             Problem: 409 where a caller's operation is at work on one of the nodes.
@@ -156,7 +160,7 @@ class Operations:
         self._check_free(operation)
         self._known[operation.id] = operation
         try:
-            await self._database.write(_entered, operation, route)
+            await self._database.write(_entered, operation, route, besides)
         except BaseException:
             del self._known[operation.id]
             raise
@@ -252,12 +256,14 @@ def _short(works: Collection[Work]) -> list[str]:
     return [f"{work.step.action} {work.step.model} on {work.step.node}" for work in works]
 
 
-def _entered(connection: Any, operation: Operation, route: str) -> None:
+def _entered(connection: Connection, operation: Operation, route: str, besides: Besides | None) -> None:
+    if besides is not None:
+        besides(connection)
     after = {"operation": operation.id, "steps": _short(operation.works)}
     record(connection, operation.who, "POST", route, None, after, status=202)
 
 
-def _ended(connection: Any, operation: Operation) -> None:
+def _ended(connection: Connection, operation: Operation) -> None:
     after = {"kind": operation.kind, "state": operation.state, "errors": operation.errors}
     status = 500 if operation.state == FAILED else 200
     record(connection, operation.who, "POST", f"/admin/operations/{operation.id}", None, after, status)
