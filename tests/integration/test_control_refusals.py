@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -321,6 +322,9 @@ def test_a_node_that_cannot_be_removed_works_on(tmp_path: Path, node: FakeNode) 
         refused = control.admin.delete("/admin/nodes/node-1", params={"wait": 0})
         assert (refused.status_code, refused.json()["error"]["code"]) == (502, "haproxy_failed")
         assert states(control) == {"node-1": "ready"}
+        rows = [row for row in recorded(control.admin) if row["route"] == "/admin/nodes/node-1"]
+        drained = [(row["status"], (row["after"] or {}).get("draining")) for row in rows]
+        assert drained == [(202, True), (500, False), (502, None)], "each change of it is on record"
     finally:
         control.close()
 
@@ -328,6 +332,52 @@ def test_a_node_that_cannot_be_removed_works_on(tmp_path: Path, node: FakeNode) 
 def states(control: Running) -> dict[str, str]:
     """The nodes' states."""
     return {one["name"]: one["state"] for one in control.admin.get("/admin/nodes").json()["nodes"]}
+
+
+# -- texts with a NUL
+
+
+def test_a_nul_in_any_parameter_is_refused_by_name_and_recorded(control: Running) -> None:
+    page = control.admin.get("/openapi.json").json()["paths"].items()
+    asked = [
+        (path, one["name"])
+        for path, methods in page
+        for one in methods.get("get", {}).get("parameters", [])
+        if path.startswith("/admin/") and one["in"] == "query"
+    ]
+    assert {("/admin/audit", "request"), ("/admin/audit", "model"), ("/admin/usage", "model")} <= set(asked)
+    for path, name in asked:
+        answer = control.admin.get(re.sub(r"\{\w+\}", "x", path), params={name: "a\0b"})
+        assert answer.status_code == 400, (path, name)
+        assert answer.json()["error"] == {"code": "bad_request", "message": f"{name}: has a NUL character (U+0000)"}
+    rows = [row for row in recorded(control.admin) if row["method"] == "GET"]
+    assert {row["route"] for row in rows} >= {"/admin/audit", "/admin/usage"} and {row["status"] for row in rows} == {
+        400
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        ("keys", {"name": "a\0b"}, "name"),
+        ("keys", {"name": "k", "models": ["*", "a\0"]}, "models.1"),
+        ("keys", {"name": "k", "a\0": 1}, "a\\0"),
+        ("nodes", {"url": "http://127.0.0.1:1", "name": "a\0"}, "name"),
+        ("models/disable", {"models": ["m"], "reason": "\0"}, "reason"),
+        ("audit/compare", {"request": "a\0", "prompt": ["0" * 64]}, "request"),
+        ("keys", "\0", "body"),
+    ],
+)
+def test_a_nul_in_a_body_is_refused_by_its_place(control: Running, path: str, body: object, place: str) -> None:
+    answer = control.admin.post(f"/admin/{path}", json=body)
+    assert answer.json()["error"] == {"code": "bad_request", "message": f"{place}: has a NUL character (U+0000)"}
+    assert [row["status"] for row in recorded(control.admin)] == [400]
+
+
+def test_a_backslash_before_u0000_is_no_nul(control: Running) -> None:
+    answer = control.admin.post("/admin/keys", json={"name": "a\\u0000"})
+    assert (answer.status_code, answer.json()["name"]) == (201, "a\\u0000")
+    assert control.admin.get("/admin/keys/a%00b").status_code == 404, "a path with one is no route"
 
 
 # -- the audit trail

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from string import ascii_letters, digits
 from typing import Annotated, Any, cast
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 from fastapi import Depends, Request
 from sqlalchemy import Connection, select
@@ -152,6 +153,7 @@ class Gate:
         scope.setdefault("state", {})["principal"] = who
         if not allowed(may.role, method, path):
             raise Problem(403, "forbidden", f"a key of role {may.role} may not {method} {path}")
+        _refuse_nul(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         if int(headers.one("content-length") or 0) > BODY_MAX:
             raise _too_large()
         return await _whole(receive)
@@ -257,7 +259,7 @@ async def _whole(receive: Receive) -> Receive:
     """Read the body, which may come in chunks and state no length; gives it to the application as one.
 
     Raises:
-        Problem: 413 once there is more than BODY_MAX of it.
+        Problem: 413 once there is more than BODY_MAX of it; 400 where a text in it has a NUL.
     """
     body = bytearray()
     while True:
@@ -268,6 +270,7 @@ async def _whole(receive: Receive) -> Receive:
         if len(body) > BODY_MAX:
             raise _too_large()
         if not message.get("more_body", False):
+            _refuse_nul(_texts(bytes(body)))
             message = {"type": "http.request", "body": bytes(body), "more_body": False}
             break
     read = [message]
@@ -276,6 +279,34 @@ async def _whole(receive: Receive) -> Receive:
         return read.pop() if read else await receive()
 
     return again
+
+
+# A path with one is no route (`plain`). PostgreSQL takes none in a text, and SQLite would keep what nobody sees.
+def _refuse_nul(texts: Iterable[tuple[str, str]]) -> None:
+    for name, text in texts:
+        if "\0" in name or "\0" in text:
+            shown = name.replace("\0", "\\0")[:ROUTE_MAX]
+            raise Problem(400, "bad_request", f"{shown or 'body'}: has a NUL character (U+0000)")
+
+
+def _texts(body: bytes) -> Iterator[tuple[str, str]]:
+    """All texts of a JSON body that may have a NUL, each with its place; none of what is no JSON."""
+    if b"\\u0000" not in body:
+        return  # as bytes, JSON has none
+    try:
+        rest = [("", json.loads(body))]
+    except (ValueError, RecursionError):
+        return
+    while rest:
+        place, value = rest.pop()
+        before = f"{place}." if place else ""
+        if isinstance(value, str):
+            yield place, value
+        elif isinstance(value, dict):
+            rest += [(f"{before}{name}", one) for name, one in value.items()]
+            yield from ((f"{before}{name}", "") for name in value)
+        elif isinstance(value, list):
+            rest += [(f"{before}{at}", one) for at, one in enumerate(value)]
 
 
 def _look_up(connection: Connection, key_id: str) -> tuple[Any, list[tuple[str, float | None]]] | None:
