@@ -1,4 +1,4 @@
-"""Who hears of alerts: a server that speaks Slack's incoming webhook, and control's webhook."""
+"""Who hears of alerts: a server that speaks Slack's incoming webhook, and control's webhook; and takes checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SLACK_PATH, CONTROL_PATH = "/services/T000/B000/secret", "/internal/alerts"
+CHECKPOINTS_PATH = "/checkpoints"
 _ATTACHMENT = {"title": str, "title_link": str, "text": str, "fallback": str, "color": str}
 
 
@@ -33,17 +34,29 @@ def slack_problem(message: Any) -> str:
 
 
 class Receivers:
-    """What arrived: ``slack`` messages, ``control`` notifications with the monotonic ``at`` of each, ``refused``."""
+    """What arrived: ``slack`` messages, ``control`` notifications with the monotonic ``at`` of each, ``refused``, and
+    ``checkpoints`` as they were sent."""
 
     def __init__(self, port: int) -> None:
         self.slack_url = f"http://127.0.0.1:{port}{SLACK_PATH}"
         self.control_url = f"http://127.0.0.1:{port}{CONTROL_PATH}"
         self.slack: list[dict[str, Any]] = []
         self.control: list[dict[str, Any]] = []
+        self.checkpoints_url = f"http://127.0.0.1:{port}{CHECKPOINTS_PATH}"
+        self.checkpoints: list[bytes] = []
         self.refused: list[str] = []
+        self._away = False
+
+    def away(self, away: bool) -> None:
+        """Whether checkpoints get a 503."""
+        self._away = away
 
     def take(self, path: str, content_type: str, body: bytes) -> tuple[int, str]:
         """Status and text of the answer."""
+        if path == CHECKPOINTS_PATH:
+            if not self._away:
+                self.checkpoints.append(body)
+            return 503 if self._away else 204, ""
         try:
             message = json.loads(body)
         except ValueError:

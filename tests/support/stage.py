@@ -333,7 +333,7 @@ def stage(folder: Path) -> Iterator[Stage]:
             "monitoring": {"alertmanager": manager.url},
             "nodes": [{"name": node.name, "url": node.url, "slots": 24, "memory": "24GiB"} for node in nodes.values()],
             "gateway": {"processes": 2, "first_token": "25s", "between_tokens": "3s", "spool_max": SPOOL},
-            "audit": {"checkpoint": "1s"},
+            "audit": {"checkpoint": "1s", "webhook": heard.checkpoints_url},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": store.url, "database": address(database.database())},
             "control": {"canary": {"interval": "1s", "timeout": "2s"}},

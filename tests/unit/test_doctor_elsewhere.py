@@ -45,6 +45,7 @@ def test_all_is_well(tmp_path: Path) -> None:
         ({"gateways": []}, "gateways", "problem"),
         ({"store": {"valkey": {"state": "down"}, "database": {"state": "ready"}}}, "valkey", "problem"),
         ({"gateways": [aside("1.corrupt", "2.torn")]}, "spool of g1", "problem"),
+        ({"audit": {"checkpoint": 3, "stranger": "ab"}}, "audit", "problem"),
         ({"gateways": [aside("2.torn")]}, "spool of g1", "warning"),
         ({"alerts": [{"name": "NodeDown", "summary": "a node is down"}]}, "alert", "warning"),
     ],

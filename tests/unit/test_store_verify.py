@@ -141,7 +141,15 @@ def test_a_stream_that_is_gone(made: Trail) -> None:
 def test_a_wrong_signing_key(made: Trail) -> None:
     (made.folder / "audit.key").write_text(secrets.token_hex(32))
     other = made.new_ledger()
+    with pytest.raises(ledgers.AnotherKey, match=f"checkpoint 3 is signed by another key .*{made.ledger.signer.id}"):
+        asyncio.run(other.sign())
+    assert (other.stranger, made.verify().problems) == (made.ledger.signer.id, [])
+    other = made.new_ledger(follows=made.ledger.signer.id)
     asyncio.run(other.sign())
+    assert other.stranger is None
+    made.ship(18)
+    with pytest.raises(ledgers.AnotherKey):  # the one before, started again
+        asyncio.run(made.ledger.sign())
     (problem,) = [one for one in made.verify().problems if "signed by another key" in one]
     assert problem.startswith("checkpoint 4 ")
     keys = [made.ledger.signer.public, other.signer.public]

@@ -49,6 +49,11 @@ class AuditSettings(Section):
     signing_key_file: Path = Field(
         Path("audit.key"), description="Has the Ed25519 key that signs them, made at the first start."
     )
+    follows: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{32}$",
+        description="Id of the key that signed before, where it is lost or changed: this one goes on behind it.",
+    )
     webhook: str | None = Field(
         None, pattern=r"^https?://\S+$", description="Gets each checkpoint by POST, so that it is kept elsewhere."
     )

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.record import AuditSettings
 from corral.control.reserved import Reserved
+from corral.control.webhook import Webhook
 from corral.store import progress, recovery, seal
 from corral.store.chain import (
     ZERO,
@@ -32,6 +33,7 @@ from corral.store.chain import (
     link_after,
     read_checkpoint,
 )
+from corral.store.checkpoints import last_checkpoint, lines_after
 from corral.store.database import Database, reason
 from corral.store.retention import drop, drop_content, due
 from corral.store.tables import audit, audit_checkpoints, audit_streams
@@ -45,8 +47,6 @@ TAIL = 1 << 16
 SPAN_MAX = 200_000
 """Most records of a stream in one checkpoint; the next one follows at once."""
 
-WEBHOOK_TIMEOUT = 10.0
-
 log = logging.getLogger(__name__)
 
 
@@ -54,11 +54,16 @@ class ChainBroken(Exception):
     """The database's own chain does not fit together: nothing more is signed."""
 
 
+class AnotherKey(Exception):
+    """The last checkpoint is of another key: this one may not sign before somebody says so."""
+
+
 class Ledger:
     """Keeps the record. ``signed_at``: epoch seconds of the last round after which all there was had its checkpoint.
 
-    ``number``: the last checkpoint in the file; ``recovered``: requests settled here. `shipped` says what gateways
-    have shipped (`Hub.shipped`); `reserved` tells the store of limits what those requests used.
+    ``number``: the last checkpoint in the file; ``stranger``: the id of the last checkpoint's key where this control
+    may not sign behind it; ``recovered``: requests settled here. `shipped` says what gateways have shipped
+    (`Hub.shipped`); `reserved` tells the store of limits what those requests used.
     """
 
     def __init__(
@@ -74,11 +79,12 @@ class Ledger:
         self._reserved = reserved
         self.path = state / settings.checkpoints
         self._key = state / settings.signing_key_file
-        self._sent = self.path.with_name(self.path.name + ".sent")
         self.signer = Signer(self._key.read_text(encoding="ascii"))
         self.signed_at = time.time()
         self.number = 0
+        self.webhook = Webhook(database, settings.webhook, self.path.with_name(self.path.name + ".sent"))
         self.recovered = 0
+        self.stranger: str | None = None
         self._silent: set[str] = set()
 
     async def run(self) -> None:
@@ -92,7 +98,7 @@ class Ledger:
             if time.monotonic() - signed >= self._settings.checkpoint:
                 signed = time.monotonic()
                 await self._try("there is no new checkpoint", self.sign)
-                await self._try("checkpoints wait for the webhook", self._deliver)
+                await self._try("checkpoints wait for the webhook", self.webhook.deliver)
             if time.monotonic() - swept >= min(SWEEP, self._settings.retention, self._settings.content_retention):
                 swept = time.monotonic()
                 await self._try("old audit rows stay for now", self.forget)
@@ -102,7 +108,7 @@ class Ledger:
     async def _try(self, trouble: str, work: object) -> None:
         try:
             await work()  # type: ignore[operator]
-        except (SQLAlchemyError, OSError, ValueError, ChainBroken, httpx.HTTPError) as error:
+        except (SQLAlchemyError, OSError, ValueError, ChainBroken, AnotherKey, httpx.HTTPError) as error:
             if trouble not in self._silent:
                 log.error("%s: %s", trouble, reason(error))
             self._silent.add(trouble)
@@ -180,13 +186,25 @@ class Ledger:
             after = rows[-1]["pos"]
         return roots
 
+    def _check_key(self, newest: Signed | None) -> None:
+        """Raises AnotherKey where this key may not go on behind a checkpoint."""
+        key = None if newest is None else newest.checkpoint.key
+        self.stranger = None if key in (None, self.signer.id, self._settings.follows) else key
+        if newest is None or self.stranger is None:
+            return
+        raise AnotherKey(
+            f"checkpoint {newest.checkpoint.number} is signed by another key ({self.stranger}) than {self._key}: put "
+            f"that key there, or, where it is lost, state audit.follows: {self.stranger}"
+        )
+
     def _sign(self, connection: Connection, dropped: dict[str, int] | None, older: Older | None) -> Signed | None:
+        last = seal.newest(connection)
+        self._check_key(last)
         spans = [self._span(connection, *row, dropped) for row in _unsigned(connection)]
         if dropped:
             spans += [
                 self._drop_alone(connection, stream, dropped) for stream in dropped if stream not in _names(spans)
             ]
-        last = seal.newest(connection)
         number, previous, before = 0, ZERO.hex(), None
         if last is not None:
             number, previous, before = last.checkpoint.number, last.digest(), last.checkpoint.older
@@ -265,21 +283,6 @@ class Ledger:
             os.fsync(file.fileno())
         self.number = checkpoints[-1].checkpoint.number
 
-    # -- the webhook
-
-    async def _deliver(self) -> None:
-        """Send what the webhook has not taken yet, oldest first, a line in each call. Raises httpx.HTTPError."""
-        if self._settings.webhook is None:
-            return
-        sent = int(self._sent.read_text()) if self._sent.exists() else 0
-        async with httpx.AsyncClient(timeout=WEBHOOK_TIMEOUT, trust_env=False) as client:
-            while lines := await self._database.read(lines_after, sent, 100):
-                for line in lines:
-                    headers = {"Content-Type": "application/json"}
-                    (await client.post(self._settings.webhook, content=line, headers=headers)).raise_for_status()
-                    sent += 1
-                    self._sent.write_text(f"{sent}\n")
-
     # -- requests that nobody settled
 
     async def note_shipped(self) -> None:
@@ -329,18 +332,6 @@ def last_number(path: Path) -> int:
         return 0
     lines = data[: whole_lines(data)].splitlines()
     return read_checkpoint(lines[-1]).checkpoint.number if lines else 0
-
-
-def lines_after(connection: Connection, number: int, limit: int) -> list[str]:
-    """Checkpoints as lines, those behind a number."""
-    column = audit_checkpoints.c
-    wanted = select(column.line).where(column.number > number).order_by(column.number).limit(limit)
-    return list(connection.execute(wanted).scalars())
-
-
-def last_checkpoint(connection: Connection) -> int:
-    """The number of the last checkpoint that the database has."""
-    return connection.execute(select(func.max(audit_checkpoints.c.number))).scalar() or 0
 
 
 def _unsigned(connection: Connection) -> list[tuple[str, int, bytes, int, bytes]]:

@@ -102,6 +102,9 @@ def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> 
     text = "When all records of the time had a signed checkpoint."
     yield gauge("corral_audit_signed_timestamp_seconds", text, ledger.signed_at)
     yield gauge("corral_audit_checkpoint", "Number of the last checkpoint.", ledger.number)
+    if ledger.webhook.url is not None:
+        text = "Number of the last checkpoint that the webhook took."
+        yield gauge("corral_audit_delivered_checkpoint", text, ledger.webhook.delivered)
     text = "Requests that control settled for gateways that were killed."
     yield CounterMetricFamily("corral_audit_recovered", text, ledger.recovered)
     for record, name, text in (

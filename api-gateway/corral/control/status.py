@@ -63,6 +63,7 @@ async def status(control: Here) -> dict[str, Any]:
             "valkey": {"state": "ready" if valkey else "down", "pid": valkey_pid},
             "database": {"state": "ready" if database else "down"},
         },
+        "audit": {"checkpoint": control.ledger.number, "stranger": control.ledger.stranger},
         "haproxy": {"managed": control.haproxy.configured},
         "alerts": alerts,
     }

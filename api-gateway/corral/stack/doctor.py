@@ -147,6 +147,9 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
         yield Finding("gateways", "problem", "control knows none", "read the logs of the gateways")
     for gateway in told["gateways"]:
         yield from _aside(str(gateway["name"]), gateway.get("aside") or {"count": 0})
+    if stranger := told.get("audit", {}).get("stranger"):
+        seen = f"this control signs nothing: the last checkpoint is of another key ({stranger})"
+        yield Finding("audit", "problem", seen, "docs/runbooks/CheckpointLate.md")
     yield from _firing(told["alerts"])
 
 
