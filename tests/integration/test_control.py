@@ -9,8 +9,8 @@ import socket
 import stat
 import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 

@@ -13,9 +13,10 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, insert, select,
 from corral.config.record import AuditSettings
 from corral.control import audit as trail
 from corral.control.auth import Principal
-from corral.control.ledger import DAY, Ledger, lines_after
+from corral.control.ledger import DAY, Ledger
 from corral.store import seal
 from corral.store.chain import ZERO, content, leaf_of, link_after
+from corral.store.checkpoints import lines_after
 from corral.store.database import Database, resolve, upgrade
 from corral.store.ingest import ingest
 from corral.store.spool import encode_frame

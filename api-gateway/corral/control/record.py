@@ -20,10 +20,10 @@ from corral.control.audit import moment, of_key, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.control.ledger import lines_after, whole_lines
+from corral.control.ledger import whole_lines
 from corral.store import seal, usage
 from corral.store.chain import FIELDS, read_checkpoint
-from corral.store.checkpoints import last_checkpoint
+from corral.store.checkpoints import last_checkpoint, lines_after
 from corral.store.content import Hashes
 from corral.store.tables import audit, audit_content, keys
 from corral.store.usage import REFUSED

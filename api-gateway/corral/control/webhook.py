@@ -1,4 +1,4 @@
-"""The webhook of checkpoints: gets each one until it takes it, so that they are kept where nobody here can change them."""
+"""The webhook of checkpoints: gets each one until it takes it, to be kept where nobody here can change it."""
 
 from __future__ import annotations
 
