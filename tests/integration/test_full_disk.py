@@ -72,9 +72,14 @@ class Small:
         # What is left in the database's own journal is used up by what is recorded until it is full.
         until(lambda: all(self.client.get("/admin/keys").status_code == 503 for _ in range(5)), "it is full", 30)
 
+    def refuse(self) -> None:
+        """Have the database take all but records: what is written apart from its record would be done."""
+        self.ask("CREATE TRIGGER refuse BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no record'); END")
+
     def free(self) -> None:
-        """Give the room back."""
-        self._filler.unlink()
+        """Give the room back, and take records again."""
+        self._filler.unlink(missing_ok=True)
+        self.ask("DROP TRIGGER IF EXISTS refuse")
 
     def ask(self, statement: str) -> list[Any]:
         """What the database says, asked where its disk is."""
@@ -245,7 +250,10 @@ def made_ready(
     }
 
 
-def test_what_cannot_be_recorded_does_not_happen(small: Small, nodes: list[FakeNode]) -> None:
+@pytest.mark.parametrize("begin", [Small.fill, Small.refuse], ids=["full", "no records"])
+def test_what_cannot_be_recorded_does_not_happen(
+    small: Small, nodes: list[FakeNode], begin: Callable[[Small], None]
+) -> None:
     client, gateway = small.client, Gateway(small)
     try:
         changes = made_ready(small, gateway, nodes)
@@ -259,7 +267,7 @@ def test_what_cannot_be_recorded_does_not_happen(small: Small, nodes: list[FakeN
         )
         for node in nodes:
             node.asked.clear()
-        small.fill()
+        begin(small)
         try:
             for what, change in changes.items():
                 answer = change()
