@@ -335,15 +335,14 @@ def test_before_the_first_token_another_node_answers(gw: Gateway, behaviour: Any
     assert b'"eval_count":3' in response.content
 
 
-def test_a_request_that_crashes_two_nodes_is_not_tried_a_third_time(gw: Gateway) -> None:
-    def crash(connection: socket.socket) -> None:
-        threading.Event().wait(0.1)
-        connection.shutdown(socket.SHUT_RDWR)
-
-    everywhere(gw, crash, 3)
-    response = gw.post()
-    assert response.status_code == 502
-    assert len(requests(gw)) == 2
+def test_a_request_at_two_crashes_of_runners_is_not_tried_a_third_time(gw: Gateway) -> None:
+    everywhere(gw, says(500, {"error": "model runner has unexpectedly stopped"}), 3)
+    # A prompt of its own: it is refused from then on.
+    body = gw.chat(stream=False, messages=[{"role": "user", "content": "Who is at two crashes?"}])
+    response = gw.post(body=body)
+    assert (response.status_code, len(requests(gw))) == (502, 2)
+    assert "the model's runner crashed (2 attempts)" in response.json()["error"]
+    assert (gw.post(body=body).status_code, len(requests(gw))) == (400, 2)
 
 
 def test_a_node_that_lost_the_model_sends_its_request_elsewhere_and_keeps_the_others(gw: Gateway) -> None:

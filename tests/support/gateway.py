@@ -251,6 +251,10 @@ class Gateway:
         """A metric without labels."""
         return page(f"http://127.0.0.1:{self._metrics}/metrics").value(name)
 
+    def retries(self, reason: str) -> float:
+        """Attempts that were made because one before failed so."""
+        return page(f"http://127.0.0.1:{self._metrics}/metrics").value("corral_retries_total", reason=reason)
+
     def spooled(self) -> int:
         """Bytes of its spool's segments."""
         return sum(path.stat().st_size for path in (self.folder / "spool").rglob("*.seg"))

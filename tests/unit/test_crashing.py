@@ -81,7 +81,7 @@ def test_a_runners_crash_is_told_from_a_nodes_failure(message: str) -> None:
 
 def test_a_crash_is_retried_outside_the_budget_and_once() -> None:
     class History:
-        attempts, crashes, connects = 1, 1, 0
+        attempts, orphaned, crashes, lost, connects, held_until = 1, 1, 1, 0, 0, 0.0
 
     budget = RetryBudget(tokens=0.0)
     assert may_retry(Failure.CRASH, History(), 2, budget)

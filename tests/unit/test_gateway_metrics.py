@@ -175,7 +175,7 @@ def test_every_retry_has_a_counter() -> None:
     metrics = Metrics(snapshot())
     for failure in set(Failure) - {Failure.CALLER}:
         metrics.retried(failure)
-    reasons = ("connect", "reset", "crash", "node", "timeout", "nonsense", "missing")
+    reasons = ("connect", "reset", "down", "crash", "node", "timeout", "nonsense", "missing")
     assert metrics.retries == dict.fromkeys(reasons, 1)
 
 

@@ -8,7 +8,19 @@ import pytest
 
 from corral.fleet.choose import choose
 from corral.fleet.node import Node
-from corral.gateway.recover import LOST, SHUN, Failure, RetryBudget, classify, final_error, holds, may_retry, shun
+from corral.gateway.recover import (
+    LOST,
+    LOST_MAX,
+    SHUN,
+    Failure,
+    RetryBudget,
+    classify,
+    count,
+    final_error,
+    holds,
+    may_retry,
+    shun,
+)
 from corral.wire.errors import ApiError
 
 
@@ -17,8 +29,11 @@ class History:
     """What the request went through."""
 
     attempts: int = 0
+    orphaned: int = 0
     crashes: int = 0
+    lost: int = 0
     connects: int = 0
+    held_until: float = 0.0
 
 
 @pytest.mark.parametrize(
@@ -45,12 +60,48 @@ def test_the_callers_errors_are_never_retried() -> None:
     assert not may_retry(Failure.CALLER, History(), 5, RetryBudget())
 
 
-def test_orphans_are_outside_the_budget_but_two_crashes_end_it() -> None:
+def test_orphans_are_outside_the_budget_but_two_crashes_of_runners_end_it() -> None:
     empty = RetryBudget(tokens=0.0)
     assert may_retry(Failure.CONNECT, History(attempts=1, connects=1), 2, empty)
     assert not may_retry(Failure.CONNECT, History(attempts=3, connects=3), 2, empty)
-    assert may_retry(Failure.RESET, History(attempts=1, crashes=1), 2, empty)
-    assert not may_retry(Failure.RESET, History(attempts=2, crashes=2), 2, empty)
+    assert may_retry(Failure.CRASH, History(attempts=1, crashes=1), 9, empty)
+    assert not may_retry(Failure.CRASH, History(attempts=2, crashes=2), 9, empty)
+    assert may_retry(Failure.DOWN, History(attempts=99, crashes=1, lost=LOST_MAX - 1), 2, empty)
+
+
+@pytest.mark.parametrize("nodes", range(1, 12))
+def test_a_request_outlives_its_nodes_and_walks_through_no_large_fleet(nodes: int) -> None:
+    empty, history = RetryBudget(tokens=0.0), History()
+    while True:
+        history.attempts += 1
+        count(history, Failure.RESET, 0.0)
+        if not may_retry(Failure.RESET, history, nodes, empty):
+            break
+    assert history.attempts == {1: 2, 2: 2, 3: 3}.get(nodes, LOST_MAX)
+    assert history.crashes == 0
+
+
+def test_who_was_on_two_lost_nodes_waits_until_those_that_die_with_them_are_gone() -> None:
+    history = History()
+    for failure in set(Failure) - {Failure.RESET}:
+        count(history, failure, 50.0)
+    count(history, Failure.RESET, 100.0)
+    assert history.held_until == 0.0, "the first one is no wait"
+    count(history, Failure.RESET, 101.0)
+    assert history.held_until == 101.0 + SHUN
+    assert (history.lost, history.crashes) == (2, 1)
+
+
+def test_attempts_that_lost_their_node_are_none_of_the_three() -> None:
+    budget, history = RetryBudget(tokens=10.0), History()
+    for failure in (Failure.CONNECT, Failure.RESET, Failure.DOWN, Failure.CRASH):
+        history.attempts += 1
+        count(history, failure, 0.0)
+    for failure, tried in ((Failure.NODE, True), (Failure.TIMEOUT, True), (Failure.NONSENSE, False)):
+        history.attempts += 1
+        count(history, failure, 0.0)
+        assert may_retry(failure, history, 9, budget) is tried
+    assert budget.tokens == 8.0
 
 
 def test_a_node_that_lost_the_model_costs_no_budget() -> None:
@@ -90,7 +141,9 @@ def test_what_the_caller_hears() -> None:
     assert final_error(Failure.CONNECT, History(), None).status == 503
     assert final_error(Failure.CONNECT, History(), None).retry_after
     assert final_error(Failure.TIMEOUT, History(attempts=3), None).status == 504
-    assert final_error(Failure.RESET, History(attempts=2), None).status == 502
+    ended = final_error(Failure.RESET, History(attempts=2), ApiError(502, "upstream_error", "no valid HTTP"))
+    assert (ended.status, ended.message) == (502, f"{Failure.RESET.value} (2 attempts)")
+    assert final_error(Failure.NODE, History(attempts=1), ApiError(500, "x", "boom")).message.endswith("attempt): boom")
 
 
 def test_a_node_that_lacks_a_model_is_left_alone_with_that_one_and_one_that_failed_with_all() -> None:
@@ -105,5 +158,7 @@ def test_a_node_that_lacks_a_model_is_left_alone_with_that_one_and_one_that_fail
     assert liar.lost.keys() == {"other:latest"}
     holds(liar, "other")
     assert not liar.lost
+    shun(liar, Failure.DOWN, "m", 150.0)
+    assert (liar.failed, liar.gone_until, liar.shunned_until) == ({}, 0.0, 150.0 + SHUN), "control's word, not its own"
     shun(liar, Failure.NODE, "m", 200.0)
     assert (choose([liar, other], "m:latest", 200.1), liar.shunned_until) == (other, 200.0 + SHUN)

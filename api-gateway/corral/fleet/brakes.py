@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 MOST = "as more than half of the nodes do not"
+REACHED = "as HAProxy's checks reach it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +25,29 @@ class Standing:
 def spared(nodes: Sequence[Standing], dead: Collection[str] | None) -> dict[str, str]:
     """The nodes that stay in use though they do not answer control, each with why.
 
-    ``dead`` are those that HAProxy's own checks do not reach either; None where nobody can say. Such a second word
-    puts a node out of use, but never more than half of them, unless none is left: then nothing is served anyhow, and
-    has to say so. Without it, neither more than half of the nodes go, nor the last one with a model.
+    ``dead`` are those that HAProxy's own checks do not reach either; None where nobody can say. Where it can, only they
+    go, however few do not answer: the rest is reached by requests, so it is control's way that fails, or a runner that
+    gateways see hang. Of those that nobody reaches never more than half go, unless none is left: then nothing is served
+    anyhow, and has to say so. Without HAProxy's word neither more than half of the nodes go, nor the last one with a
+    model.
     """
     missed = [node for node in nodes if node.missed]
-    # Those that are about to be missed count: else some would be gone before it shows that too many are.
-    late = [node for node in nodes if node.late]
-    known = frozenset(dead or ())
-    if dead is None and len(nodes) == 1:
+    if dead is not None:
+        return _confirmed(nodes, missed, frozenset(dead))
+    if len(nodes) == 1:
         return {}  # nothing to compare it with
-    if len(late) * 2 <= len(nodes):
-        answered = {model for node in nodes if not node.late for model in node.models}
-        alone = {node.name: sorted(node.models - answered) for node in missed if node.name not in known}
-        why = {name: f"as no other has {models[0]}" for name, models in alone.items() if models}
-    else:
-        confirmed = sorted((node for node in missed if node.name in known), key=lambda node: (node.used, node.name))
-        if len(confirmed) == len(nodes):
-            return {}
-        gone = {node.name for node in confirmed[: len(nodes) // 2]}
-        why = {node.name: MOST for node in missed if node.name not in gone}
-    # What is out of use already is used again only where somebody reaches it.
-    reached = {node.name for node in missed if node.used or (dead is not None and node.name not in known)}
-    return {name: text for name, text in why.items() if name in reached}
+    # Those that are about to be missed count: else some would be gone before it shows that too many are.
+    if sum(node.late for node in nodes) * 2 > len(nodes):
+        return {node.name: MOST for node in missed if node.used}
+    answered = {model for node in nodes if not node.late for model in node.models}
+    alone = {node.name: sorted(node.models - answered) for node in missed if node.used}
+    return {name: f"as no other has {models[0]}" for name, models in alone.items() if models}
+
+
+def _confirmed(nodes: Sequence[Standing], missed: Sequence[Standing], dead: Collection[str]) -> dict[str, str]:
+    why = {node.name: REACHED for node in missed if node.name not in dead}
+    # What is out of use already is used again only where somebody reaches it: it goes first.
+    gone = sorted((node for node in missed if node.name in dead), key=lambda node: (node.used, node.name))
+    if len(gone) < len(nodes):
+        why |= {node.name: MOST for node in gone[len(nodes) // 2 :] if node.used}
+    return why

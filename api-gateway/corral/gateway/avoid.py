@@ -45,6 +45,8 @@ def avoided(
         known = pool.nodes.get(node)
         if known is not None and known.gone_until > now:
             never[node] = None
+    if exchange.held_until > now:
+        never.update(dict.fromkeys(pool.nodes))
     resume = exchange.resumption
     if resume is not None:
         for other in pool.nodes.values():

@@ -16,7 +16,7 @@ from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
 from corral.gateway.metrics import WHOLE
-from corral.gateway.recover import CRASHES, GIVEN_UP, Failure, final_error, may_retry
+from corral.gateway.recover import GIVEN_UP, Failure, count, final_error, holds, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
@@ -257,10 +257,10 @@ class Exchange(State):
         if failure is Failure.CALLER and cause is not None and decoded.without_thinking(cause.message):
             gateway.queue.again(self, monotonic())
             return
+        count(self, failure, monotonic())
         if failure is Failure.CONNECT:
             self.unreached += (node.name,)
-        elif failure in CRASHES:
-            self.crashes += 1
+        elif failure is Failure.CRASH:
             blame(self, failure, node)
         if failure is not Failure.CALLER:
             self.tried += (node.name,)
@@ -376,7 +376,7 @@ class Exchange(State):
             self.give_up(ApiError(504, "timeout", f"the request took longer than {self.most:g} s"), "timeout")
         elif attempt is not None:
             if not self.first_token and schedule.is_down(attempt.node, gateway.snapshot, self.tenant, self.model, now):
-                attempt.give_up(Failure.RESET)
+                attempt.give_up(Failure.DOWN)
             elif not self.paused and now >= self.deadline:
                 attempt.give_up(Failure.TIMEOUT)
 

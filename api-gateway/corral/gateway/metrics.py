@@ -32,7 +32,7 @@ EVERY_REASON = (
     "other",
 )
 ANSWERED: Final = frozenset(("ok", "upstream_error", "timeout", "client_gone", "cancelled"))
-RETRIED = ("connect", "reset", "crash", "node", "timeout", "nonsense", "missing")
+RETRIED = ("connect", "reset", "down", "crash", "node", "timeout", "nonsense", "missing")
 CONTINUATIONS = ("ok", "failed", "client_gone", "cancelled", "no_node", "ineligible")
 """What became of answers that their node left after the first token."""
 WHOLE: Final = frozenset(("/api/embed", "/api/embeddings", "/api/show"))

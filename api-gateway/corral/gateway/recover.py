@@ -11,6 +11,8 @@ from corral.wire.errors import ApiError
 
 ATTEMPTS_MAX: Final = 3
 CRASHES_MAX: Final = 2
+LOST_MAX: Final = 4
+"""Nodes that may be lost under one request: it may be what kills them, and must not walk through the whole fleet."""
 SHUN: Final = 2.0
 LOST: Final = 5.0
 """Seconds in which control asks each node what it holds."""
@@ -24,6 +26,7 @@ class Failure(Enum):
 
     CONNECT = "the node could not be reached"
     RESET = "the node's connection ended before its answer did"
+    DOWN = "control found the node down"
     CRASH = "the model's runner crashed"
     NODE = "the node failed"
     TIMEOUT = "the node was silent for too long"
@@ -32,8 +35,8 @@ class Failure(Enum):
     CALLER = "the request itself is at fault"
 
 
-CRASHES: Final = frozenset((Failure.RESET, Failure.CRASH))
-"""What was present at one of these may be its cause."""
+ORPHANED: Final = frozenset((Failure.CONNECT, Failure.RESET, Failure.DOWN, Failure.CRASH))
+"""At these the request lost its node or its runner: no attempt that the node answered for."""
 
 
 GONE: Final = frozenset((Failure.RESET, Failure.CONNECT))
@@ -44,7 +47,7 @@ FAILED: Final = frozenset((Failure.RESET, Failure.CRASH, Failure.NODE, Failure.N
 """At these it did not do what it was asked. Where it was not reached, or was only slow, others look after that."""
 
 
-GIVEN_UP: Final = frozenset((Failure.TIMEOUT, Failure.NONSENSE))
+GIVEN_UP: Final = frozenset((Failure.DOWN, Failure.TIMEOUT, Failure.NONSENSE))
 """At these it is the gateway that ends the attempt: the node may work on it for a while."""
 
 
@@ -68,32 +71,56 @@ class RetryBudget:
 
 
 class History(Protocol):
-    """What a request went through: attempts that reached a node, and nodes that crashed under it."""
+    """What a request went through: attempts, those of them that lost their node or runner, crashes of runners, and nodes
+    that were lost under it. Until ``held_until`` (monotonic seconds) it is given to no node.
+    """
 
     attempts: int
+    orphaned: int
     crashes: int
+    lost: int
+    held_until: float
 
     @property
     def connects(self) -> int:
         """Attempts that found no connection."""
 
 
+def count(history: History, failure: Failure, now: float) -> None:
+    """Note a failure. Who was on two nodes that were lost waits a moment: nodes that die together need one to be gone,
+    and until then take requests with them that they have never worked on.
+    """
+    if failure in ORPHANED:
+        history.orphaned += 1
+    if failure is Failure.CRASH:
+        history.crashes += 1
+    elif failure is Failure.RESET:
+        history.lost += 1
+        if history.lost > 1:
+            history.held_until = now + SHUN
+
+
 def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget) -> bool:
     """Whether a request that was answered with nothing yet is tried on another node.
 
-    Orphans (the requests of a dead node or runner) are outside the budget, but a request that was there at two crashes
-    is not tried a third time; a node's own failures are retried within the budget. A node that has just lost the model
-    (removed by hand, an empty disk) did no work, so its retry costs nothing either.
+    Orphans (the requests of a dead node or runner, or of one that control calls down) are outside the budget. A request
+    that was there at two crashes of runners is not tried a third time. One that nodes are lost under may be on each of
+    them once, but on no more than LOST_MAX. Control's word says nothing of the request: only its time ends that. A
+    node's own failures are retried within the budget. A node that has just lost the model (removed by hand, an empty
+    disk) did no work, so its retry costs nothing either.
     """
     if failure is Failure.CALLER:
         return False
     if failure is Failure.CONNECT:
         return history.connects <= nodes
-    if failure in CRASHES:
+    if failure is Failure.DOWN:
+        return True
+    if failure is Failure.RESET:
+        return history.lost < min(LOST_MAX, max(nodes, CRASHES_MAX))
+    if failure is Failure.CRASH:
         return history.crashes < CRASHES_MAX
-    if failure is Failure.MISSING:
-        return history.attempts < ATTEMPTS_MAX
-    return history.attempts < ATTEMPTS_MAX and budget.spend()
+    answered_for = history.attempts - history.orphaned
+    return answered_for < ATTEMPTS_MAX and (failure is Failure.MISSING or budget.spend())
 
 
 def shun(node: Node, failure: Failure, model: str, now: float) -> None:
@@ -128,7 +155,8 @@ def final_error(failure: Failure, history: History, cause: ApiError | None) -> A
     said = f"{failure.value} ({history.attempts} attempt{'' if history.attempts == 1 else 's'})"
     if failure is Failure.TIMEOUT:
         return ApiError(504, "upstream_timeout", said)
-    detail = f": {cause.message}" if cause is not None else ""
+    # Of a connection that ended, the cause is HAProxy's guess.
+    detail = f": {cause.message}" if cause is not None and failure is not Failure.RESET else ""
     return ApiError(502, "upstream_error", f"{said}{detail}")
 
 

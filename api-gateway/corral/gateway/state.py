@@ -55,7 +55,10 @@ class State(Waiter):
     decoded: Decoded | None = None
     node_name = ""
     attempts = 0
+    orphaned = 0
     crashes = 0
+    lost = 0
+    held_until = 0.0
     wanted: Wanted | None = None
     answer: Answer | None = None
     asked = 0
