@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.fleet.brakes import MOST, Standing, spared
+from corral.fleet.brakes import MOST, REACHED, Standing, spared
 
 FOUR = ("a", "b", "c", "d")
 
@@ -20,10 +21,15 @@ def test_half_of_the_nodes_may_go_by_the_prober_s_word_alone() -> None:
     assert spared(fleet("a", names=("a", "b")), None) == {}
 
 
-def test_more_than_half_stay_until_somebody_else_misses_them_too() -> None:
+def test_more_than_half_stay_where_nobody_else_can_say() -> None:
     assert spared(fleet("a", "b", "c"), None) == dict.fromkeys("abc", MOST)
-    assert spared(fleet(*FOUR), set()) == dict.fromkeys(FOUR, MOST)
-    assert spared(fleet("a", "b", "c"), {"a"}) == dict.fromkeys("bc", MOST)
+
+
+@pytest.mark.parametrize("lost", range(1, 5))
+def test_none_goes_that_haproxy_reaches_however_few_control_does_not_hear(lost: int) -> None:
+    assert spared(fleet(*FOUR[:lost]), set()) == dict.fromkeys(FOUR[:lost], REACHED)
+    assert spared(fleet(*FOUR[:lost]), {"a"}) == dict.fromkeys(FOUR[1:lost], REACHED)
+    assert spared(fleet("a", names=("a",)), set()) == {"a": REACHED}
 
 
 def test_those_that_are_about_to_be_missed_count() -> None:
@@ -43,21 +49,21 @@ def test_the_last_node_with_a_model_stays_until_somebody_else_misses_it_too() ->
         Standing("b", False, False, True, frozenset({"m"})),
         Standing("c", False, False, True, frozenset({"m"})),
     ]
-    assert spared(nodes, None) == spared(nodes, set()) == {"a": "as no other has rare"}
+    assert spared(nodes, None) == {"a": "as no other has rare"}
     assert spared(nodes, {"a"}) == {}
 
 
-def test_one_node_alone_stays_where_haproxy_reaches_it() -> None:
+def test_one_node_alone_goes_unless_haproxy_reaches_it() -> None:
     one = fleet("a", names=("a",))
-    assert spared(one, None) == {}
-    assert spared(one, set()) == {"a": MOST}
-    assert spared(one, {"a"}) == {}
+    assert spared(one, None) == spared(one, {"a"}) == {}
 
 
 def test_what_is_out_of_use_is_used_again_only_where_somebody_reaches_it() -> None:
     nodes = fleet("a", "b", "c", unused=("a",))
     assert spared(nodes, None) == dict.fromkeys("bc", MOST)
-    assert spared(nodes, set()) == dict.fromkeys("abc", MOST)
+    assert spared(nodes, set()) == dict.fromkeys("abc", REACHED)
+    assert spared(nodes, {"a", "b"}) == {"c": REACHED}
+    assert spared(nodes, {"a", "b", "c"}) == {"c": MOST}, "what is out of use goes first"
 
 
 @given(st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")), st.sets(st.sampled_from("abcdef")))
@@ -70,6 +76,7 @@ def test_never_more_than_half_of_the_nodes_that_were_in_use_go(
     kept = spared(nodes, dead)
     assert kept.keys() <= missed
     gone = missed - kept.keys()
+    assert gone <= dead
     assert len(gone) <= 3 or (gone <= dead | unused and len(dead & missed) == 6)
 
 
@@ -97,4 +104,4 @@ def test_no_copy_goes_that_no_node_answers_for_unless_somebody_else_misses_its_n
     left = {model for node in nodes if not node.late for model in node.models}
     for node in nodes:
         if node.missed and node.used and node.name not in kept and node.name not in (dead or ()):
-            assert node.models <= left
+            assert dead is None and node.models <= left

@@ -160,6 +160,24 @@ def test_what_does_not_answer_goes_as_far_as_the_brakes_let_it() -> None:
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
+@pytest.mark.parametrize("reached", [True, False, None])
+def test_the_second_word_is_heard_before_a_node_goes_not_after(reached: bool | None) -> None:
+    async def second() -> set[str]:
+        if reached is None:
+            raise OSError("nobody is there")
+        return set() if reached else {"a"}
+
+    async def run() -> None:
+        fleet, node = Fleet(), Member("a", "http://127.0.0.1:1", answered=True, up=True)
+        fleet.second, fleet.members = second, {"a": node}
+        await fleet.start([node])
+        await fleet.probe(node)
+        assert (node.misses, node.up, node.condition) == (2, bool(reached), "suspect" if reached else "down")
+        await fleet.close()
+
+    asyncio.run(run())
+
+
 def test_a_node_that_answers_nonsense_is_down_whatever_else_it_holds() -> None:
     async def run() -> None:
         fleet = Fleet()
