@@ -71,7 +71,7 @@ class RetryBudget:
 
 
 class History(Protocol):
-    """What a request went through: attempts, those of them that lost their node or runner, crashes of runners, and nodes
+    """What a request went through: attempts, those of them that lost their node or runner, crashes of runners, nodes
     that were lost under it. Until ``held_until`` (monotonic seconds) it is given to no node.
     """
 
