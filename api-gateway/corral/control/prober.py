@@ -287,20 +287,13 @@ class Fleet:
             try:
                 # From the first miss on: at the next one it is known what to make of it.
                 if any(member.answered and member.misses for member in self.members.values()):
-                    await self._hear()
+                    self._dead = await self.second()
                     self._judge()
                     self.on_change()
                 else:
                     self._dead = None
             except Exception:
                 log.exception("nodes that do not answer were not looked at twice")
-
-    async def _hear(self) -> None:
-        try:
-            self._dead = await self.second()
-        except Exception:
-            self._dead = None
-            log.exception("nobody could say which nodes do not answer")
 
     def _tell(self, member: Member, error: Exception) -> None:
         """Say what should not happen, once of each node and kind."""
@@ -338,7 +331,7 @@ class Fleet:
             member.error = reason(error)
             if member.misses >= MISSES:
                 if self._dead is None and member.answered:
-                    await self._hear()  # before it is put out of use, not after
+                    self._dead = await self.second()  # before it is put out of use, not after
                 self._judge()
                 if self.members.get(member.name) is not member:
                     member.up = False  # it is not of the fleet yet
