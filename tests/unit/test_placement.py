@@ -7,9 +7,12 @@ import math
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.planner import Plain
 
-from corral.fleet.demand import Mean, Rate, cost, wait
-from corral.fleet.placement import OVERDUE, PATIENCE, STAY, Action, Demand, Host, Planner, Stand, Step
+from corral.fleet import placement
+from corral.fleet.alike import STAY
+from corral.fleet.demand import NOBODY, Mean, Rate, cost, wait
+from corral.fleet.placement import MOST, OVERDUE, PATIENCE, WORTH, Action, Demand, Host, Planner, Stand, Step
 from corral.fleet.simulation import Asked, Shape, Simulation
 from corral.fleet.slots import PlaceState
 
@@ -260,6 +263,79 @@ def test_no_decision_breaks_what_is_promised(fleet: list[Host], asked: tuple[Dem
         assert not one.memory or sum(models[model].size for model in after) <= one.memory
 
 
+MANY = tuple("abcdefg")
+kinds = st.builds(
+    Host,
+    name=st.just(""),
+    ready=st.sampled_from((True, True, True, False)),
+    memory=st.sampled_from((0, 12 * GIB, 20 * GIB)),
+    max_models=st.integers(0, 4),
+    slots=st.sampled_from((1, 4, 4)),
+    held=st.frozensets(st.sampled_from(MANY), min_size=4),
+    places=st.dictionaries(
+        # One that nobody knows is among them.
+        st.sampled_from((*MANY, "old")),
+        st.builds(
+            Stand,
+            st.sampled_from((RESIDENT,) * 6 + (LOADING, DRAINING)),
+            st.sampled_from((0.0, 170.0)),
+            st.integers(0, 3),
+            st.sampled_from((1, 4, 4)),
+        ),
+        max_size=4,
+    ),
+    coming=st.sampled_from(("", "", *MANY)),
+)
+# Few values, so that there are equals.
+wants = st.builds(
+    Demand,
+    st.just(""),
+    rate=st.sampled_from((0.0, 0.0, 1e-6, 0.01, 0.3, 0.3, 2.0, 20.0)),
+    waiting=st.sampled_from((0, 0, 1, 9)),
+    oldest=st.sampled_from((0.0, 4.0, 12.0, 40.0)),
+    seconds=st.sampled_from((1.0, 4.0)),
+    load=st.sampled_from((4.0, 10.0, 60.0)),
+    size=st.integers(1, 9).map(lambda size: size * GIB),
+    copies=st.sampled_from((0, 0, 0, 1, 2)),
+    pins=st.frozensets(st.sampled_from(("n0", "n1", "away")), max_size=1),
+)
+
+
+@settings(max_examples=400, suppress_health_check=list(HealthCheck), derandomize=True, deadline=None)
+@given(st.lists(kinds, min_size=1, max_size=9), st.lists(wants, min_size=7, max_size=7), st.sampled_from((1, 3, MOST)))
+def test_what_is_remembered_and_left_out_changes_no_decision(fleet: list[Host], asked: list[Demand], most: int) -> None:
+    """Whoever asks every node about every model at each step decides the same, in the same order and words."""
+    for number, one in enumerate(fleet):
+        one.name = f"n{number}"
+    for name, demand in zip(MANY, asked, strict=True):
+        demand.name = name
+    models = {demand.name: demand for demand in asked}
+    plain, planner = Plain(fleet, models, 200.0), Planner(fleet, models, 200.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "MOST", most)
+        found, expected = planner.plan(), plain.plan()
+    unloads = sum(step.action is Action.UNLOAD for step in expected)
+    assert found == expected[: unloads + most]
+    if planner.cut:
+        assert len(found) == unloads + most and planner.hurries, "the rest follows soon"
+    else:
+        assert (planner.notes, planner.hurries) == (plain.notes, plain.hurries)
+        assert (planner.slots, planner.copies) == (plain.slots, plain.copies)
+
+
+def test_a_plan_of_a_large_fleet_goes_on_where_the_last_one_was_cut() -> None:
+    """And it knows then what was begun: no node begins two things, and each gets something to do."""
+    fleet = [host(f"n{number}", max_models=1) for number in range(3 * MOST)]
+    asked = Demand("a", rate=1000.0)
+    begun: list[str] = []
+    while steps := plan(fleet, asked):
+        assert len(steps) <= MOST
+        for step in steps:
+            begun.append(step.node)
+            fleet[int(step.node[1:])].places["a"] = Stand(LOADING, 0.0)
+    assert sorted(begun) == sorted(one.name for one in fleet)
+
+
 def hurries(hosts: list[Host], *demands: Demand) -> bool:
     """Whether the next look is to be soon, after a plan."""
     planner = Planner(hosts, {demand.name: demand for demand in demands}, 0.0)
@@ -333,6 +409,14 @@ def test_rates_are_those_of_the_last_minutes_and_rushes_are_seen_at_once() -> No
     for _ in range(300):
         rate.note(1300.0)
     assert rate.value(1300.0) == pytest.approx(6.0, rel=0.05)
+
+
+def test_what_was_asked_once_is_asked_by_nobody_in_the_end() -> None:
+    """And what such a rate costs with a load of ten minutes moves nothing."""
+    rate = Rate(0.0)
+    rate.note(0.0)
+    assert rate.value(1800.0) > NOBODY and rate.value(3000.0) == 0.0
+    assert cost(NOBODY, 0, 600.0, 600.0, 0) < WORTH
 
 
 def test_a_mean_begins_with_what_is_measured() -> None:

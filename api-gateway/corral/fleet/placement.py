@@ -10,10 +10,14 @@ and asked for gets room within a bound, whatever it costs others: see `PATIENCE`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
+from corral.fleet.alike import Alike, Places
 from corral.fleet.demand import cost
 from corral.fleet.slots import PlaceState
 
@@ -22,9 +26,6 @@ PATIENCE = 0.5
 it."""
 GAIN = 2.0
 """An exchange must save so many times what it costs."""
-STAY = 4.0
-"""A model stays for so many times its load at least, unless nobody uses it or another's oldest is
-overdue."""
 OVERDUE = 1.5
 """The oldest request of a model that is nowhere is overdue when it has waited so many times the load, or for so long
 that a drain and a load just end within its bound (`corral.fleet.tickets.wait_bound`): see `Planner.overdue`."""
@@ -32,6 +33,8 @@ PERIOD = 60.0
 """The time in which an exchange must be worth it (seconds)."""
 WORTH = 0.002
 """What a copy more must save where there is room for it (seconds of waiting in a second)."""
+MOST = 32
+"""So many nodes at most begin something anew in one plan; what else is worth it follows in the next, which is soon."""
 
 _COUNTED = (PlaceState.LOADING, PlaceState.RESIDENT)
 
@@ -108,8 +111,21 @@ class Step:
     wanted: str = ""
 
 
+class _Best(NamedTuple):
+    saves: float
+    number: int
+    """Of the model, in their order."""
+    host: int
+    model: Demand
+    victim: str
+
+
 class Planner:
-    """Decides; a snapshot in, steps out. Nothing is remembered but what it counts within one call."""
+    """Decides; a snapshot in, steps out. Nothing is remembered but what it counts within one call.
+
+    Places that are alike are judged once (`corral.fleet.alike`), and what cannot be the best is not looked at: nothing
+    saves more than its model gains by a copy, less what the least missed place is worth.
+    """
 
     def __init__(
         self, hosts: Sequence[Host], models: Mapping[str, Demand], now: float, queue_wait: float = 30.0
@@ -123,13 +139,19 @@ class Planner:
         """Of models that wait and get nothing: why."""
         self.slots: dict[str, int] = {}
         self.copies: dict[str, int] = {}
-        self._moving = {host.name for host in hosts if host.moves}
+        self.cut = False
+        """Whether more may be worth it than was decided (`MOST`)."""
+        self._costs: dict[tuple[str, int], float] = {}
         for host in self.hosts:
             for name, stand in host.places.items():
                 if stand.state in _COUNTED:
                     self._count(name, stand.slots)
             if host.coming and host.moves and host.coming not in host.places:
                 self._count(host.coming, host.slots)
+        self._places = Places(self.hosts, models, {host.name for host in hosts if host.moves}, now)
+        self._ranked: list[Alike] = []
+        """Places that may go where that is worth it, the least missed first."""
+        self._judge(self._places.of)
 
     def plan(self) -> list[Step]:
         """What is to be done now."""
@@ -137,21 +159,26 @@ class Planner:
             for name, stand in host.places.items():
                 if stand.state is PlaceState.DRAINING and not stand.in_use:
                     self.steps.append(Step(Action.UNLOAD, host.name, name, "nothing runs on it any more"))
+        most = len(self.steps) + MOST
         for model, least in self._due():
+            if len(self.steps) >= most:
+                break
             self._make_room(model, least)
-        while (best := self._best()) is not None:
-            model, host, victim, gain = best
-            self._exchange(model, host, victim, f"saves callers {gain:.2g} s of waiting a second")
+        while len(self.steps) < most and (best := self._best()) is not None:
+            reason = f"saves callers {best.saves:.2g} s of waiting a second"
+            self._exchange(best.model, best.host, best.victim, reason)
+        self.cut = len(self.steps) >= most
         return self.steps
 
     @property
     def hurries(self) -> bool:
-        """Whether the next look is to be soon, after `plan`: something leaves, or somebody waits for what is nowhere.
+        """Whether the next look is to be soon, after `plan`: something leaves, somebody waits for what is nowhere, or
+        not all was decided.
 
         Every load that room is made for is put off by two looks: one sees that nothing runs any more, one that the node
         is empty.
         """
-        if any(step.action is not Action.LOAD for step in self.steps):
+        if self.cut or any(step.action is not Action.LOAD for step in self.steps):
             return True
         if any(stand.state is PlaceState.DRAINING for host in self.hosts for stand in host.places.values()):
             return True
@@ -160,12 +187,35 @@ class Planner:
     def cost(self, model: Demand, more: int = 0) -> float:
         """What the model's callers wait with so many slots more."""
         slots = self.slots.get(model.name, 0) + more
-        return cost(model.rate, model.waiting, model.seconds, model.load, slots)
+        found = self._costs.get((model.name, slots))
+        if found is None:
+            found = cost(model.rate, model.waiting, model.seconds, model.load, slots)
+            self._costs[model.name, slots] = found
+        return found
 
     def overdue(self, model: Demand) -> bool:
         """Whether a model that is nowhere must have room now, or its oldest request is refused before it is there."""
         latest = max(PATIENCE * model.load, self._queue_wait - model.load)
         return model.oldest >= min(OVERDUE * model.load, latest)
+
+    def _judge(self, names: Iterable[str]) -> None:
+        """Bring to the present count what depends on how many copies these models have."""
+        names = set(names)
+        ranked = [alike for alike in self._ranked if alike.model not in names]
+        for name in names:
+            for alike in self._places.of.get(name, ()):
+                other = alike.demand
+                alike.lasts = PERIOD
+                if other is not None:
+                    alike.base = self.cost(other, -alike.slots) - self.cost(other)
+                    if self.copies.get(name, 0) <= 1:
+                        # The last copy of a model comes back when that is next asked for.
+                        alike.lasts = min(PERIOD, 1.0 / max(1e-9, other.rate))
+                    if alike.pinned or not alike.rested or self.copies.get(name, 0) <= other.copies:
+                        continue
+                ranked.append(alike)
+        ranked.sort(key=attrgetter("base"))
+        self._ranked = ranked
 
     # -- models that get room whatever it costs others
 
@@ -174,8 +224,8 @@ class Planner:
         for model in self.models.values():
             copies = self.copies.get(model.name, 0)
             for node in model.pins:
-                host = next((host for host in self.hosts if host.name == node), None)
-                if host is not None and model.name not in host.places:
+                number = self._places.numbers.get(node)
+                if number is not None and model.name not in self.hosts[number].places:
                     found.append((-1e9, model, f"pinned to {node}"))
             if copies < model.copies:
                 found.append((-1e6 - model.oldest, model, f"{copies} of {model.copies} copies"))
@@ -187,18 +237,37 @@ class Planner:
         return [(model, reason) for _, model, reason in found]
 
     def _make_room(self, model: Demand, reason: str) -> None:
-        chosen: tuple[float, Host, str] | None = None
-        pinned = reason.startswith("pinned to ")
-        for host in self.hosts:
-            if pinned and reason != f"pinned to {host.name}":
-                continue
-            victim = self._victim(host, model, forced=True)
-            if victim is not None and (chosen is None or victim[1] < chosen[0]):
-                chosen = victim[1], host, victim[0]
-        if chosen is None:
+        takers = self._places.takers(model)
+        if reason.startswith("pinned to "):
+            takers = takers & {self._places.numbers[reason.removeprefix("pinned to ")]}
+        chosen = self._least_missed(model, takers)
+        # Of places on one node that are missed equally, the first.
+        victim = None if chosen is None else self._victim(chosen, model, forced=True)
+        if chosen is None or victim is None:
             self.notes[model.name] = f"{reason}; {self._hindrance(model)}"
             return
-        self._exchange(model, chosen[1], chosen[2], reason)
+        self._exchange(model, chosen, victim, reason)
+
+    def _least_missed(self, model: Demand, takers: set[int]) -> int | None:
+        """The first node where making room for a model costs least."""
+        if not takers:
+            return None
+        losses = [(0.0, room) for room in self._places.rooms]
+        for alike in self._places.places:
+            if self._may_go(alike, model, forced=True):
+                losses.append((self._loss(alike, model), alike))
+        losses.sort(key=itemgetter(0))
+        found, least = None, 0.0
+        for loss, alike in losses:
+            if found is not None and loss > least:
+                break
+            for number in alike.hosts:
+                if found is not None and number >= found:
+                    break
+                if number in takers and self._places.frees(number, model, alike.model):
+                    found, least = number, loss
+                    break
+        return found
 
     def _hindrance(self, model: Demand) -> str:
         able = [host for host in self.hosts if model.name in host.held]
@@ -206,97 +275,108 @@ class Planner:
             return "no ready node has it on its disk"
         if all(host.memory and model.size > host.memory for host in able):
             return "no node has the memory for it"
-        if all(host.name in self._moving for host in able):
+        if all(host.name in self._places.moving for host in able):
             return "every node that has it is loading or draining already"
         return "all that stands where it could is pinned, needed in so many copies, or just loaded"
 
     # -- exchanges that are worth it
 
-    def _best(self) -> tuple[Demand, Host, str, float] | None:
-        best: tuple[Demand, Host, str, float] | None = None
-        for model in self.models.values():
+    def _best(self) -> _Best | None:
+        """The exchange that saves callers most; of equal ones that of the first model, on the first node."""
+        given = {alike.given for alike in (*self._places.rooms, *self._places.places)}
+        asked: list[tuple[float, int, Demand, dict[int, float]]] = []
+        least = min(0.0, self._ranked[0].base) if self._ranked else 0.0
+        for number, model in enumerate(self.models.values()):
             if model.rate <= 0.0 and not model.waiting:
                 continue
-            for host in self.hosts:
-                found = self._victim(host, model, forced=False)
-                if found is None:
-                    continue
-                victim, loss = found
-                gain = self.cost(model) - self.cost(model, host.slots)
-                if victim:
-                    # The last copy of a model comes back when that is next asked for.
-                    lasts = PERIOD
-                    if self.copies.get(victim, 0) <= 1 and victim in self.models:
-                        lasts = min(PERIOD, 1.0 / max(1e-9, self.models[victim].rate))
-                    gain *= max(0.0, lasts - model.load - self._drain(host, victim)) / lasts
-                    if gain < GAIN * loss + WORTH:
-                        continue
-                elif gain < WORTH:
-                    continue
-                if best is None or gain - loss > best[3]:
-                    best = model, host, victim, gain - loss
+            gains = {slots: self.cost(model) - self.cost(model, slots) for slots in given}
+            most = max(gains.values(), default=0.0)
+            if most >= GAIN * least + WORTH:
+                asked.append((-most, number, model, gains))
+        asked.sort(key=lambda one: one[:2])
+        best: _Best | None = None
+        for most, number, model, gains in asked:
+            if best is not None and -most - least < best.saves:
+                break
+            if self._places.takers(model):
+                best = self._better(best, number, model, gains)
         return best
 
-    def _victim(self, host: Host, model: Demand, forced: bool) -> tuple[str, float] | None:
-        """(Who must go so that the model has room on a node, what that costs); "" where there is room, None: nobody."""
-        if host.name in self._moving or model.name in host.places or model.name not in host.held:
-            return None
-        if host.memory and model.size > host.memory:
-            return None
-        if self._fits(host, model, ""):
-            return "", 0.0
-        best: tuple[str, float] | None = None
-        for name, stand in host.places.items():
-            if not self._may_go(host, name, stand, model, forced):
+    def _better(self, best: _Best | None, order: int, model: Demand, gains: dict[int, float]) -> _Best | None:
+        """The best exchange for a model, where it is better than that for others."""
+        chosen: dict[int, str | None] = {}
+        takers = self._places.takers(model)
+        for saves, alike in self._worth(model, gains, -math.inf if best is None else best.saves):
+            if best is not None and saves < best.saves:
+                break
+            for number in alike.hosts:
+                if best is not None and saves == best.saves and (order, number) > (best.number, best.host):
+                    break
+                if number not in takers or not self._places.frees(number, model, alike.model):
+                    continue
+                if number not in chosen:
+                    chosen[number] = self._victim(number, model, forced=False)
+                if chosen[number] == alike.model:
+                    best = _Best(saves, order, number, model, alike.model)
+                    break
+        return best
+
+    def _worth(self, model: Demand, gains: dict[int, float], least: float) -> list[tuple[float, Alike]]:
+        """What it saves, and the places whose going is worth it, where that is so much at least; the most first."""
+        found = [(gains[room.given], room) for room in self._places.rooms if gains[room.given] >= max(WORTH, least)]
+        most = max(gains.values())
+        for alike in self._ranked:
+            if most < GAIN * alike.base + WORTH or most - alike.base < least:
+                break
+            if not self._may_go(alike, model, forced=False):
                 continue
-            other = self.models.get(name)
-            loss = 0.0
-            if other is not None:
-                loss = self.cost(other, -stand.slots) - self.cost(other)
-                # Who waits for the model waits for the drain too.
-                loss += (model.rate + model.waiting / PERIOD) * self._drain(host, name)
-            if best is None or loss < best[1]:
-                best = name, loss
+            gain, loss = gains[alike.given], self._loss(alike, model)
+            gain *= max(0.0, alike.lasts - model.load - alike.drain) / alike.lasts
+            if gain >= GAIN * loss + WORTH and gain - loss >= least:
+                found.append((gain - loss, alike))
+        found.sort(key=itemgetter(0), reverse=True)
+        return found
+
+    # -- who goes
+
+    def _victim(self, number: int, model: Demand, forced: bool) -> str | None:
+        """Who must go so that a model has room on a node that may take it; "" where there is room, None: nobody."""
+        if self._places.fits(number, model):
+            return ""
+        best: str | None = None
+        least = 0.0
+        for alike in self._places.at[number]:
+            if not self._may_go(alike, model, forced) or not self._places.fits(number, model, alike.model):
+                continue
+            loss = self._loss(alike, model)
+            if best is None or loss < least:
+                best, least = alike.model, loss
         return best
 
-    def _may_go(self, host: Host, name: str, stand: Stand, model: Demand, forced: bool) -> bool:
-        if stand.state is not PlaceState.RESIDENT or not self._fits(host, model, name):
-            return False
-        other = self.models.get(name)
+    def _loss(self, alike: Alike, model: Demand) -> float:
+        # Who waits for the model waits for the drain too.
+        return alike.base + (model.rate + model.waiting / PERIOD) * alike.drain
+
+    def _may_go(self, alike: Alike, model: Demand, forced: bool) -> bool:
+        other = alike.demand
         if other is None:
             return True
-        if host.name in other.pins:
+        if alike.pinned:
             return False
-        if self.copies.get(name, 0) <= other.copies:
+        copies = self.copies.get(alike.model, 0)
+        if copies <= other.copies:
             # Where not all have room that are to have a copy, those without one have as good a claim.
             equal = model.copies > 0 and not self.copies.get(model.name, 0) and model.waiting > 0
-            if not (forced and equal and self.copies.get(name, 0) > 0 and self.overdue(model)):
+            if not (forced and equal and copies > 0 and self.overdue(model)):
                 return False
-        if other.waiting and self.copies.get(name, 0) <= 1 and other.oldest >= model.oldest:
+        if other.waiting and copies <= 1 and other.oldest >= model.oldest:
             return False
         # A model that was just loaded serves those it was loaded for first.
-        if self.now - stand.since >= STAY * other.load:
-            return True
-        return forced and ((not stand.in_use and not other.waiting) or self.overdue(model))
+        return alike.rested or (forced and ((not alike.in_use and not other.waiting) or self.overdue(model)))
 
-    def _fits(self, host: Host, model: Demand, without: str) -> bool:
-        stands = [name for name in host.places if name != without]
-        if host.max_models and len(stands) >= host.max_models:
-            return False
-        if not host.memory:
-            return True
-        sizes = [self.models[name].size for name in stands if name in self.models]
-        return sum(sizes) + model.size <= host.memory
-
-    def _drain(self, host: Host, name: str) -> float:
-        """How long it takes at a guess until nothing runs there: the longest of those that do."""
-        stand, model = host.places[name], self.models.get(name)
-        if not stand.in_use or model is None:
-            return 0.0
-        return model.seconds * sum(1.0 / number for number in range(1, stand.in_use + 1))
-
-    def _exchange(self, model: Demand, host: Host, victim: str, reason: str) -> None:
-        self._moving.add(host.name)
+    def _exchange(self, model: Demand, number: int, victim: str, reason: str) -> None:
+        host = self.hosts[number]
+        self._places.moves(number)
         if victim:
             stand = host.places[victim]
             self.slots[victim] -= stand.slots
@@ -306,6 +386,7 @@ class Planner:
         else:
             self.steps.append(Step(Action.LOAD, host.name, model.name, reason))
         self._count(model.name, host.slots)
+        self._judge({model.name, victim} if victim else {model.name})
 
     def _count(self, name: str, slots: int) -> None:
         self.slots[name] = self.slots.get(name, 0) + slots
