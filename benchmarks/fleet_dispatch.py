@@ -20,6 +20,7 @@ from pathlib import Path
 from support.servers import Server, valkey
 
 from corral.fleet.ledger import Ledger
+from corral.fleet.placement import Demand, Host, Planner, Stand
 from corral.fleet.slots import PlaceState, step_of
 from corral.fleet.tickets import Request
 from corral.store import keeper, leases
@@ -254,6 +255,32 @@ def pure(nodes: int) -> list[float]:
     return found
 
 
+def planned(nodes: int) -> list[float]:
+    """Milliseconds of CPU of one plan of the leader: where nothing is to change, where little, and where much is.
+
+    Little: one model is asked for more than it has slots. Much: each is asked for anew, half of them more than they
+    have slots, and half of them are waited for.
+    """
+    names, found = [f"model-{number}" for number in range(MODELS)], list[float]()
+    for changed in ("nothing", "little", "much"):
+        draw = random.Random(0)
+        hosts = [Host(f"node-{node}", max_models=10, slots=SLOTS, held=frozenset(names)) for node in range(nodes)]
+        for node, host in enumerate(hosts):
+            for name in models_of(node):
+                host.places[name] = Stand(PlaceState.RESIDENT, 0.0, draw.randrange(SLOTS + 1), SLOTS)
+        demands = {name: Demand(name, nodes / MODELS) for name in names}
+        for number, demand in enumerate(demands.values()):
+            if changed == "little" and not number:
+                demand.rate *= 10.0
+            if changed == "much":
+                demand.rate *= draw.uniform(0.0, 20.0)
+                demand.waiting = draw.choice((0, 5))
+        began = time.process_time()
+        Planner(hosts, demands, 1000.0).plan()
+        found.append((time.process_time() - began) * 1e3)
+    return found
+
+
 def dispatch() -> bool:
     """Print what a decision costs; whether the bar holds."""
     print(f"  {'a decision, us of CPU':46}{'a slot':>8}{'a ticket':>10}{'handed on':>11}")
@@ -274,6 +301,11 @@ def dispatch() -> bool:
         slot, ticket = pure(nodes)
         worst = max(worst, slot, ticket)
         print(f"  {f'{nodes:5} nodes, {MODELS} models, without Valkey':46}{slot:8.1f}{ticket:10.1f}", flush=True)
+    print(f"  {'a plan, ms of CPU':46}{'nothing':>8}{'little':>10}{'much':>11}")
+    for nodes in SIZES:
+        nothing, little, much = planned(nodes)
+        name = f"{nodes:5} nodes, {MODELS} models"
+        print(f"  {name:46}{nothing:8.1f}{little:10.1f}{much:11.1f}", flush=True)
     held = "holds" if worst <= BAR else "DOES NOT HOLD"
     print(f"  bar: the gateway's own {worst:.1f} us, at most {BAR:g}: {held}")
     return worst <= BAR

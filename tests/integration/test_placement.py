@@ -15,6 +15,7 @@ from support.limits import flush
 from support.servers import Server, embedded_node, valkey
 from support.slots import Gateway, gateways, granting
 
+from corral.control import known
 from corral.control import placement as hand
 from corral.control.ollama import Ollama
 from corral.control.placement import FRESH, Placement, Spot
@@ -229,18 +230,18 @@ def test_what_a_probe_found_before_a_load_or_an_unload_undoes_neither() -> None:
     )
     placement.spots["n1", "a:latest"] = Spot(PlaceState.RESIDENT, 100.0)
     placement.finished("n1", "a:latest", PlaceState.RESIDENT, 100.0)
-    placement.look(member, {}, 100.5)
+    placement.look([member], {}, 100.5)
     assert placement.spots["n1", "a:latest"].state is PlaceState.RESIDENT
-    placement.look(member, {}, 100.1 + FRESH)
+    placement.look([member], {}, 100.1 + FRESH)
     assert placement.spots["n1", "a:latest"].state is PlaceState.ABSENT
     placement.finished("n1", "a:latest", PlaceState.ABSENT, 200.0)
     member.ps = [{"name": "a:latest"}]
-    placement.look(member, {}, 200.5)
+    placement.look([member], {}, 200.5)
     assert placement.spots["n1", "a:latest"].state is PlaceState.ABSENT
     del placement.spots["n1", "a:latest"]  # the store has heard
-    placement.look(member, {}, 200.6)
+    placement.look([member], {}, 200.6)
     assert ("n1", "a:latest") not in placement.spots
-    placement.look(member, {}, 200.1 + FRESH)
+    placement.look([member], {}, 200.1 + FRESH)
     assert placement.spots["n1", "a:latest"].state is PlaceState.RESIDENT
 
 
@@ -259,7 +260,7 @@ async def stands(fleet: Fleet, leader: Leader, model: str, *names: str) -> None:
 def test_least_copies_come_back(nodes: list[Server], store: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an unload by hand, and after a node was lost; not where an operator unloaded it, before somebody asks
     for it; never more than nodes that hold it."""
-    monkeypatch.setattr(hand, "SHORT", 0.3)
+    monkeypatch.setattr(known, "SHORT", 0.3)
     monkeypatch.setattr(hand, "FRESH", 0.3)
 
     async def work() -> None:

@@ -78,6 +78,6 @@ def test_how_busy_a_model_is_does_not_depend_on_how_often_the_leader_looks() -> 
         placement = Placement(nothing, nothing, nothing)
         for look in range(int(20 / every)):
             busy = 4 if look * every < 10.0 else 0
-            placement._demand("m", Seen(used={"n1": busy}), [], look * every)
+            placement._demand("m", Seen(used={"n1": busy}), [], [], look * every)
         found.append(placement.known["m"].busy.value)
     assert found[1] == pytest.approx(found[0], rel=0.25) and found[0] > 1.0

@@ -3,7 +3,8 @@
 The lease is a row of the database (`corral.store.lease`); its term is in the store too, so that a leader that was
 deposed and could not hear of it finds a greater one there and stops; if it still has the lease, as in a database that
 was restored from a backup, it goes on in a greater term. Without the database a leader goes on until then:
-nobody can take the lease from it. Gateways see by the store's key whether there is a leader.
+nobody can take the lease from it. Gateways see by the store's key whether there is a leader: it is renewed beside the
+looks at the fleet, so that a long one does not let it lapse, but not for one that hangs, nor is the lease.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ RENEW = 2.0
 LEASE = 8.0
 KEY_MS = 3000
 """For so long gateways believe in a leader that says nothing."""
+HUNG = 15.0
+"""A look at the fleet that lasts longer (seconds) is thought to hang: gateways stand in while who came when it began
+still waits (`queue.wait`)."""
 
 AWAY = (SQLAlchemyError, OSError, TimeoutError)
 
@@ -56,6 +60,8 @@ class Leading:
         self._holder = secrets.token_hex(8)
         self._deposed = 0
         self._silent = False
+        self._began: float | None = None
+        self._looked = 0
         self._until: float | None = None
         self._seen = time.monotonic()
         self.wanted = True
@@ -69,10 +75,15 @@ class Leading:
         """Whether somebody is to say what stands where, and it is not this one."""
         return self.wanted and not self.leads
 
+    @property
+    def _hangs(self) -> bool:
+        return self._began is not None and asyncio.get_running_loop().time() - self._began >= HUNG
+
     async def run(self) -> None:
         """Until cancelled; then another may lead at once."""
+        beside: list[asyncio.Task[None]] = []
         try:
-            renewing = asyncio.create_task(self._renew())
+            beside = [asyncio.create_task(self._renew()), asyncio.create_task(self._keep_said())]
             loop = asyncio.get_running_loop()
             while True:
                 began = loop.time()
@@ -80,13 +91,15 @@ class Leading:
                 hurries = self.leads and self.placement is not None and self.placement.hurries
                 await asyncio.sleep(pause(hurries, loop.time() - began))
         finally:
-            renewing.cancel()
+            for task in beside:
+                task.cancel()
             await self._close()
 
     async def _turn(self) -> None:
         try:
             now = asyncio.get_running_loop().time()
             if self.leads and self._store.connected:
+                self._began = now
                 await self._lead(now)
                 self._silent = False
         except (ValkeyDown, hiredis.HiredisError, OSError) as error:
@@ -97,18 +110,37 @@ class Leading:
                 self._store.reset()  # a replica now, say: its address may lead to another server by now
         except Exception:  # a fault of ours: gateways go on by themselves, and the next turn may be better
             log.exception("what stands where was not decided")
+        finally:
+            self._began = None
+
+    async def _keep_said(self) -> None:
+        # Beside the turns: gateways believe in a leader whose look takes long, once its first has ended.
+        while True:
+            try:
+                looked = self.leads and self._looked == self.term and not self._hangs
+                if looked and self._store.connected and await self._undeposed():
+                    await self._say()
+            except (ValkeyDown, hiredis.HiredisError, OSError) as error:
+                log.debug("that there is a leader is not said: %s", error)  # the turn says more
+            await asyncio.sleep(TICK)
 
     async def _renew(self) -> None:
         # Beside the turns: a database that hangs must not hold them up.
         while True:
             try:
-                term = await self._database.write(lease.take, self._holder, time.time(), LEASE, self._unrenewed())
-                if term is None:
-                    self._watch(await self._database.read(lease.until))
-                await self._heard(term)
+                if self._hangs:
+                    await self._stop("its look at the fleet does not end")
+                else:
+                    await self._take()
             except AWAY as error:
                 log.warning("the leader's lease is not renewed: %s", error)
             await asyncio.sleep(RENEW)
+
+    async def _take(self) -> None:
+        term = await self._database.write(lease.take, self._holder, time.time(), LEASE, self._unrenewed())
+        if term is None:
+            self._watch(await self._database.read(lease.until))
+        await self._heard(term)
 
     def _watch(self, until: float | None) -> None:
         # Another's clock may be anywhere, and be set: what counts is that it goes on renewing.
@@ -131,20 +163,33 @@ class Leading:
     async def _lead(self, now: float) -> None:
         placement = self.placement
         assert placement is not None
+        if not await self._undeposed():
+            return
+        await placement.tick(self._fleet.members.values(), now)
+        if self.leads and self.placement is placement:
+            self._looked = self.term
+            await self._say()
+
+    async def _undeposed(self) -> bool:
+        """Whether this control leads as far as the store knows; the store hears of its term."""
         said = int(await self._store.request(b"GET", TERM) or 0)
+        if not self.leads:
+            return False
         if said > self.term:
             self._deposed, self._least = self.term, said + 1
             await self._stop(f"another control leads, or led, in term {said}")
-            return
+            return False
         if said < self.term:
             await self._store.request(b"SET", TERM, b"%d" % self.term)
-        await placement.tick(self._fleet.members.values(), now)
+        return self.leads
+
+    async def _say(self) -> None:
         await self._store.request(b"SET", LEADER, b"%d" % self.term, b"PX", b"%d" % KEY_MS)
 
     async def _stop(self, why: str) -> None:
         if self.leads and why:
             log.warning("this control leads no more: %s", why)
-        self.leads = False
+        self.leads, self._looked = False, 0
         if self.placement is not None:
             await self.placement.close()
 

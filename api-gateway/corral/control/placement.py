@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import hiredis
 
+from corral.control.known import Known
 from corral.control.ollama import NodeFailed, Ollama
 from corral.control.prober import Member
-from corral.fleet.demand import Mean, Rate
+from corral.fleet.demand import Rate
 from corral.fleet.dispatch import Speeds
 from corral.fleet.placement import Action, Demand, Host, Planner, Stand, Step
 from corral.fleet.pools import counted, model_of
@@ -28,19 +28,11 @@ from corral.store.keeper import place
 from corral.store.lua import PREFIX
 from corral.store.valkey import Valkey, ValkeyDown
 
-LOAD = 10.0
-"""How long a load is thought to take (seconds) until one was measured."""
-SECONDS = 4.0
-SAMPLE = 0.45
-"""So far apart (seconds) busy slots are counted for their mean, however often the leader looks."""
-REASONS = 20
 BACKOFF = 30.0
 """How long a node is left alone with a model that it failed to load (seconds)."""
 UNLOADED = 0.2
 UNLOAD = 60.0
 """How long an unload may take (seconds); then it is tried again."""
-SHORT = 10.0
-"""How long a model has fewer copies than it should before one is loaded (seconds): others may be about to do it."""
 RESTING = "resting"
 """What the store hears of a model that is in the memory of a node that gets no work now."""
 FASTER = 0.2
@@ -48,6 +40,9 @@ FASTER = 0.2
 FRESH = 3.0
 """For so long after a load or an unload, what is known of a node may be what a probe found before it (seconds)."""
 ABSENT, LOADING, RESIDENT, DRAINING = PlaceState.ABSENT, PlaceState.LOADING, PlaceState.RESIDENT, PlaceState.DRAINING
+
+BEFORE = {Action.LOAD: ABSENT, Action.DRAIN: RESIDENT, Action.UNLOAD: DRAINING}
+"""The state in which a place is when a step is decided, and must still be when it is begun."""
 
 log = logging.getLogger(__name__)
 
@@ -64,21 +59,6 @@ class Spot:
     generation: int = 0
     told: str = ""
     step: float = 0.0
-
-
-@dataclass(slots=True)
-class Known:
-    """What is known of a model: arrivals, busy slots and when they were counted last, load times, since when requests
-    wait, decisions and why."""
-
-    rate: Rate
-    busy: Mean
-    load: Mean
-    asked: int
-    counted: float = -SAMPLE
-    waits_since: float | None = None
-    short_since: float | None = None
-    reasons: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=REASONS))
 
 
 class Placement:
@@ -115,6 +95,7 @@ class Placement:
         self._failed: dict[tuple[str, str], float] = {}
         self._fresh: dict[tuple[str, str], float] = {}
         self._work: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._closed = False
         self._learned: dict[str, int] = {}
         self._loads: dict[str, bytes] = {}
 
@@ -145,32 +126,49 @@ class Placement:
             ValkeyDown, hiredis.ReplyError: the store cannot be asked; nothing was decided.
         """
         members = list(members)
-        held = {name for member in members for name in self._held(member)}
-        seen = await read(self._store, held)
-        for member in members:
-            self.look(member, seen, now)
-        names = {member.name for member in members}
+        held = {member.name: self._held(member) for member in members}
+        seen = await read(self._store, set().union(*held.values()))
+        self.look(members, seen, now)
         for node, model in self.spots:
-            if node not in names:
+            if node not in held:
                 self._set(node, model, ABSENT, now)
         self._unknown(seen, now)
         await self._tell(members, seen)
-        demands = {model: self._demand(model, one, members, now) for model, one in seen.items()}
+        ready = [(member, held[member.name]) for member in members if member.state == "ready"]
+        standing: dict[str, list[str]] = {}
+        for (node, model), spot in self.spots.items():
+            if spot.state is RESIDENT:
+                standing.setdefault(model, []).append(node)
+        demands = {model: self._demand(model, one, ready, standing.get(model, []), now) for model, one in seen.items()}
         await self._tell_loads()
-        hosts = [self._host(member, seen, now) for member in members]
-        planner = Planner(hosts, demands, now, self._queue_wait)
-        steps = planner.plan()
-        self.hurries = planner.hurries
+        self._failed = {spot: until for spot, until in self._failed.items() if until > now}
+        spots = self._by_node()
+        hosts = [self._host(member, held[member.name], spots.get(member.name, {}), seen) for member in members]
+        steps = await self._decide(hosts, demands, now)
         by_name = {member.name: member for member in members}
         for step in steps:
             self._begin(by_name[step.node], step, now)
-        for model, note in planner.notes.items():
-            self._note(model, now, f"waits: {note}")
         await self._tell(members, {})
         return steps
 
+    async def _decide(self, hosts: list[Host], demands: dict[str, Demand], now: float) -> list[Step]:
+        def decide() -> Planner:
+            planner = Planner(hosts, demands, now, self._queue_wait)
+            planner.plan()
+            return planner
+
+        # Beside the event loop, which answers gateways meanwhile; and others end what they had begun.
+        planner = await asyncio.to_thread(decide)
+        if self._closed:
+            return []
+        self.hurries = planner.hurries
+        for model, note in planner.notes.items():
+            self._note(model, now, f"waits: {note}")
+        return [step for step in planner.steps if self._state(step.node, step.model) is BEFORE[step.action]]
+
     async def close(self) -> None:
-        """End what is under way."""
+        """End what is under way, and begin nothing more."""
+        self._closed = True
         for task in self._work.values():
             task.cancel()
         await asyncio.gather(*self._work.values(), return_exceptions=True)
@@ -183,27 +181,40 @@ class Placement:
     def _held(self, member: Member) -> set[str]:
         return {self._name(member, entry["name"]) for entry in member.usable}
 
-    def look(self, member: Member, seen: dict[str, Seen], now: float) -> None:
-        """Bring the places of a node to what it says, and to what an earlier leader had begun."""
+    def _by_node(self) -> dict[str, dict[str, Spot]]:
+        found: dict[str, dict[str, Spot]] = {}
+        for (node, model), spot in self.spots.items():
+            found.setdefault(node, {})[model] = spot
+        return found
+
+    def look(self, members: Iterable[Member], seen: dict[str, Seen], now: float) -> None:
+        """Bring the places of nodes to what these say, and to what an earlier leader had begun."""
         self._fresh = {spot: until for spot, until in self._fresh.items() if until > now}
+        spots = self._by_node()
+        for member in members:
+            self._look(member, spots.get(member.name, {}), seen, now)
+
+    def _look(self, member: Member, spots: dict[str, Spot], seen: dict[str, Seen], now: float) -> None:
         present = {self._name(member, model) for model in member.resident} if member.up else set()
         for model in present:
             if (member.name, model) in self._fresh:
                 continue
-            spot = self.spots.get((member.name, model))
+            spot = spots.get(model)
             if spot is None:
                 word = seen[model].places.get(member.name) if model in seen else None
                 state = DRAINING if word is not None and word[0] == DRAINING else RESIDENT
                 self.spots[member.name, model] = Spot(state, now)
             elif spot.state is LOADING and (member.name, model) not in self._work:
                 self._set(member.name, model, RESIDENT, now)
-        for (node, model), spot in self.spots.items():
-            gone = node == member.name and model not in present and (node, model) not in self._work
-            if gone and (node, model) not in self._fresh and spot.state is not ABSENT:
-                self._set(node, model, ABSENT, now)
-                if spot.state is RESIDENT:
-                    self._note(model, now, f"{node} has it no more")
-                    self._learn(member, present)
+        for model, spot in spots.items():
+            where = member.name, model
+            if model in present or where in self._work or where in self._fresh or spot.state is ABSENT:
+                continue
+            stood = spot.state is RESIDENT
+            self._set(*where, ABSENT, now)
+            if stood:
+                self._note(model, now, f"{member.name} has it no more")
+                self._learn(member, present)
 
     def _learn(self, member: Member, present: set[str]) -> None:
         # A model went while another one came: the node has no room for more than stand there now.
@@ -223,17 +234,17 @@ class Placement:
         """Tell the store what it does not know: what changed, and everything where it has forgotten."""
         slots = {member.name: member.slots for member in members}
         resting = {member.name for member in members if member.state != "ready"}
-        fastest: dict[str, float] = {}
+        fastest = self._speeds.best()
         for (node, model), spot in list(self.spots.items()):
             if node not in slots and spot.state is not ABSENT:
                 continue
             word = seen[model].places.get(node) if model in seen else None
             state = RESTING if node in resting and spot.state is RESIDENT else str(spot.state)
+            if not seen and spot.told == state:
+                continue
             count = slots.get(node, 1)
             name = model_of(model)
-            if name not in fastest:
-                fastest[name] = self._speeds.fastest(name)
-            step = step_of(count, self._speeds.of(node, name), fastest[name])
+            step = step_of(count, self._speeds.of(node, name), fastest.get(name, 0.0))
             same = spot.told == state and (state != RESIDENT or abs(step - spot.step) <= FASTER * spot.step)
             if same and (not seen or (word is not None and word[0] == state)):
                 continue
@@ -257,47 +268,28 @@ class Placement:
                 if state == RESIDENT and (node, model) not in self.spots:
                     self.spots[node, model] = Spot(ABSENT, now)
 
-    def _demand(self, model: str, seen: Seen, members: list[Member], now: float) -> Demand:
+    def _demand(
+        self, model: str, seen: Seen, ready: list[tuple[Member, set[str]]], standing: list[str], now: float
+    ) -> Demand:
         known = self.known.get(model)
         if known is None:
-            known = self.known[model] = Known(Rate(now), Mean(0.0), Mean(LOAD, 0.3), seen.asked)
-        known.rate.note(now, max(0, seen.asked - known.asked))
-        known.asked = seen.asked
-        if now - known.counted >= SAMPLE:
-            known.counted = now
-            known.busy.note(float(sum(seen.used.values())))
-        known.waits_since = (known.waits_since or now) if seen.waiting else None
-        demand = self._catalogue(model_of(model))
+            known = self.known[model] = Known(Rate(now), seen.asked)
+        known.look(seen, now)
+        name = model_of(model)
+        demand = self._catalogue(name)
         demand.name = model
-        standing = [node for (node, name), spot in self.spots.items() if name == model and spot.state is RESIDENT]
-        demand.copies = self._copies(model, demand.copies, len(standing), members, now)
+        able = 0
+        if demand.copies:
+            able = sum(model in held and name not in member.released for member, held in ready)
+        demand.copies = known.copies(demand.copies, len(standing), able, self._working(), now)
         if demand.pins:
             demand.pins = frozenset(standing)
-        demand.rate, demand.waiting = known.rate.value(now), seen.waiting
-        demand.oldest = now - known.waits_since if known.waits_since is not None else 0.0
-        # Little's law: so many run at once as come in the time that one takes.
-        demand.seconds = min(600.0, max(0.1, known.busy.value / demand.rate)) if demand.rate > 0.001 else SECONDS
-        demand.load = known.load.value
+        known.tell(demand, seen.waiting, now)
         return demand
 
-    def _copies(self, model: str, wanted: int, standing: int, members: list[Member], now: float) -> int:
-        """How many copies a model is to have now, of those that the catalogue wants."""
-        able = [
-            member
-            for member in members
-            if member.state == "ready" and model in self._held(member) and model_of(model) not in member.released
-        ]
-        known = self.known[model]
-        if standing >= min(wanted, len(able)) or self._working():
-            known.short_since = None
-        elif known.short_since is None:
-            known.short_since = now
-        short = known.short_since is not None and now - known.short_since >= SHORT
-        return min(wanted, max(standing, len(able) if short else 0))
-
-    def _host(self, member: Member, seen: dict[str, Seen], now: float) -> Host:
-        held = self._held(member)
-        held -= {model for (node, model), until in self._failed.items() if node == member.name and until > now}
+    def _host(self, member: Member, held: set[str], spots: dict[str, Spot], seen: dict[str, Seen]) -> Host:
+        if self._failed:
+            held = {model for model in held if (member.name, model) not in self._failed}
         host = Host(
             member.name,
             # What stands on one that does not answer, though it is not put out of use, spares nobody a load elsewhere.
@@ -308,9 +300,9 @@ class Placement:
             frozenset(held),
             coming=self._coming.get(member.name, ""),
         )
-        for (node, model), spot in self.spots.items():
-            if node == member.name and spot.state is not ABSENT:
-                used = seen[model].used.get(node, 0) if model in seen else 0
+        for model, spot in spots.items():
+            if spot.state is not ABSENT:
+                used = seen[model].used.get(member.name, 0) if model in seen else 0
                 host.places[model] = Stand(spot.state, spot.since, used, member.slots)
         return host
 
@@ -372,6 +364,10 @@ class Placement:
         self._set(node, model, state, now)
         self._fresh[node, model] = now + FRESH
 
+    def _state(self, node: str, model: str) -> PlaceState:
+        spot = self.spots.get((node, model))
+        return ABSENT if spot is None else spot.state
+
     def _set(self, node: str, model: str, state: PlaceState, now: float) -> None:
         spot = self.spots.get((node, model))
         if spot is None:
@@ -381,5 +377,5 @@ class Placement:
 
     def _note(self, model: str, now: float, text: str) -> None:
         known = self.known.get(model)
-        if known is not None and (not known.reasons or known.reasons[-1][1] != text):
-            known.reasons.append((now, text))
+        if known is not None:
+            known.note(now, text)

@@ -118,6 +118,10 @@ class Speeds:
         """What was measured there."""
         return self._speeds.get((node, model), 0.0)
 
-    def fastest(self, model: str) -> float:
-        """The best node's."""
-        return max([speed for (_, name), speed in self._speeds.items() if name == model], default=0.0)
+    def best(self) -> dict[str, float]:
+        """The best node's, of each model."""
+        found: dict[str, float] = {}
+        for (_, model), speed in self._speeds.items():
+            if speed > found.get(model, 0.0):
+                found[model] = speed
+        return found

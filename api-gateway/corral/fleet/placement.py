@@ -324,15 +324,14 @@ class Planner:
     def _worth(self, model: Demand, gains: dict[int, float], least: float) -> list[tuple[float, Alike]]:
         """What it saves, and the places whose going is worth it, where that is so much at least; the most first."""
         found = [(gains[room.given], room) for room in self._places.rooms if gains[room.given] >= max(WORTH, least)]
-        most = max(gains.values())
+        most, callers = max(gains.values()), self._callers(model)
         for alike in self._ranked:
             if most < GAIN * alike.base + WORTH or most - alike.base < least:
                 break
-            if not self._may_go(alike, model, forced=False):
-                continue
-            gain, loss = gains[alike.given], self._loss(alike, model)
-            gain *= max(0.0, alike.lasts - model.load - alike.drain) / alike.lasts
-            if gain >= GAIN * loss + WORTH and gain - loss >= least:
+            gain, loss = gains[alike.given], alike.base + callers * alike.drain
+            left = alike.lasts - model.load - alike.drain
+            gain *= (left if left > 0.0 else 0.0) / alike.lasts
+            if gain - loss >= least and gain >= GAIN * loss + WORTH and self._may_go(alike, model, forced=False):
                 found.append((gain - loss, alike))
         found.sort(key=itemgetter(0), reverse=True)
         return found
@@ -354,8 +353,11 @@ class Planner:
         return best
 
     def _loss(self, alike: Alike, model: Demand) -> float:
+        return alike.base + self._callers(model) * alike.drain
+
+    def _callers(self, model: Demand) -> float:
         # Who waits for the model waits for the drain too.
-        return alike.base + (model.rate + model.waiting / PERIOD) * alike.drain
+        return model.rate + model.waiting / PERIOD
 
     def _may_go(self, alike: Alike, model: Demand, forced: bool) -> bool:
         other = alike.demand
