@@ -1,4 +1,4 @@
-"""A leader whose look at the fleet takes long or does not end: a real control and Valkey, and a planner that is held."""
+"""A leader whose look at the fleet takes long or does not end: a real control and Valkey, a planner that is held."""
 
 from __future__ import annotations
 

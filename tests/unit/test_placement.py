@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -321,6 +322,16 @@ def test_what_is_remembered_and_left_out_changes_no_decision(fleet: list[Host], 
     else:
         assert (planner.notes, planner.hurries) == (plain.notes, plain.hurries)
         assert (planner.slots, planner.copies) == (plain.slots, plain.copies)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nor_does_it_where_many_copies_move_in_one_plan(seed: int) -> None:
+    draw = random.Random(seed)
+    fleet = [host(f"n{number}", *draw.sample(MODELS, 2), max_models=2) for number in range(24)]
+    models = {name: Demand(name, rate=draw.uniform(0.0, 30.0), waiting=draw.choice((0, 9))) for name in MODELS}
+    plain, planner = Plain(fleet, models, 0.0), Planner(fleet, models, 0.0)
+    assert planner.plan() == plain.plan()
+    assert planner.notes == plain.notes
 
 
 def test_a_plan_of_a_large_fleet_goes_on_where_the_last_one_was_cut() -> None:
