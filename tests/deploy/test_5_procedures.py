@@ -95,23 +95,24 @@ def test_the_first_five_minutes(site: Site, shim: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "service", "fates"),
+    ("page", "heading", "service", "fates"),
     [
-        ("Node down", "ollama-1", (WHOLE, TOLD)),
-        ("Valkey down", "redis", (WHOLE,)),
-        ("Database down", "postgres", (WHOLE,)),
-        ("Gateway down", "api-gateway-1", (WHOLE,)),
+        (INCIDENT, "Node down", "ollama-1", (WHOLE, TOLD)),
+        (INCIDENT, "Valkey down", "redis", (WHOLE,)),
+        (INCIDENT, "Database down", "postgres", (WHOLE,)),
+        (INCIDENT, "Gateway down", "api-gateway-1", (WHOLE,)),
+        (MAINTENANCE, "Restart a gateway", "api-gateway-1", (WHOLE,)),
     ],
 )
 def test_a_part_is_restarted_while_requests_go_on(
-    site: Site, say: list[str], heading: str, service: str, fates: tuple[str, ...]
+    site: Site, say: list[str], page: str, heading: str, service: str, fates: tuple[str, ...]
 ) -> None:
     before = started(site, service)
     with site.load(f"restarted-{service}") as load:
         load.more(3, seconds=60)
-        said = site.block(block(INCIDENT, heading))
+        said = site.block(block(page, heading))
         assert started(site, service) > before
-        assert "docker compose logs" not in block(INCIDENT, heading) or f"{service}-1  |" in said, "its log"
+        assert "docker compose logs" not in block(page, heading) or f"{service}-1  |" in said, "its log"
         load.more(6, seconds=60)
     assert load.unlike(*fates) == []
     site.recorded([answer.request_id for answer in load.answers])

@@ -27,6 +27,8 @@ WAIT, PATIENCE = 10.0, 20.0
 STREAMS = 200
 LENGTHS = [20, 24, 28, 32, 36, 40]
 """Tokens of long streams, at five a second: four to eight seconds, never in step."""
+ENDURING = 165
+"""Tokens of streams that outlast what `corral down` would wait for: 33 seconds."""
 MODELS = [
     *SIMULATION["models"],
     {"name": LONG, "load": 0.1, "prefill": 5000.0, "decode": 5.0, "slots": 256},
@@ -81,25 +83,52 @@ def test_rolling_restarts_cut_none_of_200_streams(kept: Fleet, matrix: Matrix) -
             kept.stack.corral("nodes", "resume", name)
             until(lambda name=name: kept.states()[name] == "ready", f"{name} serves", 20)  # type: ignore[misc]
         ended["nodes restarted"] = time.monotonic()
+        lasted = {}
         for gateway in kept.stack.corral("status")["gateways"]:
             about(gateway["name"], load)
-            restart(gateway)
+            lasted[gateway["name"]] = outlasted(kept, gateway)
         ended["gateways restarted"] = time.monotonic()
         all_stream(load)
     assert load.unlike(WHOLE) == []
     assert len(running) == 6
+    assert len(lasted) == 2 and min(lasted.values()) > 30, lasted
     began = 0.0
     for what, at in ended.items():
         count = sum(began < answer.ended and answer.began < at for answer in load.answers)
         matrix(f"{what} one after the other, {STREAMS} streams", "0 streams cut", f"0 of {count}")
         began = at
+    longest = max(lasted.values())
+    matrix("gateways restarted under streams of 33 s", "0 streams cut", f"0 of 16, the last after {longest:.0f} s")
+
+
+def outlasted(fleet: Fleet, gateway: dict[str, object]) -> float:
+    """Restart a gateway under streams that take their time, all of them whole; for how long (seconds) the last of its
+    own went on once it was told to end."""
+    name, count = str(gateway["name"]), 8
+    clients, begun = [fleet.client() for _ in range(count)], list[Answer]()
+    with ThreadPoolExecutor(count) as pool:
+        asked = [
+            pool.submit(each.ask, CHAT, body_of(CHAT, LONG, ENDURING), f"enduring-{name}-{at}", begun.append)
+            for at, each in enumerate(clients)
+        ]
+        until(lambda: len(begun) == count, "they have begun", 10)
+        told = time.monotonic()
+        restart(gateway)
+        answers = [each.result() for each in asked]
+    for client in clients:
+        client.close()
+    assert [str(answer) for answer in answers if answer.fate != WHOLE] == []
+    log = (fleet.folder / f"state/logs/{name}.access.log").read_text()
+    own = [answer.ended for answer in answers if answer.request_id in log]
+    assert 0 < len(own) < count, "the edge gives each gateway some"
+    return max(own) - told
 
 
 def restart(gateway: dict[str, object]) -> None:
     """Have a gateway end in order, and wait until the supervisor's next one serves."""
     pid, url = int(str(gateway["pid"])), str(gateway["url"])
     os.kill(pid, signal.SIGTERM)
-    until(lambda: not os.path.exists(f"/proc/{pid}"), "it has ended", 30)
+    until(lambda: not os.path.exists(f"/proc/{pid}"), "it has ended", 60)
     until(lambda: httpx.get(url + "/health/ready", timeout=1).status_code == 200, "the next one serves", 20)
 
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import httpx
+import pytest
 from support.gateway import END, HEAD, LAST, LINE, chunk, gateway
 from support.process import until
 
@@ -33,6 +34,51 @@ def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
             assert json.loads(next(lines))["done"] is True
         assert gw.process.end() == 0
         assert any(record["t"] == "settle" for record in gw.control.records)
+
+
+@pytest.mark.parametrize(
+    ("drain", "signals"),
+    [
+        (None, [signal.SIGTERM, signal.SIGTERM]),
+        (None, [signal.SIGINT, signal.SIGINT]),
+        (None, [signal.SIGINT, signal.SIGTERM]),
+        ("100ms", [signal.SIGTERM]),
+    ],
+)
+def test_answers_end_with_an_error_at_a_second_signal_or_after_the_drain(
+    tmp_path: Path, drain: str | None, signals: list[signal.Signals]
+) -> None:
+    with gateway(tmp_path, gateway={"drain": drain}) as gw:
+        held = threading.Event()
+
+        def for_ever(connection: socket.socket) -> None:
+            connection.sendall(HEAD + chunk(LINE % b"one"))
+            held.wait(60)
+
+        for node in gw.nodes:
+            node.script = [for_ever]
+        with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            first, *further = signals
+            os.kill(gw.process.pid, first)
+            until(lambda: not ready(gw.url), "it is told to end", every=0)
+            for number in further:
+                os.kill(gw.process.pid, number)
+            assert "is being stopped" in json.loads(next(lines))["error"]
+            assert list(lines) == []
+        held.set()
+        assert gw.process.end() == 0
+        (settled,) = [record for record in gw.control.records if record["t"] == "settle"]
+        assert settled["outcome"] == "interrupted"
+
+
+def ready(url: str) -> bool:
+    """Whether a gateway is there and means to stay."""
+    try:
+        return httpx.get(url + "/health/ready").json().get("reason") != "it is being stopped"
+    except httpx.ConnectError:
+        return False
 
 
 def test_haproxy_hears_that_a_gateway_goes_and_until_then_it_serves(tmp_path: Path) -> None:

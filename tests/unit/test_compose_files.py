@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from corral.config.settings import load
+from corral.config.values import duration
+from corral.stack.plan import GATEWAY_STOPS
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 PAGE = (ROOT / "docs/compose.md").read_text()
@@ -42,6 +46,15 @@ def test_the_page_names_every_port_secret_and_volume(compose: dict[str, Any]) ->
     for name in compose["volumes"]:
         general = re.sub(r"^(ollama|api-gateway)-[0-9]", r"\1-N", name)
         assert f"| `{general}` |" in PAGE
+
+
+def test_docker_kills_no_gateway_that_drains(compose: dict[str, Any]) -> None:
+    for name in ("api-gateway-1", "api-gateway-2"):
+        grace = re.fullmatch(r"\$\{GATEWAY_STOP_GRACE_PERIOD:-(\w+)\}", compose["services"][name]["stop_grace_period"])
+        assert grace is not None
+        # What takes its time besides: HAProxy hears of it, and records go out.
+        drain = load(ROOT / "deploy/compose/corral.yaml", {}).gateway.longest_drain
+        assert duration(grace[1]) >= drain + GATEWAY_STOPS
 
 
 def test_with_one_gpu_the_second_node_waits_to_be_asked_for(compose: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def test_commands_for_compose_name_what_there_is(line: str) -> None:
         elif words[2] == "cp":
             assert rest[0].partition(":")[0] in SERVICES
         else:
-            valued = {"--since", "--tail", "-s"}
+            valued = {"--since", "--tail", "--timeout", "-s"}
             named = [word for before, word in zip(["", *rest], rest, strict=False) if before not in valued]
             assert {word for word in named if not word.startswith("-")} <= SERVICES, line
     elif words[:3] == ["docker", "volume", "rm"]:

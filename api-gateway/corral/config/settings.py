@@ -131,6 +131,11 @@ class GatewaySettings(Section):
 
     processes: Whole = Field(1, ge=1, le=256, description="Gateway processes under `corral up`.")
     max_duration: Duration = Field(1800.0, gt=0, description="Longest life of one request.")
+    drain: Duration | None = Field(
+        None,
+        description="Longest wait for answers that have begun, when this gateway alone is stopped (SIGTERM); "
+        "max_duration when not given. `corral down` waits 25 s at most.",
+    )
     queue: QueueSettings = QueueSettings()
     first_token: Duration = Field(60.0, gt=0, description="Longest wait for a node's first token.")
     between_tokens: Duration = Field(20.0, gt=0, description="Longest silence within a stream.")
@@ -151,6 +156,11 @@ class GatewaySettings(Section):
     trusted_proxies: tuple[Network, ...] = Field(
         ("127.0.0.1/32",), description="Peers whose X-Forwarded-For and X-Request-ID are believed."
     )
+
+    @property
+    def longest_drain(self) -> float:
+        """Seconds of `drain`."""
+        return self.max_duration if self.drain is None else self.drain
 
 
 OnFailure = Literal["local", "deny"]

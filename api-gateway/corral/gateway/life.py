@@ -21,17 +21,63 @@ from corral.store.valkey import encode
 from corral.wire.errors import ApiError
 
 SWEEP = 0.5
-DRAIN = 25.0
+HASTE = 25.0
+"""Seconds that answers which have begun are given where all of the stack stops."""
 LAST = 1.0
-CUT = f"this gateway is being stopped, and has waited {DRAIN:g} s for the answer to end"
+CUT = "this gateway is being stopped, and has waited {:.0f} s for the answer to end"
 LOOK = 0.05
 CHANNEL = b"corral:snapshot"
 
 log = logging.getLogger(__name__)
 
 
-async def serve(gateway: Gateway, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then drain: have nobody sent here, end what runs, ship the spool."""
+class Stop:
+    """Whether this gateway is to stop, and how long the answers that have begun may still take, as signals say.
+
+    SIGTERM: as long as ``drain`` (seconds). SIGINT: 25 s at most, also while it drains already. Any further one: they
+    end now.
+    """
+
+    def __init__(self, drain: float) -> None:
+        self.asked = asyncio.Event()
+        self._within = drain
+        self._hurried = False
+        self._limit: asyncio.Timeout | None = None
+
+    def signal(self, number: int) -> None:
+        """A signal has come."""
+        if number == signal.SIGINT and not self._hurried:
+            self.hurry()
+        elif self.asked.is_set():
+            self._shorten(0.0)
+        self.asked.set()
+
+    def hurry(self) -> None:
+        """Wait no longer than where all of the stack stops."""
+        self._hurried = True
+        self._shorten(HASTE)
+
+    async def wait(self, idle: asyncio.Event) -> None:
+        """Wait until ``idle``, or until the answers have had their time; it begins here."""
+        with contextlib.suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(self._within) as self._limit:
+                    await idle.wait()
+            finally:
+                self._limit = None
+
+    def _shorten(self, seconds: float) -> None:
+        self._within = min(self._within, seconds)
+        if self._limit is not None and not self._limit.expired():
+            until, latest = self._limit.when(), asyncio.get_running_loop().time() + seconds
+            self._limit.reschedule(latest if until is None else min(until, latest))
+
+
+async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
+    """Serve until SIGTERM or SIGINT, then drain: have nobody sent here, end what runs, ship the spool.
+
+    ``drain``: how long answers that have begun may take (seconds), once told to end by SIGTERM.
+    """
     loop = gateway.loop
     gateway.feed.load()
     await gateway.exposition.start()
@@ -58,22 +104,23 @@ async def serve(gateway: Gateway, host: str, port: int) -> None:
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)
     log.info("%s listens on %s:%d", gateway.name, host, port)
-    stop = asyncio.Event()
+    stop = Stop(drain)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.signal, number)
     ended: asyncio.Future[Any] = asyncio.gather(*tasks)
-    waiting: asyncio.Future[Any] = loop.create_task(stop.wait())
+    waiting: asyncio.Future[Any] = loop.create_task(stop.asked.wait())
     await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         if task.done():
             why = "cancelled" if task.cancelled() else repr(task.exception())
             log.critical("%s drains and ends, as a part of it has ended: %s: %s", gateway.name, task.get_name(), why)
+            stop.hurry()
     gateway.stopping = True
     waiting.cancel()
     try:
         await _leave(gateway)
         server.close()
-        await _drain(gateway)
+        await _drain(gateway, stop)
         for id in list(gateway.cooling):
             gateway.cooled(id)
         await keeper.leave(gateway.queue.slots)
@@ -98,30 +145,30 @@ async def _leave(gateway: Gateway) -> None:
     await asyncio.sleep(LOOK)  # who has just heard it acts on it
 
 
-async def _drain(gateway: Gateway) -> None:
+async def _drain(gateway: Gateway, stop: Stop) -> None:
     for connection in list(gateway.connections):
         if connection.idle and connection.transport is not None:
             connection.transport.close()
     gateway.idle.clear()
-    await _until_idle(gateway, DRAIN)
+    began = time.monotonic()
+    if gateway.connections:
+        log.info("%s drains: %d connections have an answer to come", gateway.name, len(gateway.connections))
+        await stop.wait(gateway.idle)
     for exchange in list(gateway.running):
         try:
             exchange.abandon()
-            exchange.give_up(ApiError(503, "unavailable", CUT, retry_after=1), "interrupted")
+            cut = ApiError(503, "unavailable", CUT.format(time.monotonic() - began), retry_after=1)
+            exchange.give_up(cut, "interrupted")
         except Exception:
             log.exception("a request was not ended in order")
-    await _until_idle(gateway, LAST)
+    if gateway.connections:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST):
+                await gateway.idle.wait()
     for connection in list(gateway.connections):
         if connection.transport is not None:
             connection.transport.abort()
     await asyncio.sleep(0)
-
-
-async def _until_idle(gateway: Gateway, within: float) -> None:
-    if gateway.connections:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await gateway.idle.wait()
 
 
 async def _sweep(gateway: Gateway) -> None:

@@ -29,4 +29,4 @@ def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, host: str, port: int) -> None:
-    await serve(Gateway(settings, asyncio.get_running_loop()), host, port)
+    await serve(Gateway(settings, asyncio.get_running_loop()), host, port, settings.gateway.longest_drain)

@@ -24,7 +24,8 @@ from corral.stack.programs import Program, supervisord_conf, valkey_conf, write_
 from corral.stack.state import StateFolder, read_json, write_private
 
 GATEWAY_STOPS = 35
-"""Seconds in which a gateway has stopped (`corral.gateway.life`): HAProxy hears of it, streams end, records go out."""
+"""Seconds in which a gateway has stopped that got SIGINT (`corral.gateway.life`): HAProxy hears of it, answers get 25 s
+at most, records go out. The supervisor stops it with the stack alone; who restarts one gateway sends it SIGTERM."""
 
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
@@ -237,6 +238,7 @@ def _gateway(state: StateFolder, name: str, chosen: Mapping[str, int], settings:
         _serve(state, "gateway"),
         env,
         stop_wait=GATEWAY_STOPS,
+        stop_signal=signal.SIGINT,
         oom_score_adj=-100,
         priority=60,
         group="gateways",

@@ -30,6 +30,7 @@ class Program:
     env: dict[str, str] = field(default_factory=dict)
     cpus: Sequence[int] = ()
     stop_wait: int = 10
+    stop_signal: signal.Signals = signal.SIGTERM
     death_signal: int = signal.SIGKILL
     oom_score_adj: int = 0
     priority: int = 100
@@ -97,7 +98,7 @@ def supervisord_conf(state: StateFolder, programs: Sequence[Program]) -> str:
             "autorestart = true",
             "startsecs = 1",
             "startretries = 1000000",
-            "stopsignal = TERM",
+            f"stopsignal = {program.stop_signal.name.removeprefix('SIG')}",
             "stopasgroup = true",
             "killasgroup = true",
             f"stopwaitsecs = {program.stop_wait}",
