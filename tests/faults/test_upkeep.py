@@ -129,7 +129,7 @@ def restart(gateway: dict[str, object]) -> None:
     pid, url = int(str(gateway["pid"])), str(gateway["url"])
     os.kill(pid, signal.SIGTERM)
     until(lambda: not os.path.exists(f"/proc/{pid}"), "it has ended", 60)
-    until(lambda: httpx.get(url + "/health/ready", timeout=1).status_code == 200, "the next one serves", 20)
+    until(lambda: httpx.get(url + "/health/ready", timeout=1).status_code == 200, "the next one serves", 60)
 
 
 def ask_at_once(fleet: Fleet, name: str, count: int = 12) -> list[Answer]:

@@ -46,6 +46,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         limits=SimpleNamespace(gateways=2, local=3),
         shipper=SimpleNamespace(backlog=lambda: 5, behind=lambda: 1.5, free=lambda: 9),
         spool_max=10,
+        stopping=True,
         put_aside=lambda: ["a.torn"] * 3,
         journal=SimpleNamespace(failing=True, shed=2),
         store=SimpleNamespace(connected=False, connections=2),
@@ -181,7 +182,7 @@ def test_every_retry_has_a_counter() -> None:
 
 def test_what_is_now() -> None:
     seen = page(Metrics(snapshot()))
-    assert one(seen, "corral_connections") == 2
+    assert one(seen, "corral_connections") == 2 and one(seen, "corral_stopping") == 1
     assert one(seen, "corral_spool_bytes") == 5 and one(seen, "corral_spool_oldest_seconds") == 1.5
     assert one(seen, "corral_spool_failing") == 1 and one(seen, "corral_limit_store_up") == 0
     assert one(seen, "corral_spool_aside_files") == 3

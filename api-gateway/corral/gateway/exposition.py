@@ -166,6 +166,7 @@ class Page:
             ("corral_queue_overdue_total", COUNTER, "Requests that waited for as long as they may.", queue.overdue),
             ("corral_slots_shared", GAUGE, "1 while the store counts slots for all gateways.", int(queue.slots.counts)),
             ("corral_connections", GAUGE, "Callers' connections.", len(gateway.connections)),
+            ("corral_stopping", GAUGE, "1 while it waits for its last answers to end.", int(gateway.stopping)),
             ("corral_spool_bytes", GAUGE, "Records that control has not confirmed.", gateway.shipper.backlog()),
             ("corral_spool_oldest_seconds", GAUGE, "How long the oldest of them wait.", gateway.shipper.behind()),
             ("corral_spool_max_bytes", GAUGE, "Most that there may be of them.", gateway.spool_max),
