@@ -203,9 +203,17 @@ class Fleet:
 
     def _checked(self) -> set[str]:
         """HAProxy's back ends whose servers have passed their checks, all of them."""
-        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=10)
-        rows = [row for row in csv.DictReader(answer.text.lstrip("# ").splitlines()) if row["type"] == "2"]
+        rows = self._servers()
         return {row["pxname"] for row in rows} - {row["pxname"] for row in rows if row["status"] != "UP"}
+
+    def sessions(self) -> dict[str, int]:
+        """How many requests HAProxy has with each gateway: the next one goes where there are fewest."""
+        return {row["svname"]: int(row["scur"]) for row in self._servers() if row["pxname"] == "gateways"}
+
+    def _servers(self) -> list[dict[str, str]]:
+        """What HAProxy counts of each server."""
+        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=10)
+        return [row for row in csv.DictReader(answer.text.lstrip("# ").splitlines()) if row["type"] == "2"]
 
     def _parts(self) -> dict[str, Any]:
         return StateFolder(self.folder / "state").stack() or {}

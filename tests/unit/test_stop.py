@@ -16,7 +16,7 @@ HOURS = 7200.0
 
 
 async def waits(drain: float, before: Sequence[int], during: Sequence[int]) -> bool:
-    """Whether it still waits, for an answer that does not end, after signals before the drain begins and while it lasts."""
+    """Whether it still waits for an answer that does not end, after signals before the drain and while it lasts."""
     stop = Stop(drain)
     for number in before:
         stop.signal(number)
