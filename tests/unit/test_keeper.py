@@ -21,6 +21,7 @@ def test_slots_that_lapse_without_the_store_are_no_reason_to_stand_still() -> No
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
+        assert task.cancelled()
 
     def stands_still(_number: int, _frame: FrameType | None) -> None:
         raise AssertionError("nothing else runs")
