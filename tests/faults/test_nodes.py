@@ -114,6 +114,7 @@ def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
         ("fails at once (500)", {"kind": "fail", "status": 500}),
         ("fails at once (503)", {"kind": "fail", "status": 503}),
         ("answers with nonsense", {"kind": "nonsense", "after_tokens": 0}),
+        ("ends without `done`", {"kind": "no_done", "after_tokens": 0}),
     ],
 )
 def test_a_node_that_fails_at_once_attracts_no_requests(
