@@ -16,7 +16,7 @@ from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
 from corral.gateway.decode import decode
 from corral.gateway.metrics import WHOLE
-from corral.gateway.recover import GIVEN_UP, Failure, count, final_error, holds, may_retry
+from corral.gateway.recover import GIVEN_UP, Failure, count, final_error, may_retry
 from corral.gateway.relay import Attempt
 from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
 from corral.gateway.route import Kind, api_of, model_of, resolve
