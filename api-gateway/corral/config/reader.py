@@ -235,6 +235,7 @@ WORDS = {
     r"^[#@]?[\w.-]{1,80}$": "a channel such as #llm-alerts",
     r"^(https?://\S+[^/\s])?$": "an address such as https://example.com/runbooks, without a slash at its end",
     r"^age1[02-9ac-hj-np-z]{58}$": "a public key of age's (age1…), as age-keygen prints it",
+    r"^[0-9a-f]{32}$": "the id of a signing key, 32 hexadecimal digits, as `corral doctor` names it",
     r"^https?://\S+$": "an address such as https://example.com/hook",
     r"^[A-Za-z]{1,8}$": "one to eight letters, such as EUR",
 }
