@@ -105,8 +105,8 @@ def outlasted(fleet: Fleet, gateway: dict[str, object]) -> float:
     """Restart a gateway under streams that take their time, all of them whole; for how long (seconds) the last of its
     own went on once it was told to end."""
     name, count = str(gateway["name"]), 8
-    # One that has just come up gets all new requests until it has as many as the other.
-    until(lambda: min(fleet.sessions().values()) > STREAMS * 0.45, "the gateways have as many each", 60)
+    # One that has just come up gets all new requests until it has as many as the other; then each gets some of them.
+    until(lambda: abs(int.__sub__(*fleet.sessions().values())) < count / 2, "the gateways have as many each", 60)
     clients, begun = [fleet.client() for _ in range(count)], list[Answer]()
     with ThreadPoolExecutor(count) as pool:
         asked = [

@@ -173,8 +173,7 @@ def test_what_one_gateway_runs_is_nobody_elses_share(store: Server, kind: str) -
             assert (await made[1].ask(budgets[1], f"r{number}", 1)).refused == ""
         whose = [budget.tenant or budget for budget in budgets]
         await eventually(lambda: [scope.others for scope in whose] == [30, 0, 30])
-        for gateway in made:
-            gateway.store.connected = False
+        await read_and_lose(made)
         for number in range(12):
             await made[1].settle(budgets[1], f"r{number}", 1)
         assert await in_turn(made, budgets, 15, "during") == [0, 12, 0], "what ends there is its own again"
