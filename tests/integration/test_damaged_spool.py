@@ -73,7 +73,7 @@ def test_a_gateway_that_is_killed_at_the_rename_ships_everything_once(
     def ship(writer: SpoolWriter) -> None:
         async def all_of_it() -> None:
             shipper = Shipper(writer, folder, control.url, token, "gateway-1")
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
                 await shipper.ship_all(client)
                 await shipper.ship_all(client)
             assert shipper.backlog() == 0
