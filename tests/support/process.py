@@ -9,7 +9,8 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -54,6 +55,22 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30.0, eve
         if late:
             raise NotReady(f"not within {seconds:g} s: {what}" + (f" ({problem})" if problem else ""))
         time.sleep(every)
+
+
+@contextmanager
+def heeded(seconds: int) -> Iterator[None]:
+    """A block whose event loop heeds nobody any more, not even a time-out, fails after so many seconds."""
+
+    def stands_still(*_: object) -> None:
+        raise AssertionError("nothing else runs any more")
+
+    before = signal.signal(signal.SIGALRM, stands_still)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Process:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+
+from support.process import heeded
 
 from corral.store import keeper
 
@@ -23,13 +24,5 @@ def test_slots_that_lapse_without_the_store_are_no_reason_to_stand_still() -> No
         await asyncio.wait([task])
         assert task.cancelled()
 
-    def stands_still(_number: int, _frame: FrameType | None) -> None:
-        raise AssertionError("nothing else runs")
-
-    before = signal.signal(signal.SIGALRM, stands_still)
-    signal.alarm(20)
-    try:
+    with heeded(20):
         asyncio.run(run())
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.limits import flush
+from support.process import heeded
 from support.servers import STORES, Server, valkey
 from support.slots import Gateway, gateways, granting, place, settled
 
@@ -104,9 +104,6 @@ def test_what_was_given_before_the_lease_was_over_is_not_taken_after_it(store: S
 def test_a_turn_that_comes_without_a_connection_does_not_stop_the_gateway(store: Server) -> None:
     """Its ears may hear of one while the store's other connection is away, and its lease over."""
 
-    def stopped(*_: object) -> None:
-        raise AssertionError("nothing else runs any more")
-
     async def work() -> None:
         async with gateways(store.url, 1) as (one,):
             await place(one, "n1", "a", "resident", 1, 1)
@@ -118,13 +115,8 @@ def test_a_turn_that_comes_without_a_connection_does_not_stop_the_gateway(store:
                     await asyncio.sleep(0.01)
             assert (await one.ask(Wanted("r1", "a")))[0].node == "n1"
 
-    before = signal.signal(signal.SIGALRM, stopped)
-    signal.alarm(30)
-    try:
+    with heeded(30):
         asyncio.run(work())
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_flushed_store_gives_nothing_until_all_have_told(store: Server) -> None:

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import pyrage
 
 from corral.backup.streams import Bounded, Hashing, Sink, Whole
+from corral.store.disk import sync_folder
 
 FORMAT = 1
 HEADER, MANIFEST = "corral-backup.json", "manifest.json"
@@ -373,12 +374,3 @@ def _json(value: object) -> bytes:
 def nameable(name: str) -> bool:
     """Whether a member may be called so."""
     return _MEMBER.fullmatch(name) is not None
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from pathlib import Path
 from sqlalchemy import Column, Connection, MetaData, String, Table, inspect, select
 
 from corral.store.database import Database, DatabaseAway, DatabaseError
+from corral.store.disk import sync_folder
 
 MARKER = ".restore.json"
 STAGING = ".restore-"
@@ -168,13 +169,13 @@ def _apply(state: Path, replacement: Replacement) -> Path | None:
     for name, place in replacement.outside.items():
         if (staging / "outside" / name).exists():
             _put_outside(staging / "outside" / name, Path(place), replacement)
-    _sync_folder(state)
+    sync_folder(state)
     if replacement.database is not None:
         with _database(replacement) as database:
             database.write_now(lambda connection: _restored.drop(connection, checkfirst=True))
     shutil.rmtree(staging, ignore_errors=True)
     (state / MARKER).unlink(missing_ok=True)
-    _sync_folder(state)
+    sync_folder(state)
     return aside if aside.exists() else None
 
 
@@ -211,7 +212,7 @@ def _write(state: Path, replacement: Replacement) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, state / MARKER)
-    _sync_folder(state)
+    sync_folder(state)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -222,12 +223,4 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        _sync_folder(Path(path))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(Path(path))

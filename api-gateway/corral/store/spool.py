@@ -25,6 +25,8 @@ from typing import Any, Final
 
 import msgspec
 
+from corral.store.disk import sync_folder
+
 HEADER: Final = struct.Struct("<II")
 SEGMENT_BYTES: Final = 64 << 20
 FRAME_MAX: Final = 1 << 20
@@ -178,7 +180,7 @@ class SpoolWriter:
         self._bytes = 0
         self._frames: list[bytes] = []
         if synced:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         existing = segments(folder)
         self._number = int(existing[-1].stem) if existing else 0
         self._fd = -1
@@ -277,7 +279,7 @@ class SpoolWriter:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         if self._synced:
             try:
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
             except OSError:
                 os.close(descriptor)
                 path.unlink()
@@ -288,15 +290,6 @@ class SpoolWriter:
         if previous >= 0:
             with contextlib.suppress(OSError):  # what it held was written by then
                 os.close(previous)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the disk hold which files a folder has. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SpoolReader:
