@@ -71,7 +71,7 @@ MODULES = (
     "wire/scan.py",
     "wire/transcript.py",
 )
-NATIVE = ("wire/_scan.c",)
+NATIVE = ("fleet/_beginnings.c", "store/_keyed.c", "wire/_scan.c")
 """What is written in C."""
 
 MYPY = ("--config-file=", "--ignore-missing-imports", "--follow-imports=silent")

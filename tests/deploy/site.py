@@ -176,7 +176,7 @@ class Site:
             state = self.container(service)["State"]
             return bool(state["Pid"] not in (0, pid) and state["Health"]["Status"] == "healthy")
 
-        until(healthy, f"{service} is back", 60, every=0.1)
+        until(healthy, f"{service} is back", 180, every=0.1)
 
     def audit(self) -> dict[str, dict[str, Any]]:
         """The audit records by request id, but for reads of the admin API."""
@@ -214,7 +214,7 @@ class Site:
             found.update(self.audit())
             return all(row["outcome"] is not None for row in found.values())
 
-        until(ended, "each record has its end", 60, every=0.5)
+        until(ended, "each record has its end", 180, every=0.5)
         return found
 
     def end(self) -> None:

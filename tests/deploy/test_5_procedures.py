@@ -46,7 +46,7 @@ def ask(site: Site, key: str | None = None) -> httpx.Response:
 
 def serves(site: Site) -> None:
     """It answers, in the end through each gateway."""
-    until(lambda: ask(site).status_code == 200, "it serves", 60, every=0.5)
+    until(lambda: ask(site).status_code == 200, "it serves", 180, every=0.5)
 
 
 def nodes(site: Site) -> dict[str, Any]:

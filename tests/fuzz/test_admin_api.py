@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from support.control import FakeNode, Running, make_key
@@ -50,6 +51,10 @@ def test_no_call_of_the_admin_api_is_a_fault_of_controls(control: Running) -> No
         for one in operations
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     ]
+    # Each of them first, however slow the machine is: among so many, chance alone leaves some out for long.
+    few = settings(max_examples=2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    for one in operations:
+        few(given(one.as_strategy(), st.just(True))(check))()
+    assert len(asked) == len(operations)
     fuzz(check, st.one_of(each), st.booleans(), share=2 / 7)
     assert min(seen[status] for status in (200, 201, 400, 401, 404, 409)) > 0, seen
-    assert len(asked) > len(operations) * 0.8

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+import shutil
+from importlib.util import find_spec
+from types import ModuleType
 
-from corral.fleet.dispatch import BLOCK, CHAIN_MAX, LEAST, Affinity, Speeds, chain, messages
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.native import load
+
+from corral.fleet import dispatch
+from corral.fleet.dispatch import BLOCK, CHAIN_MAX, LEAST, Affinity, Speeds, beginnings, chain, messages, salt
 from corral.wire.common import encode
 
 
@@ -72,3 +79,40 @@ def test_speeds_are_means_of_streams_that_are_long_enough() -> None:
     speeds.note("n2", "m", 20, 1.0)
     assert speeds.of("n1", "m") == 62.0
     assert speeds.best() == {"m": 62.0}
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    return load("fleet/_beginnings.c", tmp_path_factory.mktemp("beginnings"))
+
+
+PIECES = (
+    *(b'{"role":', b"}]", b"},", b"}", b"]", b'{"role"', b"a", b"\0", b"x" * (BLOCK - 1), b"y" * BLOCK),
+    b"z" * (BLOCK * CHAIN_MAX),
+)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=20).map(b"".join), st.sampled_from([0, 1, LEAST, BLOCK]))
+@example(b"", 0)
+@example(b'{"role":', 0)
+@example(b'{"role":' + b"x" * (BLOCK - 1) + b"}]", 0)
+@example(b'{"role":' + b"x" * BLOCK + b"}]", 0)
+def test_what_is_written_in_c_finds_the_same_beginnings(native: ModuleType, body: bytes, least: int) -> None:
+    expected = chain("t", "m", messages(body), least)
+    assert native.beginnings(salt("t", "m"), body, least) == expected
+    if least == LEAST:
+        assert beginnings("t", "m", body) == expected
+
+
+def test_what_is_compiled_is_used() -> None:
+    assert (dispatch._C is not None) == (find_spec("corral.fleet._beginnings") is not None)
+
+
+def test_no_bytes_are_refused(native: ModuleType) -> None:
+    for arguments in ((1, "text", 0), (1, b"text"), ("1", b"text", 0), (1, b"text", "0")):
+        with pytest.raises(TypeError):
+            native.beginnings(*arguments)
+    with pytest.raises(OverflowError):
+        native.beginnings(-1, b"text", 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
-from corral.fleet.dispatch import Affinity, chain, messages
+from corral.fleet.dispatch import Affinity, beginnings
 from corral.fleet.hanging import RATE
 from corral.fleet.node import Node, canonical_name
 from corral.fleet.pools import counted
@@ -101,7 +101,7 @@ class Queue:
         words = kept
         if kind != EMBED_KIND and exchange.resumption is None and len(pool.nodes) > 1:
             if first:
-                exchange.beginnings = chain(exchange.tenant, name, messages(decoded.body))
+                exchange.beginnings = beginnings(exchange.tenant, name, decoded.body)
             if exchange.beginnings:
                 words = self.affinity.preferred(exchange.beginnings) + kept
         if kept:

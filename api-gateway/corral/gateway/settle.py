@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 from corral.gateway.records import Admitted, Settled
@@ -49,7 +48,7 @@ def admitted(exchange: Exchange) -> Admitted:
         exchange.api,
         exchange.path,
         exchange.model,
-        None if hashes is None else hashes.prompt.of(sha256(exchange.body).digest()),
+        None if hashes is None else hashes.prompt.of_text(exchange.body),
     )
 
 
@@ -73,7 +72,9 @@ def answer_hash(exchange: Exchange, outcome: str) -> str | None:
     text = answered(exchange, outcome)
     if text is None:
         return None
-    digest = text.digest() if isinstance(text, Transcript) else sha256(text.encode()).digest()
+    if not isinstance(text, Transcript):
+        return hashes.answer.of_text(text.encode())
+    digest = text.digest()
     return hashes.answer.of(digest) if digest is not None else None
 
 

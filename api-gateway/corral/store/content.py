@@ -7,12 +7,26 @@ so its Extract is left out, section 3.3).
 
 from __future__ import annotations
 
+import _hashlib
 import hmac
 from hashlib import sha256
+from importlib import import_module
 from typing import Any, Final
 
 BLOCK: Final = 64
 """Bytes of a block of SHA-256."""
+
+
+def _native() -> Any:
+    """What does it in C (`_keyed.c`), where that is compiled and hashlib's library has what it needs; else None."""
+    try:
+        found = import_module("corral.store._keyed")
+        return found if found.use(_hashlib.__file__) else None
+    except (ImportError, AttributeError):
+        return None
+
+
+_C: Final[Any] = _native()
 
 
 class Keyed:
@@ -22,14 +36,23 @@ class Keyed:
         padded = key.ljust(BLOCK, b"\0")
         self._inner: Any = sha256(bytes([byte ^ 0x36 for byte in padded]))
         self._outer: Any = sha256(bytes([byte ^ 0x5C for byte in padded]))
+        self._halves: bytes = _C.halves(key) if _C is not None else b""
 
     def of(self, digest: bytes) -> str:
         """The keyed hash of a text whose SHA-256 is `digest`, as 64 hexadecimal digits."""
+        if self._halves:
+            return str(_C.of_digest(self._halves, digest))
         inner = self._inner.copy()
         inner.update(digest)
         outer = self._outer.copy()
         outer.update(inner.digest())
         return str(outer.hexdigest())
+
+    def of_text(self, text: bytes) -> str:
+        """The keyed hash of a text, as `of`."""
+        if self._halves:
+            return str(_C.of_text(self._halves, text))
+        return self.of(sha256(text).digest())
 
 
 class Hashes:

@@ -37,8 +37,15 @@ def words(*parts: bytes) -> bytes:
     """Words of a command in RESP2, without how many it has."""
     out: list[bytes] = []
     for part in parts:
-        out += (b"$", str(len(part)).encode(), b"\r\n", part, b"\r\n")
+        size = len(part)
+        out.append(_SIZES[size] if size < len(_SIZES) else b"$%d\r\n" % size)
+        out.append(part)
+        out.append(b"\r\n")
     return b"".join(out)
+
+
+_SIZES: Final = [b"$%d\r\n" % size for size in range(256)]
+"""What stands before a word of so many bytes."""
 
 
 class Valkey:
