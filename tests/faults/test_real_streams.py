@@ -39,15 +39,21 @@ PROMPTS = {
     MODEL: "Describe a farm by the river, its animals and its people.",
     OTHER: "Write the beginning of a story about a lighthouse keeper.",
 }
+SEVERAL = {
+    "bytes of a character": "Write ten emoji of animals, only emoji.",
+    "what may begin the model's own stop strings": "Write a HTML page with a list of animals.",
+}
+"""Prompts whose answers have lines of several tokens, by what Ollama holds back."""
 BUDGET, EJECTED_WITHIN = 5.0, 10.0
 
 
 @dataclass
 class Told:
-    """A whole answer: its node, text, counts, the way it ended, and the nodes that its end names."""
+    """A whole answer: its node, text, lines, counts, the way it ended, and the nodes that its end names."""
 
     node: str
     text: str = ""
+    pieces: int = 0
     usage: tuple[int, int] = (0, 0)
     reason: str = ""
     nodes: list[str] = field(default_factory=list)
@@ -64,6 +70,7 @@ class Told:
         said = event.get("message") or choice.get("delta") or {}
         piece = said.get("content") or event.get("response") or choice.get("text") or ""
         self.text += piece
+        self.pieces += bool(piece)
         self.whole = self.whole or event.get("done") is True
         self.reason = event.get("done_reason") or choice.get("finish_reason") or self.reason
         self.nodes = event.get("corral", {}).get("continued", self.nodes)
@@ -89,13 +96,20 @@ def kill(node: str, pids: list[int]) -> None:
 
 
 def ask(
-    pair: Pair, route: str, model: str, number: int, cut: int = 0, fault: Fault = kill, tokens: int = TOKENS
+    pair: Pair,
+    route: str,
+    model: str,
+    number: int,
+    cut: int = 0,
+    fault: Fault = kill,
+    tokens: int = TOKENS,
+    about: str = "",
 ) -> Told:
     """A greedy answer of ``tokens`` tokens at most; after ``cut`` pieces there is a fault of its node.
 
     Prompts have a number: one that was alone with two runners that crashed is refused.
     """
-    prompt = f"{number}. {PROMPTS[model]}"
+    prompt = f"{number}. {about or PROMPTS[model]}"
     body: dict[str, Any] = {"model": model, "stream": True}
     if route in (CHAT, V1_CHAT):
         body["messages"] = [{"role": "user", "content": prompt}]
@@ -107,15 +121,12 @@ def ask(
         body |= {"temperature": 0, "max_tokens": tokens, "stream_options": {"include_usage": True}}
     victims = {name: pair.loaded(name, model) for name in pair.servers} if cut else {}
     headers = pair.stack.headers()
-    pieces = 0
     with httpx.stream("POST", pair.stack.url + route, json=body, headers=headers, timeout=90) as answer:
         assert answer.status_code == 200
         told = Told(answer.headers["X-Corral-Node"])
         for line in answer.iter_lines():
-            if told.hear(line):
-                pieces += 1
-                if pieces == cut:
-                    fault(told.node, victims[told.node])
+            if told.hear(line) and told.pieces == cut:
+                fault(told.node, victims[told.node])
     assert told.whole
     return told
 
@@ -135,6 +146,22 @@ def test_a_killed_runners_answer_is_the_undisturbed_one(pair: Pair, matrix: Matr
     assert differ == []
     places = len(CUTS[route])
     matrix(f"real runner killed, {route}, {model}", "whole answer exact", f"{places} of {places} cuts exact")
+
+
+@pytest.mark.parametrize("held", SEVERAL)
+def test_a_line_of_several_tokens_counts_as_what_it_is(pair: Pair, matrix: Matrix, held: str) -> None:
+    differ: list[str] = []
+    places = [(CHAT, 1), (GENERATE, 6), (V1_CHAT, 11), (CHAT, 15)]
+    for number, (route, cut) in enumerate(places, 700):
+        undisturbed = ask(pair, route, MODEL, number, about=SEVERAL[held])
+        assert undisturbed.reason == "length" and undisturbed.usage[1] == TOKENS
+        assert cut < undisturbed.pieces < TOKENS, "it has no line of several tokens"
+        told = ask(pair, route, MODEL, number, cut, about=SEVERAL[held])
+        assert told.nodes[:1] == [told.node] and len(told.nodes) == 2, (cut, told)
+        if (told.text, told.usage, told.reason) != (undisturbed.text, undisturbed.usage, undisturbed.reason):
+            differ.append(f"{route} cut after {cut}: {told} for {undisturbed}")
+    assert differ == []
+    matrix(f"real runner killed, held back: {held}", "whole answer exact, counts too", f"{len(places)} of 4 cuts exact")
 
 
 def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, matrix: Matrix) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pyrage
 import pytest
 from support.gateway import END, HEAD, Behaviour, Gateway, chunk, gateway
+from support.gateway import says as answers
 
 from corral.gateway.content import open_content
 from corral.store.content import Hashes
@@ -29,6 +30,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "Guten Tag!"},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
 }
+SHOWN = "<u>Guten Tag!<a>"
 DIGEST = "sha256:" + "a" * 64
 
 
@@ -55,8 +57,13 @@ def cut(words: list[str], chat: bool) -> Behaviour:
 
 def renders(connection: socket.socket) -> None:
     """A node that shows the prompt as its model gets it."""
-    shown = json.dumps({"model": "m", RENDERED: {"rendered_template": "<u>Guten Tag!<a>"}}).encode()
+    shown = json.dumps({"model": "m", RENDERED: {"rendered_template": SHOWN}}).encode()
     connection.sendall(HEAD + chunk(shown) + END)
+
+
+def counts(tokens: int) -> Behaviour:
+    """A node that says how many tokens a text has."""
+    return answers(200, {"model": "m", "response": "x", "done": True, "prompt_eval_count": tokens, "eval_count": 1})
 
 
 def says(words: list[str], prompt: int) -> Behaviour:
@@ -110,17 +117,31 @@ def ask(stage: Stage, path: str) -> tuple[httpx.Response, bytes]:
 def test_it_is_of_the_whole_text_that_the_caller_got(tmp_path: Path, path: str) -> None:
     chat = "chat" in path or "messages" in path
     with gateway(tmp_path, audit=FULL) as gw:
-        # What was sent is in the next node's prompt: 7 tokens and those 2.
-        stage = Stage(gw, [cut(["wörd ", "two "], chat), renders, says(["three ", "four"], 9)])
+        # What was sent is in the next node's prompt: 7 tokens and 5 in those two lines.
+        counted = [renders, counts(7), counts(12)]
+        stage = Stage(gw, [cut(["wörd ", "two "], chat), *counted, says(["three ", "four"], 12)])
         answered, body = ask(stage, path)
         assert text(answered.content) == "wörd two three four"
         kept, settled = stage.kept(answered.headers["x-request-id"], body)
+        asked = [one["body"] for node in gw.nodes for one in node.requests if one["body"].get("raw")]
     assert kept == "wörd two three four"
+    behind = SHOWN + "wörd two "
+    assert [one["prompt"] for one in asked] == [SHOWN, behind, behind]
+    rest = BODIES[path]["max_tokens"] - 5 if "max_tokens" in BODIES[path] else None
+    assert [one.get("options", {}).get("num_predict") for one in asked] == [1, 1, rest]
     assert (settled["outcome"], settled["estimated"], settled["continued"].count(",")) == ("ok", False, 1)
-    assert (settled["prompt_tokens"], settled["tokens"]) == (7, 4)
+    assert (settled["prompt_tokens"], settled["tokens"]) == (7, 5 + 2)
 
 
-@pytest.mark.parametrize("rest", [[renders, cut(["three "], False)], [cut([], False)]])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        [renders, counts(7), counts(9), cut(["three "], False)],
+        [renders, counts(7), cut([], False)],
+        [renders, cut([], False)],
+        [cut([], False)],
+    ],
+)
 def test_where_the_next_node_fails_too_it_is_of_what_was_sent(tmp_path: Path, rest: list[Callable[..., None]]) -> None:
     with gateway(tmp_path, audit=FULL) as gw:
         # No third node: nobody is left after that.
@@ -128,7 +149,7 @@ def test_where_the_next_node_fails_too_it_is_of_what_was_sent(tmp_path: Path, re
         answered, body = ask(stage, "/api/chat")
         assert b'"error"' in answered.content
         kept, settled = stage.kept(answered.headers["x-request-id"], body)
-    assert kept == text(answered.content) == ("one two three " if len(rest) == 2 else "one two ")
+    assert kept == text(answered.content) == ("one two three " if len(rest) == 4 else "one two ")
     assert (settled["outcome"], settled["estimated"]) == ("upstream_error", True)
     assert settled["tokens"] == len(kept.split())
 
@@ -140,7 +161,7 @@ def test_where_the_caller_leaves_while_it_goes_on_it_is_of_what_was_sent(tmp_pat
             connection.sendall(HEAD + lines(["three "], False))
             gw.nodes[0].wait_for_close(connection)
 
-        stage = Stage(gw, [cut(["one ", "two "], True), renders, never_ends])
+        stage = Stage(gw, [cut(["one ", "two "], True), renders, counts(7), counts(9), never_ends])
         body = json.dumps({"model": "m", "stream": True, **BODIES["/api/chat"]}).encode()
         got = b""
         with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=30) as answer:

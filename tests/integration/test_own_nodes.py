@@ -187,7 +187,9 @@ def test_nor_when_the_others_fail_before_a_token(site: Site, behaviour: Callable
 
 
 def test_nor_to_go_on_with_an_answer_that_was_cut(site: Site) -> None:
-    acts = [cut, renders, lambda connection: connection.sendall(HEAD + lines(False, "three ", last=True) + END)]
+    counts = [says(200, {"done": True, "prompt_eval_count": count}) for count in (5, 7)]
+    rest = HEAD + lines(False, "three ", last=True) + END
+    acts = [cut, renders, *counts, lambda connection: connection.sendall(rest)]
     site.do(site.shared, lambda connection: acts.pop(0)(connection))
     whole = site.ask("blue", stream=True)
     assert "three" in whole.text and '"error"' not in whole.text, "another one went on"

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway
+from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway, says
 from support.held import MODEL, Held, hold, leading, led, placed
 from support.leader import Leader
 from support.process import until
@@ -188,6 +188,8 @@ def test_a_second_wait_before_a_continuation_is_no_time_of_nodes(gw: Gateway, ca
     rest = b'{"model":"m","response":"three","done":false}\n'
     gw.nodes[0].script = [
         lambda connection: connection.sendall(HEAD + chunk(shown) + END),
+        says(200, {"done": True, "prompt_eval_count": 5}),
+        says(200, {"done": True, "prompt_eval_count": 7}),
         lambda connection: connection.sendall(HEAD + chunk(rest) + chunk(LAST % 1) + END),
     ]
     asked = callers.submit(httpx.post, gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=30)

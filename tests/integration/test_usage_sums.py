@@ -89,6 +89,11 @@ class Script(list[Behaviour]):
     def _request(self) -> bytes:
         return self._node.asked.headers.get(b"x-request-id", b"")
 
+    def _aside(self) -> bool:
+        """Whether a gateway asks for a prompt or a count, to go on with an answer: no tokens of a caller's."""
+        body = self._node.asked.body
+        return "_debug_render_only" in body or (body.get("raw", False) and not body["stream"])
+
     def _said(self, words: list[bytes]) -> bytes:
         chat = "messages" in self._node.asked.body
         return b"".join(chunk(LINE % word if chat else b'{"response":"%b","done":false}\n' % word) for word in words)
@@ -98,6 +103,8 @@ class Script(list[Behaviour]):
         if body.get("_debug_render_only") or ("prompt" not in body and "messages" not in body):  # or /api/show
             return says(200, {RENDERED: {"rendered_template": SHOWN}, "parameters": ""})
         sent = len(body["prompt"]) - len(SHOWN) if body.get("raw") and len(body["prompt"]) > len(SHOWN) else 0
+
+        counted = Counted() if self._aside() else counted
 
         def behave(connection: socket.socket) -> None:
             counted.add(self._request(), words, PROMPT)
@@ -110,7 +117,7 @@ class Script(list[Behaviour]):
     def _cut(self, words: int) -> Behaviour:
         """Ends within its answer. Before the first word it is another node's request, and so it is, with all of its
         words, where the caller gets the answer as a whole."""
-        if "_debug_render_only" in self._node.asked.body:
+        if self._aside():
             words = 0
 
         def behave(connection: socket.socket) -> None:
@@ -122,7 +129,7 @@ class Script(list[Behaviour]):
 
     def _left(self, words: int) -> Behaviour:
         """Its caller leaves when it hears LEAVE, and it says no more."""
-        if "_debug_render_only" in self._node.asked.body:
+        if self._aside():
             return self._whole(words, self._counted)
 
         def behave(connection: socket.socket) -> None:

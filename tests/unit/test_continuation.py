@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.wire.common import CAPS, Decoded
-from corral.wire.continuation import Rendering, Rest, Resumed, rest_of, seam
+from corral.wire.continuation import Counting, Rendering, Rest, Resumed, rest_of, seam
 from corral.wire.decode import DECODERS
 from corral.wire.errors import UpstreamNonsense
 from corral.wire.transcript import Transcript
@@ -158,6 +158,49 @@ def test_the_rendered_prompt_is_read_from_the_nodes_answer() -> None:
             other.finish()
 
 
+def test_each_count_is_of_the_whole_prompt_for_one_token_and_loads_nothing_anew() -> None:
+    body = decode("/api/chat", options={"num_predict": 20, "seed": 5}, shift=False).body
+    made = rest_of(body, "and so", 2)
+    assert made is not None
+    assert json.loads(made.count("<p>and so")) == {**json.loads(made.request("<p>")), "stream": False} | {
+        "options": {"num_predict": 1, "seed": 5}
+    }
+    counting = Counting(4)
+    whole = last("x", prompt=17)
+    assert counting.feed(whole[:9]) + counting.feed(whole[9:]) == b""
+    counting.finish()
+    assert (counting.counted, counting.tokens, counting.prompt_tokens) == (17, 4, 0), "it is no usage of the caller's"
+    for untold in (b"{}", b'{"prompt_eval_count":-1}', b'{"prompt_eval_count":"7"}'):
+        other = Counting(0)
+        other.feed(untold)
+        other.finish()
+        assert other.counted == 0
+    with pytest.raises(UpstreamNonsense):
+        Counting(0).finish()
+
+
+@pytest.mark.parametrize(
+    ("limit", "prompt", "whole", "tokens"),
+    [
+        (60, 41, 71, 30),  # ten emoji: ten lines
+        (60, 41, 49, 10),  # no fewer than lines: a space has become one token with the prompt's last one
+        (60, 41, 131, 60),  # no node goes beyond the limit
+        (None, 41, 71, 30),
+        (None, 41, 131, 40),  # nor are there more tokens than bytes
+        (60, 0, 71, 10),  # it told nothing
+        (60, 41, 0, 10),
+    ],
+)
+def test_what_was_sent_is_as_many_tokens_as_the_next_node_counts(
+    limit: int | None, prompt: int, whole: int, tokens: int
+) -> None:
+    made = rest({"num_predict": limit} if limit else None, "\U0001f426" * 10, 10).counted(prompt, whole)
+    assert (made.tokens, made.prompt) == (tokens, prompt)
+    if limit:
+        assert json.loads(made.request("p"))["options"]["num_predict"] == max(1, limit - tokens)
+    assert made.more("more", 3).prompt == prompt
+
+
 # -- what the caller sees
 
 
@@ -180,6 +223,23 @@ def test_a_native_chat_goes_on_in_its_own_lines_and_counts_once() -> None:
     assert end["corral"] == MARK
     assert "response" not in end
     assert (made.prompt_tokens, made.tokens, made.done, made.sent()) == (10, 4, True, "one two three")
+
+
+def test_lines_of_several_tokens_count_as_what_they_are() -> None:
+    """Five emoji of three tokens each, the other five on the next node: 30 tokens, and the prompt as it was."""
+    made = resumed(rest({"num_predict": 30}, "\U0001f426" * 5, 5).counted(41, 56))
+    pieces = [said(False, "\U0001f426") for _ in range(5)]
+    (*_, end) = lines(made.feed(b"".join(pieces) + last(prompt=56, tokens=15, reason="length")))
+    assert (end["prompt_eval_count"], end["eval_count"]) == (41, 30)
+    # What only lacked its last line is not taken for one that has 20 tokens left.
+    mute = resumed(rest({"num_predict": 30}, "\U0001f426" * 10, 10).counted(41, 71))
+    shown = lines(mute.feed(said(False, "\U0001f426") + last(prompt=71, tokens=1, reason="length")))
+    assert [(each["response"], each["done"]) for each in shown] == [("", True)]
+    assert (shown[0]["prompt_eval_count"], shown[0]["eval_count"]) == (41, 30)
+    # A last line that has no counts, or that is not waited for.
+    untold = resumed(rest(None, "\U0001f426", 1).counted(41, 44))
+    (end,) = lines(untold.feed(last(prompt=0, tokens=2)))
+    assert (end["prompt_eval_count"], end["eval_count"]) == (41, 5)
 
 
 def test_openai_and_anthropic_hear_of_it_in_their_last_event() -> None:

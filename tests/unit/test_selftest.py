@@ -49,6 +49,8 @@ def test_a_model_stays_no_longer_than_was_said_meanwhile() -> None:
         until[0] = time.time() + 60
         if "_debug_render_only" in body:
             return said({"_debug_info": {"rendered_template": "prompt"}})
+        if not body["stream"]:
+            return said({"response": "a", "done": True, "prompt_eval_count": 3})
         lines = [{"message": {"content": "a"}}] * 4 if "messages" in body else [{"response": "a"}] * 4
         return said(*lines)
 

@@ -22,7 +22,7 @@ from corral.control.canary import stays
 from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
-from corral.wire.continuation import GENERATE, Rendering, rest_of
+from corral.wire.continuation import GENERATE, Counting, Rendering, rest_of
 from corral.wire.options import NO_POLICY, ModelPolicy, check
 
 TICK = 1.0
@@ -151,16 +151,23 @@ async def examine(post: Post, kept: Mapping[str, Any]) -> None:
     for route, body in (("/api/chat", chat), ("/api/generate", {**kept, "prompt": TEXT})):
         pieces = await _pieces(post, route, body)
         if len(pieces) < len(CUTS):
-            raise Unfit(f"{route}: an answer of {len(pieces)} tokens shows nothing")
+            raise Unfit(f"{route}: an answer of {len(pieces)} lines shows nothing")
         for cut in sorted({min(cut, len(pieces) - 1) for cut in CUTS}):
-            rest = rest_of(msgspec.json.encode(body), "".join(pieces[:cut]), cut)
+            sent = "".join(pieces[:cut])
+            rest = rest_of(msgspec.json.encode(body), sent, cut)
             assert rest is not None
             rendering = Rendering(0)
             rendering.feed(await post(route, msgspec.json.decode(rest.rendering)))
             rendering.finish()
-            again = msgspec.json.decode(rest.request(rendering.prompt))
+            counts = []
+            for text in (rendering.prompt, rendering.prompt + sent):
+                counting = Counting(0)
+                counting.feed(await post(GENERATE.decode(), msgspec.json.decode(rest.count(text))))
+                counting.finish()
+                counts.append(counting.counted)
+            again = msgspec.json.decode(rest.counted(counts[0], counts[1]).request(rendering.prompt))
             if "".join(await _pieces(post, GENERATE.decode(), again)) != "".join(pieces[cut:]):
-                raise Unfit(f"{route}: cut after {cut} tokens it went on otherwise")
+                raise Unfit(f"{route}: cut after {cut} lines it went on otherwise")
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: object) -> bytes:

@@ -1,7 +1,8 @@
 """Step 8, after the first token: another node goes on with an answer that its node left.
 
-Two requests to that node: one that renders the prompt, and one for what comes behind the prompt and what was sent
-(`corral.wire.continuation`). The exchange goes on meanwhile as if nothing were amiss.
+Four requests to that node, one after the other: one that renders the prompt, two that count the prompt without and with
+what was sent, and one for what comes behind that (`corral.wire.continuation`). The exchange goes on meanwhile as if
+nothing were amiss.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from corral.gateway import schedule
 from corral.gateway.recover import CRASHES_MAX, Failure, may_retry
 from corral.gateway.snapshot import Snapshot
 from corral.wire.common import Decoded, Responder
-from corral.wire.continuation import GENERATE, Rendering, Rest, Resumed, rest_of
+from corral.wire.continuation import GENERATE, Aside, Counting, Rendering, Rest, Resumed, rest_of
 from corral.wire.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class Resume:
         self.first, self._digest, self._rest = first, digest, rest
         self.nodes = node
         self._inner: Responder = first.responder
-        self._rendering: Rendering | None = None
+        self._asked: Aside | None = None
+        self._prompt = ""
+        self._counts: list[int] = []
         self._resumed: Resumed | None = None
 
     def said(self) -> str:
@@ -56,7 +59,7 @@ class Resume:
 
     def again(self) -> None:
         """The node that went on has failed too: what it added is sent, and counts."""
-        resumed, self._resumed, self._rendering = self._resumed, None, None
+        resumed, self._resumed, self._asked = self._resumed, None, None
         if resumed is not None:
             self._rest = self._rest.more(resumed.sent(), resumed.tokens)
 
@@ -69,25 +72,37 @@ class Resume:
         return schedule.digest_on(node, canonical_name(self.first.model)) == self._digest
 
     def begin(self, node: Node) -> Decoded:
-        """The first of the two requests."""
+        """The first of the requests."""
         self.nodes += f",{node.name}"
         first = self.first
-        self._rendering = rendering = Rendering(self._rest.tokens)
+        self._counts = []
+        self._asked = rendering = Rendering(self._rest.tokens)
         body = self._rest.rendering
         return Decoded(first.upstream_path, first.model, body, first.estimate, first.max_tokens, rendering)
 
-    def rendered(self) -> Decoded | None:
-        """The second one, after the first was answered; None: that was the second. Raises UpstreamNonsense."""
-        rendering, self._rendering = self._rendering, None
-        if rendering is None:
+    def then(self) -> Decoded | None:
+        """The next one, after one was answered; None: that was the last. Raises UpstreamNonsense."""
+        asked, self._asked = self._asked, None
+        if asked is None:
             return None
-        rendering.finish()
-        first, rest = self.first, self._rest
+        asked.finish()
+        rest, counts = self._rest, self._counts
+        if isinstance(asked, Rendering):
+            self._prompt = asked.prompt
+        elif isinstance(asked, Counting):
+            counts.append(asked.counted)
+        if len(counts) < 2:
+            self._asked = counting = Counting(rest.tokens)
+            return self._generate(rest.count(self._prompt + rest.sent if counts else self._prompt), counting)
+        self._rest = rest = rest.counted(counts[0], counts[1])
         mark = {"continued": self.nodes.split(",")}
-        chat = first.upstream_path == CHAT
-        self._resumed = resumed = Resumed(self._inner, chat, rest, first.estimate, mark)
-        body = rest.request(rendering.prompt)
-        return Decoded(GENERATE, first.model, body, first.estimate, first.max_tokens, resumed)
+        chat = self.first.upstream_path == CHAT
+        self._resumed = resumed = Resumed(self._inner, chat, rest, self.first.estimate, mark)
+        return self._generate(rest.request(self._prompt), resumed)
+
+    def _generate(self, body: bytes, responder: Responder) -> Decoded:
+        first = self.first
+        return Decoded(GENERATE, first.model, body, first.estimate, first.max_tokens, responder)
 
 
 def blame(exchange: Exchange, failure: Failure, node: Node) -> None:
@@ -132,10 +147,10 @@ def end_early(exchange: Exchange, attempt: Attempt | None) -> None:
 
 
 def goes_on(exchange: Exchange, node: Node) -> bool:
-    """Whether it was the prompt that a node answered with, or one batch of several, and the rest is still to come.
+    """Whether it was a prompt or a count that a node answered with, or one batch of several, and there is more to ask.
 
     Raises:
-        UpstreamNonsense: it was no prompt.
+        UpstreamNonsense: it was neither.
     """
     resume, asked = exchange.resumption, exchange.decoded
     if resume is None and asked is not None and asked.more:
@@ -143,7 +158,7 @@ def goes_on(exchange: Exchange, node: Node) -> bool:
         exchange.fresh, exchange.queued_at = True, 0.0
         exchange.gateway.queue.again(exchange, monotonic())
         return True
-    decoded = resume.rendered() if resume is not None else None
+    decoded = resume.then() if resume is not None else None
     if decoded is None:
         return False
     exchange.decoded = decoded

@@ -2,6 +2,11 @@
 
 A node renders the request's prompt without running the model (`_debug_render_only`); the prompt and what was sent, as
 `raw`, give the rest. Ollama closes a trailing message of an assistant, so that no chat can be continued as one.
+
+How many tokens were sent no node has told, and lines are fewer: Ollama holds back bytes that are no character yet, and
+what may begin a stop string, the model's own ones too. So the node that goes on counts the prompt without and with what
+was sent (`prompt_eval_count`). It tokenises the text anew, just as it does for the rest: where a model had written other
+tokens than its tokeniser makes of the same text, which a greedy answer hardly has, both are as near as can be.
 """
 
 from __future__ import annotations
@@ -27,34 +32,55 @@ _UNFIT_MESSAGE = ("images", "tool_calls", "thinking", "tool_name", "tool_call_id
 class Rest:
     """What is asked of the next node: ``rendering`` is the body that has the prompt rendered.
 
-    ``tokens`` were sent of at most ``limit`` (None: no bound).
+    ``tokens`` were sent of at most ``limit`` (None: no bound): as many as lines until they are `counted`. ``prompt``:
+    tokens of the prompt alone, 0 before that.
     """
 
-    def __init__(self, body: dict[str, Any], sent: str, tokens: int) -> None:
+    def __init__(self, body: dict[str, Any], sent: str, tokens: int, prompt: int = 0) -> None:
         options: dict[str, Any] = body.get("options") or {}
         limit = options.get("num_predict")
         self._body, self._options = body, options
-        self.sent, self.tokens = sent, tokens
+        self.sent, self.tokens, self.prompt = sent, tokens, prompt
         self.limit: int | None = limit if isinstance(limit, int) and limit > 0 else None
         self.stops: list[str] = [stop for stop in options.get("stop") or [] if isinstance(stop, str) and stop]
         self.rendering: bytes = encode({**body, "_debug_render_only": True})
 
     def more(self, sent: str, tokens: int) -> Rest:
         """The same after more was sent, all of it counted."""
-        return Rest(self._body, sent, tokens)
+        return Rest(self._body, sent, tokens, self.prompt)
+
+    def counted(self, prompt: int, whole: int) -> Rest:
+        """The same after a node counted the prompt (0: it told no count), and the prompt with what was sent.
+
+        A line that was sent brought a token at least, a token a byte at least, and no node goes beyond the limit.
+        """
+        if not prompt:
+            return self
+        most = len(self.sent.encode()) if self.limit is None else self.limit
+        return Rest(self._body, self.sent, max(self.tokens, min(whole - prompt, most)), prompt)
+
+    def count(self, text: str) -> bytes:
+        """The body of `/api/generate` whose answer has the count of `text`, at the price of one token.
+
+        Counted in order, the prompt is read but once: what a node has just read it still has.
+        """
+        return self._generate(text, {**self._options, "num_predict": 1}, False)
 
     def request(self, rendered: str) -> bytes:
         """The body of `/api/generate` that goes on behind `rendered` and what was sent."""
-        body = self._body
         options = dict(self._options)
         if self.limit is not None:
             # Where nothing is left but the last line, one token is asked for to have its counts, and left out.
             options["num_predict"] = max(1, self.limit - self.tokens)
+        return self._generate(rendered + self.sent, options, True)
+
+    def _generate(self, prompt: str, options: dict[str, Any], stream: bool) -> bytes:
+        body = self._body
         made: dict[str, Any] = {
             "model": body["model"],
-            "prompt": rendered + self.sent,
+            "prompt": prompt,
             "raw": True,
-            "stream": True,
+            "stream": stream,
             "truncate": False,
         }
         if options:
@@ -76,31 +102,56 @@ def rest_of(upstream_body: bytes, sent: str, tokens: int) -> Rest | None:
     return Rest(body, sent, tokens)
 
 
-class Rendering(Responder):
-    """The answer that holds the rendered prompt; nothing of it goes to the caller. ``prompt`` once it is finished."""
+class Aside(Responder):
+    """An answer of which nothing goes to the caller: ``value`` is its object once it is finished."""
 
     done = True  # an object is whole when the node's answer is
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens  # of the answer so far, should the caller leave now
-        self.prompt = ""
+        self.value: dict[str, Any] = {}
         self._parts: list[bytes] = []
         self._size = 0
 
     def feed(self, data: bytes) -> bytes:
         self._size += len(data)
         if self._size > RENDERED_MAX:
-            raise UpstreamNonsense(f"a prompt of more than {RENDERED_MAX} bytes")
+            raise UpstreamNonsense(f"an answer of more than {RENDERED_MAX} bytes")
         self._parts.append(data)
         return b""
 
     def finish(self) -> bytes:
-        value = decode_line(b"".join(self._parts))
-        shown = value.get(RENDERED)
+        self.value = decode_line(b"".join(self._parts))
+        return b""
+
+
+class Rendering(Aside):
+    """The answer that holds the rendered prompt: ``prompt`` once it is finished."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.prompt = ""
+
+    def finish(self) -> bytes:
+        super().finish()
+        shown = self.value.get(RENDERED)
         prompt = shown.get("rendered_template") if isinstance(shown, dict) else None
         if not isinstance(prompt, str):
             raise UpstreamNonsense("no rendered prompt")
         self.prompt = prompt
+        return b""
+
+
+class Counting(Aside):
+    """The answer that holds a count: ``counted`` tokens of a text once it is finished, 0 where the node told none."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.counted = 0
+
+    def finish(self) -> bytes:
+        super().finish()
+        self.counted = count(self.value.get("prompt_eval_count"))
         return b""
 
 
@@ -119,6 +170,7 @@ class Resumed(Responder):
         self._inner, self._chat, self._estimate, self._mark = inner, chat, estimate, mark
         self._mute = rest.limit is not None and rest.tokens >= rest.limit
         self._before = self.tokens = rest.tokens
+        self._prompt = rest.prompt
         self._lines = Lines()
         self._texts = [rest.sent]
         self._ends = () if self._mute else seam(rest.sent, rest.stops)
@@ -172,7 +224,7 @@ class Resumed(Responder):
         asked = count(value.get("prompt_eval_count"))
         more = 0 if self._mute else count(value.get("eval_count"))
         # The next node's prompt has what was sent in it.
-        prompt = max(0, asked - self._before) if asked else self._estimate
+        prompt = self._prompt or (max(0, asked - self._before) if asked else self._estimate)
         tokens = self.tokens if self.early else self._before + more
         counts: dict[str, Any] = {
             "done": True,
