@@ -87,9 +87,9 @@ def said(exchange: Exchange, outcome: str) -> str:
 def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     """Tokens of the prompt and of the answer, and whether they are estimates.
 
-    A node tells what it counted in its last line alone. Of an answer that was cut the prompt is guessed from its
-    size and the answer's tokens are its lines. Who was sent nothing of an answer pays for nothing, whatever nodes did
-    for it, unless it was he who left, or whose time was over.
+    A node tells what it counted in its last line alone. Of an answer that was cut the prompt is guessed from its size,
+    and the answer's tokens are its lines, the least they can be. Who was sent nothing of an answer pays for nothing,
+    whatever nodes did for it, unless it was he who left, or whose time was over.
     """
     decoded = exchange.decoded
     left = outcome in LEFT or exchange.overdue

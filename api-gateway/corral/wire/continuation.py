@@ -5,8 +5,8 @@ A node renders the request's prompt without running the model (`_debug_render_on
 
 How many tokens were sent no node has told, and lines are fewer: Ollama holds back bytes that are no character yet, and
 what may begin a stop string, the model's own ones too. So the node that goes on counts the prompt without and with what
-was sent (`prompt_eval_count`). It tokenises the text anew, just as it does for the rest: where a model had written other
-tokens than its tokeniser makes of the same text, which a greedy answer hardly has, both are as near as can be.
+was sent (`prompt_eval_count`). It tokenises the text anew, as it does for the rest too: where a model had written other
+tokens than its tokeniser makes of the same text, which a greedy answer hardly has, neither can be exact.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ _generate: Final[Callable[[bytes], list[Any]]] = msgspec.json.Decoder(GenerateLi
 class Transcript:
     """The text in the lines that went to the caller.
 
-    ``tokens`` are the lines that brought text: Ollama writes one a token, but for those whose bytes are no characters
-    yet or may begin a stop string. ``text`` and ``tokens`` are true after `close`.
+    ``tokens`` are the lines that brought text, the least that was generated: Ollama writes one a token, but for those
+    whose bytes are no characters yet or may begin a stop string. ``text`` and ``tokens`` are true after `close`.
 
     ``most``: characters of the text that are captured whatever stands beside it, for the record; it is `hashed` too.
     ``keep``: the text is wanted. ``hashed``: its SHA-256 is, however long it is and whatever stands beside it.
