@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pyrage
 import pytest
-from support.gateway import END, HEAD, Behaviour, Gateway, chunk, gateway
+from support.gateway import END, HEAD, Behaviour, FakeNode, Gateway, chunk, gateway
 from support.gateway import says as answers
 
 from corral.gateway.content import open_content
@@ -152,6 +152,20 @@ def test_where_the_next_node_fails_too_it_is_of_what_was_sent(tmp_path: Path, re
     assert kept == text(answered.content) == ("one two three " if len(rest) == 4 else "one two ")
     assert (settled["outcome"], settled["estimated"]) == ("upstream_error", True)
     assert settled["tokens"] == len(kept.split())
+
+
+@pytest.mark.parametrize("more", ["three ", ""])
+def test_each_node_that_goes_on_counts_anew(tmp_path: Path, more: str) -> None:
+    """What one counted that failed in between is true no more, and may have been false."""
+    fails = [renders, counts(7), counts(9), cut([more], False)] if more else [renders, counts(99), cut([], False)]
+    with gateway(tmp_path, [FakeNode(f"node-{number}") for number in (1, 2, 3)], audit=FULL) as gw:
+        acts = [cut(["one ", "two "], True), *fails, renders, counts(7), counts(15), says(["four"], 15)]
+        stage = Stage(gw, acts)
+        answered, body = ask(stage, "/api/chat")
+        kept, settled = stage.kept(answered.headers["x-request-id"], body)
+    assert kept == text(answered.content) == f"one two {more}four"
+    assert (settled["prompt_tokens"], settled["tokens"], settled["estimated"]) == (7, 8 + 1, False)
+    assert settled["continued"].count(",") == 2
 
 
 def test_where_the_caller_leaves_while_it_goes_on_it_is_of_what_was_sent(tmp_path: Path) -> None:
