@@ -57,6 +57,7 @@ MODULES = (
     "store/share.py",
     "store/slots.py",
     "store/spool.py",
+    "store/suspects.py",
     "store/valkey.py",
     "wire/answers.py",
     "wire/anthropic_answers.py",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from corral.fleet.node import Node, NodeState, canonical_name
+from corral.gateway import heads
 from corral.gateway.authenticate import Key, disabled
+from corral.gateway.route import model_of
 from corral.gateway.snapshot import Snapshot
 from corral.wire.errors import ApiError
+
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -42,6 +47,17 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     if wanted in snapshot.disabled and key.may_use(wanted):
         raise disabled(name)
     raise ApiError(404, "model_not_found", f"model '{name}' not found", param="model")
+
+
+def serve(exchange: Exchange, key: Key) -> None:
+    """Answer such a request."""
+    try:
+        name = model_of(exchange.target) if exchange.path == "/v1/models/{id}" else ""
+        body = answer(exchange.path, name, exchange.gateway.snapshot, key)
+    except ApiError as error:
+        exchange.refuse(error)
+        return
+    exchange.finish_whole(200, heads.own(exchange.request_id, exchange.own_headers), body)
 
 
 def readiness(snapshot: Snapshot, now: float, stale_after: float) -> tuple[int, bytes]:

@@ -1,29 +1,38 @@
-"""Prompts that runners crash under: who was present at two crashes is refused for ten minutes.
+"""Step 8, where a runner crashed: which prompt it was, what becomes of requests meanwhile.
 
-A request counts its own crashes. No prompt is refused for nodes that were lost: they are for many reasons, several at
-once among them, and their runners hardly. Beyond one request, a runner's crash is remembered where the prompt was alone
-with it, since a prompt that others send too would be blamed for theirs.
+The verdict is the store's, for all gateways (`corral.store.suspects`). Here requests tell it of their crashes, and of
+answers that came to their end after all; a suspect's attempt waits for its runner, and a request whose prompt has been
+at a crash before waits for the verdict before it is tried again. Where no runner has crashed, none of this is met.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any, Final
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from corral.fleet.node import canonical_name
-from corral.gateway.recover import CRASHES_MAX
+from corral.fleet.node import Node, canonical_name
+from corral.fleet.pools import counted
+from corral.gateway.avoid import unfit
+from corral.gateway.decode import decode
+from corral.gateway.recover import CRASHES_MAX, LOST_MAX, Failure
+from corral.store.slots import Wanted
+from corral.store.suspects import Suspects
 from corral.wire.common import Decoded, encode
 from corral.wire.errors import ApiError
 
-REFUSED_FOR: Final = 600.0
-KNOWN_MAX: Final = 1000
-CHANNEL: Final = b"corral:crashing"
-"""Where gateways tell each other the fingerprints."""
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
+    from corral.gateway.server import Gateway
 
-_body: Final[Callable[[bytes], dict[str, Any]]] = msgspec.json.Decoder(dict[str, Any]).decode
+APART: Final = 10.0
+"""For how long at most a suspect waits for a runner that another suspect has (seconds)."""
+APART_OPENED: Final = 2.0
+"""The same where its caller has the beginning of the answer."""
+
+_body: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _PROMPT = ("messages", "prompt", "system", "suffix", "images", "input")
 
 
@@ -41,43 +50,136 @@ def refused() -> ApiError:
     return ApiError(400, "prompt_refused", message)
 
 
+class Trial:
+    """An attempt at a suspect, that waits for its runner until ``until`` (monotonic seconds) or has it."""
+
+    __slots__ = ("name", "node", "runner", "until", "wanted")
+
+    def __init__(self, name: str, runner: str, node: Node, wanted: Wanted, until: float) -> None:
+        self.name = name
+        self.runner = runner
+        self.node = node
+        self.wanted = wanted
+        self.until = until
+
+
 class Crashing:
-    """What this gateway knows of such prompts. ``refused`` and ``seen`` hold until when (monotonic seconds)."""
+    """A gateway's part in it. ``waiting`` and ``trying`` are its suspects' attempts, before they begin and after."""
 
-    def __init__(self) -> None:
-        self.refused: dict[str, float] = {}
-        self._seen: dict[str, float] = {}
+    def __init__(self, gateway: Gateway, suspects: Suspects) -> None:
+        self._gateway = gateway
+        self.suspects = suspects
+        suspects.on_free = self._ask_again
+        self.waiting: dict[Exchange, Trial] = {}
+        self.trying: dict[Exchange, Trial] = {}
 
-    def refuses(self, decoded: Decoded, now: float) -> bool:
-        """Whether it is such a prompt."""
-        known = self.refused
-        for name in [name for name, end in known.items() if end <= now]:
-            del known[name]
-        return bool(known) and fingerprint(decoded) in known
-
-    def present(self, decoded: Decoded, crashes: int, runner: bool, alone: bool, now: float) -> str:
-        """A request was there at a crash, its ``crashes``th: the fingerprint, if it is refused from now on, else "".
-
-        ``runner``: the model's runner crashed, the node lives. ``alone``: no other request was on the node.
-        """
-        if not runner or (not alone and crashes < CRASHES_MAX):
-            return ""
+    def refuses(self, exchange: Exchange, decoded: Decoded) -> bool:
+        """Whether a request's prompt is refused. One that is suspect is noted in it."""
         name = fingerprint(decoded)
-        before = self._seen.get(name, 0.0)
-        if alone:
-            _note(self._seen, name, now + REFUSED_FOR)
-        if crashes < CRASHES_MAX and before <= now:
-            return ""
-        self.refuse(name, now)
-        return name
+        if name in self.suspects.suspects:
+            exchange.suspect = name
+        return name in self.suspects.refused
 
-    def refuse(self, name: str, now: float) -> None:
-        """Refuse a fingerprint, this gateway's own or one that another has told."""
-        _note(self.refused, name, now + REFUSED_FOR)
+    def sweep(self, now: float) -> None:
+        """Look after suspects. Each half second."""
+        self.suspects.sweep(now)
+        for exchange in list(self.trying):
+            if exchange.token or exchange.wanted is not self.trying[exchange].wanted:
+                self.got_on(exchange)
+        if self.waiting:
+            self._ask_again()
+
+    def begin(self, exchange: Exchange, node: Node, now: float) -> None:
+        """Begin a suspect's attempt once no other suspect is at that runner that may have it crash."""
+        wanted = exchange.wanted
+        assert wanted is not None
+        self._gateway.running.add(exchange)
+        until = now + (APART_OPENED if exchange.opened else APART)
+        self._ask(exchange, Trial(exchange.suspect, self._runner(exchange), node, wanted, until))
+
+    def got_on(self, exchange: Exchange) -> None:
+        """A suspect's attempt had its first token, or is over: another suspect may have the runner."""
+        trial = self.trying.pop(exchange, None)
+        if trial is not None:
+            self.suspects.leave(trial.name, trial.runner, trial.node.name)
+
+    def answered(self, exchange: Exchange) -> None:
+        """A runner has answered, where prompts are suspect: this one's is not, once that is the whole of it."""
+        decoded = _asked(exchange)
+        if exchange.runner is None or decoded is None or decoded.more:
+            return  # it was the node that answered, or there is more to ask
+        name = exchange.suspect or fingerprint(decoded)
+        if name in self.suspects.suspects:
+            self.suspects.clear(name)
+            exchange.suspect = ""
+
+    def crashed(self, exchange: Exchange, node: Node, cause: ApiError | None) -> bool:
+        """A runner crashed under a request. Whether that goes on later, as its prompt was suspect before."""
+        before = bool(exchange.suspect)
+        decoded = _asked(exchange)
+        if decoded is None:
+            return False
+        name = exchange.suspect = exchange.suspect or fingerprint(decoded)
+
+        def judged(is_refused: bool, crashes: int) -> None:
+            if is_refused:
+                exchange.crashes = max(CRASHES_MAX, exchange.crashes)
+            elif crashes and exchange.attempts < LOST_MAX:
+                exchange.crashes = min(crashes, exchange.crashes)  # another prompt is blamed for the others
+            if before and not exchange.settled:
+                try:
+                    exchange.go_on(node, Failure.CRASH, cause)
+                except Exception:
+                    exchange.broken()
+
+        age = monotonic() - exchange.sent
+        self.suspects.crashed(name, self._runner(exchange), node.name, age, exchange.token > 0.0, judged)
+        return before
+
+    def _runner(self, exchange: Exchange) -> str:
+        pool = self._gateway.snapshot.pool(exchange.tenant)
+        return counted(canonical_name(exchange.model), pool.group)
+
+    def _ask_again(self) -> None:
+        waiting, self.waiting = self.waiting, {}
+        for exchange, trial in waiting.items():
+            if exchange.wanted is trial.wanted:
+                self._ask(exchange, trial)
+
+    def _ask(self, exchange: Exchange, trial: Trial) -> None:
+        def heard(free: bool) -> None:
+            if exchange.wanted is not trial.wanted:
+                if free:
+                    self.suspects.leave(trial.name, trial.runner, trial.node.name)
+                return  # its caller has left
+            now = monotonic()
+            if not free and now < trial.until:
+                self.waiting[exchange] = trial
+                return
+            if free:
+                self.trying[exchange] = trial
+            try:
+                if unfit(trial.node, trial.wanted, now):
+                    self.got_on(exchange)
+                    self._gateway.queue.again(exchange, now)
+                else:
+                    exchange.begin(trial.node, now)
+            except Exception:
+                exchange.broken()
+
+        self.suspects.begin(trial.name, trial.runner, trial.node.name, heard)
 
 
-def _note(known: dict[str, float], name: str, until: float) -> None:
-    known.pop(name, None)
-    known[name] = until
-    if len(known) > KNOWN_MAX:
-        del known[next(iter(known))]
+def _asked(exchange: Exchange) -> Decoded | None:
+    """What a request asks for, all of it: before another node went on with it, or its batches were counted off."""
+    if exchange.resumption is not None:
+        return exchange.resumption.first
+    decoded, key = exchange.decoded, exchange.key
+    if decoded is None or key is None or not decoded.responder.kept:
+        return decoded
+    try:
+        whole = decode(exchange.path, exchange.body, exchange.request_id, key, exchange.gateway.snapshot)
+    except ApiError:
+        return None  # the key may not ask for that any more
+    whole.more = decoded.more
+    return whole

@@ -18,8 +18,8 @@ from corral.gateway.decode import decode
 from corral.gateway.metrics import WHOLE
 from corral.gateway.recover import GIVEN_UP, Failure, count, final_error, may_retry
 from corral.gateway.relay import Attempt
-from corral.gateway.resume import Resume, blame, end_early, goes_on, keep, take_over
-from corral.gateway.route import Kind, api_of, model_of, resolve
+from corral.gateway.resume import Resume, end_early, goes_on, keep, take_over
+from corral.gateway.route import Kind, api_of, resolve
 from corral.gateway.state import END, NOTHING, RESPOND, STREAM, State
 from corral.store.limits import Verdict
 from corral.store.slots import Answer
@@ -40,7 +40,7 @@ class Exchange(State):
             route = resolve(self.method, self.target)
             self.api, self.path, kind = route.api, route.path, route.kind
             if kind is Kind.HEALTH:
-                self._settled = True  # health checks are not requests of anybody: no record
+                self.settled = True  # health checks are not requests of anybody: no record
                 status, body = checks.answer(gateway, self.path, self.connection.peer, self.headers, self.arrived)
                 self.connection.respond(status, heads.JSON, body, self.keep_alive)
                 return
@@ -55,7 +55,7 @@ class Exchange(State):
             if kind is Kind.RELAY:
                 self.decoded = decoded = decode(route.path, self.body, self.request_id, key, snapshot)
                 self.model = decoded.model
-                if gateway.crashing.refused and gateway.crashing.refuses(decoded, self.arrived):
+                if gateway.suspects.known and gateway.crashing.refuses(self, decoded):
                     self.refusal = "crashing"
                     raise refused()
             budget = key.budget
@@ -68,7 +68,7 @@ class Exchange(State):
                 self.api = api_of(self.target)
             self.refuse(error)
         except Exception:
-            if self._settled:
+            if self.settled:
                 raise
             self.broken()
 
@@ -83,7 +83,7 @@ class Exchange(State):
     def _on_verdict(self, verdict: Verdict) -> None:
         key = self.key
         assert key is not None
-        if self._settled:  # the caller left meanwhile
+        if self.settled:  # the caller left meanwhile
             if not verdict.refused:
                 self.gateway.limits.release(key.budget, self.record_id)
             return
@@ -100,7 +100,7 @@ class Exchange(State):
             self.refuse(admit.refusal(verdict, key.budget))
             return
         if self.decoded is None:
-            self._answer_from_fleet(key)
+            catalogue.serve(self, key)
             return
         answer = self.answer
         if answer is not None and answer.full:
@@ -111,7 +111,7 @@ class Exchange(State):
 
     def recorded(self, written: bool) -> None:
         """The record of the admission is written, or the last one."""
-        if self._settled:
+        if self.settled:
             self._send_last()
             return
         if not written:
@@ -128,21 +128,12 @@ class Exchange(State):
         except Exception:
             self.broken()
 
-    def _answer_from_fleet(self, key: Key) -> None:
-        try:
-            name = model_of(self.target) if self.path == "/v1/models/{id}" else ""
-            body = catalogue.answer(self.path, name, self.gateway.snapshot, key)
-        except ApiError as error:
-            self.refuse(error)
-            return
-        self._finish_whole(200, heads.own(self.request_id, self.own_headers), body)
-
     # -- schedule, relay
 
     def slot_heard(self, answer: Answer) -> None:
         """A word on the slot that it asked for: in the same turn as the verdict, or when a ticket has its turn."""
         self.answer = answer
-        if self._recorded and not self._settled:
+        if self._recorded and not self.settled:
             try:
                 self.gateway.queue.go(self, monotonic())
             except Exception:
@@ -198,6 +189,8 @@ class Exchange(State):
             if first:
                 self.first_token = now
                 gateway.queue.read(self, now)
+                if self.suspect:
+                    gateway.crashing.got_on(self)
                 self.pace = gateway.metrics.first_token(self, now)
             elif self.pace is not None:
                 self.pace.piece(now)
@@ -260,11 +253,15 @@ class Exchange(State):
         count(self, failure, monotonic())
         if failure is Failure.CONNECT:
             self.unreached += (node.name,)
-        elif failure is Failure.CRASH:
-            blame(self, failure, node)
         if failure is not Failure.CALLER:
             self.tried += (node.name,)
             gateway.queue.shun(node, failure, self.model, monotonic())
+        if failure is not Failure.CRASH or not gateway.crashing.crashed(self, node, cause):
+            self.go_on(node, failure, cause)
+
+    def go_on(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
+        """After a failed attempt: to another node, or to the end."""
+        gateway = self.gateway
         if not self.opened and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
             gateway.metrics.retried(failure)
             self._again()
@@ -302,9 +299,10 @@ class Exchange(State):
     def refuse(self, error: ApiError, outcome: str = "") -> None:
         """Answer with an error; nothing was sent before."""
         headers = heads.refusal(error, self.request_id, self.own_headers)
-        self._finish_whole(error.status, headers, errors.render(self.api, error, self.request_id), outcome)
+        self.finish_whole(error.status, headers, errors.render(self.api, error, self.request_id), outcome)
 
-    def _finish_whole(self, status: int, headers: bytes, body: bytes, outcome: str = "") -> None:
+    def finish_whole(self, status: int, headers: bytes, body: bytes, outcome: str = "") -> None:
+        """End with an answer that is no node's."""
         self._settle(status, outcome or settle.outcome_of(status), RESPOND, headers, body)
 
     def give_up(self, error: ApiError, outcome: str) -> None:
@@ -316,9 +314,9 @@ class Exchange(State):
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))
 
     def _settle(self, status: int, outcome: str, ending: int, head: bytes, last: bytes) -> None:
-        if self._settled:
+        if self.settled:
             return
-        self._settled = True
+        self.settled = True
         self._ending, self._status, self._last_head, self._last = ending, status, head, last
         gateway = self.gateway
         gateway.running.discard(self)
@@ -350,7 +348,7 @@ class Exchange(State):
 
     def client_gone(self) -> None:
         """The caller left: stop the node's work now; it is not the node's fault."""
-        if self._settled:
+        if self.settled:
             return
         self.abandon()
         self._settle(499, "client_gone", NOTHING, b"", b"")

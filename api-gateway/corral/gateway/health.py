@@ -155,6 +155,8 @@ class Health:
     def answered(self, exchange: Exchange, node: Node, now: float) -> None:
         """A node's answer is whole, whatever was in it."""
         holds(node, exchange.model)
+        if self._gateway.suspects.suspects:
+            self._gateway.crashing.answered(exchange)
         if exchange.runner is not None:
             exchange.runner.token = now
 

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from corral.gateway import crashing
 from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
-from corral.store import keeper, leases
+from corral.store import keeper, leases, suspects
 from corral.store.valkey import encode
 from corral.wire.errors import ApiError
 
@@ -82,9 +81,7 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
     gateway.feed.load()
     await gateway.exposition.start()
     gateway.changes.on_message = gateway.changed
-    gateway.changes.on_connect = lambda: gateway.changes.call(
-        encode(b"SUBSCRIBE", CHANNEL, crashing.CHANNEL, gateway.queue.slots.channel), lambda reply: None
-    )
+    gateway.changes.on_connect = lambda: _listen(gateway)
     tasks = [
         loop.create_task(work, name=name)
         for name, work in (
@@ -134,6 +131,11 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
         await gateway.shipper.drain()
         await gateway.feed.leave()
         await gateway.exposition.close()
+
+
+def _listen(gateway: Gateway) -> None:
+    channels = CHANNEL, suspects.CHANNEL, gateway.queue.slots.channel
+    gateway.changes.call(encode(b"SUBSCRIBE", *channels), lambda reply: gateway.suspects.missed())
 
 
 async def _leave(gateway: Gateway) -> None:

@@ -139,7 +139,10 @@ class Queue:
             else:
                 if exchange.beginnings:
                     self.affinity.note(exchange.beginnings, node.name)
-                exchange.begin(node, now)
+                if exchange.suspect:
+                    self._gateway.crashing.begin(exchange, node, now)
+                else:
+                    exchange.begin(node, now)
         elif answer.full:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
         elif exchange.waiting:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from corral.fleet.node import Node, canonical_name
 from corral.fleet.slots import ABORTED
 from corral.gateway import schedule
-from corral.gateway.recover import CRASHES_MAX, Failure, may_retry
+from corral.gateway.recover import Failure, may_retry
 from corral.gateway.snapshot import Snapshot
 from corral.wire.common import Decoded, Responder
 from corral.wire.continuation import GENERATE, Aside, Counting, Rendering, Rest, Resumed, rest_of
@@ -103,16 +103,6 @@ class Resume:
     def _generate(self, body: bytes, responder: Responder) -> Decoded:
         first = self.first
         return Decoded(GENERATE, first.model, body, first.estimate, first.max_tokens, responder)
-
-
-def blame(exchange: Exchange, failure: Failure, node: Node) -> None:
-    """A request was there when a node or its runner crashed; it may be why."""
-    decoded = exchange.resumption.first if exchange.resumption is not None else exchange.decoded
-    assert decoded is not None
-    # Who was there too has failed before, and had the node left alone, or is still to fail.
-    alone = not node.in_flight and node.shunned_until <= monotonic()
-    if exchange.gateway.crashed(decoded, exchange.crashes, failure is Failure.CRASH, alone):
-        exchange.crashes = CRASHES_MAX
 
 
 def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:

@@ -12,10 +12,11 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from corral.config.settings import Settings
-from corral.gateway import adopt, crashing, settle
+from corral.gateway import adopt, settle
 from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.checks import Checks
 from corral.gateway.content import Keeper
+from corral.gateway.crashing import Crashing
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
@@ -31,12 +32,12 @@ from corral.gateway.report import Report
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.upstream import Upstreams
-from corral.store import keeper, keys, leases
+from corral.store import keeper, keys, leases, suspects
 from corral.store.budget import Budget
 from corral.store.content import Hashes
 from corral.store.limits import Limits
-from corral.store.valkey import Valkey, encode
-from corral.wire.common import Caps, Decoded
+from corral.store.valkey import Valkey
+from corral.wire.common import Caps
 from corral.wire.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Gateway:
         self.exposition = Exposition(self, gateway.metrics)
         self.report = Report(self)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell, self.report.answer)
-        self.store = Valkey(settings.valkey_address(), scripts=leases.SCRIPTS + keeper.SCRIPTS)
+        self.store = Valkey(settings.valkey_address(), scripts=(*leases.SCRIPTS, *keeper.SCRIPTS, suspects.TEXT))
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.limits.on_moved = self.changes.reset  # it only listens: nothing else would tell it
@@ -96,7 +97,8 @@ class Gateway:
         self.shipper = Shipper(self.journal.spool, spool, gateway.control_url, token, self.name)
         self.upstreams = Upstreams(loop)
         self.retries = RetryBudget()
-        self.crashing = crashing.Crashing()
+        self.suspects = suspects.Suspects(self.store)
+        self.crashing = Crashing(self, self.suspects)
         self.health = Health(self)
         self.connections: set[ClientConnection] = set()
         self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
@@ -234,6 +236,7 @@ class Gateway:
             connection.check(now)
         self.health.look(now)
         self.queue.sweep(now)
+        self.crashing.sweep(now)
         for exchange in list(self.running):
             exchange.check(now)
         self.upstreams.sweep(now)
@@ -270,27 +273,13 @@ class Gateway:
         return told
 
     def changed(self, message: Any) -> None:
-        """Control says that keys or nodes changed, the store whose turn it is, another gateway, which prompt runners
-        crash under."""
+        """Control says that keys or nodes changed, the store whose turn it is and which prompts runners crash under."""
         if isinstance(message, list) and len(message) == 3:
             if message[1] == self.queue.slots.channel:
                 self.queue.slots.woken(message)
                 return
-            if message[1] == crashing.CHANNEL:
+            if message[1] == suspects.CHANNEL:
                 if message[0] == b"message":
-                    self.crashing.refuse(message[2].decode("latin-1"), time.monotonic())
+                    self.suspects.heard(message[2])
                 return
         self.feed.poke()
-
-    def crashed(self, decoded: Decoded, crashes: int, runner: bool, alone: bool) -> bool:
-        """See `Crashing.present`; whether the prompt is refused now, which the other gateways are told."""
-        name = self.crashing.present(decoded, crashes, runner, alone, time.monotonic())
-        if name:
-            log.warning("a prompt for %s was present at two crashes: refused for ten minutes (%s)", decoded.model, name)
-            if self.store.connected:
-                self.store.call(encode(b"PUBLISH", crashing.CHANNEL, name.encode()), _ignore)
-        return bool(name)
-
-
-def _ignore(reply: Any) -> None:
-    """A gateway that was not told learns by itself."""

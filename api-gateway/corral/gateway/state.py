@@ -35,6 +35,7 @@ class State(Waiter):
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
     whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may.
     ``sent`` is when its last attempt began, at ``runner``, ``token`` when that last gave one, 0.0 before its first.
+    ``suspect`` is its prompt's fingerprint once that was at a runner's crash (`corral.gateway.crashing`).
     ``orphaned``, ``crashes``, ``lost`` and ``held_until`` are `corral.gateway.recover.History`'s.
     ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began that is on,
     0.0 while it has a node. What most requests never set stands on the class.
@@ -78,6 +79,7 @@ class State(Waiter):
     sent = 0.0
     token = 0.0
     runner: Runner | None = None
+    suspect = ""
     refusal = ""
     pace: Pace | None = None
     resumption: Resume | None = None
@@ -89,7 +91,7 @@ class State(Waiter):
     _tail = b""
     _admitted = False
     _recorded = False
-    _settled = False
+    settled = False
     opened = False
     overdue = False
     _ending = NOTHING
