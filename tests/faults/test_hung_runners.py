@@ -14,7 +14,7 @@ import httpx
 import pytest
 from support.fleet import MODEL, SINGLE, Fleet
 from support.fleet import fleet as run_fleet
-from support.gateway import END, HEAD, LAST, LINE, chunk, gateway, well
+from support.gateway import END, HEAD, LAST, LINE, Behaviour, FakeNode, chunk, gateway, says, well
 from support.held import leading, placed
 from support.load import CHAT, WHOLE, Answer, Client, body_of
 from support.process import until
@@ -102,6 +102,100 @@ def test_a_hung_runner_is_ejected_though_its_callers_wait_for_less_than_its_budg
     until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 5)
     measured = f"{ejected - hung:.1f} s, {len(left)} left after {waits:g} s each"
     matrix("runner hung, callers wait for 3 s", "ejected <= 10 s after its budget (5 s)", measured)
+
+
+@pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
+def test_a_hung_runner_that_only_embeds_is_ejected_and_its_work_goes_elsewhere(
+    patient: Fleet, matrix: Callable[[str, str, str], None], route: str
+) -> None:
+    node = patient.nodes["node-1"]
+    before = patient.sum_of(EJECTED)
+    over = threading.Event()
+    answers: list[httpx.Response] = []
+
+    def calls(number: int) -> None:
+        with httpx.Client(base_url=patient.stack.url, headers=patient.stack.headers(), timeout=60) as client:
+            while not over.is_set():
+                body = {"model": MODEL, "input": [f"{number} horses"] * 3}
+                answers.append(client.post(route, json=body))
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(calls, number) for number in range(8)]
+        try:
+            until(lambda: {nodes_of(one) for one in list(answers)} >= {"node-1", "node-2"}, "both are used", 20)
+            node.fault(kind="hang", model=MODEL)
+            hung = time.monotonic()
+            until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
+            ejected = time.monotonic() - hung
+            until(lambda: patient.states()["node-1"] == "suspect", "control has heard", 5)
+            node.well()
+            until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 20)
+        finally:
+            over.set()
+            node.well()
+        for one in asked:
+            one.result()
+    assert {answer.status_code for answer in answers} == {200}
+    assert ejected < BUDGET + EJECTED_WITHIN
+    measured = f"{ejected:.1f} s, {len(answers)} answers, 0 lost"
+    matrix(f"runner hung, {route} alone", "ejected <= 10 s after its budget (5 s)", measured)
+
+
+def test_a_model_that_can_do_nothing_else_is_asked_to_embed(
+    tmp_path: Path, matrix: Callable[[str, str, str], None]
+) -> None:
+    with gateway(tmp_path, gateway={"between_tokens": "20s", "first_token": "20s"}) as gw:
+        placed(gw, leading(gw), 4, "node-1", "node-2")
+        gw.control.publish(nodes=[node | {"ps": node["tags"]} for node in gw.control.snapshot["nodes"]])
+        gw.control.until_known()
+        hung = gw.nodes[0]
+
+        def only_embeds(node: FakeNode) -> Behaviour:
+            def answers(connection: socket.socket) -> None:
+                if "input" not in node.asked.body:
+                    says(400, {"error": '"m" does not support generate'})(connection)
+                elif node is hung:
+                    node.wait_for_close(connection)
+                else:
+                    says(200, {"model": "m", "embeddings": [[1.0]], "prompt_eval_count": 3})(connection)
+
+            return answers
+
+        for node in gw.nodes:
+            node.script = [only_embeds(node)] * 40
+        began = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda text: gw.post("/api/embed", {"model": "m", "input": text}), ("a", "b")))
+        took = time.monotonic() - began
+        assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
+        assert sorted(answer.headers["X-Corral-Attempts"] for answer in answers) == ["1", "2"]
+        assert gw.metric(EJECTED) == 1
+    assert took < BUDGET + EJECTED_WITHIN
+    matrix(
+        "runner of an embedding model hung", "ejected <= 10 s after its budget (5 s)", f"answered after {took:.1f} s"
+    )
+
+
+def test_long_embeddings_eject_nothing(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:
+    before = patient.sum_of(EJECTED)
+    # 900 tokens at 120 tokens/s: 7.5 s without a word. Then as many as go in one batch, and one more.
+    text = "river " * 900
+
+    def ask(given: str | list[str]) -> httpx.Response:
+        url, headers = patient.stack.url + "/api/embed", patient.stack.headers()
+        return httpx.post(url, json={"model": MODEL, "input": given}, headers=headers, timeout=120)
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = [*pool.map(ask, [text] * 20), ask([text] * 65)]
+    assert {(answer.status_code, answer.headers["X-Corral-Attempts"]) for answer in answers} == {(200, "1")}
+    assert min(answer.elapsed.total_seconds() for answer in answers) > BUDGET
+    assert patient.sum_of(EJECTED) == before
+    matrix("long embeddings alone", "0 ejections", f"0 in {len(answers)}")
+
+
+def nodes_of(answer: httpx.Response) -> str:
+    """Who answered."""
+    return answer.headers["X-Corral-Node"]
 
 
 def test_long_prefills_beside_short_streams_eject_nothing(

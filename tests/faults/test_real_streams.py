@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -243,6 +244,53 @@ def test_a_prompt_that_runners_crash_under_is_refused(pair: Pair, matrix: Matrix
         for _ in range(4):
             assert client.post("/api/chat", json=other).status_code == 200
     matrix("prompt that a runner crashes under", "refused after two crashes", "502, then 400; others' prompts answered")
+
+
+def test_a_prompt_that_runners_crash_under_is_refused_though_it_is_never_alone(pair: Pair, matrix: Matrix) -> None:
+    """The runner is killed in mid-answer each time, others' answers beside it; none of them can be gone on with."""
+    beside = 3  # on two nodes: one of them is where it is
+    until(pair.all_ready, "both nodes are in service", 30, every=0.3)
+    url, headers = pair.stack.url + GENERATE, pair.stack.headers()
+    others = [f"{900 + number}. {PROMPTS[MODEL]}" for number in range(beside * 2)]
+
+    def ask(
+        prompt: str, tokens: int = 400, kills: bool = False, until_then: threading.Event | None = None
+    ) -> list[str]:
+        """An answer's lines; with `kills`, its node's runner is killed at the fourth."""
+        # Raw, and with the context of another: nobody could go on with it.
+        body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "context": [1, 2, 3]}
+        body["options"] = {"temperature": 0, "num_predict": tokens}
+        lines: list[str] = []
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=90) as answer:
+            node = answer.headers.get("X-Corral-Node", "")
+            for line in answer.iter_lines():
+                lines.append(line)
+                if until_then is not None:
+                    until_then.set()
+                if kills and len(lines) == 4:
+                    kill(node, victims[node])
+        return lines
+
+    killed = 0
+    for turn in range(2):
+        victims = {name: pair.loaded(name, MODEL) for name in pair.servers}
+        some = others[turn * beside : (turn + 1) * beside]
+        with ThreadPoolExecutor(beside) as pool:
+            begun = [threading.Event() for _ in some]
+            asked = [pool.submit(ask, prompt, until_then=event) for prompt, event in zip(some, begun, strict=True)]
+            for event in begun:
+                assert event.wait(60)
+            lines = ask("poison beside others", kills=True)
+            killed += 1
+            assert "unexpected EOF" in lines[-1]
+            for one in asked:
+                one.result()
+    (line,) = ask("poison beside others")
+    assert "present at 2 crashes" in line
+    whole = [ask(prompt, tokens=4)[-1] for prompt in others]
+    assert all(json_of(line).get("done") is True for line in whole), whole
+    measured = f"400 after {killed} crashes; {len(whole)} others answered"
+    matrix(f"prompt that a runner crashes under beside {beside} others", "refused after two crashes", measured)
 
 
 def busy(pids: list[int]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.gateway import END, HEAD, LAST, LINE, FakeNode, Gateway, chunk, gateway
+from support.gateway import END, HEAD, LAST, LINE, FakeNode, Gateway, chunk, gateway, says
 from support.process import until
 from support.second import Second
 
@@ -212,3 +212,26 @@ def test_a_killer_that_comes_again_is_known_before_it_is_tried_again(site: Site)
     assert (answer.status_code, site.runner.crashes) == (502, 2)
     assert "the model's runner crashed (1 attempt)" in answer.json()["error"]
     assert is_refused(site.post(killer, site.second.url))
+
+
+def test_a_batch_that_crashes_it_is_known_by_the_whole_of_its_request(site: Site) -> None:
+    node = site.gw.nodes[0]
+
+    def embeds(connection: socket.socket) -> None:
+        vectors = [[float(text)] for text in node.asked.body["input"]]
+        says(200, {"model": "m", "embeddings": vectors, "prompt_eval_count": 3})(connection)
+
+    def crashes(connection: socket.socket) -> None:
+        time.sleep(LOAD)
+        says(500, {"error": GONE.decode()})(connection)
+
+    def ask() -> httpx.Response:
+        body = {"model": "m", "input": [str(number) for number in range(100)]}
+        return httpx.post(site.gw.url + "/api/embed", json=body, headers=site.gw.auth, timeout=30)
+
+    node.script = [embeds, crashes, crashes, embeds, embeds]
+    assert ask().status_code == 502
+    asked = len(node.requests)
+    answer = ask()
+    assert is_refused((answer.status_code, answer.text))
+    assert len(node.requests) == asked

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.fleet.hanging import IDLE, PREFILL, SILENCE, STEP_MAX, Runner, needs, stays
+from corral.fleet.hanging import FADES, IDLE, PREFILL, RATE, SILENCE, STEP_MAX, Rates, Runner, needs, stays
+from corral.fleet.hanging import LONG as COUNTS
 from corral.fleet.node import Node, NodeState
 
 LOOK = 0.5
@@ -158,6 +159,44 @@ def test_a_runner_that_gives_a_token_in_time_never_hangs(looks: list[tuple[Works
         if gives or watched.now + LOOK - watched.runner.token > SILENCE:
             watched.runner.token = watched.now + at
         assert not watched.look([(watched.now - age, need) for age, need in works])
+
+
+def test_the_slowest_rate_counts_and_fades() -> None:
+    rates = Rates()
+    assert rates.of("m") == RATE
+    rates.learn("m", COUNTS - 1, 1000.0)
+    assert rates.of("m") == RATE, "so short a prompt says nothing"
+    rates.learn("m", 5000, 1.0)
+    rates.learn("m", 4000, 2.0)
+    assert (rates.of("m"), rates.of("other")) == (2000.0, RATE)
+    rates.learn("m", 5000, 1.0)
+    assert rates.of("m") == 2000.0 * FADES
+    assert rates.needs("m", 42_000) == PREFILL * 20.0
+
+
+# Batches of embeddings, one after the other or several at once: tokens, and how many share the runner with each.
+batches = st.lists(st.tuples(st.integers(1, 60_000), st.integers(1, int(PREFILL))), min_size=1, max_size=12)
+
+
+@PROPERTY
+@given(st.floats(RATE, 1e5), batches)
+def test_a_runner_that_embeds_as_fast_as_it_did_never_hangs_and_one_that_stops_does_in_time(
+    rate: float, asked: list[tuple[int, int]]
+) -> None:
+    watched, rates = Watched(), Rates()
+    for tokens, at_once in asked:
+        # Who shares it waits for all, in the order in which they came: each is answered in its turn.
+        sent = watched.now
+        for turn in range(1, at_once + 1):
+            ends = sent + turn * tokens / rate
+            need = rates.needs("m", tokens)
+            while watched.now + LOOK < ends:
+                assert not watched.look([(sent, need)] * (at_once - turn + 1))
+            watched.runner.token = ends
+            rates.learn("m", tokens, ends - sent)
+    watched.look([])
+    need = rates.needs("m", asked[-1][0])
+    assert watched.hangs_after([(watched.now, need)], need + 60.0) <= need + 2 * LOOK
 
 
 def fleet(held: Iterable[Iterable[str]]) -> dict[str, Node]:

@@ -1,6 +1,7 @@
 """Whether a runner (a model on a node) hangs, by what its requests show: it has work, and gives no token for too long.
 
-Only tokens, and time with work, are counted: who comes and who leaves says nothing of a runner.
+Only tokens, and time with work, are counted: who comes and who leaves says nothing of a runner. Embeddings are read as
+prompts are, and the answer to a batch of them counts as a token.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ PREFILL: Final = 3.0
 """So many times what reading its prompts should take a runner may be silent."""
 RATE: Final = 100.0
 """Tokens of a prompt a second, until a model's rate is known: what a small machine reads."""
+LONG: Final = 64
+"""Tokens from which on the time of reading says something of that rate."""
+FADES: Final = 1.05
+"""So much faster than the slowest rate that is known the next one may be taken for."""
 STEP_MAX: Final = 1.0
 """A look that comes later than so many seconds after the last one says that the gateway stood still, not the runner."""
 IDLE: Final = 60.0
@@ -25,6 +30,27 @@ IDLE: Final = 60.0
 def needs(estimate: int, rate: float) -> float:
     """For how long a runner may be silent that reads a prompt of so many tokens, at so many a second (seconds)."""
     return max(SILENCE, PREFILL * estimate / rate)
+
+
+class Rates:
+    """At how many tokens a second models read, at the slowest; that fades with each time they are faster."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+
+    def of(self, model: str) -> float:
+        """A model's rate."""
+        return self._known.get(model, RATE)
+
+    def needs(self, model: str, estimate: int) -> float:
+        """See `needs`."""
+        return needs(estimate, self.of(model))
+
+    def learn(self, model: str, estimate: int, seconds: float) -> None:
+        """So many tokens were read in so many seconds, the wait before them among these."""
+        if estimate >= LONG:
+            rate, known = estimate / max(0.001, seconds), self._known.get(model)
+            self._known[model] = rate if known is None else min(rate, known * FADES)
 
 
 class Runner:

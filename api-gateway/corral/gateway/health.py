@@ -10,18 +10,18 @@ loading, and no runner's fault; nor are requests whose caller takes no more byte
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from corral.fleet.hanging import RATE, SILENCE, Runner, needs, stays
+from corral.fleet.hanging import SILENCE, Rates, Runner, stays
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import counted
+from corral.gateway.admit import EMBEDS
 from corral.gateway.crowding import Crowding
 from corral.gateway.decode import SHOW
-from corral.gateway.metrics import WHOLE
 from corral.gateway.recover import holds
 from corral.gateway.upstream import Handler, UpstreamConnection
 from corral.store.slots import Wanted
-from corral.wire.common import decode_line, encode
+from corral.wire.common import Decoded, decode_line, encode
 from corral.wire.continuation import Rendering
 from corral.wire.errors import UpstreamNonsense
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
     from corral.gateway.server import Gateway
 
-LONG: Final = 64
-"""Tokens of a prompt from which on its time says something of that rate."""
 GOES_ON: Final = 1.0
 """Seconds since a runner's last progress within which it surely goes on."""
 TOOLS: Final = b'"tools":[{'
@@ -46,10 +44,14 @@ log = logging.getLogger(__name__)
 
 
 class Canary(Handler):
-    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again)."""
+    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again).
 
-    def __init__(self, gateway: Gateway, node: Node, model: str, due: float) -> None:
-        self._gateway, self.node, self.model, self.due = gateway, node, model, due
+    ``embeds``: it is asked to embed one, as nothing else was: most such models can do nothing else, and their node
+    would say so for them.
+    """
+
+    def __init__(self, gateway: Gateway, node: Node, model: str, due: float, embeds: bool) -> None:
+        self._gateway, self.node, self.model, self.due, self.embeds = gateway, node, model, due, embeds
         self.asked = self.until = 0.0
         self.answered = self.ejected = False
         self._status = 0
@@ -74,10 +76,14 @@ class Canary(Handler):
             return
         self._connection = connection
         policy = self._gateway.snapshot.policy(self.model)
-        options = {"num_predict": 1} | ({"num_ctx": policy.num_ctx} if policy is not None and policy.num_ctx else {})
-        asked = {"model": self.model, "prompt": "a", "raw": True, "stream": False, "keep_alive": -1}
-        body = encode({**asked, "options": options | (dict(policy.pinned) if policy is not None else {})})
-        head = (b"POST /api/generate HTTP/1.1\r\nHost: nodes\r\n", self.node.header, b"Content-Length: ")
+        options: dict[str, Any] = {} if self.embeds else {"num_predict": 1}
+        if policy is not None:
+            options |= ({"num_ctx": policy.num_ctx} if policy.num_ctx else {}) | dict(policy.pinned)
+        asked: dict[str, Any] = {"model": self.model, "keep_alive": -1, "options": options}
+        asked |= {"input": "a"} if self.embeds else {"prompt": "a", "raw": True, "stream": False}
+        body = encode(asked)
+        path = b"embed" if self.embeds else b"generate"
+        head = (b"POST /api/%b HTTP/1.1\r\nHost: nodes\r\n" % path, self.node.header, b"Content-Length: ")
         connection.send(b"".join((*head, str(len(body)).encode(), b"\r\n\r\n", body)), self)
 
     def on_head(self, status: int, proxied: bytes) -> None:
@@ -89,7 +95,8 @@ class Canary(Handler):
 
     def on_end(self) -> None:
         # A model that cannot generate (400) has a runner that answers.
-        self.answered = self._status == 400 or (self._status == 200 and _is_done(self._said))
+        says = self._said.find(b'"embeddings"') >= 0 if self.embeds else _is_done(self._said)
+        self.answered = self._status == 400 or (self._status == 200 and says)
         self._connection = None
         self._end()
 
@@ -109,6 +116,10 @@ class Canary(Handler):
             connection.abort()
 
 
+def _embeds(streams: list[Exchange]) -> bool:
+    return all([one.decoded is not None and one.decoded.upstream_path in EMBEDS for one in streams])
+
+
 def _is_done(said: bytes) -> bool:
     try:
         return decode_line(said).get("done") is True
@@ -122,7 +133,7 @@ class Health:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._runners: dict[tuple[str, str], Runner] = {}
-        self.rates: dict[str, float] = {}
+        self._rates, self._embed_rates = Rates(), Rates()
         self.canaries: dict[tuple[str, str], Canary] = {}
         self.crowding = Crowding()
         self.ejections = self.frozen = 0
@@ -146,11 +157,12 @@ class Health:
         if runner is not None:
             runner.token = exchange.token = now
         decoded = exchange.decoded
-        if not first or decoded is None or decoded.estimate < LONG:
-            return
-        rate = decoded.estimate / max(0.001, now - exchange.sent)
-        known = self.rates.get(exchange.model)
-        self.rates[exchange.model] = rate if known is None else min(rate, known * 1.05)
+        if first and decoded is not None:
+            self.rates(decoded).learn(exchange.model, decoded.reads, now - exchange.sent)
+
+    def rates(self, decoded: Decoded) -> Rates:
+        """At which models read, or embed: one that does both does not do it as fast."""
+        return self._embed_rates if decoded.upstream_path in EMBEDS else self._rates
 
     def answered(self, exchange: Exchange, node: Node, now: float) -> None:
         """A node's answer is whole, whatever was in it."""
@@ -170,13 +182,13 @@ class Health:
             if runner is None:
                 continue
             streams = used.setdefault(runner, [])
-            if exchange.paused or exchange.path in WHOLE:
+            if exchange.paused:
                 continue
             streams.append(exchange)
-            need = SILENCE
-            if not exchange.token and exchange.decoded is not None:
-                need = needs(exchange.decoded.estimate, self.rates.get(exchange.model, RATE))
-                if now - exchange.sent > need and now - runner.token < GOES_ON:
+            need, decoded = SILENCE, exchange.decoded
+            if not exchange.token and decoded is not None:
+                need = self.rates(decoded).needs(exchange.model, decoded.reads)
+                if decoded.upstream_path not in EMBEDS and now - exchange.sent > need and now - runner.token < GOES_ON:
                     self.crowding.note((runner.node, runner.model), exchange.record_id, now)
             runner.works(exchange.sent, need)
         for key, runner in list(self._runners.items()):
@@ -184,7 +196,7 @@ class Health:
             if runner.model not in _resident(nodes, runner):
                 runner.anew()
             elif hangs and key not in self.canaries and not self._holds_back(runner, used[runner], now):
-                self._suspect(key, now, "no token comes of")
+                self._suspect(key, now, "no token comes of", _embeds(used[runner]))
             if runner not in used and runner.unused(now):
                 del self._runners[key]
         for node in nodes.values():
@@ -220,13 +232,13 @@ class Health:
             if count >= FAILED and runner not in self.canaries and model in node.resident:
                 self._suspect(runner, now, f"{count} requests in a row failed at")
 
-    def _suspect(self, runner: tuple[str, str], now: float, why: str) -> None:
+    def _suspect(self, runner: tuple[str, str], now: float, why: str, embeds: bool = False) -> None:
         node = self._gateway.snapshot.nodes.get(runner[0])
         if node is None or node.state is not NodeState.READY:
             return
         log.warning("%s: %s %s: it gets no new ones until it gives a token", node.name, why, runner[1])
         node.suspects |= {runner[1]}
-        self.canaries[runner] = Canary(self._gateway, node, runner[1], now)
+        self.canaries[runner] = Canary(self._gateway, node, runner[1], now, embeds)
 
     def _go_on(self, key: tuple[str, str], canary: Canary, used: dict[Runner, list[Exchange]], now: float) -> None:
         node, runner = canary.node, self._runners.get(key)

@@ -12,7 +12,6 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
 from corral.fleet.dispatch import Affinity, beginnings
-from corral.fleet.hanging import RATE
 from corral.fleet.node import Node, canonical_name
 from corral.fleet.pools import counted
 from corral.fleet.slots import ABORTED_MAX, cool_down
@@ -114,8 +113,7 @@ class Queue:
         exchange.asked += 1
         bound = decoded.max_tokens
         answer = 0 if kind % PICKY == EMBED_KIND else self._gateway.answer_tokens if bound is None else bound
-        prompt = decoded.estimate // (1 + len(decoded.more) + decoded.responder.kept)
-        cost = min(COST_MAX, prompt * PREFILL_US + answer * DECODE_US + 1000)
+        cost = min(COST_MAX, decoded.reads * PREFILL_US + answer * DECODE_US + 1000)
         key = exchange.key
         batch, weight = (False, 1.0) if key is None else (key.batch, key.weight)
         return Wanted(id, counted(name, pool.group), kind, exchange.key_id or "-", cost, weight, batch, words)
@@ -202,10 +200,10 @@ class Queue:
         decoded = exchange.decoded
         if decoded is None or exchange.first_token:
             return cool_down(True, 0.0, 0.0)
-        rate = self._gateway.health.rates.get(exchange.model, RATE)
+        rate = self._gateway.health.rates(decoded).of(exchange.model)
         began = exchange.deadline - self._gateway.first_token
-        left = decoded.estimate - (monotonic() - began) * rate
-        return cool_down(False, max(0.0, left), rate) if decoded.estimate else ABORTED_MAX
+        left = decoded.reads - (monotonic() - began) * rate
+        return cool_down(False, max(0.0, left), rate) if decoded.reads else ABORTED_MAX
 
     def read(self, exchange: Exchange, now: float) -> None:
         """A request's first token is there."""

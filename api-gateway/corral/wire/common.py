@@ -141,6 +141,11 @@ class Decoded:
         self.more = more
         self.transcript: Transcript | None = None
 
+    @property
+    def reads(self) -> int:
+        """What of the estimate is in the body: one of so many batches, where it is divided."""
+        return self.estimate // (1 + len(self.more) + self.responder.kept)
+
     def go_on(self) -> None:
         """An answer is whole, and there is more to ask."""
         self.responder.keep()

@@ -101,7 +101,7 @@ function act.try(prompt, model, node)
   local key = P .. 'trial:' .. model .. ' ' .. node
   local other = redis.call('GET', key)
   if other and other ~= prompt then return 0 end
-  redis.call('SET', key, prompt, 'EX', KEEP)
+  redis.call('SET', key, prompt, 'EX', RECENT) -- of a gateway that died, nobody says that it is over
   return 1
 end
 
