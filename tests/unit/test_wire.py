@@ -129,6 +129,17 @@ def bulk(route: str) -> tuple[Decoded, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
+def test_of_a_bulk_of_embeddings_each_batch_is_guessed_by_itself(route: str) -> None:
+    asked = decode(route, {"model": "m", "input": ["a"] * 64 + ["river " * 500] * 64})
+    short = asked.reads
+    asked.responder.feed(b'{"model":"m","embeddings":[[1]],"prompt_eval_count":7}')
+    asked.go_on()
+    assert short < 100 < 64 * 500 < asked.reads < asked.estimate
+    one = decode("/api/chat", {"model": "m", "messages": [{"role": "user", "content": "a b c d"}]})
+    assert one.reads == one.estimate
+
+
+@pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
 def test_a_bulk_of_embeddings_is_asked_in_batches_and_answered_as_one(route: str) -> None:
     asked, sent = bulk(route)
     assert [len(body["input"]) for body in sent] == [64, 64, 2]

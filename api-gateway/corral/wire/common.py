@@ -18,6 +18,8 @@ from corral.wire.transcript import Transcript
 LINE_MAX: Final = 1 << 20
 MARK: Final = "corral"
 """The field of an answer's last event that says that other nodes went on with it, and which."""
+CHARS_PER_TOKEN: Final = 4
+"""A guess, for what a node did not come to count."""
 COUNT_MAX: Final = (1 << 31) - 1
 
 BRACKETS_MAX: Final = 100_000
@@ -143,8 +145,8 @@ class Decoded:
 
     @property
     def reads(self) -> int:
-        """What of the estimate is in the body: one of so many batches, where it is divided."""
-        return self.estimate // (1 + len(self.more) + self.responder.kept)
+        """A guess of the tokens in the body: of embeddings one batch, that may be the one with all the long texts."""
+        return len(self.body) // CHARS_PER_TOKEN if self.upstream_path == b"/api/embed" else self.estimate
 
     def go_on(self) -> None:
         """An answer is whole, and there is more to ask."""

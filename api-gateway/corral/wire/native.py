@@ -7,11 +7,20 @@ from typing import Any, Final
 from corral.wire import options as opts
 from corral.wire.answers import Object, Pass, Whole
 from corral.wire.bodies import UNSET, Chat, Embed, Embeddings, Generate, Show
-from corral.wire.common import CAPS, Caps, Decoded, PolicyOf, Reader, check_depth, encode, require_model
+from corral.wire.common import (
+    CAPS,
+    CHARS_PER_TOKEN,
+    Caps,
+    Decoded,
+    PolicyOf,
+    Reader,
+    check_depth,
+    encode,
+    require_model,
+)
 from corral.wire.errors import bad_request
 
 KEEP_ALIVE: Final = -1
-CHARS_PER_TOKEN: Final = 4
 TOKENS_PER_IMAGE: Final = 256
 """Guesses, for what a node did not come to count."""
 

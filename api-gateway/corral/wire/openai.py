@@ -15,7 +15,17 @@ import msgspec
 from corral.wire import bodies, native
 from corral.wire import options as opts
 from corral.wire.bodies import Body
-from corral.wire.common import CAPS, Caps, Decoded, PolicyOf, Reader, check_depth, encode, require_model
+from corral.wire.common import (
+    CAPS,
+    CHARS_PER_TOKEN,
+    Caps,
+    Decoded,
+    PolicyOf,
+    Reader,
+    check_depth,
+    encode,
+    require_model,
+)
 from corral.wire.errors import bad_request
 from corral.wire.openai_answers import ChatStream, ChatWhole, CompletionStream, CompletionWhole, EmbeddingList
 
@@ -300,7 +310,7 @@ def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Ca
         b"/api/generate",
         model,
         encode(generate),
-        len(raw) // native.CHARS_PER_TOKEN,
+        len(raw) // CHARS_PER_TOKEN,
         max_tokens,
         responder,
         ignored=ignored,
@@ -329,7 +339,7 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Ca
         b"/api/embed",
         model,
         first,
-        len(raw) // native.CHARS_PER_TOKEN,
+        len(raw) // CHARS_PER_TOKEN,
         None,
         responder,
         ignored=ignored,
