@@ -2,12 +2,15 @@
 
     benchmarks/audit verify [--records 1000000] [--postgresql] [--api]
     benchmarks/audit retention [--records 5000000] [--postgresql]
+    benchmarks/audit reads [--records 5000000] [--postgresql]
 
 ``verify`` enters records as control does, signs them, and checks every one as `corral audit verify` does, without the
 way over HTTP; with ``--api`` a control signs them, and that command itself checks them over its API. More than a minute
 for it is a failure. ``retention`` makes rows by one statement of the database's own, and deletes the older half as
 control does, while another writer enters records: it prints the plan of the statement, rows a second, and how long that
-other writer waited.
+other writer waited. ``reads`` makes such rows too, in the schema before the one that has an index of requests' ids,
+enters some more before and after it migrates them, and asks a control for them as commands do: it prints what each
+took. More than 30 s, after which control ends a read, is a failure.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import secrets
 import statistics
 import subprocess
@@ -24,8 +28,11 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -46,32 +53,45 @@ from corral.stack.http import Unreachable  # noqa: E402
 from corral.stack.state import StackError, StateFolder  # noqa: E402
 from corral.store import retention  # noqa: E402
 from corral.store.chain import ZERO, Span  # noqa: E402
-from corral.store.database import Database, resolve  # noqa: E402
+from corral.store.database import Database, resolve, upgrade  # noqa: E402
 from corral.store.ingest import ingest  # noqa: E402
 from corral.store.spool import HEADER  # noqa: E402
 from corral.store.tables import audit, audit_checkpoints, audit_streams  # noqa: E402
 from corral.store.verify import verify  # noqa: E402
 
-GROUP = 2000
+GROUP = 1000
 NOW = 1_800_000_000.0
 BAR = 60.0
 """Seconds that the verification of a million records may take."""
+
+TIMES = 3
+"""Calls of each read; the best is told."""
+BEFORE = "0015"
+"""The last schema without an index of requests' ids."""
+MORE = 50_000
+"""Records that come in beside those that `reads` makes."""
+PATIENCE = 30.0
+"""Seconds after which control ends a read."""
+COMMAND = [sys.executable, "-P", "-m", "corral"]
 
 _encode = msgspec.json.Encoder().encode
 
 
 def frame(first: int, count: int) -> bytes:
-    """A frame of settle records like a gateway's."""
+    """A frame of settle records like a gateway's: ids are the edge's random ones, each text has its keyed hash."""
     records = []
+    drawn = random.Random(first)
     for number in range(first, first + count):
-        name = f"gateway-1-0123456789ab-{number}"
+        name, shown = (str(uuid.UUID(int=drawn.getrandbits(128), version=4)) for _ in range(2))
+        prompt, answer = (drawn.randbytes(32).hex() for _ in range(2))
         records.append(
             _encode(
-                {"t": "settle", "id": name, "request_id": name, "ts": NOW + number / 100, "key": "k" * 10}
+                {"t": "settle", "id": name, "request_id": shown, "ts": NOW + number / 100, "key": "k" * 10}
                 | {"addr": "192.0.2.7", "api": "openai", "route": "/v1/chat/completions", "method": "POST"}
                 | {"model": f"model-{number % 6}:latest", "status": 200, "outcome": "ok", "node": "node-1"}
                 | {"attempts": 1, "req_bytes": 900, "resp_bytes": 1800, "prompt_tokens": 230, "tokens": number % 500}
                 | {"estimated": False, "queue_ms": 0.125, "ttft_ms": 120.5, "ms": 2400.75}
+                | {"prompt_hash": prompt, "answer_hash": answer}
             )
         )
     payload = b"\n".join(records)
@@ -91,9 +111,10 @@ ROWS = """
 INSERT INTO audit (id, request_id, ts, gw, key, tenant, addr, api, route, method, model, status, outcome, node,
   attempts, req_bytes, resp_bytes, prompt_tokens, tokens, estimated, queue_ms, ttft_ms, ms, pos, leaf)
 WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n WHERE i < {last})
-SELECT 'gateway-1-0123456789ab-' || i, 'gateway-1-0123456789ab-' || i, {now} + i / 100.0, 'gateway-1', 'key-' || i % 50,
-  'team-' || i % 9, '192.0.2.7', 'openai', '/v1/chat/completions', 'POST', 'model-' || i % 6, 200, 'ok', 'node-1', 1,
-  900, 1800, 230, i % 500, {false}, 0.125, 120.5, 2400.75, i, {leaf} FROM n"""
+SELECT 'gateway-1-0123456789ab-' || i, {shown}, {now} + i / 100.0, 'gateway-1',
+  CASE WHEN i % 100000 = 0 THEN 'key-rare' ELSE 'key-' || (i % 50) END, 'team-' || (i % 9), '192.0.2.7', 'openai',
+  '/v1/chat/completions', 'POST', 'model-' || (i % 6), 200, 'ok', 'node-1', 1, 900, 1800, 230, i % 500, {false}, 0.125,
+  120.5, 2400.75, i, {leaf} FROM n"""
 
 
 def make(database: Database, ledger: Ledger, records: int) -> None:
@@ -101,9 +122,11 @@ def make(database: Database, ledger: Ledger, records: int) -> None:
     bar = Bar("made", "rows")
     lite = database.dialect == "sqlite"
     leaf, false = ("randomblob(32)", "0") if lite else ("decode(md5(i::text) || md5(i::text), 'hex')", "false")
+    shown = "hex(randomblob(18))" if lite else "gen_random_uuid()"
     for first in range(1, records + 1, 250_000):
         last = min(first + 249_999, records)
-        statement = text(ROWS.format(first=first, last=last, now=NOW, leaf=leaf, false=false).replace("::", "\\:\\:"))
+        values = {"first": first, "last": last, "now": NOW, "leaf": leaf, "false": false, "shown": shown}
+        statement = text(ROWS.format(**values).replace("::", "\\:\\:"))
         database.write_now(lambda connection, one=statement: connection.execute(one))
         bar.show(last, records)
     half, link = records // 2, "00" * 32
@@ -138,10 +161,10 @@ def verified(database: Database, ledger: Ledger, records: int) -> int:
     return 0 if report.records == records and not report.problems and seconds <= BAR else 1
 
 
-def verified_by_command(database: Database, state: Path, records: int) -> int:
-    """Enter, let a control sign, and check by the command, as one does; the exit status."""
-    fill(database, records)
-    port, command = free_port(), [sys.executable, "-P", "-m", "corral"]
+@contextlib.contextmanager
+def serving(database: Database, state: Path) -> Iterator[tuple[Process, Admin]]:
+    """A control of that database, and its API; `corral` asks it too."""
+    port = free_port()
     # JSON is YAML, too.
     settings = {
         "control": {"listen": f"127.0.0.1:{port}", "metrics": "", "state": str(state)},
@@ -149,21 +172,32 @@ def verified_by_command(database: Database, state: Path, records: int) -> int:
         "audit": {"checkpoint": "1s"},
     }
     (state / "corral.yaml").write_text(json.dumps(settings))
-    env = {"PYTHONPATH": str(ROOT / "api-gateway")}
-    control = Process([*command, "serve", "control", "--config", state / "corral.yaml"], state / "control.log", env)
+    os.environ |= {"PYTHONPATH": str(ROOT / "api-gateway"), "CORRAL_URL": f"http://127.0.0.1:{port}"}
+    os.environ["CORRAL_ADMIN_KEY_FILE"] = str(state / "admin.key")
+    argv = [*COMMAND, "serve", "control", "--config", state / "corral.yaml"]
+    control = Process(argv, state / "control.log", {"PYTHONPATH": os.environ["PYTHONPATH"]})
     try:
-        os.environ["CORRAL_URL"] = f"http://127.0.0.1:{port}"
         control.wait_until((state / "admin.key").exists)
-        os.environ["CORRAL_ADMIN_KEY_FILE"] = str(state / "admin.key")
-        admin = Admin(StateFolder.locate(str(state), os.environ))
+        yield control, Admin(StateFolder.locate(str(state), os.environ))
+    finally:
+        control.end()
+
+
+def corral(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command."""
+    return subprocess.run([*COMMAND, *arguments], stdout=subprocess.PIPE)
+
+
+def verified_by_command(database: Database, state: Path, records: int) -> int:
+    """Enter, let a control sign, and check by the command, as one does; the exit status."""
+    fill(database, records)
+    with serving(database, state) as (control, admin):
         until(lambda: is_signed(admin), "all is signed", 600, every=1.0)
         begun, spent, theirs = time.monotonic(), os.times(), cpu_of(control.pid)
-        run = subprocess.run([*command, "audit", "verify", "--json"], env=os.environ | env, stdout=subprocess.PIPE)
+        run = corral("audit", "verify", "--json")
         seconds, theirs, now = time.monotonic() - begun, cpu_of(control.pid) - theirs, os.times()
         own = now.children_user + now.children_system - spent.children_user - spent.children_system
         told = json.loads(run.stdout)
-    finally:
-        control.end()
     print(
         f"{database.dialect}: corral audit verify: {told['records']} records verified in {seconds:.1f} s, "
         f"{len(told['problems'])} problems; CPU: {own:.1f} s of the command's, {theirs:.1f} s of control's"
@@ -185,6 +219,64 @@ def is_signed(admin: Admin) -> bool:
     except (Unreachable, StackError):
         return False
     return all(one["signed"] == one["pos"] for name, one in streams.items() if name == "gateway-1")
+
+
+def more(database: Database, first: int, offset: int) -> tuple[float, int]:
+    """Enter more records; how many a second, and where the next ones begin."""
+    begun = time.monotonic()
+    for number in range(first, first + MORE, GROUP):
+        data = frame(number, GROUP)
+        offset = database.write_now(ingest, "gateway-2", "0000000000000001.seg", offset, data).watermark
+    return MORE / (time.monotonic() - begun), offset
+
+
+def timed(admin: Admin, path: str, body: object) -> float:
+    """The seconds of a call."""
+    begun = time.monotonic()
+    admin("GET" if body is None else "POST", path, body, timeout=600.0)
+    return time.monotonic() - begun
+
+
+def read(database: Database, ledger: Ledger, state: Path, records: int) -> int:
+    """Make rows, enter some more, and read as commands do; the exit status."""
+    make(database, ledger, records)
+    without, offset = more(database, records, 0)
+    begun = time.monotonic()
+    database.migrate()
+    seconds = time.monotonic() - begun
+    rate, _ = more(database, records + MORE, offset)
+    print(
+        f"{database.dialect}, {records} rows: from schema {BEFORE} in {seconds:.1f} s; "
+        f"{without:,.0f} records a second entered before, {rate:,.0f} after"
+    )
+    row = select(audit.c.request_id).where(audit.c.seq == records // 2)
+    request = database.read_now(lambda connection: str(connection.execute(row).scalar_one()))
+    last, tenth = NOW + records / 100 - 50, NOW + records * 0.009
+    calls: dict[str, tuple[str, object]] = {
+        "verify's first call": ("/audit/chain", None),
+        "compare": ("/audit/compare", {"request": request, "prompt": ["00" * 32]}),
+    }
+    slow = 0.0
+    with serving(database, state) as (_, admin):
+        until(lambda: is_signed(admin), "all is signed", 600, every=1.0)
+        for what, asked in {
+            "list": {},
+            "list --request": {"request": request},
+            "list --key": {"key": "key-7"},
+            "list --key --since": {"key": "key-7", "since": last},
+            "list --key --since, of a rare key": {"key": "key-rare", "since": last},
+            "list --since, all of it": {"since": NOW},
+            "list --since, the last 5,000": {"since": last},
+            "list --since, none": {"since": NOW + records},
+            "export --since, the first page of 5,000": {"after": 0, "since": last},
+            "export --since, the first page of a tenth": {"after": 0, "since": tenth},
+        }.items():
+            calls[what] = "/audit?" + urlencode({"limit": 100, **asked}), None
+        for what, (path, body) in calls.items():
+            seconds = min(timed(admin, path, body) for _ in range(TIMES))
+            slow = max(slow, seconds)
+            print(f"{seconds * 1e3:10.1f} ms  {what}")
+    return 0 if slow <= PATIENCE else 1
 
 
 def forgotten(database: Database, ledger: Ledger, records: int) -> int:
@@ -234,23 +326,28 @@ def plan(connection: Connection, last: int) -> str:
 def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("verify", "retention"))
+    parser.add_argument("what", choices=("verify", "retention", "reads"))
     parser.add_argument("--records", type=int)
     parser.add_argument("--postgresql", action="store_true", help="on a server of its own, without fsync")
     parser.add_argument("--api", action="store_true", help="verify by the command, over the API of a control")
     given = parser.parse_args()
-    records = given.records or {"verify": 1_000_000, "retention": 5_000_000}[given.what]
+    records = given.records or {"verify": 1_000_000}.get(given.what, 5_000_000)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as exits:
         state = Path(folder)
         url = exits.enter_context(postgres()).database() if given.postgresql else "sqlite:///corral.db"
         (state / "audit.key").write_text(secrets.token_hex(32))
         database = Database(resolve(database_url(url), state))
         try:
-            database.migrate()
+            if given.what == "reads":
+                database.write_now(upgrade, BEFORE)
+            else:
+                database.migrate()
             if given.what == "verify" and given.api:
                 return verified_by_command(database, state, records)
             settings = AuditSettings(retention="1d")
             ledger = Ledger(database, settings, state, 1800.0)
+            if given.what == "reads":
+                return read(database, ledger, state, records)
             return (verified if given.what == "verify" else forgotten)(database, ledger, records)
         finally:
             database.close()

@@ -75,7 +75,7 @@ def test_a_text_that_no_record_names_is_told(made: Trail) -> None:
     made.write(lambda c: c.execute(insert(audit_content).values(id="r3", ts=1.0, data=b"of an older version")))
     report = made.verify()
     assert report.problems == []
-    assert report.notes == ["1 prompts with their answers are not covered: no record has their digest"]
+    assert report.notes == ["1 prompts with their answers are not covered: their records have no digest of them"]
 
 
 def test_texts_that_retention_removed_are_not_missing(made: Trail, texts: Texts) -> None:

@@ -85,6 +85,17 @@ def test_an_inserted_record(made: Trail) -> None:
     found(made, "records 19 to 19 stand behind the end: they were inserted")
 
 
+@pytest.mark.parametrize("gw", [GATEWAY, "gateway-0", "gateway-9", "", None])
+@pytest.mark.parametrize("pos", [None, -1, 0, 1000])
+def test_an_inserted_record_of_any_stream_and_place(made: Trail, gw: str | None, pos: int | None) -> None:
+    forged = {"id": "forged", "ts": 2.0, "gw": gw, "pos": pos, "outcome": "ok", "leaf": b"x" * 32}
+    made.write(lambda connection: connection.execute(insert(audit).values(forged)))
+    if pos == 1000 and gw == GATEWAY:
+        found(made, "records 19 to 1000 stand behind the end: they were inserted")
+    else:
+        found(made, f"{pos if pos == 1000 else 1} records stand beside the chain: they were inserted")
+
+
 def test_a_record_that_is_inserted_with_its_chain_made_anew(made: Trail) -> None:
     def enter(connection: Connection) -> None:
         moved = update(audit).where(audit.c.gw == GATEWAY, audit.c.pos > 7)

@@ -221,7 +221,7 @@ class _Api:
             name: Head(head["pos"], bytes.fromhex(head["link"]), head["signed"], head["highest"])
             for name, head in told["streams"].items()
         }
-        self._state = State(heads, told["outside"], told["older"], told.get("last_older", 0), told["unnamed"])
+        self._state = State(heads, told["outside"], told["older"], told.get("last_older", 0))
 
     def state(self) -> State:
         return self._state

@@ -23,6 +23,7 @@ from corral.store.database import Database
 from corral.store.ingest import note_use
 from corral.store.keys import masked
 from corral.store.tables import audit, keys, usage
+from corral.store.trail import Wanted, listed
 
 MINUTE = 60.0
 NOTES_MAX = 20
@@ -225,32 +226,18 @@ async def list_audit(
 
     An operator is shown those of its tenant.
     """
-    column = audit.c
-    wanted = []
-    if caller.bound is not None:
-        wanted.append(column.tenant == caller.bound)
-    if after is not None:
-        wanted.append(column.seq > after)
+    below = until = None
     if before is not None:
         # A row's number is small, a time is not.
         number = int(before) if re.fullmatch(r"\d{1,18}", before, re.ASCII) else None
         if number is not None and number < 10**9:
-            wanted.append(column.seq < number)
+            below = number
         else:
-            wanted.append(column.ts < moment(before, "before"))
-    if key is not None:
-        wanted.append(column.key.in_(await control.database.read(of_key, caller, key)))
-    if model is not None:
-        wanted.append(column.model == model)
-    if request is not None:
-        wanted.append(column.request_id == request)
-    if since is not None:
-        wanted.append(column.ts >= moment(since, "since"))
-    order = column.seq.asc() if after is not None else column.seq.desc()
-    shown = [one for one in audit.columns if one.name != "leaf"]
-    statement = select(*shown).where(*wanted).order_by(order).limit(limit)
-    rows = await control.database.read(lambda c: [dict(row) for row in c.execute(statement).mappings()])
-    rows.sort(key=lambda row: row["seq"])
+            until = moment(before, "before")
+    ids = None if key is None else await control.database.read(of_key, caller, key)
+    start = None if since is None else moment(since, "since")
+    wanted = Wanted(after, below, start, until, ids, caller.bound, model, request)
+    rows = await control.database.read(listed, wanted, limit)
     return {"audit": rows, "next": rows[-1]["seq"] if rows else after}
 
 
@@ -275,7 +262,7 @@ def of_key(connection: Connection, who: Principal, key: str) -> list[str]:
 def _on_record(connection: Connection, who: Principal, key: str, table: Table) -> bool:
     row = select(table.c.key).where(table.c.key == key).limit(1)
     if who.bound is not None:
-        row = row.where(table.c.tenant == who.bound)
+        row = row.where(table.c.tenant + "" == who.bound)  # compared: the key says where to look
     return connection.execute(row).first() is not None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from base64 import b64encode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import Connection, RowMapping, select
 
 from corral.config.record import AuditSettings
 from corral.config.values import duration_text
@@ -26,6 +27,7 @@ from corral.store.chain import FIELDS, read_checkpoint
 from corral.store.checkpoints import last_checkpoint, lines_after
 from corral.store.content import Hashes
 from corral.store.tables import audit, audit_content, keys
+from corral.store.trail import named
 from corral.store.usage import REFUSED
 from corral.store.verify import PAGE
 
@@ -70,17 +72,11 @@ async def chain(control: Here) -> Response:
     }
     found = {"streams": streams, "outside": state.outside, "older": state.older, "last_older": state.last_older}
     told = {
-        "unnamed": state.unnamed,
         "fields": FIELDS,
         "checkpoint": checkpoint,
         "public_key": control.ledger.signer.public,
     }
     return _json(found | told)
-
-
-def _named(request: str) -> ColumnElement[bool]:
-    """Records of a request by its `X-Request-ID`, or the one of that id."""
-    return (audit.c.id == request) | (audit.c.request_id == request)
 
 
 @router.post("/admin/audit/compare", tags=["audit"])
@@ -102,9 +98,7 @@ async def compare(control: Here, caller: Caller, texts: Texts) -> dict[str, Any]
 
 def _compare(connection: Connection, who: Principal, texts: Texts, hashes: Hashes) -> list[dict[str, Any]]:
     column = audit.c
-    wanted = [_named(texts.request), column.api != "admin"]
-    if who.bound is not None:
-        wanted.append(column.tenant == who.bound)
+    wanted = named(texts.request, who.bound), column.api != "admin"
     chosen = select(column.id, column.seq, column.ts, column.prompt_hash, column.answer_hash).where(*wanted)
     rows = connection.execute(chosen.order_by(column.seq.desc()).limit(SAME_ID_MAX)).mappings().all()
     if not rows:
@@ -133,24 +127,27 @@ async def content(
 
     `content_hash` is the SHA-256 that the record names, null where it is of an older version.
     """
-    chosen = (
-        select(audit_content, audit.c.content_hash)
-        .join(audit, audit.c.id == audit_content.c.id)
-        .where(_named(request))
-        .order_by(audit.c.seq)
-    )
-    rows = await control.database.read(lambda c: c.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all())
+    rows = await control.database.read(texts_of, request)
     if not rows:
         why = await control.database.read(_why_nothing, caller, request, control.settings.audit)
         raise Problem(404, "not_found", why)
     return {"content": [{**row, "data": b64encode(row["data"]).decode()} for row in rows]}
 
 
+def texts_of(connection: Connection, request: str) -> Sequence[RowMapping]:
+    """What is kept of a request, with what its records name."""
+    chosen = (
+        select(audit_content, audit.c.content_hash)
+        .join(audit, audit.c.id == audit_content.c.id)
+        .where(named(request))
+        .order_by(audit.c.seq)
+    )
+    return connection.execute(chosen.limit(SAME_ID_MAX // 10)).mappings().all()
+
+
 def _unknown(connection: Connection, who: Principal, request: str) -> str:
     """Why there is nothing to look at of a request that has no record of its own."""
-    wanted = select(audit.c.route).where(_named(request), audit.c.api == "admin")
-    if who.bound is not None:
-        wanted = wanted.where(audit.c.tenant == who.bound)
+    wanted = select(audit.c.route).where(named(request, who.bound), audit.c.api == "admin")
     if connection.execute(wanted.limit(1)).first() is not None:
         return f"{request!r} is a call of the admin API: only requests for models have a prompt and an answer"
     late = "that of one which has just ended comes within some seconds"
@@ -161,7 +158,7 @@ def _why_nothing(connection: Connection, who: Principal, request: str, settings:
     """Why no text is kept of a request."""
     column = audit.c
     chosen = select(column.key, column.ts, column.outcome, keys.c.name, keys.c.content)
-    chosen = chosen.outerjoin_from(audit, keys, column.key == keys.c.id).where(_named(request), column.api != "admin")
+    chosen = chosen.outerjoin_from(audit, keys, column.key == keys.c.id).where(named(request), column.api != "admin")
     row = connection.execute(chosen.order_by(column.seq.desc()).limit(1)).first()
     if row is None:
         return _unknown(connection, who, request)

@@ -7,6 +7,7 @@ SQLite and PostgreSQL behave alike: a reader sees one state, and writers take tu
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sqlite3
 import time
@@ -23,6 +24,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from corral.config.settings import StoreSettings
+from corral.store.indexes import build_ahead
 
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql
@@ -35,6 +37,8 @@ THREADS = 8
 WRITER_LOCK = 0x636F7272616C
 # libpq's words; the last finds a server that the network swallowed, within ten seconds.
 POSTGRESQL = {"connect_timeout": "5", "application_name": "corral", "tcp_user_timeout": "10000"}
+
+log = logging.getLogger(__name__)
 
 _VERSION = table("alembic_version", column("version_num"))
 
@@ -101,7 +105,7 @@ class Database:
     def migrate(self) -> None:
         """Bring the schema to this version's.
 
-        Two that start at once take turns.
+        Two that start at once take turns. PostgreSQL's larger indexes are built before, while others read and write.
 
         Raises:
             DatabaseTooNew: it is ahead of this version; nothing was changed.
@@ -110,6 +114,13 @@ class Database:
         """
         known = revisions()
         try:
+            version = self.version()
+            if version is not None and version in known[:-1]:
+                log.warning(
+                    "the database goes from schema %s to %s: with many records it takes minutes", version, known[-1]
+                )
+                if self.dialect != "sqlite":
+                    build_ahead(self.engine, version)
             with self.engine.connect().execution_options(corral_write=True) as connection, connection.begin():
                 current = schema_version(connection)
                 if current is not None and current not in known:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import ColumnElement, CompoundSelect, Connection, func, null, select
 
+from corral.store import progress
 from corral.store.chain import FIELDS, ZERO, Older, Signed, content, leaf_of, link_after, read_checkpoint
 from corral.store.database import insert
 from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
@@ -45,32 +46,46 @@ def seal(connection: Connection, stream: str, rows: Sequence[dict[str, Any]]) ->
 
 
 def state(connection: Connection) -> State:
-    """The chains as they are; reads the audit table once from end to end."""
-    column = audit.c
+    """The chains as they are, by the index of streams and places: what it reads besides their ends are requests that
+    run and records that are in no chain."""
     heads = {row.stream: row for row in connection.execute(select(audit_streams)).all()}
     first = heads.pop("").pos if "" in heads else 0
-    # Numbers below 1 are given by hand alone.
-    old = column.seq.between(1, first)
-    counted = select(
-        column.gw,
-        func.max(column.pos),
-        func.sum(case((_PLACELESS & old, 1), else_=0)),
-        func.sum(case((_PLACELESS & ~old, 1), (column.pos < 1, 1), else_=0)),
-    ).group_by(column.gw)
     highest: dict[str, int] = {}
     older = outside = 0
-    for name, most, before, beside in connection.execute(counted):
-        older += int(before or 0)
-        outside += int(beside or 0)
-        if most is not None:
-            highest[name or ""] = most
-    for name, most in highest.items():
-        if name not in heads:
-            outside += most
+    for name, most, before, beside in connection.execute(ends(first)):
+        older += before
+        outside += beside
+        if most is None:
+            continue
+        if name in heads:
+            highest[name] = most
+        else:
+            outside += max(most, 0)  # those below 1 are counted
     found = {name: Head(head.pos, head.link, head.signed, highest.get(name, 0)) for name, head in sorted(heads.items())}
-    named = audit_content.join(audit, column.id == audit_content.c.id, isouter=True)
-    unnamed = select(func.count()).select_from(named).where(column.content_hash.is_(None))
-    return State(found, outside, older, first, connection.execute(unnamed).scalar_one())
+    return State(found, outside, older, first)
+
+
+def ends(first: int) -> CompoundSelect[Any]:
+    """By ``gw``: the highest place, and how many rows are complete without a place: of those numbered up to `first`,
+    and besides, where those with a place below 1 count too."""
+    column = audit.c
+    # Each name is found behind the one before: a GROUP BY would read all rows.
+    names = select(func.min(column.gw).label("gw")).cte("names", recursive=True)
+    following = select(func.min(column.gw)).where(column.gw > names.c.gw).scalar_subquery()
+    names = names.union_all(select(following).where(names.c.gw.is_not(None)))
+    # Numbers below 1 are given by hand alone. A sum: by the number alone all up to `first` would be read.
+    old = (column.seq + 0).between(1, first)
+
+    def of(gw: ColumnElement[bool]) -> list[ColumnElement[int]]:
+        highest = select(func.max(column.pos)).where(gw, column.pos.is_not(None)).scalar_subquery()
+        before, other, below = (
+            select(func.count()).select_from(audit).where(gw, which).scalar_subquery()
+            for which in (_PLACELESS & old, _PLACELESS & ~old, column.pos < 1)
+        )
+        return [highest, before, other + below]
+
+    of_names = select(names.c.gw, *of(column.gw == names.c.gw)).where(names.c.gw.is_not(None))
+    return of_names.union_all(select(null(), *of(column.gw.is_(None))))
 
 
 def records(connection: Connection, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
@@ -85,7 +100,7 @@ def records(connection: Connection, stream: str, after: int, limit: int) -> list
     wanted = select(*columns).where(audit.c.gw == stream, audit.c.pos > after).order_by(audit.c.pos).limit(limit)
     names = (*FIELDS, "leaf")
     found = [dict(zip(names, row, strict=True)) for row in connection.execute(wanted)]
-    texts = _texts(connection, [row["id"] for row in found if row["content_hash"] is not None])
+    texts = _texts(connection, _kept(connection, [row["id"] for row in found]))
     for row in found:
         row["kept"] = texts.get(row["id"])
     return found
@@ -117,6 +132,15 @@ def newest(connection: Connection) -> Signed | None:
     lines = select(audit_checkpoints.c.line).order_by(audit_checkpoints.c.number.desc()).limit(1)
     line = connection.execute(lines).scalar()
     return None if line is None else read_checkpoint(line)
+
+
+def _kept(connection: Connection, ids: list[str]) -> list[str]:
+    """Those of which there is a text."""
+    column = audit_content.c.id
+    if connection.execute(select(func.min(column))).scalar() is None:
+        return []  # as where no key has them kept
+    some = (select(column).where(column.in_(part)) for part in progress.pieces(ids))
+    return [known for one in some for known in connection.execute(one).scalars()]
 
 
 def _texts(connection: Connection, ids: list[str]) -> dict[str, str]:

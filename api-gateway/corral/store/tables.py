@@ -161,6 +161,7 @@ audit = Table(
     Index(None, "key", "seq"),
     Index(None, "tenant", "seq"),
     Index(None, "model", "seq"),
+    Index(None, "request_id", "seq"),
     sqlite_autoincrement=True,
 )
 

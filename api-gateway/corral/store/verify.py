@@ -40,15 +40,13 @@ class Head:
 class State:
     """The streams, rows that are complete but in no chain, and rows that are older than the chain.
 
-    ``last_older``: those numbered up to there are, as the database has it. ``unnamed``: texts that are kept of records
-    that do not name them.
+    ``last_older``: those numbered up to there are, as the database has it.
     """
 
     heads: Mapping[str, Head]
     outside: int
     older: int
     last_older: int = 0
-    unnamed: int = 0
 
 
 class Source(Protocol):
@@ -92,8 +90,6 @@ def verify(
     report.checkpoints = len(good)
     beside = Beside(source, checkpoints)
     state = source.state()
-    if state.unnamed:
-        report.notes.append(f"{state.unnamed} prompts with their answers are not covered: no record has their digest")
     if state.outside:
         report.problems.append(f"{state.outside} records stand beside the chain: they were inserted")
     spans: dict[str, list[tuple[int, Span]]] = {name: [] for name in sorted(state.heads)}
@@ -171,6 +167,7 @@ class _Texts:
         self._until = 0.0
         self._ahead: set[str] = set()
         self._missing: list[tuple[str, int, str, float]] = []
+        self._unnamed = 0
 
     def look(self, stream: str, row: Mapping[str, Any]) -> None:
         """Look at a record that is as it was entered, and at the text of it."""
@@ -178,9 +175,11 @@ class _Texts:
             self._until = max(self._until, row["after"]["until"])
             self._ahead.update(row["after"]["ahead"])
         wanted, kept = row["content_hash"], row["kept"]
-        if wanted is None or wanted == kept:
+        if wanted == kept:
             return
-        if kept is not None:
+        if wanted is None:
+            self._unnamed += 1
+        elif kept is not None:
             self._report.problems.append(f"{stream}: the text of record {row['pos']} ({row['id']}) was changed")
         elif not self._dropped(row["id"], row["ts"]):
             self._missing.append((stream, row["pos"], row["id"], row["ts"]))
@@ -189,7 +188,13 @@ class _Texts:
         return ts < self._until or record in self._ahead
 
     def finish(self, source: Beside, after: int) -> None:
-        """Name those that are missing, but for what retention has removed meanwhile; `after`: control's end before."""
+        """Name those that are missing, but for what retention has removed meanwhile; `after`: control's end before.
+
+        Those that no record names are counted.
+        """
+        if self._unnamed:
+            what = f"{self._unnamed} prompts with their answers are not covered: their records have no digest of them"
+            self._report.notes.append(what)
         while self._missing and (rows := source.records(CONTROL, after, PAGE)):
             for row in rows:
                 self.look(CONTROL, row)

@@ -1,0 +1,262 @@
+"""Reads of the audit trail: what they find, and that none reads the table from end to end, on both databases."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event, insert, select, text
+
+from corral.control import audit as lists
+from corral.control import measure, record, spent
+from corral.control.auth import Principal
+from corral.control.errors import Problem
+from corral.control.snapshot import _altered
+from corral.store import recovery, retention, seal, trail
+from corral.store.content import Hashes
+from corral.store.database import Database, resolve
+from corral.store.tables import audit, audit_content, audit_streams, keys
+from corral.store.trail import Wanted, listed
+
+ADMIN = Principal("a", "admin", "::1", "")
+OPERATOR = Principal("o", "operator", "::1", "", "team-1")
+GATEWAYS, KEYS, TEAMS, MODELS = 3, 7, 4, 5
+MANY = 20_000
+BEGIN = 1_000_000.0
+
+
+@pytest.fixture
+def database(tmp_path: Path, database_url: str) -> Iterator[Database]:
+    made = Database(resolve(database_url, tmp_path))
+    made.migrate()
+    yield made
+    made.close()
+
+
+def row(number: int, ts: float) -> dict[str, Any]:
+    """A row as a gateway's, with something to look it up by."""
+    place = {"gw": f"gateway-{number % GATEWAYS}", "pos": number // GATEWAYS + 1, "leaf": b"x" * 32}
+    who = {"key": f"key-{number % KEYS}", "tenant": f"team-{number % TEAMS}", "model": f"model-{number % MODELS}"}
+    return {"id": f"id-{number}", "request_id": f"request-{number}", "ts": ts, "api": "native", **place, **who}
+
+
+def fill(connection: Connection, rows: list[dict[str, Any]]) -> None:
+    connection.execute(insert(audit), [{"outcome": "ok", **one} for one in rows])
+
+
+# -- what they find
+
+
+def jumbled(count: int) -> list[dict[str, Any]]:
+    """Rows whose times nearly go up: some gateways ship late, and some have wrong clocks."""
+    drawn = random.Random(1)
+    late = [drawn.choice([0.0] * 8 + [-40.0, 1e9]) for _ in range(count)]
+    return [row(number, BEGIN + number + drawn.random() + late[number]) for number in range(count)]
+
+
+def expected(rows: list[dict[str, Any]], wanted: Wanted, limit: int) -> list[str]:
+    """The ids of what is asked for, by looking at each row."""
+    found = []
+    for seq, one in enumerate(rows, 1):
+        number = (wanted.after is None or seq > wanted.after) and (wanted.below is None or seq < wanted.below)
+        ts = one["ts"]
+        time = (wanted.since is None or ts >= wanted.since) and (wanted.until is None or ts < wanted.until)
+        key = wanted.keys is None or one["key"] in wanted.keys
+        others = ("tenant", wanted.tenant), ("model", wanted.model), ("request_id", wanted.request)
+        if number and time and key and all(value in (None, one[name]) for name, value in others):
+            found.append(one["id"])
+    return found[:limit] if wanted.after is not None else found[-limit:]
+
+
+@pytest.mark.parametrize("window", [1, 20, 10_000])
+def test_each_filter_finds_what_a_look_at_each_row_finds(
+    database: Database, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(trail, "WINDOW", window)
+    rows = jumbled(300)
+    database.write_now(fill, rows)
+    drawn = random.Random(window)
+
+    def some(*values: Any) -> Any:
+        return drawn.choice([None, None, *values])
+
+    def ask(connection: Connection) -> int:
+        count = 0
+        for _ in range(300):
+            at = BEGIN + drawn.randrange(-50, 350)
+            wanted = Wanted(
+                after=some(0, 3, 150, 299),
+                below=some(1, 100, 301),
+                since=some(at, at, 1e9 + BEGIN, 1e12),
+                until=some(at + 60, BEGIN, 1e12),
+                keys=some(["key-1"], ["key-1", "key-2", "nobody"]),
+                tenant=some("team-1", "nobody"),
+                model=some("model-2"),
+                request=some("request-17") if drawn.random() < 0.2 else None,
+            )
+            limit = drawn.choice([1, 5, 1000])
+            found = [one["id"] for one in listed(connection, wanted, limit)]
+            assert found == expected(rows, wanted, limit), (wanted, limit)
+            count += bool(found)
+        return count
+
+    assert database.read_now(ask) > 50
+
+
+def test_an_export_since_a_time_has_each_record_once_and_looks_for_its_begin_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = jumbled(300)
+    database.write_now(fill, rows)
+    since = BEGIN + 200
+    looked: list[float | None] = []
+    numbers = trail.numbers
+
+    def noted(connection: Connection, *between: float | None) -> tuple[int, int] | None:
+        looked.append(between[0])
+        return numbers(connection, *between)
+
+    monkeypatch.setattr(trail, "numbers", noted)
+    found: list[str] = []
+    after: int | None = 0
+    while page := database.read_now(listed, Wanted(after=after, since=since), 10):
+        found += [one["id"] for one in page]
+        after = page[-1]["seq"]
+    assert found == [one["id"] for one in rows if one["ts"] >= since]
+    assert looked == [since]
+
+
+# -- how they find it
+
+
+@pytest.fixture
+def filled(database: Database) -> Database:
+    def some(connection: Connection) -> None:
+        fill(connection, [row(number, BEGIN + number) for number in range(MANY)])
+        named = [f"id-{number}" for number in range(0, MANY, 10)]
+        connection.execute(insert(audit_content), [{"id": one, "ts": BEGIN, "data": b"x" * 500} for one in named])
+        ends = {"pos": MANY // GATEWAYS, "link": b"", "signed": 0, "signed_link": b"", "dropped": 0}
+        heads = [{"stream": f"gateway-{number}", **ends} for number in range(GATEWAYS)]
+        connection.execute(insert(audit_streams), heads)
+        who = {"name": "same", "tenant": "team-1", "role": "inference", "models": ["*"], "class": "batch"}
+        some_keys = [{"id": f"key-{number}", **who, "created": 1.0} for number in range(KEYS)]
+        connection.execute(insert(keys), some_keys)
+
+    database.write_now(some)
+    if database.dialect == "postgresql":
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM ANALYZE"))
+    return database
+
+
+@contextmanager
+def explained(database: Database) -> Iterator[list[str]]:
+    """The plans of each SELECT that is done meanwhile, as lines."""
+    asked: list[tuple[str, Any]] = []
+    plans: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, given: Any, *___: Any) -> None:
+        if statement.startswith(("SELECT", "WITH", "DELETE")):
+            asked.append((statement, given))
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    try:
+        yield plans
+    finally:
+        event.remove(database.engine, "before_cursor_execute", note)
+    with database.engine.connect() as connection:
+        for statement, given in asked:
+            lite = database.dialect == "sqlite"
+            how = "EXPLAIN QUERY PLAN " if lite else "EXPLAIN (FORMAT JSON) "
+            rows = connection.exec_driver_sql(how + statement, given).all()
+            plans += [one[3] for one in rows] if lite else list(steps(loaded(rows[0][0])[0]["Plan"]))
+
+
+def loaded(plan: Any) -> Any:
+    return json.loads(plan) if isinstance(plan, str) else plan
+
+
+def steps(plan: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Each step of a plan that reads a table. One without a condition on an index is called as SQLite calls it, but for
+    who takes a table's first or last row."""
+    if "Relation Name" in plan or "Index Name" in plan:
+        index, which = plan.get("Index Name", ""), plan.get("Index Cond")
+        end = index and above == "Limit" and "Filter" not in plan
+        how = "SEARCH" if which or end or plan["Node Type"] == "Bitmap Heap Scan" else "SCAN"
+        yield f"{how} {plan.get('Relation Name', index)} USING INDEX {index} ({which})"
+    for one in plan.get("Plans", ()):
+        yield from steps(one, plan["Node Type"])
+
+
+def scans(plans: list[str]) -> list[str]:
+    """The steps that read the records, or their texts, or an index of them, from end to end."""
+    return [one for one in plans if re.match(r"SCAN (audit|audit_content|(ix|uq|pk)_audit\w*)( |$)", one)]
+
+
+TEXTS = record.Texts(request="request-5", prompt=["00" * 32])
+HASHES = Hashes(b"x" * 32)
+AT = BEGIN + MANY - 200
+
+READS: dict[str, Callable[[Connection], Any]] = {
+    "verify's first call": seal.state,
+    "a page of verify": lambda c: seal.records(c, "gateway-1", 3000, 10),
+    "list --request": lambda c: listed(c, Wanted(request="request-5"), 100),
+    "list --request, of a tenant, a key, a model": lambda c: listed(
+        c, Wanted(request="request-5", keys=["key-5"], tenant="team-1", model="model-0", since=1.0), 100
+    ),
+    "list --key": lambda c: listed(c, Wanted(keys=["key-5"]), 100),
+    "list --key, of three of a name": lambda c: listed(c, Wanted(keys=["key-4", "key-5", "key-6"]), 100),
+    "list --key, of a tenant": lambda c: listed(c, Wanted(keys=["key-5"], tenant="team-1"), 100),
+    "list of a tenant": lambda c: listed(c, Wanted(tenant="team-1"), 100),
+    "list --model": lambda c: listed(c, Wanted(model="model-1"), 100),
+    "list --since": lambda c: listed(c, Wanted(since=AT), 1000),
+    "list --since, none": lambda c: listed(c, Wanted(since=1e12), 1000),
+    "list --since --key": lambda c: listed(c, Wanted(since=AT, keys=["key-5"]), 1000),
+    "list before a time": lambda c: listed(c, Wanted(until=BEGIN + 100), 1000),
+    "export --since, the first page": lambda c: listed(c, Wanted(after=0, since=AT), 100),
+    "export --since, the next page": lambda c: listed(c, Wanted(after=MANY - 100, since=AT), 100),
+    "compare": lambda c: record._compare(c, ADMIN, TEXTS, HASHES),
+    "compare, of a tenant": lambda c: record._compare(c, OPERATOR, TEXTS, HASHES),
+    "content": lambda c: record.texts_of(c, "request-10"),
+    "a key by its name": lambda c: lists.of_key(c, ADMIN, "same"),
+    "a key that only records know": lambda c: lists.of_key(c, OPERATOR, "key-5"),
+    "what was used on a day": lambda c: spent._sums(c, AT, AT + 50),
+    "metrics": measure._statistics,
+    "what another control changed": lambda c: _altered(c, 5),
+}
+
+
+def test_no_read_goes_over_the_whole_table(filled: Database) -> None:
+    found: dict[str, list[str]] = {}
+    for what, read in READS.items():
+        with explained(filled) as plans:
+            filled.read_now(read)
+        found[what] = scans(plans) if plans else ["nothing was asked"]
+    assert {what: steps for what, steps in found.items() if steps} == {}
+
+
+def test_what_is_unknown_is_told_without_a_look_at_the_whole_table(filled: Database) -> None:
+    unknown = record.Texts(request="nobody", prompt=["00" * 32])
+    with explained(filled) as plans, pytest.raises(Problem, match="there is no record of a request 'nobody'"):
+        filled.read_now(record._compare, OPERATOR, unknown, HASHES)
+    assert plans and scans(plans) == []
+
+
+def test_upkeep_does_not_go_over_the_whole_table(filled: Database) -> None:
+    with explained(filled) as plans:
+        filled.write_now(recovery.recover, AT, 1800.0)
+        filled.write_now(retention.drop, AT)
+    assert plans and scans(plans) == []
+
+
+def test_a_look_at_each_row_would_be_seen(filled: Database) -> None:
+    """What the tests above go by."""
+    with explained(filled) as plans:
+        filled.read_now(lambda c: c.execute(select(audit.c.id).where(audit.c.node == "x")).all())
+    assert len(scans(plans)) == 1
