@@ -98,7 +98,7 @@ DEFENCES = (
         "return true()",
         TENANTS,
     ),
-    Defence(7, "control/audit.py", "if caller.bound is not None:", "if False:", TENANTS),
+    Defence(7, "control/audit.py", "ids, caller.bound, model", "ids, None, model", TENANTS),
     Defence(
         8, "scripts/setup", "install --require-hashes --no-deps", "install --no-deps", "tests/unit/test_repository.py"
     ),

@@ -72,14 +72,16 @@ def numbers(connection: Connection, since: float | None, until: float | None) ->
 def _of_key(connection: Connection, wanted: Wanted, key: str | None, limit: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for low, high in _ranges(connection, wanted):
-        statement = _statement(wanted, key, low, high).limit(limit)
+        # SQLite takes of a pair its first half alone, and without the other it reads all rows of a key.
+        pairs = connection.dialect.name == "postgresql"
+        statement = _statement(wanted, key, low, high, pairs).limit(limit)
         found = [dict(row) for row in connection.execute(statement).mappings()]
         if len(found) == limit:
             break
     return found
 
 
-def _statement(wanted: Wanted, key: str | None, low: int, high: int) -> Select[Any]:
+def _statement(wanted: Wanted, key: str | None, low: int, high: int, pairs: bool) -> Select[Any]:
     column = audit.c
     where: list[ColumnElement[bool]] = []
     # Compared, not looked up: by the index of times each page of an export would sort all that is to come.
@@ -97,13 +99,16 @@ def _statement(wanted: Wanted, key: str | None, low: int, high: int) -> Select[A
     given = [(one, value) for one, value in (*by, (column.model, wanted.model)) if value is not None]
     order: list[ColumnElement[Any]] = [column.seq]
     if given:
-        # By the index that the first of them has with the number, which is the only one of this order: a planner may
-        # take a key that was busy once for one that is found among the newest.
         (first, value), *others = given
-        pair = tuple_(first, column.seq)
-        where += [pair >= tuple_(value, low), pair <= tuple_(value, high)]
+        if pairs:
+            # By the index that it has with the number, which is the only one of this order: PostgreSQL may take a key
+            # that was busy once for one that is found among the newest rows, and look through all that came since.
+            pair = tuple_(first, column.seq)
+            where += [pair >= tuple_(value, low), pair <= tuple_(value, high)]
+            order = [first, column.seq]
+        else:
+            where += [first == value, column.seq.between(low, high)]
         where += [_apart(one) == compared for one, compared in others]
-        order = [first, column.seq]
     else:
         where.append(column.seq.between(low, high))
     ordered = order if wanted.after is not None else [one.desc() for one in order]
