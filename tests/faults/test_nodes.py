@@ -115,6 +115,9 @@ def test_a_hung_node_is_given_up_and_ejected(fleet: Fleet) -> None:
         ("fails at once (503)", {"kind": "fail", "status": 503}),
         ("answers with nonsense", {"kind": "nonsense", "after_tokens": 0}),
         ("ends without `done`", {"kind": "no_done", "after_tokens": 0}),
+        ("answers with what is no HTTP", {"kind": "no_http"}),
+        ("answers with endless headers", {"kind": "endless_head", "delay": 0.01}),
+        ("closes before it answers", {"kind": "cut_after", "after_tokens": 0}),
     ],
 )
 def test_a_node_that_fails_at_once_attracts_no_requests(

@@ -146,6 +146,18 @@ def test_what_the_caller_hears() -> None:
     assert final_error(Failure.NODE, History(attempts=1), ApiError(500, "x", "boom")).message.endswith("attempt): boom")
 
 
+@pytest.mark.parametrize("failure", [kind for kind in Failure if kind not in (Failure.CALLER, Failure.MISSING)])
+def test_what_a_node_did_wrong_counts_against_it_until_it_answers(failure: Failure) -> None:
+    """HAProxy's 502 too: it is that for a head without end and for what is no HTTP."""
+    node = Node("a", "", 2)
+    for at in (100.0, 101.0, 102.0):
+        shun(node, failure, "m", at)
+    counts = failure in {classify(502, True, ""), Failure.CRASH, Failure.NODE, Failure.NONSENSE}
+    assert node.failed == ({"m:latest": 3} if counts else {})
+    holds(node, "m")
+    assert node.failed == {}
+
+
 def test_a_node_that_lacks_a_model_is_left_alone_with_that_one_and_one_that_failed_with_all() -> None:
     held = frozenset({"m:latest", "other:latest"})
     liar, other = (Node(name, "", 2, held=held, in_flight=busy) for name, busy in (("a", 0), ("b", 9)))

@@ -184,7 +184,8 @@ _CALLERS = ("option ", "invalid option", "the input length exceeds the context l
 def classify(status: int, proxied: bool, message: str) -> Failure:
     """The kind of an answer that is not a 200. `proxied`: HAProxy made it, no node did."""
     if proxied:
-        # 502 and 504 mean that the request had reached the node.
+        # 502 and 504 mean that the request had reached the node. HAProxy says 502 alike where the node closed, sent
+        # what is no HTTP, or a head without end: it does not tell which before its answer is made.
         return Failure.RESET if status == 502 else Failure.TIMEOUT if status == 504 else Failure.CONNECT
     # Ollama answers a wrong option with 500, and on /api/embeddings an over-long prompt too: the caller's error under
     # a 5xx. No other status than these is its word on a request: a redirect, a 401 or a 429 comes from a node that is

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from corral.node.errors import NodeError
-from corral.node.faults import Disconnect
+from corral.node.faults import Disconnect, NoHttp
 
 JSON = "application/json; charset=utf-8"
 BARE_JSON = "application/json"
@@ -99,6 +99,18 @@ class Reply:
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
 
+    async def garble(self, order: NoHttp) -> None:
+        """Write what is no answer to the connection as it is, and close it."""
+        transport = self._scope.get("corral.transport")
+        if transport is None:
+            return
+        for piece in order.pieces:
+            if transport.is_closing():
+                return
+            transport.write(piece)
+            await asyncio.sleep(order.delay)
+        transport.close()
+
     async def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -133,6 +145,8 @@ class Exchange:
             await reply.fail(error, self._errors)
         except Disconnect as order:
             reply.drop(order.reset)
+        except NoHttp as order:
+            await reply.garble(order)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from corral.node.errors import NodeError
 
-KINDS = ("hang", "fail", "reset", "slow", "nonsense", "no_done", "cut_after", "cpu")
+KINDS = ("hang", "fail", "reset", "slow", "nonsense", "no_done", "cut_after", "no_http", "endless_head", "cpu")
 
 
 @dataclass(slots=True)
@@ -23,6 +24,8 @@ class Fault:
     - nonsense: a line that is no JSON
     - no_done: the answer ends well-formed but without its last line
     - cut_after: the connection is closed in the middle of the answer
+    - no_http: bytes that are no HTTP, where the answer's head or a chunk's length is due
+    - endless_head: one header after the other, ``delay`` seconds apart, until the client leaves
     - cpu: the model is in main memory, by /api/ps, and each token takes ``delay`` seconds more
 
     ``model`` limits it to one model; ``scope`` "all" has hang, fail, reset and slow meet GET routes too.
@@ -104,6 +107,22 @@ class Disconnect(Exception):
     def __init__(self, reset: bool) -> None:
         super().__init__("simulated disconnect")
         self.reset = reset
+
+
+class NoHttp(Exception):
+    """The connection is to carry ``pieces``, ``delay`` seconds apart, where HTTP is due, and to be closed."""
+
+    def __init__(self, pieces: Iterator[bytes], delay: float = 0.0) -> None:
+        super().__init__("simulated garbage")
+        self.pieces = pieces
+        self.delay = delay
+
+
+def endless_head() -> Iterator[bytes]:
+    """The head of an answer, header by header, without end."""
+    yield b"HTTP/1.1 200 OK\r\n"
+    for number in itertools.count():
+        yield b"X-Simulated-%d: header\r\n" % number
 
 
 class EndWithoutDone(Exception):

@@ -24,7 +24,7 @@ import yaml
 from corral.config import values
 from corral.node import names, prompt
 from corral.node.errors import NodeError
-from corral.node.faults import Disconnect, EndWithoutDone, Fault, Faults
+from corral.node.faults import Disconnect, EndWithoutDone, Fault, Faults, NoHttp, endless_head
 from corral.node.models import Model, newest_first
 from corral.node.names import Name
 from corral.node.options import Options
@@ -299,6 +299,10 @@ async def show(fault: Fault, faults: Faults) -> None:
         raise EndWithoutDone
     elif fault.kind in ("reset", "cut_after"):
         raise Disconnect(reset=fault.kind == "reset")
+    elif fault.kind == "no_http":
+        raise NoHttp(iter([b"SSH-2.0-Simulated\r\n"]))
+    elif fault.kind == "endless_head":
+        raise NoHttp(endless_head(), fault.delay)
 
 
 def _text(request: Completion, tokens: int) -> Iterator[tuple[str, bool]]:
