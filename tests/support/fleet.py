@@ -167,6 +167,11 @@ class Fleet:
         """A metric of control's."""
         return page(self._parts()["control"]["metrics"]).value(name)
 
+    def gateway_says(self, gateway: str, name: str) -> float:
+        """A metric of one gateway's."""
+        (url,) = [entry["metrics"] for entry in self._parts()["gateways"] if entry["name"] == gateway]
+        return page(url).value(name)
+
     def node_says(self, node: str, name: str, **labels: str) -> float:
         """A metric of a node's; 0 where it is not there."""
         seen = page(f"{self._parts()['control']['metrics']}/nodes/{node}")
