@@ -26,12 +26,12 @@ class Watched:
         self.now = 100.0
         self.runner = Runner("node-1", "m:latest", self.now)
 
-    def look(self, works: Works, later: float = LOOK) -> bool:
+    def look(self, works: Works, later: float = LOOK, loaded: bool = True) -> bool:
         """The next look; `works` are its requests then: when they were sent, and what they need."""
         self.now += later
         for sent, need in works:
             self.runner.works(sent, need)
-        return self.runner.look(self.now)
+        return self.runner.look(self.now, loaded)
 
     def hangs_after(self, works: Works, most: float = 1000.0) -> float:
         """Seconds until it hangs with these requests."""
@@ -197,6 +197,20 @@ def test_a_runner_that_embeds_as_fast_as_it_did_never_hangs_and_one_that_stops_d
     watched.look([])
     need = rates.needs("m", asked[-1][0])
     assert watched.hangs_after([(watched.now, need)], need + 60.0) <= need + 2 * LOOK
+
+
+@pytest.mark.parametrize("load", [20.0, 60.0, 600.0])
+@PROPERTY
+@given(looks=st.lists(streams, min_size=1, max_size=30))
+def test_a_model_that_loads_hangs_not_however_long_that_takes_and_is_judged_from_then_on(
+    load: float, looks: list[Works]
+) -> None:
+    watched = Watched()
+    for turn in range(int(load / LOOK)):
+        works = [(max(100.0, watched.now - age), need) for age, need in looks[turn % len(looks)]]
+        assert not watched.look(works, loaded=False)
+    # Who has waited for all of the load has the time that any request has, once it is in memory.
+    assert watched.hangs_after([(100.0, SILENCE)]) == SILENCE + LOOK
 
 
 def fleet(held: Iterable[Iterable[str]]) -> dict[str, Node]:

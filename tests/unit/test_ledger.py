@@ -351,6 +351,7 @@ def test_what_is_told_to_who_waits() -> None:
     assert estimate(3, 4, 4.0) == 3.0
     assert estimate(1, 4, 4.0, load=8.0) == 9.0
     assert wait_bound(30.0, 40.0, 10.0, placed=False) == 70.0
+    assert [wait_bound(30.0, load, 0.0, placed=False) for load in (20.0, 60.0, 600.0)] == [30.0, 90.0, 900.0]
     assert wait_bound(30.0, 40.0, 10.0, placed=True) == 30.0
 
 

@@ -137,7 +137,9 @@ class GatewaySettings(Section):
         "max_duration when not given. `corral down` waits 25 s at most.",
     )
     queue: QueueSettings = QueueSettings()
-    first_token: Duration = Field(60.0, gt=0, description="Longest wait for a node's first token.")
+    first_token: Duration = Field(
+        60.0, gt=0, description="Longest wait for a node's first token, and for its model's load where nobody leads."
+    )
     between_tokens: Duration = Field(20.0, gt=0, description="Longest silence within a stream.")
     continuation: bool = Field(True, description="An answer that its node left is gone on with on another one.")
     listen: Listen = Field("127.0.0.1:8081", description="Where this gateway listens.")

@@ -82,15 +82,20 @@ class Runner:
         self._needs = max(self._needs, need)
         self._has = True
 
-    def look(self, now: float) -> bool:
-        """Whether it has given no token for longer than it may, and has work now."""
+    def look(self, now: float, loaded: bool = True) -> bool:
+        """Whether it has given no token for longer than it may, and has work now.
+
+        One that is not ``loaded`` never has, however long the load takes: its time begins when it is in memory.
+        """
         before, has, need = self._looked, self._has, self._needs
         self._looked, self._has, self._needs = now, False, SILENCE
-        if self.token >= before or (not has and now - self._worked > IDLE):
+        if not loaded or self.token >= before or (not has and now - self._worked > IDLE):
             self.anew()
         if not has:
             return False
         self._worked = now
+        if not loaded:
+            return False
         step = min(STEP_MAX, max(0.0, now - max(before, self._sent, self.token)))
         self.waited += step
         if need >= self.budget:

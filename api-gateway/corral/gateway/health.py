@@ -192,10 +192,8 @@ class Health:
                     self.crowding.note((runner.node, runner.model), exchange.record_id, now)
             runner.works(exchange.sent, need)
         for key, runner in list(self._runners.items()):
-            hangs = runner.look(now)
-            if runner.model not in _resident(nodes, runner):
-                runner.anew()
-            elif hangs and key not in self.canaries and not self._holds_back(runner, used[runner], now):
+            hangs = runner.look(now, runner.model in _resident(nodes, runner))
+            if hangs and key not in self.canaries and not self._holds_back(runner, used[runner], now):
                 self._suspect(key, now, "no token comes of", _embeds(used[runner]))
             if runner not in used and runner.unused(now):
                 del self._runners[key]
