@@ -16,7 +16,7 @@ import pytest
 from support.fleet import MODEL, SIMULATION, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
 from support.leader import Leader
-from support.load import CHAT, REFUSED, WHOLE, Answer, Load, body_of
+from support.load import CHAT, REFUSED, WHOLE, Answer, Client, Load, body_of
 from support.process import until
 
 from corral.store.lua import PREFIX
@@ -138,8 +138,8 @@ def restart(gateway: dict[str, object]) -> None:
 
 
 def ask_at_once(fleet: Fleet, name: str, count: int = 12) -> list[Answer]:
-    """Callers of the big model, each once, at the same time."""
-    clients = [fleet.client() for _ in range(count)]
+    """Callers of the big model, each once, at the same time, who wait for longer than a gateway has them wait."""
+    clients = [Client(fleet.stack.url, fleet.stack.key, timeout=3 * LOAD) for _ in range(count)]
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(each.ask, CHAT, body_of(CHAT, BIG, 4), f"{name}-{at}") for at, each in enumerate(clients)]
         answers = [each.result() for each in asked]
