@@ -21,7 +21,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.fleet import MODEL, QUICK, SimulatedNode
-from support.load import APIS, CHAT, REFUSED, TOLD, WHOLE, Load, json_of
+from support.load import LEFT, REFUSED, TOLD, WHOLE
+from support.mixed import WAYS, Mixed, counts, leaving, pieces
 from support.postgres import Postgres
 from support.postgres import postgres as run_postgres
 from support.process import NotReady, until
@@ -82,12 +83,13 @@ def test_every_answer_is_recorded_and_counted_once(
         dead: dict[str, int] = {}
         # Each of them at least once, however few kills there are.
         to_kill = [*VICTIMS, *dice.choices(VICTIMS, k=KILLS - len(VICTIMS))]
-        loads = [Load(up.url, up.key, QUICK, 5, APIS, (3, 16, 40), "quick")]
-        loads.append(Load(up.url, up.key, MODEL, 4, APIS, (60, 120), "slow"))
+        loads = [Mixed(up.url, up.key, QUICK, WAYS, 5, (3, 16, 40), "quick")]
+        loads.append(Mixed(up.url, up.key, MODEL, WAYS, 3, (60, 120), "slow"))
+        loads.append(Mixed(up.url, up.key, MODEL, leaving(1.0), 2, (60, 120), "left"))
         # What these ask for takes longer than their key's requests may: a gateway refuses them, after work of nodes.
         late = up.corral("keys", "create", "late", "--deadline", "100ms")
-        loads.append(Load(up.url, late["key"], MODEL, 2, APIS, (16,), "late"))
-        with loads[0], loads[1], loads[2]:
+        loads.append(Mixed(up.url, late["key"], MODEL, WAYS, 2, (16,), "late"))
+        with loads[0], loads[1], loads[2], loads[3]:
             loads[0].more(20, seconds=60)
             while to_kill:
                 time.sleep(dice.uniform(*BETWEEN))
@@ -104,6 +106,8 @@ def test_every_answer_is_recorded_and_counted_once(
                 to_kill.remove(victim)
                 killed[victim] += 1
             loads[0].more(50, seconds=60)
+            gone = {(way.path, way.stream) for way in WAYS}
+            loads[2].until(lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "all left")
         answers = [answer for load in loads for answer in load.answers]
 
         def rows(what: str) -> list[tuple[Any, ...]]:
@@ -145,10 +149,16 @@ def test_every_answer_is_recorded_and_counted_once(
         (of_records,) = rows(f"SELECT {sums} {INFERENCE}")
         (of_usage,) = rows("SELECT sum(requests), sum(prompt_tokens), sum(tokens) FROM usage")
         assert tuple(map(int, of_usage)) == tuple(map(int, of_records))
-        tokens = dict(rows(f"SELECT request_id, tokens {INFERENCE}"))
-        counts = {one.request_id: json_of(one.body.decode().splitlines()[-1]) for one in whole if one.path == CHAT}
-        assert counts
-        assert {one: last["eval_count"] for one, last in counts.items()} == {one: tokens[one] for one in counts}
+        told_by = {one.request_id: counts(one) for one in whole}
+        booked = {row[0]: row[1:] for row in rows(f"SELECT request_id, prompt_tokens, tokens, outcome {INFERENCE}")}
+        assert [
+            (str(one), booked[one.request_id]) for one in whole if booked[one.request_id][:2] != told_by[one.request_id]
+        ] == []
+        assert {(one.path, one.stream) for one in whole} == {(way.path, way.stream) for way in WAYS}
+        # Who leaves has used what he saw at least; what a node wrote while he left may have come or not.
+        left = [one for one in answers if one.fate == LEFT and booked.get(one.request_id, ("",))[-1] == "client_gone"]
+        assert [(str(one), booked[one.request_id]) for one in left if booked[one.request_id][1] < pieces(one)] == []
+        assert len(left) > len(WAYS) and any(map(pieces, left))
         measured = f"{sum(killed.values())} kills, {len(begun)} begun: each one record, sums of usage equal"
         matrix("gateways, control, PostgreSQL killed (-9)", "each answer recorded once", measured)
         assert outcomes["interrupted"] > 0, "none was killed in the middle of an answer"

@@ -1,4 +1,7 @@
-"""Ten thousand requests, answered, refused, cut, continued and left by callers: usage is what the nodes counted."""
+"""Ten thousand requests, answered, refused, cut, continued and left by callers: usage is what the nodes counted.
+
+They are of each API that writes and of each that embeds, streamed and not.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ import pytest
 from sqlalchemy import select
 from support.control import Running, make_key
 from support.gateway import END, HEAD, LAST, LINE, Behaviour, FakeNode, Gateway, chunk, gateway, says
-from support.load import APIS, CHAT, body_of
+from support.load import CHAT, EMBED, EMBEDDINGS, body_of
+from support.mixed import WRITTEN
 from support.process import until
 
 from corral.store.database import Database, resolve
@@ -34,14 +38,21 @@ MODELS = "m:latest", "n:latest"
 
 LEAVE = b"leave"
 
+OLDER = "/api/embeddings"
+PATHS = (*WRITTEN, EMBED, EMBEDDINGS, OLDER)
+"""As many as have no factor in common with the number of models."""
+PAID = "ok", "client_gone"
+BULK = 70
+"""Texts that one request in three asks to embed: two batches of it."""
+
 
 def digest(model: str, node: int) -> str:
     return "sha256:" + (model[0] if model == MODELS[0] else str(node)) * 64
 
 
 class Counted:
-    """What nodes did of what is to count: ``tokens`` that they sent, by request, and ``prompts`` that they told the
-    length of.
+    """What nodes did of what is to count, by request: ``tokens`` that they sent, and tokens of ``prompts`` that they
+    told.
 
     ``dropped`` are tokens of answers that were begun anew or given up: nobody got them.
     """
@@ -49,23 +60,24 @@ class Counted:
     def __init__(self) -> None:
         self.tokens: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
-        self.prompts = 0
+        self.prompts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def add(self, request: bytes, tokens: int, prompts: int, dropped: int = 0) -> None:
         with self._lock:
             self.tokens[request.decode()] += tokens
-            self.prompts += prompts
+            self.prompts[request.decode()] += prompts
             self.dropped[request.decode()] += dropped
 
 
 class Script(list[Behaviour]):
     """What a node does with each request, by chance; with those of control and of gateways themselves, all is well."""
 
-    def __init__(self, counted: Counted, node: FakeNode, seed: int) -> None:
+    def __init__(self, counted: Counted, node: FakeNode, seed: int, callers: dict[bytes, socket.socket]) -> None:
         super().__init__()
         self.streams = True
         self._counted, self._node, self._dice = counted, node, random.Random(seed)
+        self._callers = callers
 
     def __bool__(self) -> bool:
         return True
@@ -78,6 +90,8 @@ class Script(list[Behaviour]):
             return self._whole(bound, Counted())
         if chance < 0.01:
             return says(500, {"error": "out of memory"})
+        if "input" in asked.body or "stream" not in asked.body:
+            return self._embeds(chance)
         if chance < 0.02:
             return self._cut(0)
         if chance < (0.05 if self.streams else 0.12):
@@ -97,6 +111,24 @@ class Script(list[Behaviour]):
     def _said(self, words: list[bytes]) -> bytes:
         chat = "messages" in self._node.asked.body
         return b"".join(chunk(LINE % word if chat else b'{"response":"%b","done":false}\n' % word) for word in words)
+
+    def _embeds(self, chance: float) -> Behaviour:
+        """One batch: whole, cut, or left by its caller while it is read."""
+        request, texts = self._request(), self._node.asked.body.get("input")
+        told = PROMPT * (len(texts) if isinstance(texts, list) else 1)
+        answer = {"embeddings": [[0.5]] * len(texts), "prompt_eval_count": told} if texts else {"embedding": [0.5]}
+        if chance >= 0.12:
+            self._counted.add(request, 0, told if texts else 0)
+            return says(200, answer)
+        if chance < 0.05:
+            return self._cut(0)
+
+        def behave(connection: socket.socket) -> None:
+            self._callers[request].shutdown(socket.SHUT_RDWR)
+            self._node.wait_for_close(connection)
+            raise OSError("the caller left")
+
+        return behave
 
     def _whole(self, words: int, counted: Counted) -> Behaviour:
         body = self._node.asked.body
@@ -141,16 +173,27 @@ class Script(list[Behaviour]):
         return behave
 
 
-def ask(gw: Gateway, key: str, number: int, stream: bool) -> int:
-    """One request on a connection of its own, left when the answer says so; its status."""
-    path = APIS[number % 3] if number % 10 else "/api/nothing"
-    connection = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=30)
+def asked_of(path: str, number: int, stream: bool) -> bytes:
+    """The body of a request."""
     # A prompt of its own: one that was alone with two nodes that cut it is refused from then on.
-    prompt = f"Which number is {number}, {stream}?"
-    body = body_of(path if path in APIS else CHAT, MODELS[number % 2], 16, prompt, stream)
+    prompt, model = f"Which number is {number}, {stream}?", MODELS[number % 2]
+    if path == OLDER:
+        return json.dumps({"model": model, "prompt": prompt}).encode()
+    if path in (EMBED, EMBEDDINGS):
+        return json.dumps({"model": model, "input": [prompt] * (1 if number % 3 else BULK)}).encode()
+    return body_of(path if path in PATHS else CHAT, model, 16, prompt, stream)
+
+
+def ask(gw: Gateway, key: str, callers: dict[bytes, socket.socket], number: int, stream: bool) -> int:
+    """One request on a connection of its own, left when the answer says so; its status."""
+    path = PATHS[number % len(PATHS)] if number % 10 else "/api/nothing"
+    connection = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=30)
+    name = f"{number}-{stream}"
     try:
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request("POST", path, body, headers)
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "X-Request-ID": name}
+        connection.connect()
+        callers[name.encode()] = connection.sock
+        connection.request("POST", path, asked_of(path, number, stream), headers)
         response = connection.getresponse()
         seen = b""
         while data := response.read1(65536):
@@ -161,6 +204,7 @@ def ask(gw: Gateway, key: str, number: int, stream: bool) -> int:
     except (http.client.HTTPException, OSError):
         return 0
     finally:
+        callers.pop(name.encode(), None)
         connection.close()
 
 
@@ -174,8 +218,9 @@ def nodes() -> list[FakeNode]:
 @pytest.mark.slow
 def test_usage_is_what_the_nodes_counted(tmp_path: Path, database_url: str) -> None:
     counted, fakes = Counted(), nodes()
+    callers: dict[bytes, socket.socket] = {}
     for seed, node in enumerate(fakes):
-        node.script = Script(counted, node, seed)
+        node.script = Script(counted, node, seed, callers)
     known = [{"name": node.name, "url": node.url, "slots": 4} for node in fakes]
     state = tmp_path / "state"
     control = Running(state, nodes=known, store={"database": database_url})
@@ -184,12 +229,14 @@ def test_usage_is_what_the_nodes_counted(tmp_path: Path, database_url: str) -> N
         made = make_key(control, rpm=1_000_000, tpm=1_000_000_000, concurrency=1000)
         until(lambda: control.snapshot().json()["continuable"].keys() == set(MODELS), "control has tried both models")
         with gateway(tmp_path, fakes, gateway={"control_url": control.url}, auth=secrets) as gw:
-            check(control, gw, made, counted)
+            check(control, gw, made, counted, callers)
     finally:
         control.close()
 
 
-def check(control: Running, gw: Gateway, made: dict[str, Any], counted: Counted) -> None:
+def check(
+    control: Running, gw: Gateway, made: dict[str, Any], counted: Counted, callers: dict[bytes, socket.socket]
+) -> None:
     def used(by: str) -> list[dict[str, Any]]:
         return list(control.admin.get("/admin/usage", params={"by": by}).json()["usage"])
 
@@ -199,7 +246,7 @@ def check(control: Running, gw: Gateway, made: dict[str, Any], counted: Counted)
             for node in gw.nodes:
                 node.script.streams = stream  # type: ignore[attr-defined]
             numbers = range(REQUESTS // 2)
-            statuses.update(pool.map(lambda number, how=stream: ask(gw, made["key"], number, how), numbers))
+            statuses.update(pool.map(lambda number, how=stream: ask(gw, made["key"], callers, number, how), numbers))
     until(lambda: sum(row["requests"] for row in used("day")) == REQUESTS, "all are recorded", 60)
     assert statuses[200] > REQUESTS * 0.6 and statuses[404] == REQUESTS // 10
     (sums,) = (row for row in used("key") if row["key"] == made["id"])
@@ -211,16 +258,25 @@ def check(control: Running, gw: Gateway, made: dict[str, Any], counted: Counted)
     assert sum(row["tokens"] for row in used("key,model")) == sums["tokens"] == counted.tokens.total()
     guessed = [row for row in rows if row["estimated"]]
     assert sums["estimated"] == len(guessed)
-    assert sums["prompt_tokens"] - sum(row["prompt_tokens"] for row in guessed) == counted.prompts
+    # Who was sent nothing of an answer, and did not leave it, pays for no batch of it.
+    told = {row["request_id"]: counted.prompts[row["request_id"]] for row in rows if row["outcome"] in PAID}
+    over = [(dict(row), row["prompt_tokens"] - told.get(row["request_id"], 0)) for row in rows]
+    wrong = [(row, more) for row, more in over if (more <= 0 if row["estimated"] else more)]
+    assert not wrong, wrong[:3]
+    assert sums["prompt_tokens"] == sum(told.values()) + sum(more for _, more in over)
+    by_route = Counter((row["route"], row["outcome"]) for row in rows if counted.prompts[row["request_id"]])
+    assert all(by_route[path, "ok"] > REQUESTS / len(PATHS) / 2 for path in PATHS if path != OLDER)
+    assert {row["estimated"] for row in rows if row["route"] == OLDER and row["outcome"] == "ok"} == {True}
+    assert by_route[EMBED, "client_gone"] > 5 and by_route[EMBEDDINGS, "client_gone"] > 5
     outcomes = Counter(row["outcome"] for row in rows)
     went_on = Counter(row["outcome"] for row in rows if row["continued"])
-    told = {
+    measured = {
         "outcomes": outcomes,
         "continued": went_on,
         "tokens": counted.tokens.total(),
         "dropped": counted.dropped.total(),
     }
-    print(json.dumps({**told, "key": sums}))
+    print(json.dumps({**measured, "key": sums}))
     assert outcomes["client_gone"] > 50 and outcomes["upstream_error"] > 20
     assert went_on["ok"] > 50 and went_on["client_gone"] > 0
     in_vain = Counter(row["outcome"] for row in rows if counted.dropped[row["request_id"]])

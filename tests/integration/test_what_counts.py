@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.gateway import HEAD, LINE, Behaviour, Gateway, chunk, gateway, well
+from support.gateway import HEAD, LINE, Behaviour, Gateway, chunk, gateway, says, well
+from support.load import EMBED, EMBEDDINGS, GENERATE, body_of
+from support.mixed import WRITTEN
 from support.process import until
 
 WORDS = HEAD + chunk(LINE % b"one ") * 5
+COMPLETED = HEAD + chunk(b'{"model":"m:latest","response":"one ","done":false}\n') * 5
+TEXTS = ["text"] * 100
+"""To embed: two batches."""
 
 
 @pytest.fixture
@@ -72,18 +77,19 @@ def test_who_has_a_deadline_that_passes_pays_for_what_was_made_until_then(gw: Ga
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_pays_for_what_was_made_for_him_until_then(gw: Gateway, stream: bool) -> None:
+@pytest.mark.parametrize("path", WRITTEN)
+def test_who_leaves_pays_for_what_was_made_for_him_until_then(gw: Gateway, path: str, stream: bool) -> None:
     said, killed = threading.Event(), threading.Event()
 
     def speaks(connection: socket.socket) -> None:
-        connection.sendall(WORDS)
+        connection.sendall(COMPLETED if path == GENERATE else WORDS)
         said.set()
         gw.nodes[0].wait_for_close(connection)
         killed.set()
 
     acts(gw, speaks)
     caller = http.client.HTTPConnection("127.0.0.1", gw.port)
-    caller.request("POST", "/api/chat", json.dumps(gw.chat(stream=stream)), {**gw.auth, "X-Request-ID": "leaves"})
+    caller.request("POST", path, body_of(path, "m", 50, stream=stream), {**gw.auth, "X-Request-ID": "leaves"})
     assert said.wait(20)
 
     def tokens() -> list[Any]:
@@ -97,3 +103,60 @@ def test_who_leaves_pays_for_what_was_made_for_him_until_then(gw: Gateway, strea
     outcome, attempts, prompt, made, estimated = counts(gw.control.settled("leaves"))
     assert (outcome, attempts, prompt > 0, made, estimated) == ("client_gone", 1, True, 5, True)
     assert killed.wait(20)
+
+
+def test_who_leaves_before_the_first_word_pays_for_the_prompt(gw: Gateway) -> None:
+    for path in (*WRITTEN, EMBED, EMBEDDINGS):
+        asked, ended = threading.Event(), threading.Event()
+
+        def reads(connection: socket.socket, asked: threading.Event = asked, ended: threading.Event = ended) -> None:
+            asked.set()
+            gw.nodes[0].wait_for_close(connection)
+            ended.set()
+
+        acts(gw, reads)
+        name, body = f"left{path.replace('/', '-')}", body_of(path, "m", 50)
+        caller = http.client.HTTPConnection("127.0.0.1", gw.port)
+        caller.request("POST", path, body, {**gw.auth, "X-Request-ID": name})
+        assert asked.wait(20)
+        caller.close()
+        assert ended.wait(20)
+        outcome, attempts, prompt, made, estimated = counts(gw.control.settled(name))
+        assert (outcome, attempts, made, estimated) == ("client_gone", 1, 0, True), path
+        assert len(body) / 8 < prompt < len(body) / 2, path
+
+
+@pytest.mark.parametrize("path", [EMBED, EMBEDDINGS])
+def test_who_leaves_a_bulk_of_embeddings_pays_for_the_batches_that_a_node_had(gw: Gateway, path: str) -> None:
+    """Of the whole ones what the node counted; of the one that it had, a guess."""
+    for whole in (0, 1):
+        asked, name = threading.Event(), f"left{path.replace('/', '-')}-{whole}"
+
+        def reads(connection: socket.socket, asked: threading.Event = asked) -> None:
+            asked.set()
+            gw.nodes[0].wait_for_close(connection)
+
+        vectors = {"model": "m", "embeddings": [[1]] * 64, "prompt_eval_count": 4000}
+        acts(gw, *[says(200, vectors)] * whole, reads)
+        caller = http.client.HTTPConnection("127.0.0.1", gw.port)
+        body = json.dumps({"model": "m", "input": TEXTS})
+        caller.request("POST", path, body, {**gw.auth, "X-Request-ID": name})
+        assert asked.wait(20)
+        caller.close()
+        outcome, _, prompt, made, estimated = counts(gw.control.settled(name))
+        assert (outcome, made, estimated) == ("client_gone", 0, True)
+        size = (64, 36)[whole] * len('"text",')
+        assert size / 4 < prompt - whole * 4000 < (size + 120) / 4
+
+
+def test_an_embedding_that_its_node_does_not_count_is_a_guess(gw: Gateway) -> None:
+    """The older form of it answers with the vector alone: nobody is to embed for nothing."""
+    acts(gw, says(200, {"embedding": [1.0]}))
+    answer = gw.post("/api/embeddings", {"model": "m", "prompt": "w " * 400})
+    assert answer.json() == {"embedding": [1.0]}
+    outcome, _, prompt, tokens, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
+    assert (outcome, tokens, estimated) == ("ok", 0, True)
+    assert 200 <= prompt <= 220
+    acts(gw, says(200, {"embedding": []}))
+    answer = gw.post("/api/embeddings", {"model": "m", "prompt": ""})
+    assert counts(gw.control.settled(answer.headers["X-Request-ID"])) == ("ok", 1, 0, 0, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import socket
 import threading
 import time
 from collections import Counter
@@ -18,16 +19,20 @@ from support.process import until
 
 CHAT, COMPLETIONS, MESSAGES = "/api/chat", "/v1/chat/completions", "/v1/messages"
 APIS = (CHAT, COMPLETIONS, MESSAGES)
+GENERATE, EMBED, EMBEDDINGS = "/api/generate", "/api/embed", "/v1/embeddings"
 PROMPT = "Tell me of the horses behind the river, of their names, and of the colours that they had in winter."
 
-WHOLE, TOLD, REFUSED, CUT, SILENT = "whole", "told", "refused", "cut", "silent"
+WHOLE, TOLD, REFUSED, CUT, SILENT, LEFT = "whole", "told", "refused", "cut", "silent", "left"
 """What became of a request: answered whole; begun, then ended by an error in the API's own form; answered with an
-error alone; cut so that the client's HTTP library sees it; ended as if it were whole though it is not."""
+error alone; cut so that the client's HTTP library sees it; ended as if it were whole though it is not; left."""
 
 
 @dataclass
 class Answer:
-    """A request and what came of it. Times are monotonic seconds, ``first`` 0.0 where no token came."""
+    """A request and what came of it. Times are monotonic seconds, ``first`` 0.0 where no token came.
+
+    ``stream``: it was asked for as a stream; ``left``: its caller did not wait for its end.
+    """
 
     path: str
     request_id: str
@@ -38,6 +43,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     problem: str = ""
+    stream: bool = True
+    left: bool = False
 
     @property
     def node(self) -> str:
@@ -52,10 +59,14 @@ class Answer:
     @property
     def fate(self) -> str:
         """What became of it."""
+        if self.left:
+            return LEFT
         if self.problem:
             return CUT
         if self.status != 200:
             return REFUSED
+        if not self.stream:
+            return WHOLE if json_of(self.body.decode()) else SILENT
         lines = [line for line in self.body.decode().split("\n") if line]
         last = json_of(lines[-1]) if lines else {}
         if "error" in last:
@@ -94,9 +105,13 @@ def json_of(line: str) -> dict[str, Any]:
 
 
 def body_of(path: str, model: str, tokens: int, prompt: str = PROMPT, stream: bool = True) -> bytes:
-    """A chat of ``tokens`` tokens in the form of the path's API."""
-    body: dict[str, Any] = {"model": model, "stream": stream, "messages": [{"role": "user", "content": prompt}]}
-    body |= {"options": {"num_predict": tokens}} if path == CHAT else {"max_tokens": tokens}
+    """A chat of ``tokens`` tokens in the form of the path's API, a completion of as many, or the prompt to embed."""
+    body: dict[str, Any] = {"model": model}
+    if path in (EMBED, EMBEDDINGS):
+        return json.dumps(body | {"input": prompt}).encode()
+    body |= {"stream": stream}
+    body |= {"prompt": prompt} if path == GENERATE else {"messages": [{"role": "user", "content": prompt}]}
+    body |= {"options": {"num_predict": tokens}} if path in (CHAT, GENERATE) else {"max_tokens": tokens}
     return json.dumps(body).encode()
 
 
@@ -108,26 +123,44 @@ class Client:
         self._key, self._timeout = key, timeout
         self._connection: http.client.HTTPConnection | None = None
 
-    def ask(self, path: str, body: bytes, request_id: str, seen: Callable[[Answer], object] | None = None) -> Answer:
-        """Send a request and read its answer to the end; ``seen`` hears of the first token."""
-        answer = Answer(path, request_id)
+    def ask(
+        self,
+        path: str,
+        body: bytes,
+        request_id: str,
+        seen: Callable[[Answer], object] | None = None,
+        stream: bool = True,
+        patience: float = 0.0,
+    ) -> Answer:
+        """Send a request and read its answer to the end; ``seen`` hears of the first token.
+
+        ``patience``: seconds after which the caller leaves, whatever came until then; 0.0: it stays.
+        """
+        answer = Answer(path, request_id, stream=stream)
         connection = self._connection or http.client.HTTPConnection(self._address, timeout=self._timeout)
         self._connection = None
         headers = {"Authorization": f"Bearer {self._key}", "X-Request-ID": request_id}
         try:
             connection.request("POST", path, body, {**headers, "Content-Type": "application/json"})
+            link = connection.sock  # an answer that ends its connection takes it away
+            link.settimeout(self._timeout)
+            left = answer.began + patience if patience else 0.0
+            _wait(link, left)
             response = connection.getresponse()
             answer.status = response.status
             answer.headers = {name.lower(): value for name, value in response.getheaders()}
-            while data := response.read1(65536):
+            while _wait(link, left) and (data := response.read1(65536)):
                 if not answer.first and answer.status == 200:
                     answer.first = time.monotonic()
                     if seen is not None:
                         seen(answer)
                 answer.body += data
+            if len(answer.body) < int(answer.headers.get("content-length", 0)):
+                raise http.client.IncompleteRead(answer.body)  # which `read1` does not mind
             # Whole, as `read1` does not know of an answer with a length: else the connection takes no other request.
             response.close()
         except (OSError, http.client.HTTPException) as error:
+            answer.left = isinstance(error, TimeoutError) and patience > 0
             answer.problem = f"{type(error).__name__}: {error}"
             connection.close()
         else:
@@ -142,6 +175,20 @@ class Client:
         """Leave."""
         if self._connection is not None:
             self._connection.close()
+
+
+def _wait(link: socket.socket, until: float) -> bool:
+    """Have a connection wait no longer than until then (0.0: as it does).
+
+    Raises:
+        TimeoutError: it is later.
+    """
+    if until:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        link.settimeout(left)
+    return True
 
 
 class Load:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from corral.gateway.records import Admitted, Settled
+from corral.wire.native import CHARS_PER_TOKEN
 from corral.wire.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -87,16 +88,24 @@ def said(exchange: Exchange, outcome: str) -> str:
 def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     """Tokens of the prompt and of the answer, and whether they are estimates.
 
-    A node tells what it counted in its last line alone. Of an answer that was cut the prompt is guessed from its size,
-    and the answer's tokens are its lines, the least they can be. Who was sent nothing of an answer pays for nothing,
-    whatever nodes did for it, unless it was he who left, or whose time was over.
+    A node tells what it counted in its last line alone, and on `/api/embeddings` nowhere. Of an answer that was cut the
+    prompt is guessed from its size and the answer's tokens are its lines, the least they can be; of embeddings the batches that were whole are
+    known, and the one that a node had is guessed. Who was sent nothing of an answer pays for nothing, whatever nodes
+    did for it, unless it was he who left, or whose time was over.
     """
     decoded = exchange.decoded
     left = outcome in LEFT or exchange.overdue
     if decoded is None or not (exchange.opened or left or outcome == "ok"):
         return 0, 0, False
     responder = decoded.responder
-    if outcome == "ok" or responder.prompt_tokens:
+    if outcome == "ok":
+        if responder.counted:
+            return responder.prompt_tokens, responder.tokens, False
+    elif responder.kept or decoded.more:
+        if exchange.fresh or not exchange.attempts:  # no node has had the batch that is next
+            return responder.prompt_tokens, 0, False
+        return responder.prompt_tokens + len(decoded.body) // CHARS_PER_TOKEN, 0, True
+    elif responder.prompt_tokens:
         return responder.prompt_tokens, responder.tokens, False
     worked = exchange.first_token or (left and exchange.attempts)
     if not worked or not decoded.estimate:

@@ -217,7 +217,10 @@ class Object(Responder):
         self._size = 0
 
     def keep(self) -> None:
-        self._whole.append(self.body())
+        body = self.body()
+        # Counted now: a caller that leaves before the last of them has had these made.
+        self.prompt_tokens += _number(fields_of(body), "prompt_eval_count")
+        self._whole.append(body)
         self.kept += 1
         self._parts = []
 
@@ -262,6 +265,11 @@ class Object(Responder):
             merged = merged or dict(found)
             for name in SUMS:
                 if name in found:
-                    sums[name] = sums.get(name, 0) + count(decode_line(b'{"n":%b}' % bytes(found[name])).get("n"))
+                    sums[name] = sums.get(name, 0) + _number(found, name)
         self.prompt_tokens = sums.get("prompt_eval_count", 0)
         return encode({**merged, "embeddings": msgspec.Raw(b"[%b]" % b",".join(vectors)), **sums})
+
+
+def _number(fields: dict[str, msgspec.Raw], name: str) -> int:
+    """The count in a field of `fields_of`; 0 where there is none."""
+    return count(decode_line(b'{"n":%b}' % bytes(fields[name])).get("n")) if name in fields else 0

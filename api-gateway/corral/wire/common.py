@@ -55,7 +55,8 @@ class Responder:
 
     ``started``: a first token, or the end, was seen. ``done``: the last line was seen. ``error``: the node sent an
     error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``. ``early``: it is
-    done, and what the node may still send is not wanted. ``kept``: answers that this one has begun with.
+    done, and what the node may still send is not wanted. ``kept``: answers that this one has begun with; their prompts
+    are counted in ``prompt_tokens``, which is else 0 until ``done``. ``counted``: its last line tells what it took.
     """
 
     content_type = "application/json"
@@ -67,6 +68,7 @@ class Responder:
     prompt_tokens = 0
     tokens = 0
     kept = 0
+    counted = True
 
     def keep(self) -> None:
         """The answer so far is one of several that make one."""

@@ -194,12 +194,14 @@ def decode_embeddings(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Ca
     model = require_model(body.model)
     body.options = opts.check(body.options or {}, policy_of(model) or opts.NO_POLICY, caps.stops) or None
     body.keep_alive = KEEP_ALIVE
+    responder = Object()
+    responder.counted = not body.prompt  # its answer is the vector alone; without a prompt it but loads the model
     return Decoded(
         b"/api/embeddings",
         model,
         encode(body),
         len(raw) // CHARS_PER_TOKEN,
         None,
-        Object(),
+        responder,
         ignored=ignored,
     )

@@ -231,19 +231,20 @@ class EmbeddingList(answers.Object):
 
     def finish(self) -> bytes:
         vectors: list[Any] = []
-        self.prompt_tokens = 0
+        counted = 0
         for body in self.bodies():
             value = decode_line(body)
             found = value.get("embeddings")
             if not isinstance(found, list):
                 raise UpstreamNonsense("an answer without embeddings")
             vectors += found
-            self.prompt_tokens += count(value.get("prompt_eval_count"))
+            counted += count(value.get("prompt_eval_count"))
         data = [
             {"object": "embedding", "embedding": self._form(vector), "index": index}
             for index, vector in enumerate(vectors)
         ]
-        usage = {"prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens}
+        self.prompt_tokens = counted
+        usage = {"prompt_tokens": counted, "total_tokens": counted}
         return encode({"object": "list", "data": data, "model": self._model, "usage": usage})
 
     def _form(self, vector: Any) -> Any:

@@ -1,0 +1,105 @@
+"""Callers of every kind at once: each API, streamed and not, embeddings, and some that leave in the midst."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from support.load import (
+    APIS,
+    COMPLETIONS,
+    EMBED,
+    EMBEDDINGS,
+    GENERATE,
+    MESSAGES,
+    PROMPT,
+    Answer,
+    Client,
+    Load,
+    body_of,
+    json_of,
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a caller asks. ``leaves``: it does so within that many seconds; 0.0: it stays."""
+
+    path: str
+    stream: bool = True
+    leaves: float = 0.0
+
+    def body(self, model: str, tokens: int, prompt: str = PROMPT) -> bytes:
+        """What it sends."""
+        body = body_of(self.path, model, tokens, prompt, self.stream)
+        if self.path == COMPLETIONS and self.stream:
+            body = json.dumps(json.loads(body) | {"stream_options": {"include_usage": True}}).encode()
+        return body
+
+
+WRITTEN = (*APIS, GENERATE)
+"""What writes an answer."""
+EMBEDDED = (EMBED, EMBEDDINGS)
+WAYS = (*(Way(path, stream) for path in WRITTEN for stream in (True, False)), *(Way(path, False) for path in EMBEDDED))
+
+
+def leaving(within: float) -> tuple[Way, ...]:
+    """Each way, with a caller that leaves within so many seconds."""
+    return tuple(Way(way.path, way.stream, within) for way in WAYS)
+
+
+def counts(answer: Answer) -> tuple[int, int]:
+    """The tokens of the prompt and of the answer, as a whole answer tells them."""
+    lines = [line for line in answer.body.decode().splitlines() if line]
+    if answer.path.startswith("/api/"):
+        last = json_of(lines[-1])
+        return last["prompt_eval_count"], last.get("eval_count", 0)
+    (usage,) = [told for told in map(_usage, lines) if told]
+    if answer.path == MESSAGES:
+        return usage["input_tokens"], usage["output_tokens"]
+    return usage["prompt_tokens"], usage.get("completion_tokens", 0)
+
+
+def _usage(line: str) -> dict[str, Any]:
+    value = json_of(line)
+    return dict(value.get("usage") or {}) if value.get("type") != "message_start" else {}
+
+
+def pieces(answer: Answer) -> int:
+    """How many tokens of a stream its caller has seen: of simulated models each is a piece."""
+    seen = 0
+    for line in answer.body.decode().splitlines():
+        try:
+            value = json_of(line)
+        except ValueError:
+            break  # the caller left within it
+        choice = (value.get("choices") or [{}])[0]
+        message, delta = value.get("message") or {}, choice.get("delta") or value.get("delta") or {}
+        said = value.get("response") or message.get("content") or delta.get("content") or delta.get("text")
+        seen += bool(said)
+    return seen
+
+
+class Mixed(Load):
+    """Callers of whom each asks in all ``ways``, one after the other, again and again, while the block runs."""
+
+    def __init__(
+        self, url: str, key: str, model: str, ways: Sequence[Way], clients: int, tokens: Sequence[int], name: str
+    ) -> None:
+        super().__init__(url, key, model, clients, [way.path for way in ways], tokens, name)
+        self._ways = ways
+
+    def _run(self, number: int, path: str, tokens: int) -> None:
+        client, dice = Client(self._url, self._key), random.Random(f"{self._name} {number}")
+        # Each begins elsewhere, so that no way is asked for by all of them at once.
+        for count, way in enumerate(itertools.islice(itertools.cycle(self._ways), number, None)):
+            if self._stop.is_set():
+                break
+            body, stays = way.body(self._model, tokens), dice.uniform(0.01, way.leaves) if way.leaves else 0.0
+            request_id = f"{self._name}-{number}-{count}"
+            self.answers.append(client.ask(way.path, body, request_id, None, way.stream, stays))
+        client.close()
