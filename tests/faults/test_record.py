@@ -107,7 +107,9 @@ def test_every_answer_is_recorded_and_counted_once(
                 killed[victim] += 1
             loads[0].more(50, seconds=60)
             gone = {(way.path, way.stream) for way in WAYS}
-            loads[2].until(lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "all left")
+            loads[2].until(
+                lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "all left"
+            )
         answers = [answer for load in loads for answer in load.answers]
 
         def rows(what: str) -> list[tuple[Any, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from base64 import b64decode
 from collections.abc import Callable
 from hashlib import sha256
@@ -131,6 +132,29 @@ def test_it_is_of_the_whole_text_that_the_caller_got(tmp_path: Path, path: str) 
     assert [one.get("options", {}).get("num_predict") for one in asked] == [1, 1, rest]
     assert (settled["outcome"], settled["estimated"], settled["continued"].count(",")) == ("ok", False, 1)
     assert (settled["prompt_tokens"], settled["tokens"]) == (7, 5 + 2)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_came_in_one_piece_with_the_error_of_its_node_is_sent_once(tmp_path: Path, path: str) -> None:
+    chat = "chat" in path or "messages" in path
+    heard = threading.Event()
+
+    def dies(connection: socket.socket) -> None:
+        connection.sendall(HEAD + lines(["one "], chat))
+        assert heard.wait(20)
+        died = {"error": "an error was encountered while running the model: unexpected EOF"}
+        connection.sendall(lines(["two "], chat) + chunk(json.dumps(died).encode() + b"\n") + END)
+
+    with gateway(tmp_path, audit=FULL) as gw:
+        stage = Stage(gw, [dies, renders, counts(7), counts(9), says(["three ", "four"], 9)])
+        body, got = json.dumps({"model": "m", "stream": True, **BODIES[path]}).encode(), b""
+        with httpx.stream("POST", gw.url + path, content=body, headers=stage.headers, timeout=30) as answer:
+            for piece in answer.iter_raw():
+                heard.set()
+                got += piece
+        kept, settled = stage.kept(answer.headers["x-request-id"], body)
+    assert kept == text(got) == "one two three four"
+    assert (settled["outcome"], settled["prompt_tokens"], settled["tokens"]) == ("ok", 7, 4)
 
 
 @pytest.mark.parametrize(

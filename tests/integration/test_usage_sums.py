@@ -37,6 +37,7 @@ MODELS = "m:latest", "n:latest"
 """What one node leaves of the first, another goes on with: it is the same file on both. The other is not."""
 
 LEAVE = b"leave"
+WRITES = b'{"model":"m:latest","response":"%b","done":false}\n'
 
 OLDER = "/api/embeddings"
 PATHS = (*WRITTEN, EMBED, EMBEDDINGS, OLDER)
@@ -110,7 +111,7 @@ class Script(list[Behaviour]):
 
     def _said(self, words: list[bytes]) -> bytes:
         chat = "messages" in self._node.asked.body
-        return b"".join(chunk(LINE % word if chat else b'{"response":"%b","done":false}\n' % word) for word in words)
+        return b"".join(chunk(LINE % word if chat else WRITES % word) for word in words)
 
     def _embeds(self, chance: float) -> Behaviour:
         """One batch: whole, cut, or left by its caller while it is read."""
@@ -141,6 +142,8 @@ class Script(list[Behaviour]):
         def behave(connection: socket.socket) -> None:
             counted.add(self._request(), words, PROMPT)
             last = (LAST % words).replace(b'"prompt_eval_count":7', b'"prompt_eval_count":%d' % (PROMPT + sent))
+            if "messages" not in body:
+                last = last.replace(b'"message":{"role":"assistant","content":""}', b'"response":""')
             said = self._said([b"w"] * words) if body.get("stream", True) else b""
             connection.sendall(HEAD + said + chunk(last) + END)
 

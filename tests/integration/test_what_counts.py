@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from support.gateway import HEAD, LINE, Behaviour, Gateway, chunk, gateway, says, well
+from support.gateway import END, HEAD, LINE, Behaviour, Gateway, chunk, gateway, says, well
 from support.load import EMBED, EMBEDDINGS, GENERATE, body_of
 from support.mixed import WRITTEN
 from support.process import until
@@ -65,6 +66,30 @@ def test_of_a_stream_that_was_cut_what_was_sent_counts(gw: Gateway) -> None:
     assert answer.text.count("one ") == 5 and "error" in answer.text
     outcome, _, prompt, tokens, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
     assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, 5, True)
+
+
+@pytest.mark.parametrize("path", WRITTEN)
+def test_of_a_stream_whose_node_fails_all_that_came_before_is_sent_and_counts(gw: Gateway, path: str) -> None:
+    heard = threading.Event()
+    line = (COMPLETED if path == GENERATE else WORDS).removeprefix(HEAD)
+
+    def fails(connection: socket.socket) -> None:
+        connection.sendall(HEAD + line)
+        assert heard.wait(20)
+        # In one piece with the words before it, the last of which begins in the piece before.
+        connection.sendall(line[:-20])
+        connection.sendall(line[-20:] + chunk(b'{"error":"the disk is full"}\n') + END)
+
+    acts(gw, fails)
+    said = b""
+    headers = {**gw.auth, "Content-Type": "application/json"}
+    with httpx.stream("POST", gw.url + path, content=body_of(path, "m", 50), headers=headers, timeout=20) as answer:
+        for data in answer.iter_raw():
+            heard.set()
+            said += data
+    assert said.count(b"one ") == 10 and b"the disk is full" in said[-300:]
+    outcome, _, prompt, tokens, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
+    assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, 10, True)
 
 
 def test_who_has_a_deadline_that_passes_pays_for_what_was_made_until_then(gw: Gateway) -> None:

@@ -106,14 +106,24 @@ class Attempt(Handler):
             self._fail(Failure.NONSENSE)
             return
         if responder.error is not None:
-            # In band, under status 200: the model's runner died, or refused in mid-answer.
-            told = responder.error
-            self._fail(Failure.CRASH if crashed(told.message) else Failure.NODE, told)
+            self._failed_in_band(responder.error, data, out)
             return
         kept = self._kept
         if kept is not None:
             kept.add(data)
         self._exchange.progress(out)
+
+    def _failed_in_band(self, told: ApiError, data: bytes, out: bytes) -> None:
+        """Under status 200: the model's runner died, or refused in mid-answer.
+
+        Who has the beginning of it gets all that came before; who has nothing yet may have an answer of another node.
+        """
+        if out and self._exchange.opened:
+            if self._kept is not None:
+                self._kept.add(data[: data.rstrip().rfind(b"\n") + 1])
+            self._exchange.progress(out)
+        if not self._over:
+            self._fail(Failure.CRASH if crashed(told.message) else Failure.NODE, told)
 
     def on_end(self) -> None:
         self._connection = None

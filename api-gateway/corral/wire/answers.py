@@ -75,7 +75,7 @@ class Pass(Responder):
             value = decode_line(line)
             if "error" in value:
                 self.error = error_of(line)
-                return b""
+                break
             if value.get("done") is True or RENDERED in value:
                 self.done = True
                 self.prompt_tokens = count(value.get("prompt_eval_count"))

@@ -79,7 +79,7 @@ class EventStream(Responder):
             value = decode_line(line)
             if "error" in value:
                 self.error = answers.error_of(line)
-                return b""
+                break
             part = value.get("message")
             if not isinstance(part, dict):
                 raise UpstreamNonsense("a line without a message")

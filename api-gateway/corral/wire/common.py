@@ -54,9 +54,10 @@ class Responder:
     """Translates one answer of a node for the caller. A base, since compiled code knows where its attributes are.
 
     ``started``: a first token, or the end, was seen. ``done``: the last line was seen. ``error``: the node sent an
-    error in band; nothing is emitted for it. ``tokens`` counts generated tokens, exact once ``done``. ``early``: it is
-    done, and what the node may still send is not wanted. ``kept``: answers that this one has begun with; their prompts
-    are counted in ``prompt_tokens``, which is else 0 until ``done``. ``counted``: its last line tells what it took.
+    error in band; what came before it is emitted, and nothing for it. ``tokens`` counts generated tokens, exact once
+    ``done``. ``early``: it is done, and what the node may still send is not wanted. ``kept``: answers that this one has
+    begun with; their prompts are counted in ``prompt_tokens``, which is else 0 until ``done``. ``counted``: the node
+    tells how many tokens it took.
     """
 
     content_type = "application/json"

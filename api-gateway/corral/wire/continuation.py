@@ -189,7 +189,7 @@ class Resumed(Responder):
             value = decode_line(line)
             if "error" in value:
                 self.error = answers.in_band_error(value["error"])
-                return b""
+                break
             out.append(self._line(value))
         return b"".join(out)
 

@@ -72,7 +72,7 @@ class Stream(Responder):
             value = decode_line(line)
             if "error" in value:
                 self.error = answers.error_of(line)
-                return b""
+                break
             self.started = True
             self.tokens += 1
             chunk = self.chunk(value)
