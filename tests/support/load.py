@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -83,11 +84,10 @@ class Answer:
     def text(self) -> str:
         """What the model said."""
         said = []
-        for line in self.body.decode().splitlines():
-            value = json_of(line)
+        for value in whole_lines(self.body):
             message = value.get("message") or {}
             delta = (value.get("choices") or [{}])[0].get("delta") or {}
-            said += [message.get("content") or delta.get("content") or ""]
+            said += [message.get("content") or delta.get("content") or value.get("response") or ""]
             said += [(value.get("delta") or {}).get("text") or ""]
         return "".join(part for part in said if isinstance(part, str))
 
@@ -102,6 +102,15 @@ def json_of(line: str) -> dict[str, Any]:
     line = line.removeprefix("data: ")
     value = json.loads(line) if line.startswith("{") else {}
     return value if isinstance(value, dict) else {}
+
+
+def whole_lines(body: bytes) -> list[dict[str, Any]]:
+    """The objects in a body's lines, but for what came of one within which its caller left."""
+    *lines, last = body.decode(errors="replace").split("\n")
+    found = [json_of(line) for line in lines]
+    with suppress(ValueError):
+        found.append(json_of(last))
+    return found
 
 
 def body_of(path: str, model: str, tokens: int, prompt: str = PROMPT, stream: bool = True) -> bytes:

@@ -22,6 +22,7 @@ from support.load import (
     Load,
     body_of,
     json_of,
+    whole_lines,
 )
 
 
@@ -72,11 +73,7 @@ def _usage(line: str) -> dict[str, Any]:
 def pieces(answer: Answer) -> int:
     """How many tokens of a stream its caller has seen: of simulated models each is a piece."""
     seen = 0
-    for line in answer.body.decode().splitlines():
-        try:
-            value = json_of(line)
-        except ValueError:
-            break  # the caller left within it
+    for value in whole_lines(answer.body):
         choice = (value.get("choices") or [{}])[0]
         message, delta = value.get("message") or {}, choice.get("delta") or value.get("delta") or {}
         said = value.get("response") or message.get("content") or delta.get("content") or delta.get("text")
