@@ -108,8 +108,9 @@ def test_every_answer_is_recorded_and_counted_once(
             loads[0].more(50, seconds=60)
             gone = {(way.path, way.stream) for way in WAYS}
             loads[2].until(
-                lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "all left"
+                lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "each was left", 60
             )
+            loads[2].until(lambda seen: any(one.fate == LEFT and pieces(one) > 1 for one in seen[-20:]), "a stream", 60)
         answers = [answer for load in loads for answer in load.answers]
 
         def rows(what: str) -> list[tuple[Any, ...]]:

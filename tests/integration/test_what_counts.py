@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.gateway import END, HEAD, LINE, Behaviour, Gateway, chunk, gateway, says, well
+from support.gateway import END, HEAD, LAST, LINE, Behaviour, Gateway, chunk, gateway, says, well
 from support.load import EMBED, EMBEDDINGS, GENERATE, body_of
 from support.mixed import WRITTEN
 from support.process import until
@@ -149,6 +149,22 @@ def test_who_leaves_before_the_first_word_pays_for_the_prompt(gw: Gateway) -> No
         outcome, attempts, prompt, made, estimated = counts(gw.control.settled(name))
         assert (outcome, attempts, made, estimated) == ("client_gone", 1, 0, True), path
         assert len(body) / 8 < prompt < len(body) / 2, path
+
+
+def test_a_guess_is_as_the_prompts_of_its_key_were_found_to_be(gw: Gateway) -> None:
+    def four_a_byte(connection: socket.socket) -> None:
+        connection.sendall(HEAD + chunk(LAST.replace(b'"prompt_eval_count":7', b'"prompt_eval_count":1000') % 1) + END)
+
+    guesses = []
+    for learned in (False, True):
+        if learned:
+            acts(gw, *[four_a_byte] * 9)
+            assert {gw.post().status_code for _ in range(9)} == {200}
+        acts(gw, cut)
+        answer = gw.post(body=gw.chat())
+        guesses.append(counts(gw.control.settled(answer.headers["X-Request-ID"]))[2])
+    # No prompt is taken for more than four times what its size is.
+    assert guesses[0] * 3.5 < guesses[1] <= guesses[0] * 4
 
 
 @pytest.mark.parametrize("path", [EMBED, EMBEDDINGS])

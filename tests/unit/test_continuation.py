@@ -208,15 +208,12 @@ def test_a_native_chat_goes_on_in_its_own_lines_and_counts_once() -> None:
     decoded = decode("/api/chat")
     inner = decoded.responder
     inner.feed(said(True, "one ") + said(True, "two ")[:-9])
-    assert inner.feed(said(True, "two ")[-9:] + b'{"error":"unexpected EOF"}\n') == b"", (
-        "what comes with it is not sent"
-    )
-    made = Resumed(inner, True, rest({"num_predict": 9}, "one ", 1), 7, MARK)
-    out = made.feed(said(False, "two ") + said(False, "three") + last(prompt=11, tokens=3, reason="length"))
+    # What comes with it is sent: nobody writes it again.
+    assert inner.feed(said(True, "two ")[-9:] + b'{"error":"unexpected EOF"}\n') == said(True, "two ")
+    made = Resumed(inner, True, rest({"num_predict": 9}, "one two ", 2), 7, MARK)
+    out = made.feed(said(False, "three") + last(prompt=12, tokens=2, reason="length"))
     shown = lines(out + made.finish())
-    assert [each["message"] for each in shown] == [
-        {"role": "assistant", "content": text} for text in ("two ", "three", "")
-    ]
+    assert [each["message"] for each in shown] == [{"role": "assistant", "content": text} for text in ("three", "")]
     end = shown[-1]
     assert (end["done"], end["done_reason"], end["total_duration"]) == (True, "length", 5)
     assert (end["prompt_eval_count"], end["eval_count"]) == (10, 4)
@@ -266,8 +263,11 @@ def test_an_answer_that_lacked_its_last_line_alone_gets_it() -> None:
 
 def test_a_node_that_fails_at_the_rest_is_told_from_its_line() -> None:
     made = resumed(rest(None, "one", 1))
-    assert made.feed(said(False, "two") + b'{"error":"unexpected EOF"}\n') == b""
+    (sent,) = lines(made.feed(said(False, " two") + b'{"error":"unexpected EOF"}\n'))
     assert made.error is not None
+    assert (sent["response"], made.sent(), made.tokens) == (" two", "one two", 2), (
+        "who goes on with it has what was sent"
+    )
     with pytest.raises(UpstreamNonsense):
         resumed(rest(None, "one", 1)).feed(b"nonsense\n")
     ended = resumed(rest(None, "one", 1))

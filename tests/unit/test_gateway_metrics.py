@@ -245,13 +245,15 @@ def test_a_name_that_needs_escapes_is_read_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counted", "outcome", "density"), [(40, "ok", 1.9), (2, "ok", 1.0), (0, "client_gone", 1.0), (10**6, "ok", 1.9)]
+    ("counted", "outcome", "density"),
+    [(40, "ok", 1.9), (2, "ok", 1.0), (0, "client_gone", 1.0), (40, "client_gone", 1.0), (10**6, "ok", 1.9)],
 )
 def test_what_a_model_counts_teaches_the_guess_of_its_keys_next_prompt(
     counted: int, outcome: str, density: float
 ) -> None:
     key = SimpleNamespace(density=1.0)
-    decoded = SimpleNamespace(estimate=10, responder=SimpleNamespace(prompt_tokens=counted, tokens=5))
+    responder = SimpleNamespace(prompt_tokens=counted, tokens=5, counted=True, kept=0)
+    decoded = SimpleNamespace(estimate=10, responder=responder, more=())
     names = ("record_id", "request_id", "key_id", "address", "api", "path", "model", "node_name")
     asked = SimpleNamespace(
         **dict.fromkeys(names, "x"),

@@ -104,13 +104,19 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     elif responder.kept or decoded.more:
         if exchange.fresh or not exchange.attempts:  # no node has had the batch that is next
             return responder.prompt_tokens, 0, False
-        return responder.prompt_tokens + len(decoded.body) // CHARS_PER_TOKEN, 0, True
+        return responder.prompt_tokens + guessed(exchange, len(decoded.body) // CHARS_PER_TOKEN), 0, True
     elif responder.prompt_tokens:
         return responder.prompt_tokens, responder.tokens, False
     worked = exchange.first_token or (left and exchange.attempts)
     if not worked or not decoded.estimate:
         return 0, responder.tokens, False
-    return decoded.estimate, responder.tokens, True
+    return guessed(exchange, decoded.estimate), responder.tokens, True
+
+
+def guessed(exchange: Exchange, estimate: int) -> int:
+    """Tokens of a prompt that no node has told, as its key's prompts were found to have them."""
+    key = exchange.key
+    return estimate if key is None else int(estimate * key.density)
 
 
 def far(exchange: Exchange, now: float) -> tuple[str, str, int, int, int, int, float, float | None, float]:
@@ -145,7 +151,15 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
     first = exchange.first_token
     prompt_tokens, tokens, estimated = usage(exchange, outcome)
     key, decoded = exchange.key, exchange.decoded
-    if prompt_tokens and not estimated and key is not None and decoded is not None and decoded.estimate:
+    # Of embeddings that were left, some may be counted, and no less was guessed for that.
+    if (
+        prompt_tokens
+        and outcome == "ok"
+        and not estimated
+        and key is not None
+        and decoded is not None
+        and decoded.estimate
+    ):
         key.density = learn(key.density, decoded.estimate, prompt_tokens)
     return Settled(
         exchange.record_id,
