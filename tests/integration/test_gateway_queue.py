@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import signal
 import socket
 import threading
@@ -272,34 +270,6 @@ def test_a_bulk_of_embeddings_lets_others_have_their_turn(
     record = gw.control.settled(answer.headers["X-Request-ID"])
     assert (record["outcome"], record["prompt_tokens"]) == ("ok", 9)
     until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
-
-
-def test_who_leaves_a_bulk_of_embeddings_between_two_batches_pays_for_those_that_were_whole(
-    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
-) -> None:
-    placed(gw, leader, 4, "node-1")
-    node = gw.nodes[0]
-    free = threading.Semaphore(0)
-
-    def embeds(connection: socket.socket) -> None:
-        free.acquire()
-        says(200, {"model": "m", "embeddings": [[1]] * 64, "prompt_eval_count": 300})(connection)
-
-    node.script = [embeds, embeds]
-    bulk = http.client.HTTPConnection("127.0.0.1", gw.port)
-    body = json.dumps({"model": "m", "input": ["x"] * 130})
-    bulk.request("POST", "/api/embed", body, {**gw.auth, "X-Request-ID": "bulk"})
-    until(lambda: len(node.requests) == 1, "the first batch runs")
-    one = {"model": "m", "input": ["7"]}
-    other = callers.submit(httpx.post, gw.url + "/api/embed", json=one, headers=gw.auth, timeout=20)
-    until(lambda: leader.waiting() == 1, "it waits for the slot")
-    free.release()
-    until(lambda: len(node.requests) == 2 and leader.waiting() == 1, "it has the slot, and the next batch waits")
-    bulk.close()
-    record = gw.control.settled("bulk")
-    assert (record["outcome"], record["prompt_tokens"], record["estimated"]) == ("client_gone", 300, False)
-    free.release()
-    assert other.result().status_code == 200
 
 
 def test_an_answer_tells_one_place_in_the_queue_though_each_of_its_batches_had_to_wait(

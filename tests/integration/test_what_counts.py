@@ -7,12 +7,15 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from support.gateway import END, HEAD, LAST, LINE, Behaviour, Gateway, chunk, gateway, says, well
+from support.held import leading, placed, queueing
+from support.leader import Leader
 from support.load import EMBED, EMBEDDINGS, GENERATE, body_of
 from support.mixed import WRITTEN
 from support.process import until
@@ -188,6 +191,40 @@ def test_who_leaves_a_bulk_of_embeddings_pays_for_the_batches_that_a_node_had(gw
         assert (outcome, made, estimated) == ("client_gone", 0, True)
         size = (64, 36)[whole] * len('"text",')
         assert size / 4 < prompt - whole * 4000 < (size + 120) / 4
+
+
+def test_who_leaves_a_bulk_of_embeddings_between_two_batches_pays_for_those_that_were_whole(
+    tmp_path: Path,
+) -> None:
+    with queueing(tmp_path, "30s", 3) as gw, ThreadPoolExecutor(1) as callers:
+        leader = leading(gw)
+        placed(gw, leader, 4, "node-1")
+        leave_between(gw, leader, callers)
+
+
+def leave_between(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
+    node = gw.nodes[0]
+    free = threading.Semaphore(0)
+
+    def embeds(connection: socket.socket) -> None:
+        free.acquire()
+        says(200, {"model": "m", "embeddings": [[1]] * 64, "prompt_eval_count": 300})(connection)
+
+    node.script = [embeds, embeds]
+    bulk = http.client.HTTPConnection("127.0.0.1", gw.port)
+    body = json.dumps({"model": "m", "input": ["x"] * 130})
+    bulk.request("POST", "/api/embed", body, {**gw.auth, "X-Request-ID": "bulk"})
+    until(lambda: len(node.requests) == 1, "the first batch runs")
+    one = {"model": "m", "input": ["7"]}
+    other = callers.submit(httpx.post, gw.url + "/api/embed", json=one, headers=gw.auth, timeout=20)
+    until(lambda: leader.waiting() == 1, "it waits for the slot")
+    free.release()
+    until(lambda: len(node.requests) == 2 and leader.waiting() == 1, "it has the slot, and the next batch waits")
+    bulk.close()
+    record = gw.control.settled("bulk")
+    assert (record["outcome"], record["prompt_tokens"], record["estimated"]) == ("client_gone", 300, False)
+    free.release()
+    assert other.result().status_code == 200
 
 
 def test_an_embedding_that_its_node_does_not_count_is_a_guess(gw: Gateway) -> None:
