@@ -95,6 +95,28 @@ def test_of_a_stream_whose_node_fails_all_that_came_before_is_sent_and_counts(gw
     assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, 10, True)
 
 
+@pytest.mark.parametrize("path", WRITTEN)
+def test_what_came_with_nonsense_is_not_sent_and_does_not_count(gw: Gateway, path: str) -> None:
+    heard = threading.Event()
+    line = (COMPLETED if path == GENERATE else WORDS).removeprefix(HEAD)
+
+    def raves(connection: socket.socket) -> None:
+        connection.sendall(HEAD + line)
+        assert heard.wait(20)
+        connection.sendall(line + chunk(b"nonsense\n"))
+
+    acts(gw, raves)
+    said = b""
+    headers = {**gw.auth, "Content-Type": "application/json"}
+    with httpx.stream("POST", gw.url + path, content=body_of(path, "m", 50), headers=headers, timeout=20) as answer:
+        for data in answer.iter_raw():
+            heard.set()
+            said += data
+    outcome, _, prompt, tokens, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
+    assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, said.count(b"one "), True)
+    assert b"error" in said[-300:]
+
+
 def test_who_has_a_deadline_that_passes_pays_for_what_was_made_until_then(gw: Gateway) -> None:
     acts(gw, lambda connection: (connection.sendall(WORDS), gw.nodes[0].wait_for_close(connection))[1])
     answer = gw.post(headers={"X-Corral-Deadline-Ms": "1000"})

@@ -268,8 +268,10 @@ def test_a_node_that_fails_at_the_rest_is_told_from_its_line() -> None:
     assert (sent["response"], made.sent(), made.tokens) == (" two", "one two", 2), (
         "who goes on with it has what was sent"
     )
+    made = resumed(rest(None, "one", 1))
     with pytest.raises(UpstreamNonsense):
-        resumed(rest(None, "one", 1)).feed(b"nonsense\n")
+        made.feed(said(False, " two") + b"nonsense\n")
+    assert made.sent() == "one", "nothing that came with nonsense is sent"
     ended = resumed(rest(None, "one", 1))
     ended.feed(last())
     with pytest.raises(UpstreamNonsense):

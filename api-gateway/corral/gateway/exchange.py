@@ -182,8 +182,8 @@ class Exchange(State):
         tokens = responder.tokens
         first = not self.first_token and responder.started
         # Bytes alone are no progress: a node that sends blank lines is as silent as one that sends nothing.
-        if first or tokens != self._seen or self.path in WHOLE:
-            self._seen = tokens
+        if first or tokens != self.seen or self.path in WHOLE:
+            self.seen = tokens
             gateway, now = self.gateway, monotonic()
             gateway.health.token(self, first, now)
             if first:
@@ -273,7 +273,7 @@ class Exchange(State):
         # A responder lives for one answer, and nothing of this one was sent.
         key, decoded = self.key, self.decoded
         assert key is not None and decoded is not None
-        self.first_token, self.pace, self._tail, self._seen = 0.0, None, b"", 0
+        self.first_token, self.pace, self._tail, self.seen = 0.0, None, b"", 0
         if decoded.responder.kept:
             decoded.responder.drop()
         else:

@@ -98,10 +98,12 @@ class Attempt(Handler):
         try:
             out = responder.feed(data)
         except UpstreamNonsense as error:
+            responder.tokens = self._exchange.seen  # no line of this piece is sent
             self._fail(Failure.NONSENSE, ApiError(502, "upstream_error", str(error)))
             return
         except Exception:
             # Whatever a node sends, the request ends: nothing else would give back its place and its lease.
+            responder.tokens = self._exchange.seen
             self._exchange.not_understood(self.node)
             self._fail(Failure.NONSENSE)
             return

@@ -33,7 +33,8 @@ class State(Waiter):
     what it heard of that last, ``asked`` how often it has asked, ``bounced`` nodes that it was sent to in vain;
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
-    whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may.
+    whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may,
+    ``seen`` the answer's tokens when last some of it came.
     ``sent`` is when its last attempt began, at ``runner``, ``token`` when that last gave one, 0.0 before its first.
     ``suspect`` is its prompt's fingerprint once that was at a runner's crash (`corral.gateway.crashing`).
     ``orphaned``, ``crashes``, ``lost`` and ``held_until`` are `corral.gateway.recover.History`'s.
@@ -84,7 +85,7 @@ class State(Waiter):
     pace: Pace | None = None
     resumption: Resume | None = None
     _attempt: Attempt | None = None
-    _seen = 0
+    seen = 0
     paused = False
     _node_header = b""
     own_headers = b""

@@ -182,6 +182,14 @@ class Resumed(Responder):
         return "".join(self._texts)
 
     def feed(self, data: bytes) -> bytes:
+        texts = len(self._texts)
+        try:
+            return self._feed(data)
+        except Exception:
+            del self._texts[texts:]  # nothing of this piece is sent: who goes on has to write it
+            raise
+
+    def _feed(self, data: bytes) -> bytes:
         out: list[bytes] = []
         for line in self._lines.split(data):
             if self.done:
