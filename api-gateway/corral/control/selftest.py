@@ -164,7 +164,7 @@ async def examine(post: Post, kept: Mapping[str, Any]) -> None:
                 counting = Counting(0)
                 counting.feed(await post(GENERATE.decode(), msgspec.json.decode(rest.count(text))))
                 counting.finish()
-                counts.append(counting.counted)
+                counts.append(counting.found)
             again = msgspec.json.decode(rest.counted(counts[0], counts[1]).request(rendering.prompt))
             if "".join(await _pieces(post, GENERATE.decode(), again)) != "".join(pieces[cut:]):
                 raise Unfit(f"{route}: cut after {cut} lines it went on otherwise")

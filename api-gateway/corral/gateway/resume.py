@@ -90,7 +90,7 @@ class Resume:
         if isinstance(asked, Rendering):
             self._prompt = asked.prompt
         elif isinstance(asked, Counting):
-            counts.append(asked.counted)
+            counts.append(asked.found)
         if len(counts) < 2:
             self._asked = counting = Counting(rest.tokens)
             return self._generate(rest.count(self._prompt + rest.sent if counts else self._prompt), counting)

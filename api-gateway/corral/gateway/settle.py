@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from corral.gateway.records import Admitted, Settled
-from corral.wire.native import CHARS_PER_TOKEN
+from corral.wire.common import CHARS_PER_TOKEN
 from corral.wire.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def usage(exchange: Exchange, outcome: str) -> tuple[int, int, bool]:
     """Tokens of the prompt and of the answer, and whether they are estimates.
 
     A node tells what it counted in its last line alone, and on `/api/embeddings` nowhere. Of an answer that was cut the
-    prompt is guessed from its size and the answer's tokens are its lines, the least they can be; of embeddings the batches that were whole are
-    known, and the one that a node had is guessed. Who was sent nothing of an answer pays for nothing, whatever nodes
-    did for it, unless it was he who left, or whose time was over.
+    prompt is guessed from its size and the answer's tokens are its lines, the least they can be; of embeddings the
+    batches that were whole are known, and the one that a node had is guessed. Who was sent nothing of an answer pays
+    for nothing, whatever nodes did for it, unless it was he who left, or whose time was over.
     """
     decoded = exchange.decoded
     left = outcome in LEFT or exchange.overdue

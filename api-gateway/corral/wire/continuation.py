@@ -143,15 +143,15 @@ class Rendering(Aside):
 
 
 class Counting(Aside):
-    """The answer that holds a count: ``counted`` tokens of a text once it is finished, 0 where the node told none."""
+    """The answer that holds a count: ``found`` tokens of a text once it is finished, 0 where the node told none."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens)
-        self.counted = 0
+        self.found = 0
 
     def finish(self) -> bytes:
         super().finish()
-        self.counted = count(self.value.get("prompt_eval_count"))
+        self.found = count(self.value.get("prompt_eval_count"))
         return b""
 
 
