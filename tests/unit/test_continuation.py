@@ -169,12 +169,12 @@ def test_each_count_is_of_the_whole_prompt_for_one_token_and_loads_nothing_anew(
     whole = last("x", prompt=17)
     assert counting.feed(whole[:9]) + counting.feed(whole[9:]) == b""
     counting.finish()
-    assert (counting.counted, counting.tokens, counting.prompt_tokens) == (17, 4, 0), "it is no usage of the caller's"
+    assert (counting.found, counting.tokens, counting.prompt_tokens) == (17, 4, 0), "it is no usage of the caller's"
     for untold in (b"{}", b'{"prompt_eval_count":-1}', b'{"prompt_eval_count":"7"}'):
         other = Counting(0)
         other.feed(untold)
         other.finish()
-        assert other.counted == 0
+        assert other.found == 0
     with pytest.raises(UpstreamNonsense):
         Counting(0).finish()
 
