@@ -31,6 +31,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "Guten Tag!"},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
 }
+LAST_LINE = {"model": "m", "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop"}
 SHOWN = "<u>Guten Tag!<a>"
 DIGEST = "sha256:" + "a" * 64
 
@@ -155,6 +156,55 @@ def test_what_came_in_one_piece_with_the_error_of_its_node_is_sent_once(tmp_path
         kept, settled = stage.kept(answer.headers["x-request-id"], body)
     assert kept == text(got) == "one two three four"
     assert (settled["outcome"], settled["prompt_tokens"], settled["tokens"]) == ("ok", 7, 4)
+
+
+def dies(words: list[str], chat: bool, heard: threading.Event) -> Behaviour:
+    """A node that says these words, and whose runner crashes once they are heard."""
+
+    def behaviour(connection: socket.socket) -> None:
+        connection.sendall(HEAD + lines(words, chat))
+        assert heard.wait(20)
+        died = {"error": "an error was encountered while running the model: unexpected EOF"}
+        connection.sendall(chunk(json.dumps(died).encode() + b"\n") + END)
+
+    return behaviour
+
+
+def test_a_prompt_that_crashes_who_goes_on_too_is_refused_though_it_was_counted_between(tmp_path: Path) -> None:
+    first, second = threading.Event(), threading.Event()
+    with gateway(tmp_path, audit=FULL) as gw:
+        stage = Stage(gw, [dies(["one "], True, first), renders, counts(7), counts(8), dies(["two "], False, second)])
+        body, got = {"model": "m", "stream": True, "messages": MESSAGES}, b""
+        with httpx.stream("POST", gw.url + "/api/chat", json=body, headers=stage.headers, timeout=30) as answer:
+            for piece in answer.iter_raw():
+                got += piece
+                for word, heard in ((b"one ", first), (b"two ", second)):
+                    if word in got:
+                        heard.set()
+        assert "error" in json.loads(got.splitlines()[-1]), got
+        again = httpx.post(gw.url + "/api/chat", json=body, headers=stage.headers, timeout=30)
+        assert (again.status_code, "present at 2 crashes" in again.text) == (400, True), again.text
+
+
+def test_an_answer_whose_end_came_with_nonsense_is_not_begun_anew(tmp_path: Path) -> None:
+    heard = threading.Event()
+
+    def ends(connection: socket.socket) -> None:
+        connection.sendall(HEAD + lines(["one "], True))
+        assert heard.wait(20)
+        end = b"".join(json.dumps(one).encode() + b"\n" for one in (LAST_LINE, {"model": "m"}))
+        connection.sendall(chunk(end) + END)
+
+    with gateway(tmp_path, audit=FULL) as gw:
+        stage = Stage(gw, [ends, renders, counts(7), counts(8), says(["two "], 8)])
+        got = b""
+        body = {"model": "m", "stream": True, "messages": MESSAGES}
+        with httpx.stream("POST", gw.url + "/api/chat", json=body, headers=stage.headers, timeout=30) as answer:
+            for piece in answer.iter_raw():
+                heard.set()
+                got += piece
+        assert "error" in json.loads(got.splitlines()[-1]), got
+        assert sum(len(node.requests) for node in gw.nodes) == 1
 
 
 @pytest.mark.parametrize(

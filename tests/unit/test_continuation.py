@@ -312,3 +312,9 @@ def test_a_stop_string_that_is_complete_leaves_the_rest_unwanted() -> None:
     out = lines(made.feed(said(False, "d> and more")))
     assert made.early and made.done
     assert (out[-1]["response"], out[-1]["done_reason"], out[-1]["prompt_eval_count"]) == ("", "stop", 7)
+
+
+def test_what_comes_in_one_piece_behind_a_stop_string_is_not_wanted_either() -> None:
+    made = resumed(rest({"stop": ["<end>"]}, "abc<en", 3))
+    out = lines(made.feed(said(False, "d>") + said(False, " and more") + last()))
+    assert made.early and [each["done"] for each in out] == [True]

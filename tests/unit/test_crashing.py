@@ -32,8 +32,15 @@ def decode(text: str = "a", route: str = "/api/chat", **more: Any) -> Decoded:
 
 def test_a_fingerprint_is_of_model_and_prompt_alone() -> None:
     same = [decode(), decode(options={"seed": 7}), decode(stream=False), decode(route="/v1/chat/completions")]
-    assert len({fingerprint(each) for each in [*same, decode(model="m:latest")]}) == 1
-    assert len({fingerprint(each) for each in [same[0], decode("b"), decode(model="other")]}) == 3
+    assert len({fingerprint("t", each) for each in [*same, decode(model="m:latest")]}) == 1
+    assert len({fingerprint("t", each) for each in [same[0], decode("b"), decode(model="other")]}) == 3
+
+
+def test_a_fingerprint_is_a_tenants_own() -> None:
+    assert fingerprint("t", decode()) != fingerprint("u", decode())
+
+
+def test_a_refusal_is_a_400() -> None:
     assert (refused().status, refused().code) == (400, "prompt_refused")
 
 

@@ -65,3 +65,33 @@ def test_a_model_stays_no_longer_than_was_said_meanwhile() -> None:
     asyncio.run(run())
     assert seen[0] > 3500 and len(seen) > 2
     assert all(55 < stays <= 60 for stays in seen[1:])
+
+
+def test_a_node_that_renders_no_prompt_does_not_end_the_tests_of_others() -> None:
+    """An older Ollama takes no notice of what asks for the prompt, and streams."""
+
+    def said(*lines: dict[str, Any]) -> httpx.Response:
+        content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        return httpx.Response(200, stream=httpx.ByteStream(content))
+
+    entry = {"name": "m:latest", "model": "m:latest", "size": 1, "digest": "sha256:" + "1" * 64}
+    entry["expires_at"] = datetime.fromtimestamp(time.time() + 3600, UTC).isoformat()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/api/ps":
+            return said({"models": [entry]})
+        if request.url.path == "/api/show":
+            return said({"parameters": ""})
+        return said(*[{"message": {"content": "a"}}] * 4)
+
+    async def nobody(name: str) -> int | None:
+        return None
+
+    async def run() -> SelfTest:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            made = SelfTest(SimpleNamespace(), {}, nobody, lambda known: None)  # type: ignore[arg-type]
+            await made._try(client, Member("n", "http://n", up=True), entry)
+            return made
+
+    (verdict,) = asyncio.run(run()).verdicts.values()
+    assert "no JSON" in str(verdict) or "no rendered" in str(verdict)

@@ -23,6 +23,7 @@ from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
 from corral.wire.continuation import GENERATE, Counting, Rendering, rest_of
+from corral.wire.errors import UpstreamNonsense
 from corral.wire.options import NO_POLICY, ModelPolicy, check
 
 TICK = 1.0
@@ -127,7 +128,7 @@ class SelfTest:
         try:
             async with asyncio.timeout(PATIENCE):
                 await examine(post, kept)
-        except Unfit as reason:
+        except (Unfit, UpstreamNonsense) as reason:
             self.verdicts[digest] = Verdict(str(reason), time.monotonic())
             log.info("%s: an answer that is cut is not continued: %s", name, reason)
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError) as error:
@@ -142,6 +143,7 @@ async def examine(post: Post, kept: Mapping[str, Any]) -> None:
 
     Raises:
         Unfit: an answer was not continued to the same end, or could not be.
+        UpstreamNonsense: the node does not render prompts, or not as Ollama does.
         httpx.HTTPError, ValueError: the node did not answer as one.
     """
     shown = answers.value(await post(SHOW, {"model": kept["model"]}))

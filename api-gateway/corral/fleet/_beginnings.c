@@ -12,6 +12,9 @@
 #define HASH Py_HashBuffer
 #else
 #define HASH _Py_HashBytes
+#if PY_VERSION_HEX >= 0x030D0000
+PyAPI_FUNC(Py_hash_t) _Py_HashBytes(const void *, Py_ssize_t); /* 3.13 exports it, and does not declare it */
+#endif
 #endif
 
 /* As in dispatch.py. */

@@ -21,6 +21,7 @@ from corral.gateway.recover import CRASHES_MAX, LOST_MAX, Failure
 from corral.store.slots import Wanted
 from corral.store.suspects import Suspects
 from corral.wire.common import Decoded, encode
+from corral.wire.continuation import Aside
 from corral.wire.errors import ApiError
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ _body: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _PROMPT = ("messages", "prompt", "system", "suffix", "images", "input")
 
 
-def fingerprint(decoded: Decoded) -> str:
-    """What stands for model and prompt, whatever the options; 32 hexadecimal digits."""
+def fingerprint(tenant: str, decoded: Decoded) -> str:
+    """What stands for model and prompt, whatever the options; 32 hexadecimal digits.
+
+    It is a tenant's own: with options that a runner crashes under, nobody can have another's prompt refused.
+    """
     body = _body(decoded.body)
-    parts: list[Any] = [canonical_name(decoded.model)]
+    parts: list[Any] = [tenant, canonical_name(decoded.model)]
     parts += [body.get(name) for name in _PROMPT]
     return blake2b(encode(parts), digest_size=16).hexdigest()
 
@@ -75,7 +79,7 @@ class Crashing:
 
     def refuses(self, exchange: Exchange, decoded: Decoded) -> bool:
         """Whether a request's prompt is refused. One that is suspect is noted in it."""
-        name = fingerprint(decoded)
+        name = fingerprint(exchange.tenant, decoded)
         if name in self.suspects.suspects:
             exchange.suspect = name
         return name in self.suspects.refused
@@ -93,6 +97,7 @@ class Crashing:
         """Begin a suspect's attempt once no other suspect is at that runner that may have it crash."""
         wanted = exchange.wanted
         assert wanted is not None
+        self.got_on(exchange)  # its attempt before is over
         self._gateway.running.add(exchange)
         until = now + (APART_OPENED if exchange.opened else APART)
         self._ask(exchange, Trial(exchange.suspect, self._runner(exchange), node, wanted, until))
@@ -105,10 +110,13 @@ class Crashing:
 
     def answered(self, exchange: Exchange) -> None:
         """A runner has answered, where prompts are suspect: this one's is not, once that is the whole of it."""
+        asked = exchange.decoded
+        if exchange.runner is None or asked is None or asked.more or isinstance(asked.responder, Aside):
+            return  # it was the node that answered, or only a count, or there is more to ask
         decoded = _asked(exchange)
-        if exchange.runner is None or decoded is None or decoded.more:
-            return  # it was the node that answered, or there is more to ask
-        name = exchange.suspect or fingerprint(decoded)
+        if decoded is None:
+            return
+        name = exchange.suspect or fingerprint(exchange.tenant, decoded)
         if name in self.suspects.suspects:
             self.suspects.clear(name)
             exchange.suspect = ""
@@ -119,7 +127,7 @@ class Crashing:
         decoded = _asked(exchange)
         if decoded is None:
             return False
-        name = exchange.suspect = exchange.suspect or fingerprint(decoded)
+        name = exchange.suspect = exchange.suspect or fingerprint(exchange.tenant, decoded)
 
         def judged(is_refused: bool, crashes: int) -> None:
             if is_refused:

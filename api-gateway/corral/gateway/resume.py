@@ -110,6 +110,9 @@ def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
     gateway = exchange.gateway
     told = gateway.metrics.continuations
     resume = exchange.resumption
+    begun = resume.first if resume is not None else exchange.decoded
+    if begun is not None and begun.responder.done:
+        return False  # its end was read, though it is not sent: nobody can write that again
     if resume is not None:
         resume.again()
     else:
@@ -132,6 +135,8 @@ def end_early(exchange: Exchange, attempt: Attempt | None) -> None:
     """The answer is whole, though its node would go on."""
     if attempt is not None:
         attempt.abandon()
+        if exchange.gateway.suspects.suspects:
+            exchange.gateway.crashing.answered(exchange)  # while it still has its runner
         exchange.gateway.queue.leave(exchange, ABORTED)
         exchange.answered()
 
@@ -151,7 +156,7 @@ def goes_on(exchange: Exchange, node: Node) -> bool:
     decoded = resume.then() if resume is not None else None
     if decoded is None:
         return False
-    exchange.decoded = decoded
+    exchange.decoded, exchange.seen = decoded, decoded.responder.tokens
     exchange.ask(node, decoded, monotonic())
     return True
 

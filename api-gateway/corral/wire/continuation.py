@@ -192,6 +192,8 @@ class Resumed(Responder):
     def _feed(self, data: bytes) -> bytes:
         out: list[bytes] = []
         for line in self._lines.split(data):
+            if self.early:
+                break  # it is whole: nothing more is wanted of the node
             if self.done:
                 raise UpstreamNonsense("lines after the last one")
             value = decode_line(line)

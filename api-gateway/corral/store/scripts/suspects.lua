@@ -40,11 +40,19 @@ local function blame(prompt)
   tell('refused ' .. prompt)
 end
 
+-- Who is suspect or refused no longer.
+local function forget()
+  for _, what in ipairs({ 'suspects', 'refused' }) do
+    redis.call('ZREMRANGEBYSCORE', P .. what, '-inf', string.format('%.0f', now))
+  end
+end
+
 local act = {}
 
 -- A prompt was present at a crash: 3 prompt, 4 model, 5 node, 6 us since its attempt began, 7 "1" where it had a token.
 -- Returns {the crash's number, crashes that it is suspect for}.
 function act.crash(prompt, model, node, age, got_on)
+  forget()
   local sent, runner, own = now - tonumber(age), P .. 'crash:' .. model .. ' ' .. node, P .. 'suspect:' .. prompt
   local number, at = unpack(redis.call('HMGET', runner, 'number', 'at'))
   -- Others tell of the same crash a little later; no runner is loaded and crashes again in that time.
@@ -85,7 +93,8 @@ end
 -- suspect for}.
 function act.judge(number, prompt)
   decide(number)
-  return { redis.call('ZSCORE', P .. 'refused', prompt) and 1 or 0, count(prompt) }
+  local till = tonumber(redis.call('ZSCORE', P .. 'refused', prompt) or 0)
+  return { till > now and 1 or 0, count(prompt) }
 end
 
 -- A runner has answered a prompt to the end: 3 prompt. That may leave one of those who were at crashes with it.
@@ -117,9 +126,9 @@ end
 
 -- All that is known, for who has not heard of it: {"suspect PROMPT" or "refused PROMPT", us for which it still is so, ..}.
 function act.recall()
+  forget()
   local found = {}
   for _, what in ipairs({ 'suspects', 'refused' }) do
-    redis.call('ZREMRANGEBYSCORE', P .. what, '-inf', string.format('%.0f', now))
     local word = what == 'suspects' and 'suspect ' or 'refused '
     local prompts = redis.call('ZRANGE', P .. what, 0, -1, 'WITHSCORES')
     for at = 1, #prompts, 2 do
