@@ -11,12 +11,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import hiredis
 import httpx
 import pytest
 from support.gateway import END, HEAD, LAST, LINE, FakeNode, Gateway, chunk, gateway, says
 from support.process import until
 from support.second import Second
+
+from corral.store.lua import PREFIX
+from corral.store.valkey import encode
 
 GONE = b"an error was encountered while running the model: unexpected EOF"
 KILLS, KILLS_LATE, READS, HOLDS = "kills", "kills late", "reads", "holds"
@@ -235,3 +240,45 @@ def test_a_batch_that_crashes_it_is_known_by_the_whole_of_its_request(site: Site
     answer = ask()
     assert is_refused((answer.status_code, answer.text))
     assert len(node.requests) == asked
+
+
+def trials(gw: Gateway) -> list[str]:
+    """The runners that a suspect's attempt has, as the store knows it."""
+    command, reader = encode(b"KEYS", PREFIX + b"trial:*"), hiredis.Reader()
+    with socket.create_connection(("127.0.0.1", urlsplit(gw.valkey.url).port or 0)) as store:
+        store.sendall(command)
+        while (reply := reader.gets()) is False:
+            reader.feed(store.recv(4096))
+    return [key.decode().rpartition(" ")[2] for key in reply]
+
+
+def test_an_attempt_that_is_over_has_its_runner_no_longer(tmp_path: Path) -> None:
+    """A suspect whose second node is gone goes on to a third: others may have the second one's runner."""
+    nodes = [FakeNode(f"node-{number}") for number in (1, 2, 3)]
+    asked: list[str] = []
+    go_on = threading.Event()
+
+    def act(node: FakeNode) -> Callable[[socket.socket], None]:
+        def behaviour(connection: socket.socket) -> None:
+            asked.append(node.name)
+            if len(asked) == 1:
+                says(500, {"error": GONE.decode()})(connection)
+            elif len(asked) == 2:
+                connection.close()
+            elif len(asked) == 3:
+                assert go_on.wait(20)
+                connection.sendall(HEAD + chunk(LINE % b"w0") + chunk(LAST % 1) + END)
+
+        return behaviour
+
+    for node in nodes:
+        node.script = [act(node)] * 3
+    with gateway(tmp_path, nodes) as gw, ThreadPoolExecutor(1) as pool:
+        body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+        answer = pool.submit(httpx.post, gw.url + "/api/chat", json=body, headers=gw.auth, timeout=30)
+        until(lambda: len(asked) == 3, "a third node is asked")
+        held = trials(gw)
+        go_on.set()
+        assert answer.result().status_code == 200
+    assert len(set(asked)) == 3
+    assert held == asked[2:]
