@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a 
 
 
 class Small:
-    """A control whose state folder is on a disk of its own, of 4 MiB."""
+    """A control whose state folder is on a disk of its own, of 12 MiB: its database's journal alone may have four."""
 
     def __init__(self, folder: Path, nodes: list[FakeNode]) -> None:
         port = free_port()
@@ -44,7 +44,7 @@ class Small:
         }
         (folder / "corral.yaml").write_text(yaml.safe_dump(settings))
         argv = [sys.executable, "-m", "corral", "serve", "control", "--config", str(folder / "corral.yaml")]
-        mount = f"mount -t tmpfs -o size=4m state '{state}' && exec \"$@\""
+        mount = f"mount -t tmpfs -o size=12m state '{state}' && exec \"$@\""
         argv = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh", *argv]
         self.process = Process(argv, folder / "control.log", python_env())
         self.url = f"http://127.0.0.1:{port}"
