@@ -133,6 +133,28 @@ def test_an_export_since_a_time_has_each_record_once_and_looks_for_its_begin_onc
     assert looked == [since]
 
 
+@pytest.mark.parametrize(("window", "looks"), [(1, 1), (10_000, 0)])
+@pytest.mark.parametrize("after", [None, 0])
+def test_where_a_time_begins_is_looked_for_once_and_not_for_keys_with_few_records(
+    database: Database, monkeypatch: pytest.MonkeyPatch, window: int, looks: int, after: int | None
+) -> None:
+    monkeypatch.setattr(trail, "WINDOW", window)
+    rows = jumbled(300)
+    database.write_now(fill, rows)
+    looked: list[Any] = []
+    numbers = trail.numbers
+
+    def noted(*given: Any) -> tuple[int, int] | None:
+        looked.append(given)
+        return numbers(*given)
+
+    monkeypatch.setattr(trail, "numbers", noted)
+    wanted = Wanted(after=after, since=BEGIN + 100, keys=["key-1", "key-2", "key-3", "nobody"])
+    found = [one["id"] for one in database.read_now(listed, wanted, 1000)]
+    assert found == expected(rows, wanted, 1000)
+    assert len(looked) == looks
+
+
 # -- how they find it
 
 
@@ -143,7 +165,8 @@ def filled(database: Database, monkeypatch: pytest.MonkeyPatch) -> Database:
     def some(connection: Connection) -> None:
         rows = [row(number, BEGIN + number) for number in range(MANY)]
         # A key that was busy once: by what a database knows of it, it is found among the newest rows.
-        fill(connection, [one | {"key": "key-once"} if one["ts"] < BEGIN + MANY / 5 else one for one in rows])
+        rows = [one | {"key": "key-once"} if one["ts"] < BEGIN + MANY / 5 else one for one in rows]
+        fill(connection, [one | {"key": "key-rare"} if number % 1000 == 7 else one for number, one in enumerate(rows)])
         named = [f"id-{number}" for number in range(0, MANY, 10)]
         connection.execute(insert(audit_content), [{"id": one, "ts": BEGIN, "data": b"x" * 500} for one in named])
         ends = {"pos": MANY // GATEWAYS, "link": b"", "signed": 0, "signed_link": b"", "dropped": 0}
@@ -233,6 +256,8 @@ def seen(looked: Looked) -> list[str]:
 TEXTS = record.Texts(request="request-5", prompt=["00" * 32])
 HASHES = Hashes(b"x" * 32)
 AT = BEGIN + MANY - 200
+OLD = BEGIN + 5
+RARE = ["key-rare", "nobody", "no one", "none"]
 
 READS: dict[str, Callable[[Connection], Any]] = {
     "verify's first call": seal.state,
@@ -250,6 +275,13 @@ READS: dict[str, Callable[[Connection], Any]] = {
     "list --since": lambda c: listed(c, Wanted(since=AT), 100),
     "list --since, none": lambda c: listed(c, Wanted(since=1e12), 1000),
     "list --since --key": lambda c: listed(c, Wanted(since=AT, keys=["key-5"]), 100),
+    "list --since, of long ago, --key of few records": lambda c: listed(c, Wanted(since=OLD, keys=["key-rare"]), 100),
+    "list --since, of long ago, --key of a name of four": lambda c: listed(c, Wanted(since=OLD, keys=RARE), 100),
+    "export --since, of long ago, --key": lambda c: listed(c, Wanted(after=0, since=OLD, keys=RARE), 100),
+    "whether a key has few, which has used none for long": lambda c: trail._few(c, audit.c.key, "key-once"),
+    "list before a late time": lambda c: listed(c, Wanted(until=AT), 100),
+    "list before a late time, --key": lambda c: listed(c, Wanted(until=AT, keys=RARE), 100),
+    "list before the middle, --key": lambda c: listed(c, Wanted(until=BEGIN + MANY / 2, keys=RARE), 100),
     "list before a time": lambda c: listed(c, Wanted(until=BEGIN + 100), 100),
     "export --since, the first page": lambda c: listed(c, Wanted(after=0, since=AT), 100),
     "export --since, the next page": lambda c: listed(c, Wanted(after=MANY - 100, since=AT), 100),
@@ -271,6 +303,16 @@ def test_no_read_goes_over_the_whole_table(filled: Database) -> None:
             filled.read_now(read)
         found[what] = seen(looked)
     assert {what: steps for what, steps in found.items() if steps} == {}
+
+
+def test_before_a_time_the_shorter_side_of_it_is_read(filled: Database) -> None:
+    until = BEGIN + MANY * 0.7
+    with explained(filled) as before:
+        filled.read_now(trail.numbers, None, until)
+    with explained(filled) as looked:
+        rows = filled.read_now(listed, Wanted(until=until), 100)
+    assert [one["ts"] for one in rows] == [until - 100 + number for number in range(100)]
+    assert looked.work < before.work / 2
 
 
 def test_what_is_unknown_is_told_without_a_look_at_the_whole_table(filled: Database) -> None:
