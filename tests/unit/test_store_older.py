@@ -16,7 +16,7 @@ from corral.control import ledger as ledgers
 from corral.store import seal
 from corral.store.chain import read_checkpoint
 from corral.store.database import Database, resolve
-from corral.store.tables import audit, audit_checkpoints, audit_streams
+from corral.store.tables import audit, audit_checkpoints, audit_content, audit_streams
 
 
 @pytest.fixture
@@ -82,6 +82,13 @@ def test_a_changed_dropped_and_inserted_record_that_is_older_than_the_chain(upgr
         row = {"seq": seq, "id": record, "gw": GATEWAY, "ts": 1.5, "outcome": "ok", "tokens": 6}
         upgraded.write(lambda connection, one=row: connection.execute(insert(audit).values(one)))
     found(upgraded, "of 6 records older than the chain 1 were inserted")
+
+
+def test_a_text_of_a_record_that_is_older_than_the_chain(upgraded: Upgraded) -> None:
+    for number, record in enumerate(("old2", "old5"), 1):
+        planted = insert(audit_content).values(id=record, ts=2.0, data=b"of nobody")
+        upgraded.write(lambda connection, one=planted: connection.execute(one))
+        found(upgraded, f"{number} records older than the chain have a text, which none of them had")
 
 
 def forge(made: Trail, **values: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import ColumnElement, CompoundSelect, Connection, func, null, select
+from sqlalchemy import ColumnElement, CompoundSelect, Connection, Select, case, func, null, select
 
 from corral.store import progress
 from corral.store.chain import FIELDS, ZERO, Older, Signed, content, leaf_of, link_after, read_checkpoint
@@ -47,14 +47,15 @@ def seal(connection: Connection, stream: str, rows: Sequence[dict[str, Any]]) ->
 
 def state(connection: Connection) -> State:
     """The chains as they are, by the index of streams and places: what it reads besides their ends are requests that
-    run and records that are in no chain."""
+    run and records that are in no chain, each of those that are older than it too."""
     heads = {row.stream: row for row in connection.execute(select(audit_streams)).all()}
     first = heads.pop("").pos if "" in heads else 0
     highest: dict[str, int] = {}
     older = outside = 0
-    for name, most, before, beside in connection.execute(ends(first)):
+    for name, most, below in connection.execute(ends()).all():
+        complete, before = connection.execute(_placeless(name, first)).one()
         older += before
-        outside += beside
+        outside += complete - before + below
         if most is None:
             continue
         if name in heads:
@@ -65,27 +66,28 @@ def state(connection: Connection) -> State:
     return State(found, outside, older, first)
 
 
-def ends(first: int) -> CompoundSelect[Any]:
-    """By ``gw``: the highest place, and how many rows are complete without a place: of those numbered up to `first`,
-    and besides, where those with a place below 1 count too."""
+def ends() -> CompoundSelect[Any]:
+    """By ``gw``: the highest place, and how many rows have a place below 1."""
     column = audit.c
     # Each name is found behind the one before: a GROUP BY would read all rows.
     names = select(func.min(column.gw).label("gw")).cte("names", recursive=True)
     following = select(func.min(column.gw)).where(column.gw > names.c.gw).scalar_subquery()
     names = names.union_all(select(following).where(names.c.gw.is_not(None)))
-    # Numbers below 1 are given by hand alone. A sum: by the number alone all up to `first` would be read.
-    old = (column.seq + 0).between(1, first)
 
     def of(gw: ColumnElement[bool]) -> list[ColumnElement[int]]:
         highest = select(func.max(column.pos)).where(gw, column.pos.is_not(None)).scalar_subquery()
-        before, other, below = (
-            select(func.count()).select_from(audit).where(gw, which).scalar_subquery()
-            for which in (_PLACELESS & old, _PLACELESS & ~old, column.pos < 1)
-        )
-        return [highest, before, other + below]
+        below = select(func.count()).select_from(audit).where(gw, column.pos < 1).scalar_subquery()
+        return [highest, below]
 
     of_names = select(names.c.gw, *of(column.gw == names.c.gw)).where(names.c.gw.is_not(None))
     return of_names.union_all(select(null(), *of(column.gw.is_(None))))
+
+
+def _placeless(gw: str | None, first: int) -> Select[tuple[int, int]]:
+    """How many rows of a gateway are complete without a place, and how many of them have a number up to `first`."""
+    # Numbers below 1 are given by hand alone.
+    old = func.coalesce(func.sum(case((audit.c.seq.between(1, first), 1), else_=0)), 0)
+    return select(func.count(), old).select_from(audit).where(audit.c.gw == gw, _PLACELESS)
 
 
 def records(connection: Connection, stream: str, after: int, limit: int) -> list[dict[str, Any]]:
@@ -99,20 +101,16 @@ def records(connection: Connection, stream: str, after: int, limit: int) -> list
     columns = [*(audit.c[name] for name in FIELDS), audit.c.leaf]
     wanted = select(*columns).where(audit.c.gw == stream, audit.c.pos > after).order_by(audit.c.pos).limit(limit)
     names = (*FIELDS, "leaf")
-    found = [dict(zip(names, row, strict=True)) for row in connection.execute(wanted)]
-    texts = _texts(connection, _kept(connection, [row["id"] for row in found]))
-    for row in found:
-        row["kept"] = texts.get(row["id"])
-    return found
+    return _with_texts(connection, [dict(zip(names, row, strict=True)) for row in connection.execute(wanted)])
 
 
 def _older(connection: Connection, after: int, limit: int) -> list[dict[str, Any]]:
     column = audit.c
     columns = [column.seq if name == "pos" else column[name] for name in FIELDS]
     old = _PLACELESS & (column.seq > after) & (column.seq <= last_older(connection))
-    names = (*FIELDS, "leaf", "kept")
+    names = (*FIELDS, "leaf")
     found = connection.execute(select(*columns).where(old).order_by(column.seq).limit(limit))
-    return [dict(zip(names, (*row, None, None), strict=True)) for row in found]
+    return _with_texts(connection, [dict(zip(names, (*row, None), strict=True)) for row in found])
 
 
 def last_older(connection: Connection) -> int:
@@ -132,6 +130,14 @@ def newest(connection: Connection) -> Signed | None:
     lines = select(audit_checkpoints.c.line).order_by(audit_checkpoints.c.number.desc()).limit(1)
     line = connection.execute(lines).scalar()
     return None if line is None else read_checkpoint(line)
+
+
+def _with_texts(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each row ``kept``."""
+    texts = _texts(connection, _kept(connection, [row["id"] for row in rows]))
+    for row in rows:
+        row["kept"] = texts.get(row["id"])
+    return rows
 
 
 def _kept(connection: Connection, ids: list[str]) -> list[str]:

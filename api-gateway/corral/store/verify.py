@@ -128,14 +128,14 @@ def _older(source: Beside, good: Sequence[Signed], state: State, report: Report)
             f"({signed.count}) were signed"
         )
         return
-    counted, early = _count(source, signed)
+    counted, early, texts = _count(source, signed)
     while (counted.count, counted.root()) != (signed.count, signed.root):
         # Retention signs what it will leave, and then removes the rest.
         later = source.older()
         if later is None or later.last != signed.last or later.until <= signed.until:
             break
         signed = later
-        counted, early = _count(source, signed)
+        counted, early, texts = _count(source, signed)
     count = counted.count
     report.records += count
     if count != signed.count:
@@ -143,20 +143,24 @@ def _older(source: Beside, good: Sequence[Signed], state: State, report: Report)
         report.problems.append(f"of {signed.count} records older than the chain {how}")
     elif counted.root() != signed.root:
         report.problems.append(f"of {count} records older than the chain some were changed")
+    if texts:
+        report.problems.append(f"{texts} records older than the chain have a text, which none of them had")
     if count:
         report.notes.append(f"{count} records are older than the chain: covered as they were at checkpoint {begun}")
     if early:
         report.notes.append(f"{early} records older than the chain, which retention removes, are still there")
 
 
-def _count(source: Beside, signed: Older) -> tuple[OlderRoot, int]:
-    """Read the records that are older than the chain; the root of those that are to be there, and how many are not."""
+def _count(source: Beside, signed: Older) -> tuple[OlderRoot, int, int]:
+    """Read the records that are older than the chain; the root of those that are to be there, how many are not, and of
+    how many of all there is a text. Texts are kept since schema 0009, and there is the chain since 0007."""
     counted = OlderRoot(signed.until)
-    after = early = 0
+    after = early = texts = 0
     while after < signed.last and (rows := source.records("", after, PAGE)):
         early += sum(not counted.add(row) for row in rows)
+        texts += sum(row["kept"] is not None for row in rows)
         after = rows[-1]["pos"]
-    return counted, early
+    return counted, early, texts
 
 
 class _Texts:
