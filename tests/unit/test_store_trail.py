@@ -185,8 +185,8 @@ def filled(database: Database, monkeypatch: pytest.MonkeyPatch) -> Database:
 
 @dataclass
 class Looked:
-    """The plans of what was asked, as lines, and what each of it has read: rows of PostgreSQL, instructions of SQLite, of
-    which each row that is read takes several."""
+    """The plans of what was asked, as lines, and what each of it has read: rows of PostgreSQL, instructions of SQLite,
+    of which each row that is read takes several."""
 
     plans: list[str] = field(default_factory=list)
     works: list[int] = field(default_factory=list)

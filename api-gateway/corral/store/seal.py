@@ -83,7 +83,7 @@ def ends() -> CompoundSelect[Any]:
     return of_names.union_all(select(null(), *of(column.gw.is_(None))))
 
 
-def _placeless(gw: str | None, first: int) -> Select[tuple[int, int]]:
+def _placeless(gw: str | None, first: int) -> Select[int, int]:
     """How many rows of a gateway are complete without a place, and how many of them have a number up to `first`."""
     # Numbers below 1 are given by hand alone.
     old = func.coalesce(func.sum(case((audit.c.seq.between(1, first), 1), else_=0)), 0)

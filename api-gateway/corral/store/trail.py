@@ -15,8 +15,8 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select, tuple_
 from corral.store.tables import audit
 
 WINDOW = 10_000
-"""Of the newest so many numbers it is seen first whether they have all rows that are asked for; and all rows of a key, a
-tenant or a model are looked at where they are no more."""
+"""Of the newest so many numbers it is seen first whether they have all rows that are asked for; and all rows of a key,
+a tenant or a model are looked at where they are no more."""
 
 LAST = 2**63 - 1
 
