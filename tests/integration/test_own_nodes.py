@@ -129,7 +129,7 @@ def test_by_no_path_a_node_of_a_tenant_s_own_is_asked_for_another(site: Site, te
 def test_nor_while_the_others_are_busy_or_hold_as_many_as_they_may(site: Site) -> None:
     gw, held = site.gw, Held()
     with ThreadPoolExecutor(16) as callers:
-        # Nobody leads: the gateway counts by itself, from the first one on. Twelve at once are more than wait until then.
+        # Nobody leads: the gateway counts by itself, from the first one on. Until then twelve are more than may wait.
         assert site.ask("blue").status_code == 200
         site.do(site.shared, held)
         asked = [callers.submit(site.ask, "blue") for _ in range(12)]

@@ -46,8 +46,10 @@ def ask(operator: Operator, key: str | None = None, path: str = "/api/generate")
     return httpx.post(operator.env["URL"] + path, json=body, headers=headers, timeout=30, trust_env=False)
 
 
-def pid_of(operator: Operator, find: Callable[[Any], Any]) -> int:
-    return int(find(told(operator, "status"))["pid"])
+def pid_of(operator: Operator, find: Callable[[Any], Any]) -> int | None:
+    """The pid of a part, None while it is none."""
+    pid = find(told(operator, "status"))["pid"]
+    return None if pid is None else int(pid)
 
 
 def recorded(operator: Operator, request_id: str) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def test_take_a_node_out(operator: Operator) -> None:
 )
 def test_a_part_is_killed_and_comes_back(operator: Operator, heading: str, find: Callable[[Any], Any]) -> None:
     pid = pid_of(operator, find)
+    assert pid is not None
     os.kill(pid, 9)
     # While it is away, `doctor` ends with 1, and without the edge `status` may: what counts is that they say so.
     said = operator.run(f"set +e\n(\n{blocks(INCIDENT, heading)}\n) 2>&1\ntrue")
