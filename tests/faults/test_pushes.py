@@ -36,8 +36,8 @@ def say(server: Server, *commands: str) -> str:
 
 
 @contextmanager
-def gateway(folder: Path, control: Running) -> Iterator[str]:
-    """A gateway of this control that never asks by itself; its address."""
+def gateway(folder: Path, control: Running, store: str = "") -> Iterator[str]:
+    """A gateway of this control, and of its store or one at another address, that never asks by itself; its address."""
     listen = f"127.0.0.1:{free_port()}"
     settings = {
         "gateway": {
@@ -46,7 +46,7 @@ def gateway(folder: Path, control: Running) -> Iterator[str]:
             "control_url": control.url,
             **{name: str(folder / name) for name in ("spool", "cache", "access_log")},
         },
-        "store": {"valkey": control.settings.store.valkey},
+        "store": {"valkey": store or control.settings.store.valkey},
         "auth": {
             "pepper_file": str(control.state / "pepper"),
             "internal_token_file": str(control.state / "internal.token"),
@@ -98,3 +98,26 @@ def test_a_revocation_is_pushed_to_a_gateway_whose_store_became_a_replica(
         took = revoked()
         assert took < WITHIN
     matrix("the store becomes a replica: a push", f"a revocation <= {WITHIN:g} s", f"{took * 1e3:.0f} ms")
+
+
+def test_what_was_pushed_while_a_gateway_was_away_from_the_store_is_asked_for(tmp_path: Path) -> None:
+    with ExitStack() as exits:
+        store = exits.enter_context(valkey(tmp_path))
+        way = exits.enter_context(line(port(store)))
+        control = Running(tmp_path / "state", store={"valkey": store.url})
+        exits.callback(control.close)
+        url = exits.enter_context(gateway(tmp_path, control, f"redis://127.0.0.1:{way.port}/0"))
+        made = make_key(control)
+
+        def status() -> int:
+            return httpx.get(url + "/api/tags", headers={"Authorization": f"Bearer {made['key']}"}).status_code
+
+        until(lambda: status() == 200, "the gateway is told of the key")
+        way.to = free_port()
+        for kind in ("normal", "pubsub"):
+            say(store, f"CLIENT KILL TYPE {kind} SKIPME yes")
+        until(lambda: say(store, "CLIENT LIST TYPE pubsub").count(" addr=") == 0, "nobody listens")
+        control.admin.post(f"/admin/keys/{made['id']}/revoke").raise_for_status()
+        assert status() == 200, "nobody could tell it"
+        way.to = port(store)
+        until(lambda: status() == 401, "it asks once it listens again")

@@ -134,8 +134,14 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
 
 
 def _listen(gateway: Gateway) -> None:
+    """Hear what others tell, and ask for what was told while nobody listened here: a key may have been revoked."""
+
+    def heard(reply: Any) -> None:
+        gateway.suspects.missed()
+        gateway.feed.poke()
+
     channels = CHANNEL, suspects.CHANNEL, gateway.queue.slots.channel
-    gateway.changes.call(encode(b"SUBSCRIBE", *channels), lambda reply: gateway.suspects.missed())
+    gateway.changes.call(encode(b"SUBSCRIBE", *channels), heard)
 
 
 async def _leave(gateway: Gateway) -> None:
