@@ -86,6 +86,11 @@ async def fetch(
             return answer.status_code, bytes(body)
     except TimeoutError:
         raise httpx.ReadTimeout("the answer is not whole in time") from None
+    except AttributeError as error:
+        # anyio 4 looks at the socket of a connection that was made, which has none if it was closed in that moment.
+        if "getpeername" not in str(error):
+            raise
+        raise httpx.ConnectError("the connection ended as it was made") from error
 
 
 async def resident(client: httpx.AsyncClient, url: str, model: str, timeout: float) -> list[dict[str, Any]]:  # noqa: ASYNC109
