@@ -71,6 +71,17 @@ def test_of_a_stream_that_was_cut_what_was_sent_counts(gw: Gateway) -> None:
     assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, 5, True)
 
 
+def listened(gw: Gateway, path: str, heard: threading.Event) -> tuple[bytes, httpx.Response]:
+    """All that is sent of a stream; `heard` is set once something is."""
+    said = b""
+    headers = {**gw.auth, "Content-Type": "application/json"}
+    with httpx.stream("POST", gw.url + path, content=body_of(path, "m", 50), headers=headers, timeout=20) as answer:
+        for data in answer.iter_raw():
+            heard.set()
+            said += data
+    return said, answer
+
+
 @pytest.mark.parametrize("path", WRITTEN)
 def test_of_a_stream_whose_node_fails_all_that_came_before_is_sent_and_counts(gw: Gateway, path: str) -> None:
     heard = threading.Event()
@@ -84,12 +95,7 @@ def test_of_a_stream_whose_node_fails_all_that_came_before_is_sent_and_counts(gw
         connection.sendall(line[-20:] + chunk(b'{"error":"the disk is full"}\n') + END)
 
     acts(gw, fails)
-    said = b""
-    headers = {**gw.auth, "Content-Type": "application/json"}
-    with httpx.stream("POST", gw.url + path, content=body_of(path, "m", 50), headers=headers, timeout=20) as answer:
-        for data in answer.iter_raw():
-            heard.set()
-            said += data
+    said, answer = listened(gw, path, heard)
     assert said.count(b"one ") == 10 and b"the disk is full" in said[-300:]
     outcome, _, prompt, tokens, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
     assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, 10, True)
@@ -106,12 +112,7 @@ def test_what_came_with_nonsense_is_not_sent_and_does_not_count(gw: Gateway, pat
         connection.sendall(line + chunk(b"nonsense\n"))
 
     acts(gw, raves)
-    said = b""
-    headers = {**gw.auth, "Content-Type": "application/json"}
-    with httpx.stream("POST", gw.url + path, content=body_of(path, "m", 50), headers=headers, timeout=20) as answer:
-        for data in answer.iter_raw():
-            heard.set()
-            said += data
+    said, answer = listened(gw, path, heard)
     outcome, _, prompt, tokens, estimated = counts(gw.control.settled(answer.headers["X-Request-ID"]))
     assert (outcome, prompt > 0, tokens, estimated) == ("upstream_error", True, said.count(b"one "), True)
     assert b"error" in said[-300:]
