@@ -74,7 +74,14 @@ def test_a_connection_that_ends_as_it_is_made_is_no_answer() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
             await answers.fetch(client, "GET", "http://n/api/tags", timeout=5.0)
 
+    async def pull(handler: Callable[[httpx.Request], httpx.Response]) -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
+            async for _ in Ollama(client, "http://n").pull("m", False):
+                pass
+
     with pytest.raises(httpx.ConnectError):
         asyncio.run(ask(ended))
+    with pytest.raises(NodeFailed):
+        asyncio.run(pull(ended))
     with pytest.raises(AttributeError, match="of ours"):
         asyncio.run(ask(wrong))

@@ -71,7 +71,8 @@ class Ollama:
         timeout = httpx.Timeout(TIMEOUT, read=SILENCE)
         finished = False
         try:
-            async with self._client.stream("POST", self._url + "/api/pull", json=body, timeout=timeout) as answer:
+            url = self._url + "/api/pull"
+            async with answers.streamed(self._client, "POST", url, json=body, timeout=timeout) as answer:
                 if answer.status_code == 501:
                     raise NodeFailed(_EMBEDDED)
                 if answer.status_code != 200:
