@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from contextlib import suppress
 
 import httpx
@@ -59,29 +58,3 @@ def test_a_node_that_sends_a_byte_now_and_then_does_not_hold_what_waits_for_it()
 def test_a_name_that_would_be_read_as_something_else_where_slots_are_counted_is_none(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         answers.models(json.dumps({"models": [{"name": "m:latest"}, {"name": name}]}).encode())
-
-
-def test_a_connection_that_ends_as_it_is_made_is_no_answer() -> None:
-    """What anyio raises where the node is killed in that moment."""
-
-    def ended(request: httpx.Request) -> httpx.Response:
-        raise AttributeError("'NoneType' object has no attribute 'getpeername'")
-
-    def wrong(request: httpx.Request) -> httpx.Response:
-        raise AttributeError("of ours")
-
-    async def ask(handler: Callable[[httpx.Request], httpx.Response]) -> None:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
-            await answers.fetch(client, "GET", "http://n/api/tags", timeout=5.0)
-
-    async def pull(handler: Callable[[httpx.Request], httpx.Response]) -> None:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
-            async for _ in Ollama(client, "http://n").pull("m", False):
-                pass
-
-    with pytest.raises(httpx.ConnectError):
-        asyncio.run(ask(ended))
-    with pytest.raises(NodeFailed):
-        asyncio.run(pull(ended))
-    with pytest.raises(AttributeError, match="of ours"):
-        asyncio.run(ask(wrong))

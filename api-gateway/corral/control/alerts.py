@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from corral.store.asking import http_client
+
 KEPT_MAX = 1000
 FORGET = 9 * 3600.0
 """More than twice Alertmanager's repeat_interval: what was not repeated since then does not fire any more."""
@@ -113,7 +115,7 @@ class Alerts:
     async def _ask(self) -> bytes:
         data = bytearray()
         # The whole of it in time: httpx's is between two reads.
-        async with asyncio.timeout(ANSWER_WITHIN), httpx.AsyncClient(trust_env=False) as client:
+        async with asyncio.timeout(ANSWER_WITHIN), http_client() as client:
             asked = {"active": "true", "silenced": "false", "inhibited": "false"}
             async with client.stream("GET", self._url, params=asked) as answer:
                 async for piece in answer.raise_for_status().aiter_bytes():

@@ -6,8 +6,6 @@ A node is another program on another machine: whatever it answers may fail what 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
@@ -59,23 +57,6 @@ _versioned = msgspec.json.Decoder(_Versioned)
 _event = msgspec.json.Decoder(_Event)
 
 
-@asynccontextmanager
-async def streamed(client: httpx.AsyncClient, method: str, url: str, **how: Any) -> AsyncIterator[httpx.Response]:
-    """A node's answer as it comes, by httpx's `stream`.
-
-    Raises:
-        httpx.HTTPError: there was none.
-    """
-    try:
-        async with client.stream(method, url, **how) as answer:
-            yield answer
-    except AttributeError as error:
-        # anyio 4 looks at the socket of a connection that was made, which has none if it was closed in that moment.
-        if "getpeername" not in str(error):
-            raise
-        raise httpx.ConnectError("the connection ended as it was made") from error
-
-
 async def fetch(
     client: httpx.AsyncClient,
     method: str,
@@ -93,7 +74,7 @@ async def fetch(
     try:
         async with (
             asyncio.timeout(timeout),
-            streamed(client, method, url, json=json, timeout=timeout, headers=headers) as answer,
+            client.stream(method, url, json=json, timeout=timeout, headers=headers) as answer,
         ):
             if answer.headers.get("content-encoding", "identity") != "identity":
                 raise ValueError("the answer is compressed")

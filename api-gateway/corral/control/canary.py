@@ -22,6 +22,7 @@ from corral.control import answers
 from corral.control.measured import Residence
 from corral.control.prober import Fleet, Member
 from corral.fleet.node import canonical_name
+from corral.store.asking import http_client
 from corral.wire.options import NO_POLICY, ModelPolicy, check
 
 TICK = 1.0
@@ -50,7 +51,7 @@ class Canary:
         """Ask until cancelled."""
         if not self._settings.interval:
             return
-        async with httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
+        async with http_client() as client:
             try:
                 while True:
                     self._begin(client, time.monotonic())

@@ -72,7 +72,7 @@ class Ollama:
         finished = False
         try:
             url = self._url + "/api/pull"
-            async with answers.streamed(self._client, "POST", url, json=body, timeout=timeout) as answer:
+            async with self._client.stream("POST", url, json=body, timeout=timeout) as answer:
                 if answer.status_code == 501:
                     raise NodeFailed(_EMBEDDED)
                 if answer.status_code != 200:

@@ -17,6 +17,7 @@ from corral.control.measured import HEARD, Measured, gpu_shares, overbooked
 from corral.fleet.brakes import Standing, spared
 from corral.fleet.catalogue import is_own
 from corral.fleet.dispatch import Speeds
+from corral.store.asking import http_client
 
 INTERVAL = 1.0
 TIMEOUT = 2.0
@@ -190,7 +191,7 @@ class Fleet:
 
     async def start(self, members: list[Member]) -> None:
         """Ask all nodes once, so that the first snapshot does not call a working fleet down, and go on asking."""
-        self._client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, follow_redirects=False)
+        self._client = http_client(TIMEOUT)
         self.members = {member.name: member for member in members}
         await asyncio.gather(*(self.probe(member) for member in members))
         for member in members:

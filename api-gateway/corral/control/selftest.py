@@ -22,6 +22,7 @@ from corral.control.canary import stays
 from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
+from corral.store.asking import http_client
 from corral.wire.continuation import GENERATE, Counting, Rendering, rest_of
 from corral.wire.errors import UpstreamNonsense
 from corral.wire.options import NO_POLICY, ModelPolicy, check
@@ -71,7 +72,7 @@ class SelfTest:
 
     async def run(self) -> None:
         """Try until cancelled, one model at a time."""
-        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=PATIENCE) as client:
+        async with http_client(PATIENCE) as client:
             while True:
                 await asyncio.sleep(TICK)
                 for member, entry in self._due(time.monotonic()):

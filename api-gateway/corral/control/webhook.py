@@ -6,8 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
-import httpx
-
+from corral.store.asking import http_client
 from corral.store.checkpoints import last_checkpoint, lines_after
 from corral.store.database import Database
 
@@ -33,7 +32,7 @@ class Webhook:
             return
         if self.delivered > await self._database.read(last_checkpoint):
             self.delivered = 0  # the database was replaced by an older one
-        async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
+        async with http_client(TIMEOUT) as client:
             while lines := await self._database.read(lines_after, self.delivered, PAGE):
                 for line in lines:
                     headers = {"Content-Type": "application/json"}

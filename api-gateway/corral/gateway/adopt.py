@@ -20,6 +20,7 @@ import msgspec
 
 from corral.gateway.records import Begun
 from corral.gateway.shipper import Shipper
+from corral.store.asking import http_client
 from corral.store.spool import SpoolWriter, put_aside, segments
 from corral.store.spool_lock import LOCK, held, hold
 
@@ -95,7 +96,7 @@ async def _adopt(folder: Path, control_url: str, token: str) -> None:
         writer = SpoolWriter(folder)
         shipper = Shipper(writer, folder, control_url, token, folder.name)
         try:
-            async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
+            async with http_client(10.0) as client:
                 await shipper.ship_all(client)
                 # Only now: it says that all before it is there.
                 writer.append(msgspec.json.encode(Begun(folder.name, time.time(), gone=True)))

@@ -16,6 +16,7 @@ import httpx
 import msgspec
 
 from corral.gateway.snapshot import Snapshot
+from corral.store.asking import http_client
 
 POLL = 0.5
 TOUCH = 10.0
@@ -93,7 +94,7 @@ class Feed:
     async def run(self) -> None:
         """Poll until cancelled."""
         silent = told = False
-        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+        async with http_client(2.0) as client:
             while True:
                 try:
                     changed = await self._poll(client)
@@ -116,7 +117,7 @@ class Feed:
     async def leave(self) -> None:
         """Tell control that this gateway ends: nobody need wait for it, or wonder whether it heard."""
         with contextlib.suppress(httpx.HTTPError, OSError):
-            async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
+            async with http_client(1.0) as client:
                 await self._ask(client, {"X-Corral-Leaving": "1"})
 
     async def _ask(self, client: httpx.AsyncClient, more: dict[str, str]) -> httpx.Response:

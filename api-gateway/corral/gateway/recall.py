@@ -13,6 +13,7 @@ import httpx
 
 from corral.gateway.snapshot import Snapshot
 from corral.store import leases
+from corral.store.asking import http_client
 from corral.store.limits import Limits
 from corral.store.valkey import ValkeyDown
 
@@ -72,8 +73,7 @@ class Recall:
     async def _ask(self) -> dict[str, Any] | None:
         try:
             # Reading the certificates of all authorities takes a tenth of a second, in which nobody is served.
-            certified = self._url.startswith("https:")
-            async with httpx.AsyncClient(timeout=FIRST, trust_env=False, verify=certified) as client:
+            async with http_client(FIRST, verify=self._url.startswith("https:")) as client:
                 answer = await client.get(self._url, headers=self._headers)
             return dict(answer.json()) if answer.status_code == 200 else None
         except (httpx.HTTPError, OSError, ValueError):

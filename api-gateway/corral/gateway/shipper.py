@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import httpx
 
+from corral.store.asking import http_client
 from corral.store.spool import (
     SHIP_MAX,
     SpoolReader,
@@ -60,7 +61,7 @@ class Shipper:
     async def run(self) -> None:
         """Ship until cancelled."""
         silent = False
-        async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
+        async with http_client(10.0) as client:
             while True:
                 try:
                     shipped = await self.ship_all(client)
@@ -139,7 +140,7 @@ class Shipper:
 
     async def drain(self) -> None:
         """Ship the rest before the process ends; what control does not take stays for the next start."""
-        async with httpx.AsyncClient(timeout=3.0, trust_env=False) as client:
+        async with http_client(3.0) as client:
             try:
                 await self.ship_all(client)
             except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
