@@ -78,15 +78,16 @@ _encode = msgspec.json.Encoder().encode
 
 
 def frame(first: int, count: int) -> bytes:
-    """A frame of settle records like a gateway's: ids are the edge's random ones, each text has its keyed hash."""
+    """A frame of settle records like a gateway's: ids are the edge's UUIDv7, each text has its keyed hash."""
     records = []
     drawn = random.Random(first)
     for number in range(first, first + count):
-        name, shown = (str(uuid.UUID(int=drawn.getrandbits(128), version=4)) for _ in range(2))
+        at = NOW + number / 100
+        name = str(uuid.UUID(int=int(at * 1e3) << 80 | 7 << 76 | drawn.getrandbits(12) << 64 | 1 << 63 | number))
         prompt, answer = (drawn.randbytes(32).hex() for _ in range(2))
         records.append(
             _encode(
-                {"t": "settle", "id": name, "request_id": shown, "ts": NOW + number / 100, "key": "k" * 10}
+                {"t": "settle", "id": name, "request_id": name, "ts": at, "key": "k" * 10}
                 | {"addr": "192.0.2.7", "api": "openai", "route": "/v1/chat/completions", "method": "POST"}
                 | {"model": f"model-{number % 6}:latest", "status": 200, "outcome": "ok", "node": "node-1"}
                 | {"attempts": 1, "req_bytes": 900, "resp_bytes": 1800, "prompt_tokens": 230, "tokens": number % 500}

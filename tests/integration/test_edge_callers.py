@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +82,25 @@ def test_a_forged_address_is_believed_by_nobody(gw: Gateway, name: str, value: s
 def test_an_underscore_alias_is_refused(gw: Gateway, name: str) -> None:
     answer = httpx.get(gw.edge + "/api/tags", headers=gw.auth | {name: "6.6.6.6"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+def test_the_edge_names_requests_in_the_order_of_time(gw: Gateway) -> None:
+    """By a UUIDv7, which is the request's one name where its caller gives none."""
+    names = []
+    for _ in range(5):
+        before = time.time_ns() // 10**6
+        answer = httpx.post(gw.edge + "/api/chat", json=gw.chat(stream=False), headers=gw.auth)
+        name = uuid.UUID(answer.headers["X-Request-ID"])
+        assert (name.version, name.variant) == (7, uuid.RFC_4122)
+        # HAProxy looks at its clock when it wakes up.
+        assert before - 1000 <= name.int >> 80 <= time.time_ns() // 10**6
+        assert gw.control.settled(str(name))["id"] == str(name)
+        names.append(name)
+    assert [name.int >> 80 for name in names] == sorted(name.int >> 80 for name in names)
+    assert len(set(names)) == 5
+    given = httpx.post(gw.edge + "/api/chat", json=gw.chat(stream=False), headers=gw.auth | {"X-Request-ID": "given"})
+    assert given.headers["X-Request-ID"] == "given"
+    assert uuid.UUID(gw.control.settled("given")["id"]).version == 7
 
 
 def test_a_peer_that_is_no_proxy_of_ours_is_not_believed(tmp_path: Path) -> None:
