@@ -13,7 +13,7 @@ from support.limits import Gateway, eventually, gateways, granting, run, unused
 from support.servers import STORES, Server, valkey
 
 from corral.store import leases
-from corral.store.budget import ACTIVE, Budget
+from corral.store.budget import ACTIVE, EPOCH, Budget
 from corral.store.share import at_once
 
 PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -45,6 +45,22 @@ def test_a_flushed_store_is_told_what_it_last_said(store: Server) -> None:
         assert (await other.ask(theirs, "e", 0)).tokens_remaining == 140
 
     run(store, 2, work)
+
+
+def test_a_store_that_is_flushed_while_it_is_read_is_told_and_not_believed(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        (one,) = made
+        mine = one.budget(unused(), daily_tokens=1000)
+        assert (await one.ask(mine, "a", 300)).refused == ""
+        known = await known_now(one)
+        known.held = [mine.key_id]
+        await one.store.request(b"FLUSHALL")
+        await leases._read_use(one.limits, one.store, known)
+        assert mine.day_used == 300
+        await granting(made)
+        assert (await one.ask(mine, "b", 0)).tokens_remaining == 700
+
+    run(store, 1, work)
 
 
 def test_a_gateway_that_never_saw_a_key_knows_what_others_used(store: Server) -> None:
@@ -146,10 +162,17 @@ async def in_turn(made: list[Gateway], budgets: list[Budget], count: int, prefix
     return found
 
 
+async def known_now(gateway: Gateway) -> leases._Known:
+    """What a gateway knows of a store that grants."""
+    known = leases._Known()
+    known.epoch = await gateway.store.request(b"GET", EPOCH)
+    return known
+
+
 async def read_and_lose(made: list[Gateway]) -> None:
     """Each gateway has just asked what the others use, as it does each two seconds, when the store is lost."""
     for gateway in made:
-        await leases._read_use(gateway.limits, gateway.store, leases._Known())
+        await leases._read_use(gateway.limits, gateway.store, await known_now(gateway))
     for gateway in made:
         gateway.store.connected = False
 
@@ -227,7 +250,7 @@ def test_what_ended_since_the_store_was_asked_may_run_elsewhere_by_now(store: Se
             gateway.store.connected = True
         await eventually(lambda: all(gateway.limits._kept is None for gateway in made))
         for gateway in made:
-            await leases._read_use(gateway.limits, gateway.store, leases._Known())
+            await leases._read_use(gateway.limits, gateway.store, await known_now(gateway))
         for request in list(budgets[0].in_flight):
             await made[0].settle(budgets[0], request)
         assert sum(await in_turn(made[1:2], budgets[1:2], 10, "then")) == 10

@@ -246,8 +246,12 @@ async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
         now = monotonic()
         # What is admitted while this is read is taken for others': rather too few than too many without the store.
         own = [len(scope.in_flight) for scope in some]
-        keys = [key for scope in some for key in (scope.tokens, scope.rate, scope.leases)]
-        day, month, *use = await store.request(b"EVALSHA", _USE, b"%d" % len(keys), *keys)
+        keys = [EPOCH, *(key for scope in some for key in (scope.tokens, scope.rate, scope.leases))]
+        answer = await store.request(b"EVALSHA", _USE, b"%d" % len(keys), *keys, known.epoch or b"")
+        if answer is None:  # it has forgotten since it was asked for its epoch: it is told, not believed
+            limits.on_lost()
+            return
+        day, month, *use = answer
         for place, scope in enumerate(some):
             window, of_day, of_month, whole, leases = use[place * 5 : place * 5 + 5]
             scope.said(now, window, day, of_day, month, of_month)
