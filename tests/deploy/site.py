@@ -155,9 +155,9 @@ class Site:
         answer = httpx.get(self.url() + "/api/tags", headers=self.headers(), timeout=5)
         return [model["name"] for model in answer.json().get("models", [])] if answer.status_code == 200 else []
 
-    def load(self, name: str, clients: int = 3, tokens: Sequence[int] = (12, 24)) -> Load:
+    def load(self, name: str, clients: int = 3, tokens: Sequence[int] = (12, 24), think: float = 1.5) -> Load:
         """Light load at the edge, by all three APIs."""
-        return Load(self.url(), self.key, MODEL, clients=clients, tokens=tokens, name=name)
+        return Load(self.url(), self.key, MODEL, clients=clients, tokens=tokens, name=name, think=think)
 
     def gateway(self, name: str) -> dict[str, str]:
         """What HAProxy counts of a gateway (or, for BACKEND, of all): its row of the statistics."""

@@ -22,9 +22,10 @@ def _killed(
     service: str,
     serving: Callable[[Load], object] = lambda load: None,
     tokens: Sequence[int] = (12, 24),
+    think: float = 1.5,
 ) -> Load:
     """Kill a service's container under load, once ``serving`` returns; the load, after it is back and has gone on."""
-    with site.load(f"killed-{service}", CLIENTS, tokens) as load:
+    with site.load(f"killed-{service}", CLIENTS, tokens, think) as load:
         load.more(6, seconds=SLOW)
         # Asked before: what is waited for lasts no longer than the engine may take to tell.
         pid = site.pid(service)
@@ -76,7 +77,7 @@ def test_a_gateway_loses_nothing_that_the_edge_may_replay(site: Site, say: list[
         load.until(busy, f"{service} has a stream", SLOW)
 
     before = int(site.gateway("BACKEND")["wredis"])
-    load = _killed(site, say, service, streams, tokens=[64])
+    load = _killed(site, say, service, streams, tokens=[64], think=0.2)
     replayed = int(site.gateway("BACKEND")["wredis"]) - before
     assert load.unlike(WHOLE, CUT) == []
     cut = [answer for answer in load.answers if answer.fate == CUT]

@@ -30,11 +30,12 @@ AFTER = 8
 """Tokens of an answer after its cut, where only the cut is looked at."""
 CHAT, GENERATE, V1_CHAT, V1_COMPLETIONS = "/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions"
 CUTS = {
-    CHAT: range(1, 40, 2),
-    GENERATE: range(1, 40, 2),
+    # Twenty places of each model's answers.
+    CHAT: range(1, 40, 4),
+    GENERATE: range(3, 40, 4),
     # The same answers in other words: what is gone on with is native.
     V1_CHAT: range(3, 36, 8),
-    V1_COMPLETIONS: range(3, 36, 8),
+    V1_COMPLETIONS: range(7, 36, 8),
 }
 PROMPTS = {
     MODEL: "Describe a farm by the river, its animals and its people.",

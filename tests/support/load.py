@@ -204,7 +204,8 @@ class Load:
     """``clients`` callers that ask again and again while the block runs; ``answers`` are those that came so far.
 
     Each caller has the API and the answer's length that its number picks of ``paths`` and ``tokens``. ``fresh``: no two
-    prompts begin alike, so that no node is preferred for having read one.
+    prompts begin alike, so that no node is preferred for having read one. ``think``: seconds between an answer and its
+    caller's next request.
     """
 
     def __init__(
@@ -217,11 +218,13 @@ class Load:
         tokens: Sequence[int] = (16,),
         name: str = "load",
         fresh: bool = False,
+        think: float = 0.0,
     ) -> None:
         self.answers: list[Answer] = []
         self.streaming: dict[str, Answer] = {}
         """Requests of which some was answered, not yet all."""
-        self._url, self._key, self._model, self._name, self._fresh = url, key, model, name, fresh
+        self._url, self._key, self._model, self._name = url, key, model, name
+        self._fresh, self._think = fresh, think
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(
@@ -242,6 +245,7 @@ class Load:
             answer = client.ask(path, body, request_id, lambda begun: self.streaming.update({begun.request_id: begun}))
             self.streaming.pop(request_id, None)
             self.answers.append(answer)
+            self._stop.wait(self._think)
         client.close()
 
     def __enter__(self) -> Self:
