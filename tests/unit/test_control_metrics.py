@@ -140,7 +140,7 @@ def test_without_alertmanagers_answer_alerts_are_those_that_were_sent() -> None:
 def asked(alerts: Alerts, body: bytes) -> list[dict[str, Any]]:
     """What fires, where Alertmanager answers so."""
     transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body))
-    with patch.object(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport)):
+    with patch("corral.control.alerts.http_client", partial(httpx.AsyncClient, transport=transport)):
         return asyncio.run(alerts.now())
 
 
@@ -156,7 +156,7 @@ def test_alertmanagers_answer_is_waited_for_a_second_in_all() -> None:
         return httpx.Response(200, content=bytes_())
 
     with (
-        patch.object(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=httpx.MockTransport(drop))),
+        patch("corral.control.alerts.http_client", partial(httpx.AsyncClient, transport=httpx.MockTransport(drop))),
         patch.object(control_alerts, "ANSWER_WITHIN", 0.1),
     ):
         assert asyncio.run(asyncio.wait_for(alerts.now(), 30)) == []
