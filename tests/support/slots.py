@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from corral.fleet.slots import step_of
 from corral.store import keeper
 from corral.store.lua import PREFIX
-from corral.store.slots import MOST, Answer, Slots, Wanted
+from corral.store.slots import GRANTS, MOST, Answer, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown
 from support.limits import flush
 
@@ -24,7 +24,7 @@ class Gateway:
         self.ears = Valkey(url, timeout=patience)
         self.slots = Slots(self.store, name, length, lease)
         self.store.on_connect = self.slots.connected
-        self.slots.gateways = lambda: count
+        self.slots.gateways, self.slots.quiet = lambda: count, 0.0
         works = (self.store.run(), keeper.listen(self.slots, self.ears), keeper.keep(self.slots))
         self.tasks = [asyncio.create_task(work) for work in works]
 
@@ -74,7 +74,7 @@ async def granting(gateway: Gateway, seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while True:
             with suppress(ValkeyDown):
-                if gateway.store.connected and await gateway.store.request(b"EXISTS", keeper.GRANTS):
+                if gateway.store.connected and await gateway.store.request(b"EXISTS", GRANTS):
                     return
             await asyncio.sleep(0.02)
 

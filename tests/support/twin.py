@@ -17,7 +17,7 @@ from typing import Any
 from corral.fleet.ledger import LEASE, Grant, Ledger
 from corral.fleet.slots import Place, PlaceState
 from corral.fleet.tickets import EMBED_KIND, LONG, LONG_KIND, PICKY, Queue, Request, Ticket
-from corral.store import keeper
+from corral.store import keeper, slots
 from support.transcript import SCRIPTS, P, counted, moved, orders, published, state
 from support.witness import Call
 
@@ -79,6 +79,9 @@ class Twin:
             self._listens.pop(words[1].removeprefix("gone "), None)
         elif command in ("SET", "DEL") and words[1].encode() == keeper.LEADER:
             self._led = command == "SET"
+        elif command == "DEL" and words[1].encode() == slots.GRANTS:
+            self._grants = False
+            self.done["ungranted"] += 1
         elif command == "EVAL":
             self._compare(call.reply)
             self.done["look"] += 1
@@ -168,11 +171,11 @@ class Twin:
             grant = self.ledger.grants.get(id)
             if what.startswith("read "):
                 if grant is not None and id in self.ledger.busy[grant.node].long:
-                    given += self._serving(grant.node, "", lambda id=id: self.ledger.read(id, now))  # type: ignore[misc]
+                    given += self._freed(grant.node, "", lambda id=id: self.ledger.read(id, now))  # type: ignore[misc]
             elif grant is not None:
                 held += 1
                 step = lambda id=id: self.ledger.release(id, now)  # noqa: E731
-                given += self._serving(grant.node, grant.model, step)
+                given += self._freed(grant.node, grant.model, step)
             else:
                 self._take_back(id, now)
         return held, given
@@ -185,12 +188,12 @@ class Twin:
             return 0, []
         self._said[node, model] = generation, count, step
         change = lambda: self.ledger.place(node, model, state, generation, now, count, step)  # noqa: E731
-        return 1, self._serving(node, model, change) if self._grants else self._quietly(change)
+        return 1, self._freed(node, model, change)
 
     def _stand(self, argv: list[str], now: float) -> tuple[int, list[Grant]]:
         if self._led or not self._grants:
             return 0, []
-        model, counts = argv[0], dict(zip(argv[1::2], map(int, argv[2::2]), strict=True))
+        model, counts = argv[0], dict(zip(argv[2::2], map(int, argv[3::2]), strict=True))
         places, changed = self.ledger.places, list[str]()
 
         def stand(node: str, state: PlaceState, generation: int, count: int, step: float) -> None:
@@ -299,6 +302,10 @@ class Twin:
     def _quietly(self, step: Callable[[], list[Grant]]) -> list[Grant]:
         """A step after which nobody is served."""
         return self._with({}, step)
+
+    def _freed(self, node: str, first: str, step: Callable[[], list[Grant]]) -> list[Grant]:
+        """A step by which something comes free, for nobody as long as the store does not grant."""
+        return self._serving(node, first, step) if self._grants else self._quietly(step)
 
     def _serving(self, node: str, first: str, step: Callable[[], list[Grant]]) -> list[Grant]:
         """A step after which those are served who wait for a model that has stood on a node, in the store's order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from support.limits import Gateway, eventually, gateways, granting, run, unused
 from support.servers import STORES, Server, valkey
 
 from corral.store import leases
-from corral.store.budget import ACTIVE, EPOCH, Budget
+from corral.store.budget import ACTIVE, EPOCH, GRANTS, Budget
 from corral.store.share import at_once
 
 PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -55,10 +56,44 @@ def test_a_store_that_is_flushed_while_it_is_read_is_told_and_not_believed(store
         known = await known_now(one)
         known.held = [mine.key_id]
         await one.store.request(b"FLUSHALL")
-        await leases._read_use(one.limits, one.store, known)
+        with pytest.raises(leases._Forgotten):
+            await leases._read_use(one.limits, one.store, known)
         assert mine.day_used == 300
+        with pytest.raises(leases._Forgotten):
+            await leases._present(one.limits, one.store, known)
         await granting(made)
         assert (await one.ask(mine, "b", 0)).tokens_remaining == 700
+
+    run(store, 1, work)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_store_that_is_flushed_again_and_again_while_it_is_told_knows_in_the_end(store: Server, count: int) -> None:
+    async def work(made: list[Gateway]) -> None:
+        draw, name = random.Random(count), unused()
+        budgets = [gateway.budget(name, daily_tokens=1000) for gateway in made]
+        for number, (gateway, budget) in enumerate(zip(made, budgets, strict=True)):
+            assert (await gateway.ask(budget, f"r{number}", 100)).refused == ""
+        for _ in range(60):
+            await made[0].store.request(b"FLUSHALL")
+            made[draw.randrange(count)].limits.on_lost()
+            await asyncio.sleep(draw.random() * 0.004)
+        await granting(made)
+        assert [budget.day_used for budget in budgets][-1] == 100 * count
+        assert (await made[0].ask(budgets[0], "last", 0)).tokens_remaining == 1000 - 100 * count
+
+    run(store, count, work)
+
+
+def test_a_step_of_a_rebuild_is_of_the_store_that_was_told(store: Server) -> None:
+    """One that was flushed between what it was told and the end of the step begins anew."""
+
+    async def work(made: list[Gateway]) -> None:
+        for named, key in ((leases.ROUND, EPOCH), (EPOCH, GRANTS)):
+            await made[0].store.request(b"FLUSHALL")
+            keys = (key, key + b"-told", key + b"-of", named)
+            arguments = (b"gateway-1", b"1", b"0", b"of another", b"0")
+            assert await made[0].store.request(b"EVALSHA", leases._REBUILD, b"4", *keys, *arguments) == -1
 
     run(store, 1, work)
 

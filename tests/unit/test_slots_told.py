@@ -278,6 +278,79 @@ def test_a_fault_in_taking_one_answer_is_not_the_end_of_others(store: Server) ->
     asyncio.run(work())
 
 
+def test_what_comes_free_while_a_store_is_told_is_nobodys_before_all_have(store: Server) -> None:
+    """One gateway has told what it holds, another not yet: what it runs may be on the slot that comes free."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2) as (one, other):
+            await place(one, "n1", "a", "resident", 1, 2)
+            assert (await one.ask(Wanted("s1", "a")))[0].node == "n1"
+            assert (await other.ask(Wanted("o1", "a")))[0].node == "n1"
+            turns = [(await one.ask(Wanted(f"t{number}", "a")))[1] for number in range(2)]
+            for gateway in (one, other):
+                gateway.tasks.pop().cancel()  # what tells the store
+            await one.store.request(b"FLUSHALL")
+            await keeper.renew(one.slots)
+            await place(one, "n1", "a", "resident", 2, 2)
+            one.slots.end("s1")
+            await one.store.request(b"PING")
+            assert await one.store.request(b"HGET", PREFIX + b"used:a", b"n1") == b"0"
+            for gateway in (one, other):
+                gateway.tasks.append(asyncio.create_task(keeper.keep(gateway.slots)))
+            assert (await asyncio.wait_for(turns[0], 10)).node == "n1"
+            assert not turns[1].done() and await one.store.request(b"HGET", PREFIX + b"used:a", b"n1") == b"2"
+
+    asyncio.run(work())
+
+
+def test_who_comes_back_first_gets_nothing_before_the_others_who_gave_slots_themselves(store: Server) -> None:
+    """A store that hung has forgotten nothing, and knows nothing of what each gateway gave meanwhile."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2) as (one, other):
+            await place(one, "n1", "a", "resident", 1, 2)
+            for gateway in (one, other):
+                for task in gateway.tasks:
+                    task.cancel()
+                gateway.store.lose()
+            one.slots.claim(Wanted("s1", "a"), "n1")
+            one.slots.end("s1")
+            for number in range(2):
+                other.slots.claim(Wanted(f"o{number}", "a"), "n1")
+            for gateway in (one, other):
+                works = (gateway.store.run(), keeper.listen(gateway.slots, gateway.ears), keeper.keep(gateway.slots))
+                gateway.tasks = [asyncio.create_task(work) for work in works]
+                async with asyncio.timeout(10):
+                    while not gateway.store.connected:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                if gateway is one:
+                    answer, turn = await one.ask(Wanted("t1", "a"))
+                    assert not answer.node
+            await granting(one)
+            async with asyncio.timeout(10):
+                while not (one.slots.usable and other.slots.usable):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert await one.store.request(b"HGET", PREFIX + b"used:a", b"n1") == b"2" and not turn.done()
+            other.slots.end("o0")
+            assert (await asyncio.wait_for(turn, 10)).node == "n1"
+
+    asyncio.run(work())
+
+
+def test_a_store_that_was_flushed_has_forgotten_its_leader_too(store: Server) -> None:
+    """Nobody stands in for a leader before it had time to say that it is there."""
+
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            for quiet, stands in ((30.0, False), (0.0, True)):
+                one.slots.quiet = quiet
+                one.slots.stand("a", [("n1", 1)])
+                await one.store.request(b"PING")
+                assert bool(await one.store.request(b"HGETALL", PREFIX + b"places:a")) == stands
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize("limits", [ADMIT, RESERVE])
 def test_limits_and_slot_are_one_call(store: Server, limits: str) -> None:
     """What the limits refuse takes no slot; what they admit gets one, or a ticket, in the same answer."""

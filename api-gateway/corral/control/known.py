@@ -15,6 +15,8 @@ SECONDS = 4.0
 SAMPLE = 0.45
 """So far apart (seconds) busy slots are counted for their mean, however often the leader looks."""
 REASONS = 20
+REBUILD = 3.0
+"""For so long at most a store that was flushed is not believed (seconds): longer than it waits for its gateways."""
 SHORT = 10.0
 """How long a model has fewer copies than it should before one is loaded (seconds): others may be about to do it."""
 
@@ -66,3 +68,20 @@ class Known:
         """Something was decided, and why; what was said last is not said again."""
         if not self.reasons or self.reasons[-1][1] != text:
             self.reasons.append((now, text))
+
+
+class Rebuilt:
+    """Whether what a store has of slots is whole: one that was flushed has yet to hear what runs and who waits."""
+
+    def __init__(self) -> None:
+        self._ever, self._since = False, 0.0
+
+    def whole(self, before: bytes | None, after: bytes | None, now: float) -> bool:
+        """`before` and `after` a look: since when it grants, as it says itself; `now` is monotonic seconds."""
+        if before is not None and before == after:
+            self._ever, self._since = True, 0.0
+            return True
+        if not self._ever:
+            return True  # nobody has asked for a slot yet
+        self._since = self._since or now
+        return now - self._since >= REBUILD  # there is no gateway that could tell it

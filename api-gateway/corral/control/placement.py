@@ -15,7 +15,7 @@ from typing import Any
 
 import hiredis
 
-from corral.control.known import Known
+from corral.control.known import Known, Rebuilt
 from corral.control.ollama import NodeFailed, Ollama
 from corral.control.prober import Member
 from corral.fleet.demand import Rate
@@ -26,6 +26,7 @@ from corral.fleet.slots import PlaceState, step_of
 from corral.store.demand import Seen, generation, read
 from corral.store.keeper import place
 from corral.store.lua import PREFIX
+from corral.store.slots import GRANTS
 from corral.store.valkey import Valkey, ValkeyDown
 
 BACKOFF = 30.0
@@ -98,6 +99,7 @@ class Placement:
         self._closed = False
         self._learned: dict[str, int] = {}
         self._loads: dict[str, bytes] = {}
+        self._rebuilt = Rebuilt()
 
     def why(self, model: str) -> list[tuple[float, str]]:
         """The last decisions about a model and the times of them, the newest last."""
@@ -120,20 +122,24 @@ class Placement:
         }
 
     async def tick(self, members: Iterable[Member], now: float) -> list[Step]:
-        """Look, decide and begin what was decided.
+        """Look, decide and begin what was decided; nothing by a store that was flushed and has yet to hear what runs.
 
         Raises:
             ValkeyDown, hiredis.ReplyError: the store cannot be asked; nothing was decided.
         """
         members = list(members)
         held = {member.name: self._held(member) for member in members}
+        granted = await self._store.request(b"GET", GRANTS)
         seen = await read(self._store, set().union(*held.values()))
+        whole = self._rebuilt.whole(granted, await self._store.request(b"GET", GRANTS), now)
         self.look(members, seen, now)
         for node, model in self.spots:
             if node not in held:
                 self._set(node, model, ABSENT, now)
         self._unknown(seen, now)
         await self._tell(members, seen)
+        if not whole:
+            return []
         ready = [(member, held[member.name]) for member in members if member.state == "ready"]
         standing: dict[str, list[str]] = {}
         for (node, model), spot in self.spots.items():

@@ -12,7 +12,7 @@ from time import monotonic, time_ns
 import hiredis
 
 from corral.store.lua import PREFIX, script, sha, slots_script
-from corral.store.slots import ASK, DECLARE, END, LEASE, STAND, Slots, Wanted
+from corral.store.slots import ASK, DECLARE, END, EPOCH, GRANTS, LEASE, STAND, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown, encode
 
 RENEW = 2.0
@@ -22,15 +22,13 @@ PATIENCE_US = 2_000_000
 AT_ONCE = 200
 ROUNDS = 3
 """How often the store is told what it does not know before it is asked again in the next renewal."""
-GRANTS, EPOCH = PREFIX + b"slots-grant", PREFIX + b"slots-epoch"
 LEADER = PREFIX + b"leader"
 """There is one while somebody says what stands where."""
 TERM = LEADER + b"-term"
 """The greatest term in which somebody did; it stays."""
 
 PLACE, LIVE = slots_script("slots_place"), slots_script("slots_live")
-TELL = f"if redis.call('GET', '{EPOCH.decode()}') ~= ARGV[4] then return 0 end\n" + script("rebuild", metered=False)
-"""As in a rebuild of limits, for who has told a store that has the epoch of the last argument."""
+TELL = script("rebuild", metered=False)
 SCRIPTS = (ASK, END, DECLARE, STAND, PLACE, LIVE, TELL)
 _ASK, _PLACE, _LIVE, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE, LIVE, DECLARE, TELL))
 
@@ -185,8 +183,9 @@ async def _rebuild(slots: Slots) -> None:
         if epoch != told:
             await renew(slots)
             told = epoch
-        keys = (GRANTS, GRANTS + b"-told", GRANTS + b"-of")
+        keys = (GRANTS, GRANTS + b"-told", GRANTS + b"-of", EPOCH)
         numbers = (b"%d" % slots.gateways(), b"%d" % PATIENCE_US, epoch)
-        if await store.request(b"EVALSHA", _TELL, b"3", *keys, slots.gateway, *numbers) == 1:
+        if await store.request(b"EVALSHA", _TELL, b"4", *keys, slots.gateway, *numbers) == 1:
+            await renew(slots)  # what came free meanwhile is given to those who wait
             return
         await asyncio.sleep(0.02)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from time import monotonic, time
+from time import monotonic, time, time_ns
 
 import hiredis
 
-from corral.store import keeper
+from corral.store import slots
 from corral.store.budget import (
     ACTIVE,
     ADMIT,
@@ -40,12 +40,20 @@ AGAIN = 0.5
 AT_ONCE = 200
 ACTIVE_MAX = 2000
 
-RENEWAL, REBUILD, FORGET = (script(name, metered=False) for name in ("renew", "rebuild", "forget"))
-SCRIPTS = (ADMIT, ADMIT_SLOT, CHARGE, RESERVE, RESERVE_SLOT, SETTLE, DECLARE, USE, RENEWAL, REBUILD, FORGET)
-_RENEWAL, _REBUILD, _FORGET, _DECLARE, _USE = sha(RENEWAL), sha(REBUILD), sha(FORGET), sha(DECLARE), sha(USE)
+ROUND = EPOCH + b"-round"
+"""Names a store that is told what it last said; it becomes the epoch."""
+GATEWAYS = PREFIX + b"gateways"
+RENEWAL, REBUILD, FORGET, PRESENT = (script(name, metered=False) for name in ("renew", "rebuild", "forget", "present"))
+SCRIPTS = (ADMIT, ADMIT_SLOT, CHARGE, RESERVE, RESERVE_SLOT, SETTLE, DECLARE, USE, RENEWAL, REBUILD, FORGET, PRESENT)
+_RENEWAL, _REBUILD, _FORGET, _PRESENT = sha(RENEWAL), sha(REBUILD), sha(FORGET), sha(PRESENT)
+_DECLARE, _USE = sha(DECLARE), sha(USE)
 _LEASE = b"%d" % (LEASE * 1e6)
 
 log = logging.getLogger(__name__)
+
+
+class _Forgotten(Exception):
+    """The store was flushed since it was asked for its epoch: it is told, and nothing that it says is believed."""
 
 
 class _Known:
@@ -96,10 +104,12 @@ async def keep(limits: Limits) -> None:
             limits.give_back()
         try:
             await _same_store(limits, store, known)
-            await _present(limits, store)
+            await _present(limits, store, known)
             await _renew(limits, store)
             await _read_use(limits, store, known)
             limits.back()
+        except _Forgotten:
+            wake.set()
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:
             log.warning("leases were not renewed: %s", error)
             if isinstance(error, hiredis.ReplyError):
@@ -138,41 +148,57 @@ def _another_server(store: Valkey, known: _Known) -> None:
         if not isinstance(reply, Exception):
             known.server = server
 
-    keys = (EPOCH, GRANTS, keeper.GRANTS)
-    store.call(encode(b"EVALSHA", _FORGET, b"3", *keys, known.epoch or b""), heard)
+    keys = (EPOCH, GRANTS, ROUND, slots.GRANTS, slots.EPOCH)
+    store.call(encode(b"EVALSHA", _FORGET, b"5", *keys, known.epoch or b""), heard)
 
 
 async def _same_store(limits: Limits, store: Valkey, known: _Known) -> None:
-    """See that the store knows what it last said, whatever became of it."""
+    """See that the store knows what it last said, whatever became of it, or becomes of it meanwhile."""
     if _moved(store, known):
         _another_server(store, known)  # it refused that, as a replica does that is not promoted yet
-    epoch = await store.request(b"GET", EPOCH)
-    if epoch is None or known.epoch not in (None, epoch):
-        # Presence first: when the last one has told, all are counted.
-        await store.request(b"ZADD", PREFIX + b"gateways", b"%f" % await _clock(store), limits.gateway)
-        await _declare(limits, store)
-        await _step(limits, store, EPOCH, PATIENCE)
-    elif await store.request(b"EXISTS", GRANTS):
-        _believe(store, known, epoch)
-        return
-    limits.give_back()
-    await store.request(b"PING")  # answered after all that was told
-    await _step(limits, store, GRANTS, PATIENCE_AGAIN)
-    limits.give_back()  # what was admitted meanwhile
-    _believe(store, known, await store.request(b"GET", EPOCH))
-    log.info("the store had forgotten what it knew, and was told")
-
-
-def _believe(store: Valkey, known: _Known, epoch: bytes | None) -> None:
+    told, rebuilt = known.epoch, False
+    while True:
+        epoch, grants = await store.request(b"MGET", EPOCH, GRANTS)
+        if epoch is None:
+            told = await _first_step(limits, store)
+        elif told not in (None, epoch):
+            await _tell_all(limits, store)  # others have told it without this one
+            told = epoch
+        elif grants is not None:
+            break
+        else:
+            limits.give_back()
+            await store.request(b"PING")  # answered after all that was told
+            await _step(limits, store, GRANTS, PATIENCE_AGAIN, EPOCH, epoch)
+        rebuilt = True
+    if rebuilt:
+        limits.give_back()  # what was admitted meanwhile
+        log.info("the store had forgotten what it knew, and was told")
     known.epoch = epoch
     if known.server is None:
         known.server = store.server
 
 
-async def _step(limits: Limits, store: Valkey, key: bytes, patience: float) -> None:
-    keys = (key, key + b"-told", key + b"-of")
-    numbers = (b"%d" % limits.gateways, b"%d" % (patience * 1e6))
-    while not await store.request(b"EVALSHA", _REBUILD, b"3", *keys, limits.gateway, *numbers):  # noqa: ASYNC110
+async def _first_step(limits: Limits, store: Valkey) -> bytes:
+    """Tell a store without an epoch what it last said; the epoch that it gets by that, if it is not flushed again."""
+    await store.request(b"SET", ROUND, b"%d" % time_ns(), b"NX")
+    name: bytes = await store.request(b"GET", ROUND) or b""
+    await _tell_all(limits, store)
+    await _step(limits, store, EPOCH, PATIENCE, ROUND, name)
+    return name
+
+
+async def _tell_all(limits: Limits, store: Valkey) -> None:
+    # Presence first: when the last one has told, all are counted.
+    await store.request(b"ZADD", GATEWAYS, b"%f" % await _clock(store), limits.gateway)
+    await _declare(limits, store)
+
+
+async def _step(limits: Limits, store: Valkey, key: bytes, patience: float, named: bytes, name: bytes) -> None:
+    """End a step of a rebuild, for a store that `named` says is the one that was told; at once where it is not."""
+    keys = (key, key + b"-told", key + b"-of", named)
+    numbers = (b"%d" % limits.gateways, b"%d" % (patience * 1e6), name, b"1" if named == ROUND else b"0")
+    while not await store.request(b"EVALSHA", _REBUILD, b"4", *keys, limits.gateway, *numbers):  # noqa: ASYNC110
         await asyncio.sleep(ASK)  # others have yet to tell
 
 
@@ -207,12 +233,12 @@ async def _declare_one(store: Valkey, scope: Budget, now: float) -> None:
     await store.request(b"EVALSHA", _DECLARE, b"4", *keys, scope.key_id.encode(), *arguments, *running)
 
 
-async def _present(limits: Limits, store: Valkey) -> None:
-    now = await _clock(store)
-    gateways = PREFIX + b"gateways"
-    await store.request(b"ZADD", gateways, b"%f" % now, limits.gateway)
-    await store.request(b"ZREMRANGEBYSCORE", gateways, b"-inf", b"%f" % (now - LEASE))
-    limits.names = [name.decode() for name in await store.request(b"ZRANGE", gateways, b"0", b"-1")]
+async def _present(limits: Limits, store: Valkey, known: _Known) -> None:
+    arguments = (known.epoch or b"", limits.gateway, b"%d" % LEASE)
+    names = await store.request(b"EVALSHA", _PRESENT, b"2", EPOCH, GATEWAYS, *arguments)
+    if names is None:
+        raise _Forgotten
+    limits.names = [name.decode() for name in names]
     limits.gateways = max(1, len(limits.names))
 
 
@@ -248,9 +274,8 @@ async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
         own = [len(scope.in_flight) for scope in some]
         keys = [EPOCH, *(key for scope in some for key in (scope.tokens, scope.rate, scope.leases))]
         answer = await store.request(b"EVALSHA", _USE, b"%d" % len(keys), *keys, known.epoch or b"")
-        if answer is None:  # it has forgotten since it was asked for its epoch: it is told, not believed
-            limits.on_lost()
-            return
+        if answer is None:
+            raise _Forgotten
         day, month, *use = answer
         for place, scope in enumerate(some):
             window, of_day, of_month, whole, leases = use[place * 5 : place * 5 + 5]

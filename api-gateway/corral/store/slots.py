@@ -24,6 +24,10 @@ MOST: Final = 256
 KINDS: Final = 6
 """Of requests, numbered as in `corral.fleet.tickets`."""
 KNOWN_MAX: Final = 4096
+GRANTS: Final = PREFIX + b"slots-grant"
+EPOCH: Final = PREFIX + b"slots-epoch"
+QUIET: Final = 3.0
+"""How long a leader may say nothing to the store before it is no more (seconds); control keeps its word as long."""
 EARLY_MAX: Final = 4.0
 """How long at most the store is waited for that is there, and does not grant (seconds): longer than a flushed one waits
 for gateways."""
@@ -121,7 +125,8 @@ class Slots:
     while the store was there and did not grant, for it is still told of what is held: they are asked for once it does,
     with when they came (monotonic seconds). ``told`` is the store's connection (`Valkey.connections`) on which it was
     told of what is held; ``until`` is when the lease ends if it is not renewed (monotonic seconds); ``led``: somebody
-    says what stands where. ``length`` is how many may wait for a model, as the store reads it.
+    says what stands where. ``length`` is how many may wait for a model, as the store reads it, ``quiet`` for how long a
+    leader may say nothing to a store that was flushed (seconds).
     """
 
     def __init__(self, store: Valkey, gateway: str, length: int = MOST, lease: float = LEASE) -> None:
@@ -141,8 +146,11 @@ class Slots:
         """Called when the store is to be told of what is held: it has forgotten, or there is a connection again."""
         self.on_back: Callable[[], None] = _nothing
         """Called when the store is back: from now on nobody else grants."""
+        self.quiet = QUIET
         self.length = b"%d" % length
         self._early_since = 0.0
+        self._unheard = False
+        """Whether slots were given here without the store."""
         self._ending: list[bytes] = []
         self._known: dict[tuple[str, int, str], bytes] = {}
         self._name = words(self.gateway)
@@ -172,8 +180,21 @@ class Slots:
     def connected(self) -> None:
         """There is a connection again."""
         self._early_since = 0.0
+        if self._unheard:
+            self._ungrant()
         self.on_back()
         self.on_lost()
+
+    def _ungrant(self) -> None:
+        """Have the store give nothing before every gateway has told what it holds: this one has given slots without it,
+        and others may have. It is the first word on a connection."""
+        self._unheard = False
+
+        def heard(reply: Any) -> None:
+            if isinstance(reply, Exception):
+                self._unheard = True
+
+        self.store.call(encode(b"DEL", GRANTS, EPOCH), heard)
 
     # -- asking
 
@@ -204,7 +225,8 @@ class Slots:
         parts: list[bytes] = []
         for node, count in slots:
             parts += (node.encode(), b"%d" % count)
-        self.store.call(encode(b"EVALSHA", _STAND, b"0", model.encode(), *parts), _ignore)
+        quiet = b"%d" % (self.quiet * 1e6)
+        self.store.call(encode(b"EVALSHA", _STAND, b"0", model.encode(), quiet, *parts), _ignore)
 
     def _later(self, wanted: Wanted, heard: Heard) -> None:
         now = monotonic()
@@ -296,7 +318,9 @@ class Slots:
         """Count a request that runs on a node whatever the store says; it is told now, or when it can be."""
         wanted.node = node
         self.held[wanted.id] = wanted
-        if self.store.connected:
+        if not self.store.connected:
+            self._unheard = True
+        else:
             self.flush()  # the ticket that it had is given up first
             reads = b"1" if wanted.reads else b"0"
             parts = (wanted.id.encode(), wanted.model.encode(), b"%d" % wanted.kind, node.encode(), reads)
