@@ -15,13 +15,18 @@ FORMATS = ("json", "csv", "cef", "ocsf")
 COLUMNS = (
     *("seq", "id", "request_id", "ts", "gw", "pos", "key", "tenant", "addr", "api", "route", "method", "model"),
     *("status", "outcome", "node", "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "estimated"),
-    *("queue_ms", "ttft_ms", "ms", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
+    *("queue_ms", "ttft_ms", "ms", "continued", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
 )
+"""What a record has, in each form."""
 SEVERITY = {"ok": 1, "client_gone": 2, "cancelled": 3, "refused": 4, "limited": 4, "overloaded": 5}
 """CEF's, 0 to 10; 6 for what is not here."""
 OCSF_SEVERITY = {"ok": 1, "client_gone": 1, "cancelled": 1, "refused": 2, "limited": 2}
 """OCSF's; 3 for what is not here."""
 
+_OCSF_UNMAPPED = (
+    *("seq", "gw", "pos", "model", "attempts", "prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms"),
+    *("continued", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
+)
 _OCSF_ACTIVITY = {"POST": 1, "GET": 2, "PUT": 3, "PATCH": 3, "DELETE": 4}
 _CEF_KEYS = {
     **{"request_id": "externalId", "addr": "src", "key": "suid", "route": "request", "method": "requestMethod"},
@@ -31,6 +36,12 @@ _CEF_CUSTOM = {
     **{"tenant": "cs1", "model": "cs2", "prompt_tokens": "cn1", "tokens": "cn2", "status": "cn3"},
     **{"before": "cs3", "after": "cs4"},
 }
+_CEF_OWN = {
+    name: "Corral" + "".join(word.title() for word in name.split("_"))
+    for name in COLUMNS
+    if name not in {**_CEF_KEYS, **_CEF_CUSTOM, "ts": ""}
+}
+"""What CEF has no key for: keys of our own, after the vendor's name as the standard has it."""
 
 
 def lines(records: Iterable[Mapping[str, Any]], form: str, version: str) -> Iterator[str]:
@@ -75,6 +86,9 @@ def _cef(record: Mapping[str, Any], version: str) -> str:
         if (value := record.get(field)) is not None:
             text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
             pairs += [(f"{key}Label", field), (key, text)]
+    for field, key in _CEF_OWN.items():
+        if (value := record.get(field)) is not None:
+            pairs.append((key, str(value).lower() if isinstance(value, bool) else str(value)))
     return "|".join([head[0], *map(_cef_head, head[1:])]) + "|" + " ".join(f"{k}={_cef_value(v)}" for k, v in pairs)
 
 
@@ -115,6 +129,5 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
         "duration": int(record.get("ms") or 0),
         "traffic": {"bytes_in": record.get("req_bytes") or 0, "bytes_out": record.get("resp_bytes") or 0},
     }
-    named = ("gw", "pos", "model", "attempts", "prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms")
-    more = {name: record[name] for name in (*named, "before", "after") if record.get(name) is not None}
+    more = {name: record[name] for name in _OCSF_UNMAPPED if record.get(name) is not None}
     return {**known, "unmapped": more}

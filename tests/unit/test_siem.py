@@ -1,0 +1,65 @@
+"""Audit records in the forms of others: nothing that a record has is left out of one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from typing import Any
+
+import pytest
+
+from corral.cli.siem import COLUMNS, FORMATS, lines
+from corral.store.tables import audit
+
+UNSEEN = {"leaf"}
+"""Of a record's columns: the hash of all the others, which `verify` makes anew."""
+
+
+def record(**more: Any) -> dict[str, Any]:
+    """One with another text or number in each of its columns."""
+    made: dict[str, Any] = {name: f"v-{name}-w" for name in COLUMNS}
+    numbers = ("seq", "ts", "pos", "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "ms", "status")
+    made |= {name: 7000 + at for at, name in enumerate(numbers)}
+    made |= {
+        "queue_ms": 8000.5,
+        "ttft_ms": 8001.5,
+        "estimated": True,
+        "outcome": "ok",
+        "method": "POST",
+        "api": "openai",
+    }
+    made |= {"before": {"rpm": 8002}, "after": {"rpm": 8003}}
+    return made | more
+
+
+def test_the_columns_are_those_of_the_table() -> None:
+    assert set(COLUMNS) == {column.name for column in audit.columns} - UNSEEN
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_form_has_all_of_a_record(form: str) -> None:
+    *_, line = lines([record()], form, "1.0")
+    for name, value in record().items():
+        text = re.sub(r"\D", "", json.dumps(value)) if isinstance(value, dict) else str(value)
+        if name == "ts" and form in ("cef", "ocsf"):
+            text += "000"
+        assert text.lower() in line.lower().replace("\\=", "="), name
+
+
+def test_each_form_is_read_by_what_reads_it() -> None:
+    table = list(csv.DictReader(lines([record()], "csv", "1.0")))
+    assert (table[0]["continued"], table[0]["prompt_hash"]) == ("v-continued-w", "v-prompt_hash-w")
+    (line,) = lines([record(continued="node=2")], "cef", "1.0")
+    pairs = dict(re.findall(r"(\w+)=((?:\\=|[^=])*?)(?= \w+=|$)", line.split("|")[7]))
+    assert (pairs["CorralContinued"], pairs["CorralPromptHash"]) == ("node\\=2", "v-prompt_hash-w")
+    assert (pairs["CorralEstimated"], pairs["externalId"]) == ("true", "v-request_id-w")
+    (line,) = lines([record()], "ocsf", "1.0")
+    assert json.loads(line)["unmapped"]["answer_hash"] == "v-answer_hash-w"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_a_record_has_not_is_left_out_or_empty(form: str) -> None:
+    bare = dict.fromkeys(COLUMNS) | {"seq": 1, "ts": 1.5, "id": "a"}
+    *_, line = lines([bare], form, "1.0")
+    assert "None" not in line
