@@ -23,7 +23,7 @@ from corral.config.haproxy import HaproxyPlan, render
 from corral.wire import errors
 from corral.wire.errors import ApiError
 
-UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
@@ -180,6 +180,7 @@ def test_any_other_request_id_is_replaced(rig: Rig, given: str | None) -> None:
     seen = ask_for_headers(rig, {} if given is None else {"X-Request-ID": given})
     assert len(seen["x-request-id"]) == 1
     assert UUID.fullmatch(seen["x-request-id"][0])
+    assert seen["x-request-id"] == seen["x-corral-edge-id"], "it has one name"
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/internal/snapshot", "/%6detrics", "//metrics", "/METRICS", "/internal"])
