@@ -10,10 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 
 from corral.control.measured import Residence
 from corral.control.prober import Member
-from corral.control.selftest import SelfTest
+from corral.control.selftest import CUTS, PASSED, TOKENS, SelfTest
+from corral.node import app
+from corral.node.main import build
 
 
 def test_a_runner_that_hangs_is_not_tried() -> None:
@@ -95,3 +98,46 @@ def test_a_node_that_renders_no_prompt_does_not_end_the_tests_of_others() -> Non
 
     (verdict,) = asyncio.run(run()).verdicts.values()
     assert "no JSON" in str(verdict) or "no rendered" in str(verdict)
+
+
+class Beside(httpx.AsyncBaseTransport):
+    """To a node that has read a word more than the prompt it shows, whenever it goes on behind so many lines."""
+
+    def __init__(self, node: httpx.ASGITransport, behind: int) -> None:
+        self._node, self._behind = node, behind
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else {}
+        if body.get("raw") and body["stream"] and body["options"]["num_predict"] == TOKENS - self._behind:
+            body["prompt"] = f"so {body['prompt']}"
+            request = httpx.Request("POST", request.url, json=body)
+        return await self._node.handle_async_request(request)
+
+
+@pytest.mark.parametrize("behind", [None, *CUTS])
+def test_a_model_that_goes_on_otherwise_is_not_continued(behind: int | None) -> None:
+    """A simulated node: its text depends on all that it has read, to the last word."""
+    simulation = {"models": [{"name": "m", "load": 0.0, "prefill": 1e9, "decode": 1e9}]}
+
+    async def nobody(name: str) -> int | None:
+        return None
+
+    async def run() -> tuple[SelfTest, dict[str, Any]]:
+        node = httpx.ASGITransport(app.create(build("simulated", None, None, 1, 1, simulation, False)))
+        async with httpx.AsyncClient(transport=node if behind is None else Beside(node, behind)) as client:
+            await client.post("http://n/api/generate", json={"model": "m", "keep_alive": -1})
+            (entry,) = (await client.get("http://n/api/ps")).json()["models"]
+            tags = (await client.get("http://n/api/tags")).json()["models"]
+            member = Member("n", "http://n", up=True, ps=[entry], tags=tags)
+            fleet: Any = SimpleNamespace(members={"n": member})
+            made = SelfTest(fleet, {}, nobody, lambda known: None)
+            await made._try(client, member, entry)
+            return made, entry
+
+    made, entry = asyncio.run(run())
+    if behind is None:
+        assert made.said(entry["digest"]) == PASSED
+        assert made.continuable() == {"m:latest": entry["digest"]}
+    else:
+        assert made.said(entry["digest"]) == f"/api/chat: cut after {behind} lines it went on otherwise"
+        assert made.continuable() == {}
