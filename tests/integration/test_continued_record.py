@@ -33,7 +33,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 LAST_LINE = {"model": "m", "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "stop"}
 SHOWN = "<u>Guten Tag!<a>"
-DIGEST = "sha256:" + "a" * 64
+DIGEST, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
 
 def lines(words: list[str], chat: bool, prompt: int = 0) -> bytes:
@@ -93,10 +93,10 @@ class Stage:
         self.gw = gw
         for node in gw.nodes:
             node.script = [lambda connection: acts.pop(0)(connection)] * len(acts)
-        tag = {"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "digest": DIGEST}
+        self.tag = {"name": "m:latest", "model": "m:latest", "modified_at": "2026-11-23T15:00:00Z", "digest": DIGEST}
         gw.control.publish(continuable={"m:latest": DIGEST})
         self.headers = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
-        gw.publish(tags=[tag])
+        gw.publish(tags=[self.tag])
 
     def kept(self, request_id: str, body: bytes) -> tuple[str, dict[str, Any]]:
         """The text that is kept of the answer, and the one settle record, whose hashes are of this text."""
@@ -260,3 +260,40 @@ def test_where_the_caller_leaves_while_it_goes_on_it_is_of_what_was_sent(tmp_pat
         kept, settled = stage.kept(answer.headers["x-request-id"], body)
     assert kept == text(got) == "one two three "
     assert (settled["outcome"], settled["tokens"], settled["estimated"]) == ("client_gone", 3, True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_no_node_goes_on_whose_file_of_the_model_is_another_one(tmp_path: Path, there: bool) -> None:
+    """Neither where the node that wrote the beginning is there, and fails again, nor where it is down."""
+    ready = threading.Event()
+    with gateway(tmp_path, audit=FULL) as gw:
+        first, other = gw.nodes
+
+        def leaves(connection: socket.socket) -> None:
+            connection.sendall(HEAD + lines(["one ", "two "], True))
+            assert ready.wait(20)
+            connection.sendall(chunk(b'{"model":"m","message":{"content":"never sent'))
+            connection.close()
+
+        stage = Stage(gw, [])
+        first.script = [leaves] + [cut([], False)] * 9
+        gw.states[other.name] = "down"
+        gw.publish(tags=[stage.tag])
+        body, got = json.dumps({"model": "m", "stream": True, **BODIES["/api/chat"]}).encode(), b""
+        with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=30) as answer:
+            for piece in answer.iter_raw():
+                if not got:
+                    states = {first.name: "ready" if there else "down", other.name: "ready"}
+                    tags = {first.name: [stage.tag], other.name: [stage.tag | {"digest": OTHER}]}
+                    nodes = gw.control.snapshot["nodes"]
+                    gw.control.publish(
+                        nodes=[one | {"state": states[one["name"]], "tags": tags[one["name"]]} for one in nodes]
+                    )
+                    gw.control.until_known()
+                    ready.set()
+                got += piece
+        assert text(got) == "one two " and "error" in json.loads(got.splitlines()[-1]), got
+        kept, settled = stage.kept(answer.headers["x-request-id"], body)
+        assert other.requests == [], "it would write the rest of another answer"
+        assert gw.post(headers=stage.headers).headers["X-Corral-Node"] == other.name, "though it is used"
+    assert (kept, settled["outcome"], settled["tokens"]) == ("one two ", "upstream_error", 2)
