@@ -94,13 +94,12 @@ def test_six_times_what_fits_is_refused_at_once_and_costs_no_answer(contended: F
         assert bool(waits) == (count > SLOTS)
         store = Leader(contended.valkey.url)
         until(lambda store=store: store.counts(MODEL) == (0, 0), "all have left")  # type: ignore[misc]
-    share, p99 = rates[1] / rates[0], waits[len(waits) * 99 // 100]
+    share, p99, late = rates[1] / rates[0], waits[len(waits) * 99 // 100], max(crowds[1].late)
     seen = f"{len(waits)} refused, median {waits[len(waits) // 2] * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms"
-    bar = f"refusal <= {REFUSED_WITHIN * 1e3:.0f} ms, goodput >= {GOODPUT:.0%} of the peak"
-    matrix(
-        f"overload, {TIMES} x slots and queue", bar, f"{seen}; {rates[1]:.1f} of {rates[0]:.1f} answers/s, {share:.0%}"
-    )
-    assert p99 <= REFUSED_WITHIN + max(crowds[1].late)
+    seen += f", woken up to {late * 1e3:.0f} ms late; {rates[1]:.1f} of {rates[0]:.1f} answers/s, {share:.0%}"
+    bar = f"refusal <= {REFUSED_WITHIN * 1e3:.0f} ms (p99) and how late its caller's process is woken at most"
+    matrix(f"overload, {TIMES} x slots and queue", f"{bar}; goodput >= {GOODPUT:.0%} of the peak", seen)
+    assert p99 <= REFUSED_WITHIN + late
     assert share >= GOODPUT
 
 

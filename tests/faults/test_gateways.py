@@ -82,7 +82,8 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(contende
         # seconds and then settled by control.
         outcomes = ("ok",) if answer.fate == WHOLE else (None, "interrupted")
         assert record["outcome"] in outcomes, (str(answer), record)
-    bar = f"back <= {BACK_WITHIN:g} s, no slot leaks past lease and renewal ({LEASE:g} + {RENEW:g} s) or counts twice"
+    bar = f"back <= {BACK_WITHIN:g} s, no slot leaks past lease and renewal ({LEASE:g} + {RENEW:g} s) "
+    bar += "after its load, or counts twice"
     seen = f"back in {back:.1f} s, {len(cut)} of {len(load.answers)} cut, none held after {returned:.0f} s"
     matrix("gateway killed (-9)", bar, f"{seen}, at most {max(peaks(contended))} of {SLOTS} slots a node in use")
 
@@ -144,7 +145,8 @@ def test_the_slots_of_a_killed_gateway_that_stays_away_return_with_its_lease(con
     assert [str(answer) for answer in cut if answer.began > killed] == []
     meanwhile = [answer for answer in after(load.answers, killed) if answer.ended < killed + returned]
     assert meanwhile, "others' requests wait for that"
-    bar = f"its slots return within lease and renewal ({LEASE:g} + {RENEW:g} s), none twice; others' requests go on"
+    bar = f"its slots return within lease, renewal and a look at it ({LEASE:g} + {RENEW:g} + {POLL:g} s), none twice; "
+    bar += "others' requests go on"
     said = f"{kept} back after {returned:.1f} s, {len(meanwhile)} answered before that, {len(cut)} cut"
     matrix("gateway killed (-9), stays away", bar, f"{said}; nodes and store agreed at {slots.looks} looks")
 
