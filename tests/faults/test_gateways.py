@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 from support.counted import Counted
@@ -88,18 +86,6 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(contende
     matrix("gateway killed (-9)", bar, f"{seen}, at most {max(peaks(contended))} of {SLOTS} slots a node in use")
 
 
-@contextmanager
-def supervisor_stopped(state: Path) -> Iterator[None]:
-    """Nothing that ends meanwhile is started again."""
-    pid = int((state / "run/supervisord.pid").read_text())
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it stands still")
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def test_the_slots_of_a_killed_gateway_that_stays_away_return_with_its_lease(contended: Fleet, matrix: Matrix) -> None:
     dead, other = contended.stack.corral("status")["gateways"]
     name, store = dead["name"], Leader(contended.valkey.url)
@@ -111,7 +97,7 @@ def test_the_slots_of_a_killed_gateway_that_stays_away_return_with_its_lease(con
     with (
         Counted(contended, SLOTS, LONG / RATE) as slots,
         contended.load(clients=14, paths=[CHAT], tokens=[LONG], name="away", fresh=True) as load,
-        supervisor_stopped(contended.folder / "state"),
+        contended.unsupervised(),
     ):
         load.more(28)
         load.until(lambda _: 2 <= slots.look()[name] < 2 * SLOTS - 1, "both have slots")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import socket
 import sys
@@ -90,10 +91,11 @@ class Fleet:
         first: SimulatedNode | None = None,
         nodes: Sequence[SimulatedNode] = (),
         slots: int = 64,
+        memory: str = "",
         **gateway: Any,
     ) -> None:
         """``patience``: longest wait for a token; ``first``: the node that is node-1; ``nodes``: all of them; ``slots``
-        of each; ``gateway``: more of its settings.
+        and ``memory`` of each; ``gateway``: more of its settings.
         """
         self.folder = folder
         self._exits = exits
@@ -114,7 +116,8 @@ class Fleet:
             "store": {"valkey": self.valkey.url},
         }
         # As many at once as the simulated models take: who waits, waits at the node.
-        settings["nodes"] = [{"name": node.name, "url": node.url, "slots": slots} for node in self.nodes.values()]
+        each = {"slots": slots} | ({"memory": memory} if memory else {})
+        settings["nodes"] = [{"name": node.name, "url": node.url, **each} for node in self.nodes.values()]
         config.write_text(yaml.safe_dump(settings))
         self.stack: Stack = exits.enter_context(stack(folder / "state", "--config", str(config)))
         self.warm()
@@ -139,6 +142,18 @@ class Fleet:
     def load(self, model: str = MODEL, **more: Any) -> Load:
         """Callers at the edge."""
         return Load(self.stack.url, self.stack.key, model, **more)
+
+    @contextmanager
+    def unsupervised(self) -> Iterator[None]:
+        """Nothing of the stack that ends meanwhile is started again."""
+        pid = int((self.folder / "state/run/supervisord.pid").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            stat = Path(f"/proc/{pid}/stat")
+            until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the supervisor stands still")
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def client(self, key: str = "") -> Client:
         """One caller at the edge."""
@@ -283,8 +298,9 @@ def fleet(
     first: SimulatedNode | None = None,
     nodes: Sequence[SimulatedNode] = (),
     slots: int = 64,
+    memory: str = "",
     **gateway: Any,
 ) -> Iterator[Fleet]:
     """The fleet, started; ended with the block."""
     with ExitStack() as exits:
-        yield Fleet(folder, exits, patience, first, nodes, slots, **gateway)
+        yield Fleet(folder, exits, patience, first, nodes, slots, memory, **gateway)
