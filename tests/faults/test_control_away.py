@@ -1,0 +1,68 @@
+"""Control is away and nobody leads: what gateways and HAProxy see by themselves is all that keeps requests from a node
+that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from support.fleet import Fleet
+from support.leader import Leader
+from support.load import TOLD, WHOLE
+from support.process import until
+from support.servers import answers
+
+from corral.store.keeper import LEADER
+
+SETTLED_WITHIN = 1.0
+"""Seconds after which a dead node is met by now and then one request alone, that finds out whether it is back."""
+SHUNNED = 2.0
+"""For so long (seconds) a gateway leaves a node alone that it could not reach."""
+AWAY = 9.0
+AT_ONCE = 3
+"""A gateway's requests that may have been sent there by the time that the first of them comes back."""
+
+
+def test_a_node_dies_while_control_is_away(fleet: Fleet, matrix: Callable[[str, str, str], None]) -> None:
+    node, store = fleet.nodes["node-1"], Leader(fleet.valkey.url)
+    control = fleet.stack.corral("status")["control"]["pid"]
+    try:
+        with fleet.unsupervised(), fleet.load(name="leaderless", fresh=True) as load:
+            load.more(20, "node-1")
+            os.kill(control, signal.SIGKILL)
+            load.until(lambda _: store.ask(b"GET", LEADER) is None, "nobody is believed to lead", 10)
+            alone = load.more(20, "node-1")
+            node.kill()
+            killed = time.monotonic()
+            load.until(lambda _: time.monotonic() > killed + AWAY, "the node is dead for a while")
+            over = load.more(20, "node-2")
+        until(lambda: store.ask(b"GET", LEADER) is not None, "control is back, and leads", 120)
+        until(lambda: answers(fleet.stack.url + "/docs"), "the edge reaches it", 60)
+        # The first of its tokens was to come: another node gives it. Later: the caller is told, or another goes on.
+        assert load.unlike(WHOLE, TOLD) == []
+        told = [answer for answer in load.answers if answer.fate == TOLD]
+        assert [str(answer) for answer in told if not answer.text] == []
+        assert [str(answer) for answer in told if not alone < answer.ended < killed + SETTLED_WITHIN] == []
+        assert any(answer.attempts > 1 for answer in load.answers if answer.ended > killed), "nothing was on the node"
+        later = [answer for answer in load.answers if killed + SETTLED_WITHIN < answer.began < over]
+        assert later and {answer.node for answer in later} == {"node-2"}
+        met = sum(answer.attempts - 1 for answer in later)
+        bar = f"0 lost before the first token; a second later <= {AT_ONCE} of a gateway meet it each {SHUNNED:g} s"
+        seen = f"0 of {len(load.answers)}, {len(told)} told; {met} of the next {len(later)}, in {over - killed:.0f} s"
+        matrix("node killed (-9) while control is away", bar, seen)
+        assert met <= int((over - killed) / SHUNNED + 1) * AT_ONCE * 2
+        # What was answered meanwhile waited in the spools.
+        assert {record["node"] for record in fleet.records(*(answer.request_id for answer in later))} == {"node-2"}
+        node.start()
+        fleet.warm()
+        fleet.all_ready()
+        with fleet.load(name="led", fresh=True) as load:
+            load.more(10, "node-1")
+        assert load.unlike(WHOLE) == []
+        assert {answer.attempts for answer in load.answers} == {1}
+    finally:
+        node.kill()
+        node.start()
+        fleet.warm()
