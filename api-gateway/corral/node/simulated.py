@@ -61,13 +61,14 @@ class Profile:
 class Simulation:
     """A simulated node: its models, its memory in bytes and how many models it holds at most.
 
-    ``gpu``: it says that models are in a GPU's memory.
+    ``gpu``: it says that models are in a GPU's memory. ``stalls``: while it loads a model, no other one gives a token.
     """
 
     models: tuple[Profile, ...] = (Profile("sim-small"), Profile("sim-large", load=4.0, decode=25.0, size=16 << 30))
     memory: int | None = None
     max_loaded: int | None = None
     gpu: bool = False
+    stalls: bool = False
 
 
 def load(source: Path | Mapping[str, Any] | None) -> Simulation:
@@ -80,11 +81,12 @@ def load(source: Path | Mapping[str, Any] | None) -> Simulation:
     data = yaml.safe_load(source.read_text("utf-8")) if isinstance(source, Path) else source
     if not isinstance(data, Mapping) or not isinstance(data.get("models"), list):
         raise ValueError("models: a list of models is needed")
-    if unknown := set(data) - {"models", "memory", "max_loaded", "gpu"}:
+    if unknown := set(data) - {"models", "memory", "max_loaded", "gpu", "stalls"}:
         raise ValueError(f"unknown field {sorted(unknown)[0]}")
     memory = _bytes(data["memory"]) if data.get("memory") is not None else None
     profiles = tuple(_profile(entry) for entry in data["models"])
-    return Simulation(profiles, memory, data.get("max_loaded"), data.get("gpu") is True)
+    gpu, stalls = data.get("gpu") is True, data.get("stalls") is True
+    return Simulation(profiles, memory, data.get("max_loaded"), gpu, stalls)
 
 
 def _profile(entry: Any) -> Profile:
@@ -160,19 +162,50 @@ class SimulatedStore:
         return information, []
 
 
+class Stall:
+    """Loads that keep other models from their tokens, where ``stalls``."""
+
+    def __init__(self, stalls: bool) -> None:
+        self._stalls = stalls
+        self._loads = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    @contextlib.contextmanager
+    def load(self) -> Iterator[None]:
+        """A load is under way."""
+        self._loads += 1
+        if self._stalls:
+            self._none.clear()
+        try:
+            yield
+        finally:
+            self._loads -= 1
+            if not self._loads:
+                self._none.set()
+
+    async def over(self) -> float:
+        """Wait for the end of the loads that are under way; how long that took (seconds)."""
+        began = time.monotonic()
+        await self._none.wait()
+        return time.monotonic() - began
+
+
 class SimulatedBackend:
     """Makes simulated runners; ``faults`` holds what they are to do wrong, ``work`` what they do."""
 
     def __init__(self, simulation: Simulation) -> None:
         self.store = SimulatedStore(simulation)
         self._gpu = simulation.gpu
+        self._stall = Stall(simulation.stalls)
         self.faults = Faults()
         self.work = Work()
 
     def runner(self, model: Model, options: Options, parallel: int) -> Runner:
         profile = self.store.profiles[model.digest]
         slots = profile.slots or parallel
-        return SimulatedRunner(model, profile, options.num_ctx, slots, self.faults, self.work, self._gpu)
+        shared = self.faults, self.work, self._stall
+        return SimulatedRunner(model, profile, options.num_ctx, slots, *shared, self._gpu)
 
     async def meet(self) -> None:
         """What a GET route meets: the faults whose scope is "all"."""
@@ -189,7 +222,15 @@ class SimulatedRunner:
     alive = True
 
     def __init__(
-        self, model: Model, profile: Profile, context: int, slots: int, faults: Faults, work: Work, gpu: bool
+        self,
+        model: Model,
+        profile: Profile,
+        context: int,
+        slots: int,
+        faults: Faults,
+        work: Work,
+        stall: Stall,
+        gpu: bool,
     ) -> None:
         self.size = model.size
         self._gpu = gpu
@@ -199,6 +240,7 @@ class SimulatedRunner:
         self._context = context
         self._faults = faults
         self._work = work
+        self._stall = stall
 
     @property
     def vram(self) -> int:
@@ -207,7 +249,8 @@ class SimulatedRunner:
 
     async def start(self) -> None:
         self._work.of(self._name).loads += 1
-        await asyncio.sleep(self._profile.load)
+        with self._stall.load():
+            await asyncio.sleep(self._profile.load)
 
     async def close(self) -> None:
         return None
@@ -225,6 +268,7 @@ class SimulatedRunner:
         if fault := self._faults.take(self._name):
             await show(fault, self._faults)
         await asyncio.sleep(count / self._profile.prefill)
+        await self._stall.over()
         seed = hashlib.shake_256(text.encode()).digest(_WIDTH)
         vector = [byte / 127.5 - 1.0 for byte in seed]
         length = math.sqrt(sum(value * value for value in vector))
@@ -264,6 +308,7 @@ class SimulatedRunner:
             delay = due + sent / profile.decode - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
+            due += await self._stall.over()
             if fault and sent >= fault.after_tokens and (sent or fault.kind in _SLOW or fault.kind == "nonsense"):
                 due += fault.delay if fault.kind in _SLOW else 0.0
                 await show(fault, self._faults)
