@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.fleet.hanging import FADES, IDLE, PREFILL, RATE, SILENCE, STEP_MAX, Rates, Runner, needs, stays
+from corral.fleet.hanging import (
+    FADES,
+    IDLE,
+    LOADS,
+    PREFILL,
+    RATE,
+    SILENCE,
+    STEP_MAX,
+    Rates,
+    Runner,
+    needs,
+    patience,
+    stays,
+)
 from corral.fleet.hanging import LONG as COUNTS
 from corral.fleet.node import Node, NodeState
 
@@ -26,18 +39,18 @@ class Watched:
         self.now = 100.0
         self.runner = Runner("node-1", "m:latest", self.now)
 
-    def look(self, works: Works, later: float = LOOK, loaded: bool = True) -> bool:
+    def look(self, works: Works, later: float = LOOK, loaded: bool = True, patience: float = 0.0) -> bool:
         """The next look; `works` are its requests then: when they were sent, and what they need."""
         self.now += later
         for sent, need in works:
             self.runner.works(sent, need)
-        return self.runner.look(self.now, loaded)
+        return self.runner.look(self.now, loaded, patience)
 
-    def hangs_after(self, works: Works, most: float = 1000.0) -> float:
+    def hangs_after(self, works: Works, most: float = 1000.0, patience: float = 0.0) -> float:
         """Seconds until it hangs with these requests."""
         works, began = list(works), self.now
         for _ in range(int(most / LOOK)):
-            if self.look(works):
+            if self.look(works, patience=patience):
                 return self.now - began
         return most
 
@@ -117,6 +130,43 @@ def test_a_gateway_that_stood_still_sees_no_runner_hang() -> None:
     watched = Watched()
     assert not watched.look([(watched.now, SILENCE)], later=3600.0)
     assert watched.runner.waited == STEP_MAX
+
+
+def test_a_load_excuses_for_as_long_as_it_should_take_and_one_that_nobody_timed_for_a_while() -> None:
+    assert patience() == patience(1.0) == LOADS
+    assert patience(100.0) == 150.0
+
+
+def test_a_silence_beside_a_load_is_excused_up_to_a_bound() -> None:
+    watched = Watched()
+    assert watched.hangs_after([(watched.now, SILENCE)], patience=20.0) == 20.0 + SILENCE + LOOK
+    watched.runner.token = watched.now + LOOK / 2
+    assert not watched.look([], patience=20.0)
+    assert watched.hangs_after([(watched.now, SILENCE)], patience=20.0) == 20.0 + SILENCE + LOOK, "another silence"
+
+
+def test_what_was_silent_before_a_load_and_after_it_counts() -> None:
+    watched = Watched()
+    waits = [(watched.now, SILENCE)]
+    watched.hangs_after(waits, 3.0)
+    watched.hangs_after(waits, 10.0, patience=20.0)
+    assert (watched.runner.waited, watched.runner.excused) == (3.0, 10.0)
+    assert watched.hangs_after(waits) == SILENCE - 3.0 + LOOK
+
+
+def test_one_load_after_the_other_hides_no_runner_for_ever() -> None:
+    watched = Watched()
+    waits = [(watched.now, SILENCE)]
+    seconds = 0.0
+    while not watched.look(waits, patience=20.0 if int(seconds) % 9 else 0.0):
+        seconds += LOOK
+        assert seconds <= 20.0 + SILENCE + LOOK
+
+
+def test_a_long_prompt_that_comes_beside_a_load_has_its_time_behind_it() -> None:
+    watched = Watched()
+    watched.hangs_after([(watched.now, LONG)], 10.0, patience=20.0)
+    assert watched.hangs_after([(watched.now, LONG)]) == LONG + LOOK
 
 
 def test_a_runner_is_forgotten_once_it_is_not_used() -> None:

@@ -25,11 +25,24 @@ STEP_MAX: Final = 1.0
 """A look that comes later than so many seconds after the last one says that the gateway stood still, not the runner."""
 IDLE: Final = 60.0
 """After so many seconds without work, what was before it is forgotten."""
+LOADS: Final = 15.0
+"""Seconds that a load of another model on the same node excuses, at least: as many as one that was never timed."""
+LOADS_SHARE: Final = 1.5
+"""So many times what it should take a load excuses, as in `corral.fleet.tickets.wait_bound`."""
 
 
 def needs(estimate: int, rate: float) -> float:
     """For how long a runner may be silent that reads a prompt of so many tokens, at so many a second (seconds)."""
     return max(SILENCE, PREFILL * estimate / rate)
+
+
+def patience(load: float = 0.0) -> float:
+    """For how long in all a runner may be silent beside a load of another model that should take so long (seconds; 0:
+    nobody knows). The load takes the disk, the bus and the memory that the runner's tokens need.
+
+    It is a bound, so that a load that hangs hides no runner that does.
+    """
+    return max(LOADS, LOADS_SHARE * load)
 
 
 class Rates:
@@ -57,7 +70,8 @@ class Runner:
     """A runner as the requests that were sent to it show it. Times are monotonic seconds.
 
     ``token`` is when it last gave one, to whomever; ``waited`` for how many seconds it has had work since then, and
-    ``budget`` for how many it may: as the longest prompt needs that it has, or had a moment ago.
+    ``budget`` for how many it may: as the longest prompt needs that it has, or had a moment ago. ``excused`` are those
+    that loads of other models took beside it, and no part of ``waited``.
 
     At each look, `works` is called for each request that it has, then `look`.
     """
@@ -67,6 +81,7 @@ class Runner:
         self.model = model
         self.token = 0.0
         self.waited = 0.0
+        self.excused = 0.0
         self.budget = SILENCE
         self._looked = now
         self._worked = now
@@ -82,10 +97,11 @@ class Runner:
         self._needs = max(self._needs, need)
         self._has = True
 
-    def look(self, now: float, loaded: bool = True) -> bool:
+    def look(self, now: float, loaded: bool = True, patience: float = 0.0) -> bool:
         """Whether it has given no token for longer than it may, and has work now.
 
         One that is not ``loaded`` never has, however long the load takes: its time begins when it is in memory.
+        While its node loads another model it has not either, for up to ``patience`` seconds of one silence.
         """
         before, has, need = self._looked, self._has, self._needs
         self._looked, self._has, self._needs = now, False, SILENCE
@@ -97,6 +113,10 @@ class Runner:
         if not loaded:
             return False
         step = min(STEP_MAX, max(0.0, now - max(before, self._sent, self.token)))
+        excused = self.excused < patience
+        if excused:
+            self.excused += step
+            step = 0.0
         self.waited += step
         if need >= self.budget:
             self.budget, self._gone = need, 0.0
@@ -106,11 +126,11 @@ class Runner:
             self._gone += step
             if self._gone > SILENCE:
                 self.budget, self._gone = need, 0.0
-        return self.waited > self.budget
+        return not excused and self.waited > self.budget
 
     def anew(self) -> None:
         """What was before says nothing of it any more: it gave a token, or was loaded again."""
-        self.waited = self._gone = 0.0
+        self.waited = self.excused = self._gone = 0.0
         self.budget = SILENCE
 
     def unused(self, now: float) -> bool:

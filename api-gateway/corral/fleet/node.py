@@ -27,7 +27,8 @@ class Node:
     set when it failed this gateway, ``gone_until`` when it did not answer to the end. ``suspects`` are models whose
     runners seem to hang there, ``lost`` those that it said not to hold, whatever control says, each until when it is
     not asked for them (monotonic seconds), ``failed`` how often it failed at a model since it last answered for it.
-    ``on_cpu`` are models that run there on the CPU though a GPU is expected.
+    ``on_cpu`` are models that run there on the CPU though a GPU is expected. ``loading`` are models that are loaded
+    there now, and for how many seconds that excuses the silence of the others' runners.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Node:
     lost: dict[str, float] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
     on_cpu: frozenset[str] = frozenset()
+    loading: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.header = b"X-Corral-Node: %b\r\n" % self.name.encode()
@@ -64,6 +66,11 @@ class Node:
         self.held = frozenset(model["name"] for model in self.tags)
         self.resident = frozenset(model["name"] for model in self.ps)
         self.on_cpu = frozenset(entry.get("on_cpu") or ())
+        self.loading = {name: float(seconds) for name, seconds in (entry.get("loading") or {}).items()}
+
+    def patience(self, model: str) -> float:
+        """For how many seconds the loads of other models excuse a silence of this one's runner there."""
+        return max([0.0, *[seconds for name, seconds in self.loading.items() if name != model]])
 
 
 @lru_cache(4096)

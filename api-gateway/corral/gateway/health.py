@@ -4,7 +4,8 @@ A runner is a model on a node. It is suspect when it has had work for its budget
 (`corral.fleet.hanging`), or when it has failed so many in a row, and gets no new work (`corral.fleet.choose`). Then it
 is asked for one token (the canary). One that gives it is clear; one that does not is ejected: its streams are given up,
 to be tried or gone on with elsewhere, and it is asked again until it answers. What is not in the node's memory is
-loading, and no runner's fault; nor are requests whose caller takes no more bytes.
+loading, and no runner's fault; nor are requests whose caller takes no more bytes. While a node loads a model, the
+runners of its others have more time, up to a bound.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from corral.fleet.hanging import SILENCE, Rates, Runner, stays
+from corral.fleet.hanging import SILENCE, Rates, Runner, patience, stays
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.fleet.pools import counted
 from corral.gateway.admit import EMBEDS
@@ -44,14 +45,16 @@ log = logging.getLogger(__name__)
 
 
 class Canary(Handler):
-    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again).
+    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again). ``excused``:
+    for how many seconds of its silence loads of other models were the reason.
 
     ``embeds``: it is asked to embed one, as nothing else was: most such models can do nothing else, and their node
     would say so for them.
     """
 
-    def __init__(self, gateway: Gateway, node: Node, model: str, due: float, embeds: bool) -> None:
+    def __init__(self, gateway: Gateway, node: Node, model: str, due: float, embeds: bool, excused: float) -> None:
         self._gateway, self.node, self.model, self.due, self.embeds = gateway, node, model, due, embeds
+        self.excused = excused
         self.asked = self.until = 0.0
         self.answered = self.ejected = False
         self._status = 0
@@ -135,6 +138,7 @@ class Health:
         self._runners: dict[tuple[str, str], Runner] = {}
         self._rates, self._embed_rates = Rates(), Rates()
         self.canaries: dict[tuple[str, str], Canary] = {}
+        self._asked_for: set[tuple[str, str]] = set()
         self.crowding = Crowding()
         self.ejections = self.frozen = 0
 
@@ -152,12 +156,12 @@ class Health:
 
     def token(self, exchange: Exchange, first: bool, now: float) -> None:
         """A runner gave a token, or a part of what has none. Of the rates at which prompts are read the slowest counts,
-        and fades."""
+        and fades; what was read beside a load says nothing of it."""
         runner = exchange.runner
         if runner is not None:
             runner.token = exchange.token = now
         decoded = exchange.decoded
-        if first and decoded is not None:
+        if first and decoded is not None and (runner is None or not runner.excused):
             self.rates(decoded).learn(exchange.model, decoded.reads, now - exchange.sent)
 
     def rates(self, decoded: Decoded) -> Rates:
@@ -191,8 +195,14 @@ class Health:
                 if decoded.upstream_path not in EMBEDS and now - exchange.sent > need and now - runner.token < GOES_ON:
                     self.crowding.note((runner.node, runner.model), exchange.record_id, now)
             runner.works(exchange.sent, need)
+        # Where nobody leads, nodes load what requests ask of them, and control has not begun it.
+        self._asked_for = {
+            (runner.node, runner.model)
+            for runner, streams in used.items()
+            if runner.model not in _resident(nodes, runner) and any([not one.token for one in streams])
+        }
         for key, runner in list(self._runners.items()):
-            hangs = runner.look(now, runner.model in _resident(nodes, runner))
+            hangs = runner.look(now, runner.model in _resident(nodes, runner), self._patience(key))
             if hangs and key not in self.canaries and not self._holds_back(runner, used[runner], now):
                 self._suspect(key, now, "no token comes of", _embeds(used[runner]))
             if runner not in used and runner.unused(now):
@@ -202,6 +212,15 @@ class Health:
                 self._failing(node, now)
         for key, canary in list(self.canaries.items()):
             self._go_on(key, canary, used, now)
+
+    def _patience(self, key: tuple[str, str]) -> float:
+        """For how long in all the loads of its node's other models excuse a runner's silence (seconds)."""
+        name, model = key
+        node = self._gateway.snapshot.nodes.get(name)
+        found = node.patience(model) if node is not None and node.loading else 0.0
+        if self._asked_for and any([one[0] == name and one[1] != model for one in self._asked_for]):
+            found = max(found, patience())
+        return found
 
     def _holds_back(self, runner: Runner, streams: list[Exchange], now: float) -> bool:
         """Whether a silent runner's node may hold back what may become a call of a tool.
@@ -236,7 +255,9 @@ class Health:
             return
         log.warning("%s: %s %s: it gets no new ones until it gives a token", node.name, why, runner[1])
         node.suspects |= {runner[1]}
-        self.canaries[runner] = Canary(self._gateway, node, runner[1], now, embeds)
+        known = self._runners.get(runner)
+        excused = known.excused if known is not None else 0.0
+        self.canaries[runner] = Canary(self._gateway, node, runner[1], now, embeds, excused)
 
     def _go_on(self, key: tuple[str, str], canary: Canary, used: dict[Runner, list[Exchange]], now: float) -> None:
         node, runner = canary.node, self._runners.get(key)
@@ -247,6 +268,9 @@ class Health:
                 canary.ask(now)
         elif runner is not None and runner.token > canary.asked:
             self._clear(key, canary, now)  # a stream went on: the token waits in a queue
+        elif now >= canary.until and not canary.ejected and canary.excused < self._patience(key):
+            canary.excused += CANARY  # its token may come late for the same reason: it stays asked
+            canary.until = now + CANARY
         elif now >= canary.until:
             canary.close()
             canary.due = now + AGAIN

@@ -1,0 +1,163 @@
+"""What a gateway makes of silent runners beside loads of other models on their nodes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from corral.fleet.hanging import LOADS, SILENCE
+from corral.fleet.node import Node
+from corral.gateway import health as compiled
+from corral.gateway.health import CANARY, Canary, Health
+
+pytestmark = pytest.mark.skipif(
+    not (compiled.__file__ or "").endswith(".py"), reason="compiled, it takes no gateway of a test's own"
+)
+
+LOOK = 0.5
+MODEL, BIG, LOST = "m:latest", "big:latest", "lost:latest"
+
+
+class Looking:
+    """A gateway that looks each half second at its streams on node-1 of two; its canaries are asked and never answer.
+
+    ``running`` are its streams; ``eject`` looks until a runner is ejected.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Canary, "ask", lambda canary, now: setattr(canary, "until", now + CANARY))
+        monkeypatch.setattr(Canary, "close", lambda canary: setattr(canary, "until", 0.0))
+        self.nodes = {name: Node(name, f"http://{name}", 4) for name in ("node-1", "node-2")}
+        for node in self.nodes.values():
+            node.update(self._entry())
+        self.running: list[Any] = []
+        snapshot = SimpleNamespace(nodes=self.nodes, group_of={})
+        gateway: Any = SimpleNamespace(
+            snapshot=snapshot, running=self.running, between_tokens=600.0, suspects=SimpleNamespace(suspects=())
+        )
+        self.health = Health(gateway)
+        self.now = 100.0
+
+    @staticmethod
+    def _entry(**more: Any) -> dict[str, Any]:
+        models = [{"name": name} for name in (MODEL, BIG, LOST)]
+        entry = {"url": "http://x", "state": "ready", "tags": models, "ps": [{"name": MODEL}, {"name": BIG}]}
+        return entry | more
+
+    def loads(self, **models: float) -> None:
+        """Control says that node-1 loads these (by their short names), and what that excuses."""
+        loading = {f"{name}:latest": seconds for name, seconds in models.items()}
+        self.nodes["node-1"].update(self._entry(loading=loading))
+
+    def stream(self, model: str = MODEL) -> Any:
+        """A request that is sent to node-1."""
+        decoded = SimpleNamespace(upstream_path="/api/chat", responder=None, body=b"", reads=0)
+        made = SimpleNamespace(model=model, decoded=decoded, paused=False, deadline=1e9, record_id="r")
+        self.health.sent(made, self.nodes["node-1"], self.now)  # type: ignore[arg-type]
+        self.running.append(made)
+        return made
+
+    def look(self, seconds: float) -> None:
+        """Look for so long."""
+        for _ in range(round(seconds / LOOK)):
+            self.now += LOOK
+            self.health.look(self.now)
+
+    def ejected_after(self, most: float = 200.0) -> float:
+        """Seconds until a runner is ejected."""
+        began, before = self.now, self.health.ejections
+        while self.health.ejections == before and self.now - began < most:
+            self.look(LOOK)
+        return self.now - began
+
+
+@pytest.fixture
+def looking(monkeypatch: pytest.MonkeyPatch) -> Looking:
+    return Looking(monkeypatch)
+
+
+ALONE = SILENCE + CANARY + 2 * LOOK
+"""Seconds until a runner is ejected that hangs beside nothing."""
+
+
+def test_a_runner_that_hangs_alone_is_ejected_after_its_budget_and_its_canary(looking: Looking) -> None:
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_a_runner_beside_a_load_is_ejected_after_the_bound_alone(looking: Looking) -> None:
+    looking.loads(big=40.0)
+    looking.stream()
+    looking.look(40.0)
+    assert not looking.health.canaries, "it is not even doubted"
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_a_load_of_its_own_excuses_no_runner(looking: Looking) -> None:
+    looking.loads(m=40.0)
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_a_load_on_another_node_excuses_none(looking: Looking) -> None:
+    looking.nodes["node-2"].update(looking._entry(loading={BIG: 40.0}))
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_a_load_that_begins_while_a_canary_is_asked_excuses_it(looking: Looking) -> None:
+    stream = looking.stream()
+    looking.look(SILENCE + 3.0)
+    assert looking.health.canaries and "m:latest" in looking.nodes["node-1"].suspects
+    looking.loads(big=40.0)
+    looking.look(30.0)
+    assert looking.health.ejections == 0
+    stream.runner.token = looking.now
+    looking.look(LOOK)
+    assert not looking.health.canaries and not looking.nodes["node-1"].suspects
+
+
+def test_a_canary_beside_a_load_that_hangs_is_excused_up_to_the_bound(looking: Looking) -> None:
+    looking.stream()
+    looking.look(SILENCE + 3.0)
+    looking.loads(big=40.0)
+    assert looking.ejected_after() == pytest.approx(40.0 + CANARY, abs=CANARY + LOOK)
+
+
+def test_a_runner_that_is_ejected_stays_so_whatever_is_loaded_beside_it(looking: Looking) -> None:
+    stream = looking.stream()
+    looking.ejected_after()
+    looking.loads(big=40.0)
+    other = looking.stream()
+    looking.look(2 * CANARY)
+    assert max(stream.deadline, other.deadline) <= looking.now, "who came since waits for the load"
+
+
+def test_a_model_that_a_request_has_loaded_excuses_the_others(looking: Looking) -> None:
+    """Nobody leads: control has begun no load, and Ollama loads what it is asked for."""
+    looking.stream(LOST)
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(LOADS + ALONE, abs=CANARY)
+
+
+def test_what_gives_tokens_though_control_does_not_see_it_in_memory_excuses_none(looking: Looking) -> None:
+    looking.stream(LOST).token = looking.now
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_how_fast_a_prompt_was_read_beside_a_load_is_not_learned(looking: Looking) -> None:
+    looking.loads(big=40.0)
+    stream = looking.stream()
+    stream.decoded.reads = 1000
+    looking.look(10.0)
+    looking.health.token(stream, True, looking.now)
+    assert looking.health.rates(stream.decoded).needs(MODEL, 1000) == 30.0, "what it is until it is known"
+    looking.loads()
+    looking.look(LOOK)
+    again = looking.stream()
+    again.decoded.reads = 1000
+    looking.health.token(again, True, looking.now + 2.0)
+    assert looking.health.rates(again.decoded).needs(MODEL, 1000) == 6.0
