@@ -135,6 +135,22 @@ def test_a_runner_that_gives_no_token(node: Node, fault: str) -> None:
     canary_until(node, lambda: node.member.measured.canary_ok)
 
 
+def test_one_that_is_late_beside_another_controls_load_does_not_hang(node: Node) -> None:
+    release = threading.Event()
+
+    def silent(path: str) -> tuple[int, dict[str, Any]]:
+        release.wait(20)
+        return 200, DONE
+
+    node.answer = silent
+    node.member.measured.elsewhere = {"big:latest": 15.0}
+    canary_until(node, lambda: len(node.asked) > 2)
+    assert node.member.measured.canary_ok is None
+    node.member.measured.elsewhere = {"m:latest": 15.0}
+    canary_until(node, lambda: node.member.measured.canary_ok is False)
+    release.set()
+
+
 def test_a_model_that_still_loads_has_time(node: Node) -> None:
     node.member.measured.resident(set(), time.monotonic())
     node.member.measured.resident({"m:latest"}, time.monotonic())

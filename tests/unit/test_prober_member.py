@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 
-from corral.control.measured import gpu_shares
 from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import aside
 
@@ -72,7 +71,7 @@ def on_gpu(*shares: float, **more: object) -> Member:
     made = member(**more)
     for share in shares:
         made.ps = [{"name": "m:1", "size": 1000, "size_vram": int(share * 1000)}]
-        made.measured.shares(gpu_shares(made.ps))
+        made.measured.holds(made.ps)
     return made
 
 

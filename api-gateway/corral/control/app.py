@@ -37,6 +37,7 @@ from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyReloader, plan_from, plan_of
 from corral.control.leading import Leading
 from corral.control.ledger import Ledger
+from corral.control.loads import Loads
 from corral.control.modelops import Worker
 from corral.control.monitor import Monitor
 from corral.control.ollama import Ollama
@@ -104,6 +105,7 @@ class Application:
             if not await _told(control):
                 tasks.append(asyncio.create_task(_catch_up(control)))
             tasks.append(asyncio.create_task(_canary(control).run()))
+            tasks.append(asyncio.create_task(Loads(control.valkey, control.fleet).run()))
             control.leading.wanted = self._settings.control.placement
             if control.leading.wanted:
                 tasks.append(asyncio.create_task(control.leading.run()))

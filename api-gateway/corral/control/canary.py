@@ -1,7 +1,8 @@
 """The canary: a generation of one token on a resident model of each node, since a hung runner's API still answers.
 
 It loads nothing, keeps no model longer than it would have stayed, and sends the options that gateways send, so that
-no runner is loaded anew. A node whose slots are all in use is left alone: its streams are watched by the gateways. The
+no runner is loaded anew. A node whose slots are all in use is left alone: its streams are watched by the gateways. It
+is not asked while this control loads something there, and late beside a load of another control's is not hung. The
 verdict is only shown (`corral.control.node_metrics`).
 """
 
@@ -19,8 +20,10 @@ import httpx
 
 from corral.config.settings import CanarySettings
 from corral.control import answers
-from corral.control.measured import Residence
+from corral.control.measured import Residence, number
 from corral.control.prober import Fleet, Member
+from corral.fleet.dispatch import SAMPLE_MIN
+from corral.fleet.fallback import RESTORED, Pace
 from corral.fleet.node import canonical_name
 from corral.store.asking import http_client
 from corral.wire.options import NO_POLICY, ModelPolicy, check
@@ -28,6 +31,8 @@ from corral.wire.options import NO_POLICY, ModelPolicy, check
 TICK = 1.0
 LOADING = 60.0
 """So long a model that has just become resident may need before it answers."""
+LEAST = 2.0
+"""So long it may take besides before the first token (seconds)."""
 FOREVER = 10 * 365 * 86400.0
 
 log = logging.getLogger(__name__)
@@ -84,6 +89,9 @@ class Canary:
             async with member.loads:
                 for entry in (await answers.resident(client, member.url, model, self._settings.timeout))[:1]:
                     await self._prove(client, member, entry, residence)
+                    pace = member.measured.paces.get(model)
+                    if pace is not None and pace.fallen and not residence.failing:
+                        await self._time(client, member, entry, pace, 1 + (running or 0))
         except (httpx.HTTPError, TimeoutError, ValueError):
             return  # it does not even say what is resident: the prober's to judge
 
@@ -97,6 +105,8 @@ class Canary:
             async with asyncio.timeout(patience):
                 await self._generate(client, member, entry)
         except Exception as error:
+            if member.measured.elsewhere.keys() - {canonical_name(model)}:
+                return  # the load has what its tokens need
             if member.up and member.measured.residents.get(model) is residence:
                 if not residence.failing:
                     log.warning("%s: no token from %s: %r", member.name, model, error)
@@ -106,11 +116,28 @@ class Canary:
         member.measured.canary_success = time.time()
         residence.proven, residence.failing = True, False
 
-    async def _generate(self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any]) -> None:
-        """Have it generate. ValueError where the answer is none."""
+    async def _time(
+        self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any], pace: Pace, beside: int
+    ) -> None:
+        """See how fast a model is that has become slow: it gets no streams that would tell, where others have it."""
+        # What takes twice as long is none that is as fast as it was.
+        seconds = LEAST + 2 * SAMPLE_MIN * RESTORED / pace.good
+        try:
+            async with asyncio.timeout(seconds):
+                said = await self._generate(client, member, entry, SAMPLE_MIN)
+        except (httpx.HTTPError, TimeoutError, ValueError):
+            return
+        tokens, spent = number(said.get("eval_count")), number(said.get("eval_duration")) / 1e9
+        if tokens > 1 and spent > 0:
+            pace.note(tokens / spent, beside, time.time())
+
+    async def _generate(
+        self, client: httpx.AsyncClient, member: Member, entry: dict[str, Any], tokens: int = 1
+    ) -> dict[str, Any]:
+        """Have it generate; what it says of that. ValueError where the answer is none."""
         model = entry["name"]
         policy = self._policies.get(canonical_name(model), NO_POLICY)
-        wanted = {"num_predict": 1, "temperature": 0.0}
+        wanted = {"num_predict": tokens, "temperature": 0.0}
         options = check({name: value for name, value in wanted.items() if name not in policy.refused}, policy)
         body = {"model": model, "keep_alive": stays(entry.get("expires_at"), time.time()), "options": options}
         if model not in self._embeds:
@@ -123,8 +150,10 @@ class Canary:
             status, content = await answers.fetch(client, "POST", member.url + "/api/embed", body | {"input": "a"})
         if status != 200:
             raise ValueError(f"status {status}: {answers.shown(content)}")
-        if answers.value(content).get("error"):
+        said = answers.value(content)
+        if said.get("error"):
             raise ValueError(f"no answer: {answers.shown(content)}")
+        return said
 
 
 def due(residents: Mapping[str, Residence], now: float, interval: float) -> str | None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from corral.fleet.dispatch import SAMPLE_MIN
+from corral.fleet.fallback import Pace, Streams
+from corral.fleet.hanging import patience
+from corral.fleet.node import canonical_name
 
 GLANCE = 2.0
 """So much later than it happened may be seen what becomes resident."""
@@ -47,10 +53,17 @@ class Measured:
     """Resident models whose load control has timed itself."""
     rates: dict[str, float] = field(default_factory=dict)
     on_gpu: dict[str, float] = field(default_factory=dict)
+    paces: dict[str, Pace] = field(default_factory=dict)
+    """Of models that were on an accelerator, by the node's word."""
+    streams: Streams = field(default_factory=Streams)
     canary_duration: float | None = None
     canary_success: float | None = None
     probe_failures: int = 0
     asked: bool = False
+    begun: dict[str, float] = field(default_factory=dict)
+    """Models that this control loads there now, and for how long that excuses other runners (seconds)."""
+    elsewhere: dict[str, float] = field(default_factory=dict)
+    """The same, of other controls."""
 
     def held(self, names: Iterable[str]) -> None:
         """Models that the node has on disk: they are counted from here on."""
@@ -65,6 +78,8 @@ class Measured:
             del self.residents[name]
             self.told.discard(name)
             self.unloads[name] += 1
+            if name in self.paces:
+                self.paces[name].restart()
         for name in names - self.residents.keys():
             self.residents[name] = Residence(now, self.asked, time.time())
             if self.asked:
@@ -73,10 +88,54 @@ class Measured:
                 self.waited(name, *self.unseen.pop(name))
         self.asked = True
 
-    def shares(self, shares: Mapping[str, float]) -> None:
-        """Of models in memory, the share that is on an accelerator now."""
+    def holds(self, ps: Iterable[Mapping[str, Any]]) -> None:
+        """The entries of an `/api/ps`: what is on an accelerator now, and of what its speed is."""
+        ps = list(ps)
+        shares = gpu_shares(ps)
         for name, share in shares.items():
             self.on_gpu[name] = max(share, self.on_gpu.get(name, 0.0))
+        # An older version may stand beside the new one for a moment.
+        for name, version in {one["name"]: (one.get("digest"), one.get("size")) for one in reversed(ps)}.items():
+            pace = self.paces.get(name)
+            if (pace is None and shares.get(name, 0.0) > 0.0) or (pace is not None and pace.version != version):
+                self.paces[name] = Pace(version)
+
+    def decoded(self, model: str, tokens: int, began: float, ended: float) -> None:
+        """A stream has made so many tokens between these (epoch seconds)."""
+        beside = self.streams.note(began, ended)
+        pace = self.paces.get(model)
+        if pace is None or tokens < SAMPLE_MIN or ended <= began or self._loaded_since(began):
+            return
+        pace.note(tokens / (ended - began), beside, ended)
+
+    def _loaded_since(self, moment: float) -> bool:
+        """Whether something was loaded there since (epoch seconds): streams were slow beside that."""
+        came = [residence.appeared for residence in self.residents.values() if residence.fresh]
+        return bool(self.loading) or max(came, default=0.0) > moment
+
+    @property
+    def slow(self) -> dict[str, str]:
+        """Resident models that are as slow as on a CPU though the node says that they are not there; how slow."""
+        return {
+            name: f"{name} gives {pace.last:.3g} tokens/s there and gave {pace.good:.3g}, as if it ran on its CPU"
+            for name, pace in self.paces.items()
+            if pace.fallen and name in self.residents
+        }
+
+    @contextmanager
+    def loads_now(self, model: str, seconds: float = 0.0) -> Iterator[None]:
+        """Control loads a model there, which should take so many seconds (0: as long as it took the last time)."""
+        name = canonical_name(model)
+        self.begun[name] = round(patience(seconds or self.load_seconds.get(name, 0.0)), 1)
+        try:
+            yield
+        finally:
+            self.begun.pop(name, None)
+
+    @property
+    def loading(self) -> dict[str, float]:
+        """Models that are loaded there now, and for how long that excuses the silence of other runners (seconds)."""
+        return self.elsewhere | self.begun
 
     def loaded(self, model: str, seconds: float) -> None:
         """Control has loaded a model, and knows how long that took."""

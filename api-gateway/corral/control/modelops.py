@@ -200,7 +200,8 @@ class Worker:
         started = time.monotonic()
         work.progress = {"status": "loading"}
         operation.touch()
-        await node.load(name, self._catalogue.options(name))
+        with member.measured.loads_now(name):
+            await node.load(name, self._catalogue.options(name))
         entries = [entry for entry in await node.resident(name) if digest_of(str(entry.get("digest"))) == held]
         if not entries:
             raise StepFailed("the node says that it loaded, but it is not in memory (is there room for it?)")

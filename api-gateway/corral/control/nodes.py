@@ -24,7 +24,8 @@ from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyUnwritten
-from corral.control.prober import TIMEOUT, Member
+from corral.control.prober import Member
+from corral.control.reached import TIMEOUT
 from corral.store.database import insert
 from corral.store.tables import nodes
 

@@ -170,7 +170,8 @@ def _residents(entries: list[dict[str, Any]], on_cpu: list[str]) -> Iterator[Met
         ("corral_node_model_vram_bytes", "Of it, on the accelerator.", vram),
     ):
         yield labelled(GaugeMetricFamily, name, text, ("model",), values)
-    yield gauge("corral_node_cpu_fallback", "1 while a GPU node has most of a model in main memory.", bool(on_cpu))
+    text = "1 while a GPU node has most of a model in main memory, or is as slow as if it had."
+    yield gauge("corral_node_cpu_fallback", text, bool(on_cpu))
 
 
 def _canary(member: Member) -> Iterator[Metric]:

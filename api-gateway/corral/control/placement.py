@@ -335,7 +335,8 @@ class Placement:
         began = loop.time()
         try:
             async with member.loads:
-                await self._node(member).load(model_of(model), self._options(model_of(model)))
+                with member.measured.loads_now(model_of(model), self.known[model].load.value):
+                    await self._node(member).load(model_of(model), self._options(model_of(model)))
             self.known[model].load.note(loop.time() - began)
             member.measured.loaded(model_of(model), loop.time() - began)
             self.finished(member.name, model, RESIDENT, loop.time())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,16 +13,15 @@ import httpx
 
 from corral.control import answers
 from corral.control.measured import HEARD, Measured, gpu_shares, overbooked
+from corral.control.reached import TIMEOUT, UNREACHED, reason
 from corral.fleet.brakes import Standing, spared
 from corral.fleet.catalogue import is_own
 from corral.fleet.dispatch import Speeds
 from corral.store.asking import http_client
 
 INTERVAL = 1.0
-TIMEOUT = 2.0
 TAGS_INTERVAL = 5.0
 MISSES = 2
-UNREACHED = (httpx.NetworkError, httpx.TimeoutException, TimeoutError)
 
 T = TypeVar("T")
 
@@ -109,7 +107,10 @@ class Member:
         if suspects := self.suspects:
             said = (f"{name} gives no tokens there, says {', '.join(by)}" for name, by in suspects.items())
             return "; ".join(said)
-        on_cpu = f"{', '.join(self.on_cpu)} runs on its CPU" if self.on_cpu else None
+        found, slow = self.on_cpu, self.measured.slow
+        told = [name for name in found if name not in slow]
+        parts = [f"{', '.join(told)} runs on its CPU"] if told else []
+        on_cpu = "; ".join([*parts, *(slow[name] for name in found if name in slow)])
         silent = [name for name, residence in self.measured.residents.items() if residence.failing]
         canary = f"its canary gets no token from {', '.join(sorted(silent))}" if silent else None
         return self.preloading or self.warning or on_cpu or canary or overbooked(self.crowded, self.slots)
@@ -127,13 +128,14 @@ class Member:
     @property
     def on_cpu(self) -> list[str]:
         """Models most of which are in main memory, though a GPU was declared; else, of which less than half as much as
-        once is on one. Sorted. Where nothing was declared and none was ever on a GPU, nothing is at fault."""
+        once is on one; and such as are far slower than they were, whatever the node says. Sorted. Where nothing was
+        declared and none was ever on a GPU, nothing is at fault."""
         if self.accelerator == "cpu" or not self.up:
             return []
         seen, declared = self.measured.on_gpu, self.accelerator == "gpu"
         shares = gpu_shares(self.ps).items()
         found = [name for name, share in shares if share < (1.0 if declared else seen.get(name, 0.0)) / 2]
-        return sorted(name for name in found if not is_own(name))
+        return sorted(name for name in {*found, *self.measured.slow} if not is_own(name))
 
     def entry(self) -> dict[str, Any]:
         """The node in the gateways' snapshot."""
@@ -147,6 +149,7 @@ class Member:
             "tags": self.usable,
             "ps": [entry for entry in self.ps if not is_own(entry["name"])] if self.up else [],
             "on_cpu": self.on_cpu,
+            "loading": self.measured.loading,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -341,7 +344,7 @@ class Fleet:
         member.ps = ps
         member.measured.held(entry["name"] for entry in member.usable)
         member.measured.resident(names, now)
-        member.measured.shares(gpu_shares(ps))
+        member.measured.holds(ps)
         silent = member.misses >= MISSES
         member.up, member.misses, member.error = True, 0, None
         if returned:
@@ -375,25 +378,3 @@ class Fleet:
 
 async def _nobody() -> None:
     return None
-
-
-def _system(error: BaseException | None) -> str | None:
-    """The system's own word for why there is no connection, which libraries wrap in theirs."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            # asyncio writes the address where the system's word would be; errors of names have words of their own.
-            known = os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
-            return known.lower()
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def reason(error: Exception) -> str:
-    """Why a node could not be asked, for people."""
-    if isinstance(error, TimeoutError | httpx.TimeoutException):
-        return f"no answer within {TIMEOUT:g} s"
-    if isinstance(error, httpx.ConnectError):
-        return f"no connection: {_system(error) or error}"[:200]
-    if type(error) is ValueError:
-        return str(error)[:200]
-    return f"{type(error).__name__}: {error}"[:200]

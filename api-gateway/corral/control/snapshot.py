@@ -182,6 +182,7 @@ class Hub:
                 *(node.name, node.url, node.slots, node.memory, node.state, node.version, node.usable),
                 node.resident if node.up else [],
                 node.on_cpu,
+                node.measured.loading,
             ]
             for node in self._fleet.members.values()
         ]

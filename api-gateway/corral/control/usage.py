@@ -56,3 +56,5 @@ def _note_speed(row: dict[str, Any], member: Member, speeds: Speeds) -> None:
     if row["outcome"] == "ok" and tokens and tokens >= RATE_TOKENS and whole > first:
         measured.rates[model] = (tokens - 1) / (whole - first) * 1e3
         speeds.note(member.name, model, tokens - 1, (whole - first) / 1e3)
+        if row["attempts"] == 1:
+            measured.decoded(model, tokens - 1, row["ts"] + first / 1e3, row["ts"] + whole / 1e3)
