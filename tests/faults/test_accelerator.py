@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 from support.fleet import MODEL, SIMULATION, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
 from support.load import CHAT, WHOLE
 from support.process import until
 
+from corral.fleet.dispatch import SAMPLE_MIN
+from corral.fleet.fallback import SAMPLES
+
+LIAR = "liar:latest"
 FALLBACK = "corral_node_cpu_fallback"
 SCRAPE = 15.0
 """Seconds between two looks of Prometheus."""
@@ -20,8 +25,10 @@ SCRAPE = 15.0
 def on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet whose nodes say that models are in a GPU's memory; nothing of it was declared."""
     folder = tmp_path_factory.mktemp("gpus")
-    nodes = [SimulatedNode(f"node-{number}", folder, {**SIMULATION, "gpu": True}) for number in (1, 2)]
-    with run_fleet(folder, "20s", nodes=nodes) as made:
+    models = [*SIMULATION["models"], {"name": LIAR, "load": 0.1, "prefill": 5000.0, "decode": 100.0, "slots": 64}]
+    simulation = {"models": models, "gpu": True, "max_loaded": 9}
+    nodes = [SimulatedNode(f"node-{number}", folder, simulation) for number in (1, 2)]
+    with run_fleet(folder, "20s", nodes=nodes, canary="1s") as made:
         made.all_ready()
         made.stack.until_continued(MODEL, seconds=60)
         yield made
@@ -56,3 +63,36 @@ def test_a_node_that_falls_back_to_its_cpu_is_said_and_avoided(
     until(lambda: on_gpus.node_says("node-1", FALLBACK) == 0, "it is over", 10)
     measured = f"in {said:.1f} s, then 0 of {sum(settled < a.began < avoided for a in load.answers)} requests on it"
     matrix("GPU lost, node goes on with its CPU", "<= 1 scrape (15 s), traffic to others", measured)
+
+
+def test_a_node_that_says_nothing_of_its_cpu_is_known_by_its_speed(
+    on_gpus: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    node = on_gpus.nodes["node-1"]
+    for each in on_gpus.nodes.values():
+        httpx.post(each.url + "/api/generate", json={"model": LIAR, "keep_alive": -1}).raise_for_status()
+    until(lambda: on_gpus.residents(LIAR) == {"node-1", "node-2"}, "both have it", 10)
+    with on_gpus.load(LIAR, clients=3, paths=[CHAT], tokens=[SAMPLE_MIN + 1], name="liar", fresh=True) as load:
+        load.more(5 * SAMPLES, "node-1")
+        node.fault(kind="slow", delay=0.3, model=LIAR)
+        fell = time.monotonic()
+        until(lambda: on_gpus.node_says("node-1", FALLBACK) == 1, "it is said", 120, every=0.2)
+        said = time.monotonic() - fell
+        load.until(lambda _: time.monotonic() > fell + said + 1.5, "gateways have heard")
+        settled = time.monotonic()
+        load.more(40)
+        avoided = time.monotonic()
+        sizes = [on_gpus.node_says("node-1", f"corral_node_model_{one}_bytes", model=LIAR) for one in ("size", "vram")]
+        reason = on_gpus.reasons()["node-1"]
+        # Nobody uses it, and control sees by itself that it is as fast as it was.
+        node.well()
+        well = time.monotonic()
+        until(lambda: on_gpus.node_says("node-1", FALLBACK) == 0, "it is over", 60, every=0.2)
+        back = time.monotonic() - well
+        load.more(4, "node-1")
+    assert load.unlike(WHOLE) == []
+    assert {a.node for a in load.answers if settled < a.began < avoided} == {"node-2"}
+    assert sizes[0] == sizes[1] > 0, "its word says more than its speed"
+    assert "as if it ran on its CPU" in reason
+    measured = f"in {said:.0f} s, then 0 of {sum(settled < a.began < avoided for a in load.answers)} requests on it"
+    matrix("GPU lost, /api/ps says nothing of it", "by 8 slow streams", f"{measured}; back in {back:.0f} s")

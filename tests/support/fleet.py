@@ -92,10 +92,11 @@ class Fleet:
         nodes: Sequence[SimulatedNode] = (),
         slots: int = 64,
         memory: str = "",
+        canary: str = "15s",
         **gateway: Any,
     ) -> None:
         """``patience``: longest wait for a token; ``first``: the node that is node-1; ``nodes``: all of them; ``slots``
-        and ``memory`` of each; ``gateway``: more of its settings.
+        and ``memory`` of each; ``canary``: between two of control's; ``gateway``: more of its settings.
         """
         self.folder = folder
         self._exits = exits
@@ -114,6 +115,7 @@ class Fleet:
             "gateway": {"processes": 2, "first_token": patience, "between_tokens": patience, **gateway},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": self.valkey.url},
+            "control": {"canary": {"interval": canary}},
         }
         # As many at once as the simulated models take: who waits, waits at the node.
         each = {"slots": slots} | ({"memory": memory} if memory else {})
@@ -299,8 +301,9 @@ def fleet(
     nodes: Sequence[SimulatedNode] = (),
     slots: int = 64,
     memory: str = "",
+    canary: str = "15s",
     **gateway: Any,
 ) -> Iterator[Fleet]:
     """The fleet, started; ended with the block."""
     with ExitStack() as exits:
-        yield Fleet(folder, exits, patience, first, nodes, slots, memory, **gateway)
+        yield Fleet(folder, exits, patience, first, nodes, slots, memory, canary, **gateway)
