@@ -34,6 +34,7 @@ MODULES = (
     "gateway/exchange.py",
     "gateway/heads.py",
     "gateway/health.py",
+    "gateway/heartbeat.py",
     "gateway/journal.py",
     "gateway/listen.py",
     "gateway/local.py",

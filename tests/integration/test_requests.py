@@ -32,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         exits.callback(lambda: node.process.end(signal.SIGKILL))
         store = exits.enter_context(valkey(folder))
         settings = {
-            "gateway": {"processes": 2, "continuation": False},
+            "gateway": {"processes": 2, "continuation": False, "queue": {"heartbeat": "1s"}},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
             "store": {"valkey": store.url},
             "nodes": [{"name": node.name, "url": node.url, "slots": 1}],
@@ -160,6 +160,26 @@ def test_cancel_of_one_that_waits_is_a_403_and_the_trail_says_who(site: Stack, c
     [acted] = [row for row in trail if row["route"] == f"/admin/requests/{own['id']}/cancel" and row["status"] == 200]
     admins = [key["id"] for key in site.corral("keys", "list") if key["role"] == "admin"]
     assert acted["key"] in admins and acted["before"]["request_id"] == "unwanted"
+
+
+def test_cancel_of_one_that_waits_and_has_its_head_is_told_in_band(site: Stack, callers: ThreadPoolExecutor) -> None:
+    asked(site, callers, "holds")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "stream": True}
+    headers = site.headers() | {"X-Request-ID": "beaten"}
+    with httpx.stream("POST", site.url + "/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert (next(lines), next(lines)) == (": waiting", "")
+        assert site.corral("requests", "cancel", "beaten")["state"] == "queued"
+        said = [line for line in lines if line not in (": waiting", "")]
+    assert answer.status_code == 200
+    [error] = [json.loads(line.removeprefix("data: "))["error"] for line in said]
+    assert (error["code"], error["message"]) == ("cancelled", "the request was cancelled by an operator")
+
+    def rows() -> list[dict[str, Any]]:
+        return [row for row in site.corral("audit", "list", "--limit", "200") if row["request_id"] == "beaten"]
+
+    until(lambda: rows() and rows()[0]["outcome"], "its record is there")
+    assert [(row["status"], row["outcome"]) for row in rows()] == [(403, "cancelled")]
 
 
 def test_what_is_not_there_or_is_not_one_cannot_be_cancelled(site: Stack, callers: ThreadPoolExecutor) -> None:

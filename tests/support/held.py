@@ -41,10 +41,10 @@ class Held:
         self._free.release(count)
 
 
-def queueing(folder: Path, wait: str, length: int) -> AbstractContextManager[Gateway]:
-    """A gateway whose queue is as long, and whose keys have no limits."""
+def queueing(folder: Path, wait: str, length: int, **queue: str) -> AbstractContextManager[Gateway]:
+    """A gateway whose queue is as long, and whose keys have no limits; `queue`: further settings of its queue."""
     limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
-    return gateway(folder, gateway={"queue": {"length": length, "wait": wait}}, limits=limits)
+    return gateway(folder, gateway={"queue": {"length": length, "wait": wait, **queue}}, limits=limits)
 
 
 def leading(gw: Gateway, gateways: int = 1) -> Leader:

@@ -113,6 +113,12 @@ class QueueSettings(Section):
 
     length: Whole = Field(256, ge=0, description="Requests that may wait per model.")
     wait: Duration = Field(30.0, description="Longest wait for a slot.")
+    heartbeat: Duration | None = Field(
+        None,
+        ge=1,
+        description="A stream of server-sent events without a token for so long begins with a comment, and has one as "
+        "often until its first token (15s suits most proxies); errors are told in it from then on. None given: none.",
+    )
 
 
 class RequestSettings(Section):

@@ -163,7 +163,7 @@ class Exchange(State):
         else:
             gateway = self.gateway
             keep(decoded, gateway.snapshot, gateway.hashes is not None, gateway.content_wanted(self.key))
-            self._node_header = node.header
+            self.node_header = node.header
         self.gateway.running.add(self)
         self.ask(node, decoded, now)
 
@@ -206,7 +206,10 @@ class Exchange(State):
             self.connection.send(out)
         elif responder.started:
             self.opened = True
-            self.connection.begin(self._head(responder.content_type), out, self.keep_alive, self.modern)
+            if self.headed:
+                self.connection.send(out)
+            else:
+                self.connection.begin(heads.relayed(self, responder.content_type), out, self.keep_alive, self.modern)
 
     def answered(self) -> None:
         """The node's answer is whole."""
@@ -225,11 +228,11 @@ class Exchange(State):
             self.not_understood(attempt.node)
             self.attempt_failed(attempt.node, Failure.NONSENSE, None)
             return
-        if self.opened:
+        if self.opened or self.headed:
             self._settle(200, "ok", END, b"", rest)
         else:
             ending = STREAM if responder.stream else RESPOND
-            self._settle(200, "ok", ending, self._head(responder.content_type), rest)
+            self._settle(200, "ok", ending, heads.relayed(self, responder.content_type), rest)
 
     def not_understood(self, node: Node) -> None:
         """Log the fault, the gateway's own or the node's, that is being handled."""
@@ -280,7 +283,7 @@ class Exchange(State):
             try:
                 self.decoded = decode(self.path, self.body, self.request_id, key, self.gateway.snapshot)
             except ApiError as error:
-                self.refuse(error)
+                self.give_up(error, settle.outcome_of(error.status))
                 return
         self.gateway.queue.again(self, monotonic())
 
@@ -289,10 +292,6 @@ class Exchange(State):
         self.resumption = resume
         self._tail, self.paused = b"", False
         self.gateway.queue.again(self, monotonic())
-
-    def _head(self, content_type: str) -> bytes:
-        rates = self.own_headers
-        return heads.relayed(content_type, self.request_id, self._node_header, self.attempts, self.queue_ms, rates)
 
     # -- the end
 
@@ -307,8 +306,10 @@ class Exchange(State):
 
     def give_up(self, error: ApiError, outcome: str) -> None:
         """End with an error, whatever was sent before."""
-        if not self.opened:
-            self.refuse(error, outcome if outcome in settle.ENDED_BY_US else "")
+        if not self.opened and outcome not in settle.ENDED_BY_US:
+            outcome = settle.outcome_of(error.status)
+        if not (self.opened or self.headed):
+            self.refuse(error, outcome)
             return
         self.keep_alive = False
         self._settle(error.status, outcome, END, b"", errors.in_band(self.api, error, self.request_id))

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from corral.wire.errors import ApiError
+
+if TYPE_CHECKING:
+    from corral.gateway.state import State
 
 JSON: Final = b"Content-Type: application/json\r\n"
 
 
-def relayed(content_type: str, request_id: str, node: bytes, attempts: int, queue_ms: float, rates: bytes) -> bytes:
-    """Those of a node's answer; `node` and `rates` are lines already."""
+def relayed(exchange: State, content_type: str) -> bytes:
+    """Those of a node's answer."""
     parts = (
         b"Content-Type: ",
         content_type.encode(),
         b"\r\nX-Request-ID: ",
-        request_id.encode(),
+        exchange.request_id.encode(),
         b"\r\n",
-        node,
+        exchange.node_header,
         b"X-Corral-Attempts: ",
-        str(attempts).encode(),
+        str(exchange.attempts).encode(),
         b"\r\nX-Corral-Queue-Ms: ",
-        str(int(queue_ms)).encode(),
+        str(int(exchange.queue_ms)).encode(),
         b"\r\n",
-        rates,
+        exchange.own_headers,
     )
     return b"".join(parts)
+
+
+def early(content_type: str, request_id: str, rates: bytes) -> bytes:
+    """Those of a stream that begins before it is known which node answers; `rates` are lines already."""
+    head = (b"Content-Type: ", content_type.encode(), b"\r\nX-Request-ID: ", request_id.encode(), b"\r\n", rates)
+    return b"".join(head)
 
 
 def own(request_id: str, rates: bytes) -> bytes:

@@ -21,6 +21,7 @@ from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
 from corral.gateway.health import Health
+from corral.gateway.heartbeat import beat
 from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
@@ -66,6 +67,7 @@ class Gateway:
         self.max_duration = gateway.max_duration
         self.first_token = gateway.first_token
         self.between_tokens = gateway.between_tokens
+        self.heartbeat = gateway.queue.heartbeat or 0.0
         self.stale_after = settings.auth.stale
         nodes = urlsplit(gateway.nodes_url)
         self.nodes_address = (nodes.hostname or "127.0.0.1", nodes.port or 80)
@@ -239,6 +241,9 @@ class Gateway:
         self.crashing.sweep(now)
         for exchange in list(self.running):
             exchange.check(now)
+        if self.heartbeat:
+            for exchange in self.running:
+                beat(exchange, self.heartbeat, now)
         self.upstreams.sweep(now)
         if now - self._progressed >= PROGRESS:
             self._progressed = now

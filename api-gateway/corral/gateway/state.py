@@ -34,7 +34,8 @@ class State(Waiter):
     ``waiting`` while it has a ticket, ``fresh`` before the first attempt at a further batch of it, ``beginnings`` those
     of its prompt (`corral.fleet.dispatch`), ``most`` how long it may take, ``own_headers`` lines that its answer has
     whatever it is, ``opened`` once a part of a node's answer was sent, ``overdue`` once it took longer than it may,
-    ``seen`` the answer's tokens when last some of it came.
+    ``seen`` the answer's tokens when last some of it came. ``headed`` once the head was sent before any of that, with a
+    heartbeat; ``beaten`` is when the last of those was (`corral.gateway.heartbeat`), 0.0 before the first.
     ``sent`` is when its last attempt began, at ``runner``, ``token`` when that last gave one, 0.0 before its first.
     ``suspect`` is its prompt's fingerprint once that was at a runner's crash (`corral.gateway.crashing`).
     ``orphaned``, ``crashes``, ``lost`` and ``held_until`` are `corral.gateway.recover.History`'s.
@@ -87,13 +88,15 @@ class State(Waiter):
     _attempt: Attempt | None = None
     seen = 0
     paused = False
-    _node_header = b""
+    node_header = b""
     own_headers = b""
     _tail = b""
     _admitted = False
     _recorded = False
     settled = False
     opened = False
+    headed = False
+    beaten = 0.0
     overdue = False
     _ending = NOTHING
     _status = 0
