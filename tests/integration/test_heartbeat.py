@@ -168,7 +168,7 @@ def choices(lines: list[str]) -> list[dict[str, Any]]:
     return [one["choices"][0] for one in chunks if one["choices"]]
 
 
-@pytest.mark.parametrize("gw", ["2s"], indirect=True)
+@pytest.mark.parametrize("gw", ["3s"], indirect=True)
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
 def test_who_waited_too_long_is_told_in_band_and_each_byte_is_counted(
     gw: Gateway, leader: Leader, callers: ThreadPoolExecutor, path: str
@@ -184,7 +184,7 @@ def test_who_waited_too_long_is_told_in_band_and_each_byte_is_counted(
     chunks = re.findall(rb"[0-9a-f]+\r\n((?:.+\n)+\n)\r\n", data.partition(b"\r\n\r\n")[2])
     assert chunks[:-1] and set(chunks[:-1]) == {b": waiting\n\n"}
     error = told(chunks[-1].decode().split("\n")[:-1], path)
-    assert "no slot for 'm' within 2 s; retry in" in error["message"]
+    assert "no slot for 'm' within 3 s; retry in" in error["message"]
     assert error["type"] == ("overloaded_error" if path == MESSAGES else "api_error")
     record = gw.control.settled("late")
     assert (record["status"], record["outcome"], record["tokens"]) == (503, "overloaded", 0)
@@ -245,7 +245,8 @@ def test_comments_are_no_progress_a_silent_node_is_given_up(tmp_path: Path) -> N
     with gateway(tmp_path, gateway=BEATS | {"first_token": "2s"}) as gw:
         for node in gw.nodes:
             node.script = [node.wait_for_close] * 3
-        with streamed(gw.url, gw, CHAT, **{"X-Request-ID": "late"}) as (_, lines):
+        late = {"X-Request-ID": "late", "X-Corral-Deadline-Ms": "45000"}
+        with streamed(gw.url, gw, CHAT, **late) as (_, lines):
             beats(lines, 4)  # of more than one attempt
             assert "silent for too long (3 attempts)" in told(events(list(lines)), CHAT)["message"]
         record = gw.control.settled("late")
@@ -256,10 +257,10 @@ def test_a_deadline_is_told_in_band(tmp_path: Path) -> None:
     with gateway(tmp_path, gateway=BEATS) as gw:
         for node in gw.nodes:
             node.script = [node.wait_for_close]
-        late = {"X-Request-ID": "late", "X-Corral-Deadline-Ms": "2500"}
+        late = {"X-Request-ID": "late", "X-Corral-Deadline-Ms": "4000"}
         with streamed(gw.edge, gw, MESSAGES, **late) as (_, lines):
             beats(lines, 1)
-            assert "longer than 2.5 s" in told(events(list(lines)), MESSAGES)["message"]
+            assert "longer than 4 s" in told(events(list(lines)), MESSAGES)["message"]
         record = gw.control.settled("late")
         assert (record["status"], record["outcome"]) == (504, "timeout")
         until(lambda: any(node.ended.is_set() for node in gw.nodes), "its node has stopped")
