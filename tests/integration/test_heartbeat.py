@@ -52,10 +52,11 @@ def body(path: str, stream: bool = True) -> dict[str, Any]:
     return {"model": "m", "stream": stream} | said
 
 
-def both(connection: socket.socket) -> None:
-    """A node's whole answer; its lines do for a chat and for a completion."""
+def both(connection: socket.socket, rest: threading.Event | None = None) -> None:
+    """A node's whole answer; its lines do for a chat and for a completion. `rest`: what the second one waits for."""
     connection.sendall(HEAD)
     for word in ("one ", "two ", ""):
+        assert word != "two " or rest is None or rest.wait(60)
         line = {"model": "m:latest", "message": {"role": "assistant", "content": word}, "response": word}
         line |= {"done": not word}
         if not word:
@@ -125,18 +126,22 @@ def test_who_waits_has_the_head_and_comments_and_then_the_very_same_stream(
 ) -> None:
     """Comments come while it has a ticket, and while its node reads the prompt or loads the model."""
     placed(gw, leader, 1, "node-1")
-    node, gate = gw.nodes[0], threading.Event()
+    node, gate, rest = gw.nodes[0], threading.Event(), threading.Event()
     node.script = [both]
     with streamed(gw.url, gw, path, **{"X-Request-ID": "quick"}) as (quick, lines):
         expected = list(lines)
-    held, runs = first_runs(gw, callers, after(gate, both))
+    held, runs = first_runs(gw, callers, after(gate, lambda connection: both(connection, rest)))
     with streamed(gw.edge, gw, path, **{"X-Request-ID": "late"}) as (late, lines):
         beats(lines, 2)
         held.release()
         until(lambda: node.requests[-1]["headers"][b"x-request-id"] == b"late", "the node has it")
         beats(lines, 2)
         gate.set()
-        assert alike(events(list(lines))) == alike(expected)
+        came = [next(lines)]
+        while not came[-1].startswith("data: "):
+            came.append(next(lines))
+        rest.set()
+        assert alike(events(came + list(lines))) == alike(expected)
     assert runs.result().status_code == 200
     assert (late.status_code, late.headers["Content-Type"]) == (200, quick.headers["Content-Type"])
     assert (late.headers["X-Request-ID"], late.headers["X-Corral-Queue-Position"]) == ("late", "1")
