@@ -242,7 +242,7 @@ class Gateway:
         for exchange in list(self.running):
             exchange.check(now)
         if self.heartbeat:
-            for exchange in self.running:
+            for exchange in list(self.running):
                 beat(exchange, self.heartbeat, now)
         self.upstreams.sweep(now)
         if now - self._progressed >= PROGRESS:
