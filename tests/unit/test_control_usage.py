@@ -62,3 +62,14 @@ def test_waits_of_batches_make_no_load_shorter(queue_ms: float, loads: list[floa
     told = row(ts=10.0, queue_ms=queue_ms, ttft_ms=1000.0, ms=3000.0, tokens=0)
     usage.ingested(Taken(0, [], [told]), Tenants(), Members(member))  # type: ignore[arg-type]
     assert list(member.measured.load_seconds.values()) == [pytest.approx(load) for load in loads]
+
+
+@pytest.mark.parametrize(("ttft_ms", "told"), [(100.0, True), (1070.0, False)])
+def test_an_answer_that_was_held_back_tells_no_pace(ttft_ms: float, told: bool) -> None:
+    """As Ollama holds back what may become the call of a tool: all of it comes with the first token."""
+    usage, member = Usage(), Member("a", "http://a:1")
+    member.measured.held(["m:latest"])
+    member.measured.holds([{"name": "m:latest", "size": 10, "size_vram": 10, "digest": "d"}])
+    pace = member.measured.paces["m:latest"]
+    usage.ingested(Taken(0, [], [row(ttft_ms=ttft_ms)]), Tenants(), Members(member))  # type: ignore[arg-type]
+    assert bool(pace._seen) == told

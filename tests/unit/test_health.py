@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from corral.fleet.hanging import LOADS, SILENCE
 from corral.fleet.node import Node
 from corral.gateway import health as compiled
-from corral.gateway.health import CANARY, Canary, Health
+from corral.gateway.health import CANARY, HEARD, Canary, Health
 
 pytestmark = pytest.mark.skipif(
     not (compiled.__file__ or "").endswith(".py"), reason="compiled, it takes no gateway of a test's own"
@@ -27,18 +28,23 @@ class Looking:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Canary, "ask", lambda canary, now: setattr(canary, "until", now + CANARY))
+        monkeypatch.setattr(Canary, "ask", self._asked)
         monkeypatch.setattr(Canary, "close", lambda canary: setattr(canary, "until", 0.0))
         self.nodes = {name: Node(name, f"http://{name}", 4) for name in ("node-1", "node-2")}
         for node in self.nodes.values():
             node.update(self._entry())
         self.running: list[Any] = []
-        snapshot = SimpleNamespace(nodes=self.nodes, group_of={})
+        snapshot = SimpleNamespace(nodes=self.nodes, group_of={}, heard=inf)
+        self.snapshot = snapshot
         gateway: Any = SimpleNamespace(
             snapshot=snapshot, running=self.running, between_tokens=600.0, suspects=SimpleNamespace(suspects=())
         )
         self.health = Health(gateway)
         self.now = 100.0
+
+    @staticmethod
+    def _asked(canary: Canary, now: float) -> None:
+        canary.until, canary.open = now + CANARY, True
 
     @staticmethod
     def _entry(**more: Any) -> dict[str, Any]:
@@ -105,6 +111,22 @@ def test_a_load_on_another_node_excuses_none(looking: Looking) -> None:
     looking.nodes["node-2"].update(looking._entry(loading={BIG: 40.0}))
     looking.stream()
     assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_a_control_that_is_away_says_no_more_that_a_load_is_over(looking: Looking) -> None:
+    looking.loads(big=600.0)
+    looking.snapshot.heard = looking.now
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(HEARD + ALONE, abs=2 * LOOK)
+
+
+def test_a_canary_that_was_answered_badly_is_not_waited_for_beside_a_load(looking: Looking) -> None:
+    looking.stream()
+    looking.look(SILENCE + LOOK)
+    (canary,) = looking.health.canaries.values()
+    canary.open = False  # the node has closed the connection
+    looking.loads(big=600.0)
+    assert looking.ejected_after() <= CANARY + LOOK
 
 
 def test_a_load_that_begins_while_a_canary_is_asked_excuses_it(looking: Looking) -> None:

@@ -103,3 +103,17 @@ def test_controls_tell_each_other_through_the_store(store: Server) -> None:
         await asyncio.wait({task})
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_without_a_store_nothing_is_known_of_others(store: Server) -> None:
+    async def run() -> None:
+        made = fleet()
+        loads = Loads(Valkey(store.url, timeout=5.0), made)
+        loads.hear({b"other": said(1, node_1={"big:latest": 40.0})}, 100.0)
+        task = asyncio.create_task(loads.run())
+        await asyncio.sleep(0)
+        assert made.members["node-1"].measured.loading == {}
+        task.cancel()
+        await asyncio.wait({task})
+
+    asyncio.run(run())

@@ -342,8 +342,9 @@ def test_a_store_that_was_flushed_has_forgotten_its_leader_too(store: Server) ->
 
     async def work() -> None:
         async with gateways(store.url, 1) as (one,):
-            for quiet, stands in ((30.0, False), (0.0, True)):
-                one.slots.quiet = quiet
+            for quiet, led, stands in ((30.0, True, False), (30.0, False, True), (0.0, True, True)):
+                await one.store.request(b"DEL", PREFIX + b"places:a")
+                one.slots.quiet, one.slots.was_led = quiet, led
                 one.slots.stand("a", [("n1", 1)])
                 await one.store.request(b"PING")
                 assert bool(await one.store.request(b"HGETALL", PREFIX + b"places:a")) == stands

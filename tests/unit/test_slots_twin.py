@@ -137,6 +137,8 @@ class Storm:
         draw = self.draw("troubles")
         all_of_it = ["kill", "leave", "stall", "pause", "flush", "flush", "cut", "cut", "leader", "look", "look"]
         draw.shuffle(all_of_it)
+        all_of_it.remove("kill")  # early: a lease has to run out after it
+        all_of_it.insert(draw.randrange(len(all_of_it) // 2), "kill")
         for trouble in all_of_it:
             await asyncio.sleep(SECONDS / len(all_of_it) * draw.uniform(0.5, 1.0))
             if trouble in ("kill", "leave"):

@@ -43,6 +43,8 @@ class Loads:
             try:
                 if self._store.connected:
                     await self.turn(time.monotonic())
+                else:
+                    self._put({})
             except (ValkeyDown, hiredis.HiredisError) as error:
                 log.debug("what other controls load is not known: %s", error)
                 self._put({})

@@ -13,6 +13,8 @@ from corral.store.ingest import Taken
 
 RATE_TOKENS = 8
 """From so many tokens on an answer tells a node's rate."""
+SPREAD = 4
+"""Of an answer that came as it was made, the time after the first token is that of so many tokens at least."""
 
 
 class Usage:
@@ -56,5 +58,6 @@ def _note_speed(row: dict[str, Any], member: Member, speeds: Speeds) -> None:
     if row["outcome"] == "ok" and tokens and tokens >= RATE_TOKENS and whole > first:
         measured.rates[model] = (tokens - 1) / (whole - first) * 1e3
         speeds.note(member.name, model, tokens - 1, (whole - first) / 1e3)
-        if row["attempts"] == 1:
+        # What was held back (as Ollama does with what may be the call of a tool) comes at once, whatever the node is.
+        if row["attempts"] == 1 and (whole - first) * tokens >= SPREAD * (whole - queued):
             measured.decoded(model, tokens - 1, row["ts"] + first / 1e3, row["ts"] + whole / 1e3)

@@ -137,6 +137,7 @@ class Feed:
             self._unkept = response.content
         elif response.status_code != 304:
             raise ValueError(f"status {response.status_code}")
+        self._snapshot.heard = now
         self._snapshot.confirmed = now - age
         if ASKED in response.headers:
             await self._reply(client)

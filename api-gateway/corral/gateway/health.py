@@ -40,13 +40,15 @@ CANARY: Final = 4.0
 CANARY_MAX: Final = 64 << 10
 """Bytes of an answer of one token."""
 AGAIN: Final = 1.0
+HEARD: Final = 6.0
+"""For so long what control said last of loads holds (seconds)."""
 
 log = logging.getLogger(__name__)
 
 
 class Canary(Handler):
-    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again). ``excused``:
-    for how many seconds of its silence loads of other models were the reason.
+    """One token asked of a suspect runner. ``ejected`` once it has not come; ``due``: when to ask (again); ``open``: it
+    may come yet. ``excused``: for how many seconds of its silence loads of other models were the reason.
 
     ``embeds``: it is asked to embed one, as nothing else was: most such models can do nothing else, and their node
     would say so for them.
@@ -56,7 +58,7 @@ class Canary(Handler):
         self._gateway, self.node, self.model, self.due, self.embeds = gateway, node, model, due, embeds
         self.excused = excused
         self.asked = self.until = 0.0
-        self.answered = self.ejected = False
+        self.answered = self.ejected = self.open = False
         self._status = 0
         self._said = b""
         self._slot = ""
@@ -65,6 +67,7 @@ class Canary(Handler):
     def ask(self, now: float) -> None:
         """Send it, on a connection and a slot of its own: those of the runner are with the streams that hang."""
         self.asked, self.until, self._status, self._said = now, now + CANARY, 0, b""
+        self.open = True
         gateway = self._gateway
         self._slot = gateway.new_id()
         group = gateway.snapshot.group_of.get(self.node.name, "")
@@ -73,6 +76,7 @@ class Canary(Handler):
 
     def _connected(self, connection: UpstreamConnection | OSError) -> None:
         if isinstance(connection, OSError):
+            self.open = False
             return
         if not self.until:
             connection.abort()
@@ -108,6 +112,7 @@ class Canary(Handler):
         self._end()
 
     def _end(self) -> None:
+        self.open = False
         self._gateway.queue.end(self._slot)
 
     def close(self) -> None:
@@ -202,7 +207,7 @@ class Health:
             if runner.model not in _resident(nodes, runner) and any([not one.token for one in streams])
         }
         for key, runner in list(self._runners.items()):
-            hangs = runner.look(now, runner.model in _resident(nodes, runner), self._patience(key))
+            hangs = runner.look(now, runner.model in _resident(nodes, runner), self._patience(key, now))
             if hangs and key not in self.canaries and not self._holds_back(runner, used[runner], now):
                 self._suspect(key, now, "no token comes of", _embeds(used[runner]))
             if runner not in used and runner.unused(now):
@@ -213,11 +218,14 @@ class Health:
         for key, canary in list(self.canaries.items()):
             self._go_on(key, canary, used, now)
 
-    def _patience(self, key: tuple[str, str]) -> float:
+    def _patience(self, key: tuple[str, str], now: float) -> float:
         """For how long in all the loads of its node's other models excuse a runner's silence (seconds)."""
         name, model = key
-        node = self._gateway.snapshot.nodes.get(name)
-        found = node.patience(model) if node is not None and node.loading else 0.0
+        snapshot = self._gateway.snapshot
+        node = snapshot.nodes.get(name)
+        # A control that is away says no more that a load is over.
+        told = node is not None and node.loading and now - snapshot.heard <= HEARD
+        found = node.patience(model) if node is not None and told else 0.0
         if self._asked_for and any([one[0] == name and one[1] != model for one in self._asked_for]):
             found = max(found, patience())
         return found
@@ -268,7 +276,7 @@ class Health:
                 canary.ask(now)
         elif runner is not None and runner.token > canary.asked:
             self._clear(key, canary, now)  # a stream went on: the token waits in a queue
-        elif now >= canary.until and not canary.ejected and canary.excused < self._patience(key):
+        elif now >= canary.until and not canary.ejected and canary.open and canary.excused < self._patience(key, now):
             canary.excused += CANARY  # its token may come late for the same reason: it stays asked
             canary.until = now + CANARY
         elif now >= canary.until:

@@ -41,7 +41,7 @@ class Snapshot:
     ``disabled`` are models that nobody may use for now, by canonical name. ``caps`` are those of the settings.
     ``known``: some node ever told its models; before that, nothing can be said to be missing. ``continuable`` has the
     digest of each model whose answers another node can go on with. ``on_cpu`` are the nodes with models that fell back
-    to the CPU.
+    to the CPU. ``heard`` is when control last answered, in monotonic seconds.
     """
 
     def __init__(self, defaults: Mapping[str, int | None], caps: Caps = CAPS) -> None:
@@ -49,6 +49,7 @@ class Snapshot:
         self.caps = caps
         self.version = ""
         self.confirmed = NEVER_YET
+        self.heard = NEVER_YET
         self.keys: dict[str, Key] = {}
         self.tenants: dict[str, Budget] = {}
         self.verified: dict[bytes, Key] = {}

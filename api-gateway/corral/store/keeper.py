@@ -67,7 +67,8 @@ async def keep(slots: Slots) -> None:
                     await renew(slots)
                     renewed = monotonic()
                 slots.led = bool(await store.request(b"EXISTS", LEADER))
-                slots.told = connection
+                slots.was_led = slots.was_led or slots.led
+                slots.told, slots.unheard = connection, False
                 slots.catch_up()
                 await _poll(slots)
         except (OSError, ValkeyDown, hiredis.ReplyError) as error:

@@ -125,8 +125,9 @@ class Slots:
     while the store was there and did not grant, for it is still told of what is held: they are asked for once it does,
     with when they came (monotonic seconds). ``told`` is the store's connection (`Valkey.connections`) on which it was
     told of what is held; ``until`` is when the lease ends if it is not renewed (monotonic seconds); ``led``: somebody
-    says what stands where. ``length`` is how many may wait for a model, as the store reads it, ``quiet`` for how long a
-    leader may say nothing to a store that was flushed (seconds).
+    says what stands where, ``was_led``: somebody has. ``length`` is how many may wait for a model, as the store reads
+    it, ``quiet`` for how long a leader may say nothing to a store that was flushed (seconds). ``unheard``: slots were
+    given here without the store.
     """
 
     def __init__(self, store: Valkey, gateway: str, length: int = MOST, lease: float = LEASE) -> None:
@@ -138,7 +139,7 @@ class Slots:
         self.early: dict[str, tuple[Wanted, Heard, float]] = {}
         self.told = 0
         self.until = inf
-        self.led = False
+        self.led = self.was_led = False
         self.channel = PREFIX + b"wake:" + self.gateway
         self.gateways: Callable[[], int] = lambda: 1
         """How many gateways there are, at most: so many are waited for when the store has forgotten."""
@@ -149,8 +150,8 @@ class Slots:
         self.quiet = QUIET
         self.length = b"%d" % length
         self._early_since = 0.0
-        self._unheard = False
-        """Whether slots were given here without the store."""
+        self.unheard = False
+        self._ungranted = -inf
         self._ending: list[bytes] = []
         self._known: dict[tuple[str, int, str], bytes] = {}
         self._name = words(self.gateway)
@@ -180,21 +181,16 @@ class Slots:
     def connected(self) -> None:
         """There is a connection again."""
         self._early_since = 0.0
-        if self._unheard:
+        if self.unheard and monotonic() - self._ungranted >= self.lease:
             self._ungrant()
         self.on_back()
         self.on_lost()
 
     def _ungrant(self) -> None:
         """Have the store give nothing before every gateway has told what it holds: this one has given slots without it,
-        and others may have. It is the first word on a connection."""
-        self._unheard = False
-
-        def heard(reply: Any) -> None:
-            if isinstance(reply, Exception):
-                self._unheard = True
-
-        self.store.call(encode(b"DEL", GRANTS, EPOCH), heard)
+        and others may have. The first word on a connection; not on each, or one that flaps would stop them all."""
+        self._ungranted = monotonic()
+        self.store.call(encode(b"DEL", GRANTS, EPOCH, GRANTS + b"-told"), _ignore)
 
     # -- asking
 
@@ -225,7 +221,7 @@ class Slots:
         parts: list[bytes] = []
         for node, count in slots:
             parts += (node.encode(), b"%d" % count)
-        quiet = b"%d" % (self.quiet * 1e6)
+        quiet = b"%d" % (self.quiet * 1e6) if self.was_led else b"0"
         self.store.call(encode(b"EVALSHA", _STAND, b"0", model.encode(), quiet, *parts), _ignore)
 
     def _later(self, wanted: Wanted, heard: Heard) -> None:
@@ -319,7 +315,7 @@ class Slots:
         wanted.node = node
         self.held[wanted.id] = wanted
         if not self.store.connected:
-            self._unheard = True
+            self.unheard = True
         else:
             self.flush()  # the ticket that it had is given up first
             reads = b"1" if wanted.reads else b"0"
