@@ -1,12 +1,16 @@
-"""A control that runs, and the node that it knows."""
+"""A control that runs, and the node that it knows; a gateway's leader, and callers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.control import FakeNode, Running
+from support.gateway import Gateway
+from support.held import leading
+from support.leader import Leader
 
 
 @pytest.fixture
@@ -21,3 +25,15 @@ def control(tmp_path: Path, node: FakeNode, database_url: str) -> Iterator[Runni
     made = Running(tmp_path / "state", nodes=[{"url": node.url}], store={"database": database_url})
     yield made
     made.close()
+
+
+@pytest.fixture
+def leader(gw: Gateway) -> Leader:
+    """Who says what stands where, to the gateway of a file's own `gw`."""
+    return leading(gw)
+
+
+@pytest.fixture
+def callers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as pool:
+        yield pool

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.gateway import Gateway, says
-from support.held import MODEL, Held, hold, leading, led, placed, queueing
+from support.held import MODEL, Held, hold, led, placed, queueing
 from support.leader import Leader
 from support.process import until
 
@@ -22,17 +22,6 @@ from support.process import until
 def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
     with queueing(tmp_path, *getattr(request, "param", ("30s", 3))) as made:
         yield made
-
-
-@pytest.fixture
-def leader(gw: Gateway) -> Leader:
-    return leading(gw)
-
-
-@pytest.fixture
-def callers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(64) as pool:
-        yield pool
 
 
 def test_no_more_run_than_there_are_slots_and_the_others_have_their_turn(

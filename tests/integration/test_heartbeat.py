@@ -36,17 +36,6 @@ def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
         yield made
 
 
-@pytest.fixture
-def leader(gw: Gateway) -> Leader:
-    return leading(gw)
-
-
-@pytest.fixture
-def callers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
-
-
 def body(path: str, stream: bool = True) -> dict[str, Any]:
     said = {"prompt": "Guten Tag!"} if path == COMPLETIONS else SAID
     return {"model": "m", "stream": stream} | said

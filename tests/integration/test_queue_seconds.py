@@ -36,12 +36,6 @@ def gw(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gateway]:
         yield made
 
 
-@pytest.fixture
-def callers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as pool:
-        yield pool
-
-
 def counted(gw: Gateway, record: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds in the queue and on nodes that usage has of a request."""
     made = Database(resolve("sqlite:///usage.db", gw.folder))

@@ -38,12 +38,6 @@ def leader(gw: Gateway, second: Second) -> Leader:
     return leading(gw, gateways=2)
 
 
-@pytest.fixture
-def callers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(32) as pool:
-        yield pool
-
-
 def stays_so() -> None:
     """Let what should not change have the time to."""
     began = time.monotonic()

@@ -25,6 +25,10 @@ class Gateway:
         self.slots = Slots(self.store, name, length, lease)
         self.store.on_connect = self.slots.connected
         self.slots.gateways, self.slots.quiet = lambda: count, 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Connect, and tell and hear what a gateway does (again)."""
         works = (self.store.run(), keeper.listen(self.slots, self.ears), keeper.keep(self.slots))
         self.tasks = [asyncio.create_task(work) for work in works]
 
@@ -60,9 +64,7 @@ async def gateways(
     made = [Gateway(url, f"g{number}", lease, patience, count, length) for number in range(1, count + 1)]
     try:
         await granting(made[0])
-        async with asyncio.timeout(30):
-            while not all(one.slots.usable for one in made):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await usable(made)
         yield made
     finally:
         for one in made:
@@ -77,6 +79,13 @@ async def granting(gateway: Gateway, seconds: float = 30.0) -> None:
                 if gateway.store.connected and await gateway.store.request(b"EXISTS", GRANTS):
                     return
             await asyncio.sleep(0.02)
+
+
+async def usable(made: list[Gateway], seconds: float = 30.0) -> None:
+    """Wait until each of them may ask for slots."""
+    async with asyncio.timeout(seconds):
+        while not all(one.slots.usable for one in made):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def place(gateway: Gateway, node: str, model: str, state: str, generation: int, slots: int) -> bool:

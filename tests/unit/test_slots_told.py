@@ -10,7 +10,7 @@ import pytest
 from support.limits import flush
 from support.process import heeded
 from support.servers import STORES, Server, valkey
-from support.slots import Gateway, gateways, granting, place, settled
+from support.slots import Gateway, gateways, granting, place, settled, usable
 
 from corral.fleet.slots import PlaceState
 from corral.fleet.tickets import HEAD, NEVER, PICKY
@@ -318,8 +318,7 @@ def test_who_comes_back_first_gets_nothing_before_the_others_who_gave_slots_them
             for number in range(2):
                 other.slots.claim(Wanted(f"o{number}", "a"), "n1")
             for gateway in (one, other):
-                works = (gateway.store.run(), keeper.listen(gateway.slots, gateway.ears), keeper.keep(gateway.slots))
-                gateway.tasks = [asyncio.create_task(work) for work in works]
+                gateway.begin()
                 async with asyncio.timeout(10):
                     while not gateway.store.connected:  # noqa: ASYNC110
                         await asyncio.sleep(0.01)
@@ -327,9 +326,7 @@ def test_who_comes_back_first_gets_nothing_before_the_others_who_gave_slots_them
                     answer, turn = await one.ask(Wanted("t1", "a"))
                     assert not answer.node
             await granting(one)
-            async with asyncio.timeout(10):
-                while not (one.slots.usable and other.slots.usable):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await usable([one, other])
             assert await one.store.request(b"HGET", PREFIX + b"used:a", b"n1") == b"2" and not turn.done()
             other.slots.end("o0")
             assert (await asyncio.wait_for(turn, 10)).node == "n1"

@@ -23,6 +23,7 @@ from corral.control.prober import Fleet
 from corral.store import lease
 from corral.store.database import Database
 from corral.store.keeper import LEADER, TERM
+from corral.store.slots import QUIET
 from corral.store.valkey import Valkey, ValkeyDown
 
 TICK = 0.5
@@ -32,7 +33,7 @@ LEISURE = 4.0
 """Such a pause is so many times as long as the look itself: in a large fleet no more of a core goes into it."""
 RENEW = 2.0
 LEASE = 8.0
-KEY_MS = 3000
+KEY_MS = int(QUIET * 1000)
 """For so long gateways believe in a leader that says nothing."""
 HUNG = 15.0
 """A look at the fleet that lasts longer (seconds) is thought to hang: gateways stand in while who came when it began

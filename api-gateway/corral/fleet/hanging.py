@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from corral.fleet.node import Node, NodeState
+from corral.fleet.tickets import LOAD_SHARE
 
 SILENCE: Final = 5.0
 """Seconds without a token that any runner may take."""
@@ -27,8 +28,6 @@ IDLE: Final = 60.0
 """After so many seconds without work, what was before it is forgotten."""
 LOADS: Final = 15.0
 """Seconds that a load of another model on the same node excuses, at least: as many as one that was never timed."""
-LOADS_SHARE: Final = 1.5
-"""So many times what it should take a load excuses, as in `corral.fleet.tickets.wait_bound`."""
 
 
 def needs(estimate: int, rate: float) -> float:
@@ -42,7 +41,7 @@ def patience(load: float = 0.0) -> float:
 
     It is a bound, so that a load that hangs hides no runner that does.
     """
-    return max(LOADS, LOADS_SHARE * load)
+    return max(LOADS, LOAD_SHARE * load)
 
 
 class Rates:

@@ -35,6 +35,8 @@ HEAD: Final = "^"
 number behind it: as if it had come so many us ago, for it has waited elsewhere. Neither is turned away."""
 AEON: Final = 1e9
 """So much earlier than others starts who waits at the head (seconds)."""
+LOAD_SHARE: Final = 1.5
+"""A load that takes so many times what it should is still waited for."""
 
 
 class Request:
@@ -195,4 +197,4 @@ def wait_bound(queue_wait: float, load: float, drain: float, placed: bool) -> fl
     One for a model that is nowhere waits for a load, and for the room that must be made for it, whatever the queue's
     own bound is.
     """
-    return queue_wait if placed else max(queue_wait, 1.5 * load + drain)
+    return queue_wait if placed else max(queue_wait, LOAD_SHARE * load + drain)

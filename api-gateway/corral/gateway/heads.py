@@ -31,15 +31,9 @@ def relayed(exchange: State, content_type: str) -> bytes:
     return b"".join(parts)
 
 
-def early(content_type: str, request_id: str, rates: bytes) -> bytes:
-    """Those of a stream that begins before it is known which node answers; `rates` are lines already."""
-    head = (b"Content-Type: ", content_type.encode(), b"\r\nX-Request-ID: ", request_id.encode(), b"\r\n", rates)
-    return b"".join(head)
-
-
-def own(request_id: str, rates: bytes) -> bytes:
-    """Those of an answer that no node made."""
-    return b"".join((JSON, b"X-Request-ID: ", request_id.encode(), b"\r\n", rates))
+def own(request_id: str, rates: bytes, content_type: bytes = JSON) -> bytes:
+    """Those of an answer that no node made, or none yet; `rates` and `content_type` are lines already."""
+    return b"".join((content_type, b"X-Request-ID: ", request_id.encode(), b"\r\n", rates))
 
 
 def refusal(error: ApiError, request_id: str, rates: bytes) -> bytes:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
 
 EVENTS: Final = "text/event-stream"
+TYPE: Final = b"Content-Type: text/event-stream\r\n"
 COMMENT: Final = b": waiting\n\n"
 
 
@@ -33,5 +34,5 @@ def beat(exchange: Exchange, every: float, now: float) -> None:
         connection.send(COMMENT)
     else:
         exchange.headed = True
-        head = heads.early(EVENTS, exchange.request_id, exchange.own_headers)
+        head = heads.own(exchange.request_id, exchange.own_headers, TYPE)
         connection.begin(head, COMMENT, exchange.keep_alive, exchange.modern)

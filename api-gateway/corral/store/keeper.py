@@ -29,6 +29,7 @@ TERM = LEADER + b"-term"
 
 PLACE, LIVE = slots_script("slots_place"), slots_script("slots_live")
 TELL = script("rebuild", metered=False)
+"""Ends a step of a rebuild; that of limits (`corral.store.leases`) too."""
 SCRIPTS = (ASK, END, DECLARE, STAND, PLACE, LIVE, TELL)
 _ASK, _PLACE, _LIVE, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE, LIVE, DECLARE, TELL))
 

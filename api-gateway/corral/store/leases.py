@@ -28,6 +28,7 @@ from corral.store.budget import (
     script,
     sha,
 )
+from corral.store.keeper import TELL as REBUILD
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey, ValkeyDown, encode
 
@@ -43,7 +44,7 @@ ACTIVE_MAX = 2000
 ROUND = EPOCH + b"-round"
 """Names a store that is told what it last said; it becomes the epoch."""
 GATEWAYS = PREFIX + b"gateways"
-RENEWAL, REBUILD, FORGET, PRESENT = (script(name, metered=False) for name in ("renew", "rebuild", "forget", "present"))
+RENEWAL, FORGET, PRESENT = (script(name, metered=False) for name in ("renew", "forget", "present"))
 SCRIPTS = (ADMIT, ADMIT_SLOT, CHARGE, RESERVE, RESERVE_SLOT, SETTLE, DECLARE, USE, RENEWAL, REBUILD, FORGET, PRESENT)
 _RENEWAL, _REBUILD, _FORGET, _PRESENT = sha(RENEWAL), sha(REBUILD), sha(FORGET), sha(PRESENT)
 _DECLARE, _USE = sha(DECLARE), sha(USE)
