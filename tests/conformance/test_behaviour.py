@@ -8,6 +8,7 @@ import math
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -126,8 +127,14 @@ def test_unload_and_the_next_request_loads(bare: Target) -> None:
 
 
 def test_keep_alive_ends(bare: Target) -> None:
-    chat(bare, stream=False, keep_alive="1s")
-    until(lambda: send(bare, "GET", "/api/ps").last["models"] == [], "the model is unloaded after a second", 30)
+    def unloaded() -> bool:
+        models = send(bare, "GET", "/api/ps").last["models"]
+        if models and datetime.fromisoformat(models[0]["expires_at"]).timestamp() > time.time() + 2:
+            # The last caller's wins for everybody: the canary of a stack that has the node may have asked in its midst.
+            chat(bare, stream=False, keep_alive="1s")
+        return not models
+
+    until(unloaded, "the model is unloaded after a second", 30)
 
 
 def test_embeddings_are_vectors(target: Target) -> None:
