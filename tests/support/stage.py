@@ -189,6 +189,18 @@ class Stage:
         assert self.crowd is not None
         self.crowd.end()
 
+    def hang_under_callers(self) -> None:
+        """Have both nodes generate nothing any more, and callers come for whom they would."""
+        for node in self.nodes.values():
+            node.fault(kind="hang", model=MODEL)
+        self.come(MODEL)
+
+    def callers_go_on(self) -> None:
+        """Have the nodes go on with what hangs; the callers leave when they have their answers."""
+        for node in self.nodes.values():
+            node.well()
+        self.leave()
+
     def fill_valkey(self) -> None:
         """Leave Valkey hardly more memory than it uses now; it evicts nothing."""
         used = re.search(r"used_memory:(\d+)", self._valkey("INFO memory"))
