@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from support.load import CHAT, PROMPT, REFUSED, TOLD, WHOLE, Answer, Client, Load, after, body_of, json_of
 from support.pair import Pair
 from support.process import until
 from support.servers import MODEL
 
+from corral.fleet.slots import ABORTED_MAX
+
 Matrix = Callable[[str, str, str], None]
 pytestmark = pytest.mark.ollama
 BUDGET = 5.0
 CANCELLED_WITHIN = 1.0
+FREE_WITHIN = ABORTED_MAX + 0.5
+"""Seconds for which a slot may stay counted whose caller left while the prompt was read, and the look at it."""
+NUMBERS = 120
+"""Of four digits, in a prompt: some hundreds of tokens."""
+READ_FOR = 0.5
+"""Seconds of a runner's CPU after which it surely reads."""
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +142,61 @@ def test_a_caller_that_leaves_has_the_runner_stop(single: Pair, matrix: Matrix) 
     assert pieces <= record["tokens"] <= pieces + speed * CANCELLED_WITHIN
     measured = f"next answer in {took:.2f} s (idle: {alone:.2f} s); {record['tokens']} tokens on record, {pieces} read"
     matrix("caller leaves a real runner", "it stops <= 1 s", measured)
+
+
+def test_a_caller_that_leaves_while_its_prompt_is_read_keeps_its_slot_for_a_while(single: Pair, matrix: Matrix) -> None:
+    until(single.all_ready, "both nodes are in service", 30, every=0.3)
+    store = single.store()
+    until(lambda: store.counts(MODEL) == (0, 0), "nothing is held", 10)
+    other: dict[str, Any] = {"model": MODEL, "prompt": "a", "raw": True, "stream": False}
+    other["options"] = {"num_predict": 1}
+    for server in single.servers.values():
+        asked(server.url, other)
+    runners = {name: psutil.Process(single.loaded(name, MODEL)[0]) for name in single.servers}
+
+    def computed() -> dict[str, float]:
+        return {name: sum(runner.cpu_times()[:2]) for name, runner in runners.items()}
+
+    # How long it takes whoever stays; each begins with something else, which nobody has read.
+    def reads(first: int) -> dict[str, Any]:
+        prompt = " ".join(str(number) for number in range(first, first + NUMBERS))
+        return other | {"prompt": prompt}
+
+    whole = asked(single.servers["node-1"].url, reads(1000))
+    body = json.dumps(reads(5000) | {"stream": True}).encode()
+    address = urlsplit(single.stack.url)
+    head = f"POST /api/generate HTTP/1.1\r\nHost: {address.netloc}\r\nX-Request-ID: left-while-read\r\n"
+    head += f"Authorization: Bearer {single.stack.key}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port or 80), timeout=10) as caller:
+        before = computed()
+        caller.sendall(head.encode() + body)
+        until(lambda: sum(single.running().values()) == 1, "a node has it", every=0.01)
+        (name,) = [node for node, count in single.running().items() if count]
+        until(lambda: computed()[name] > before[name] + READ_FOR, "its prompt is being read", every=0.01)
+        caller.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            caller.recv(1)
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    left = time.monotonic()
+    until(lambda: not single.running()[name], "the connection to the node is closed", every=0.01)
+    closed, counted = time.monotonic() - left, store.used(MODEL)
+    until(lambda: store.counts(MODEL) == (0, 0), "its slot is free", FREE_WITHIN + 5, every=0.02)
+    free = time.monotonic() - left
+    # A runner heeds nobody before it has read a prompt to its end (Ollama 0.17.4, runner.go: flushPending).
+    asked(single.servers[name].url, other)
+    heeds = time.monotonic() - left
+    client = Client(single.stack.url, single.stack.key, timeout=60)
+    after_it = client.ask(CHAT, body_of(CHAT, MODEL, 4), "after-who-left")
+    client.close()
+    bar = f"closed <= {CANCELLED_WITHIN:g} s; slot counted beyond that, free <= {FREE_WITHIN:g} s; the next is answered"
+    seen = f"closed after {closed:.2f} s, slot free after {free:.1f} s, its prompt was read after {heeds:.1f} s"
+    matrix(f"caller resets while a real node reads ({whole:.0f} s of it)", bar, seen)
+    assert whole > 3 * CANCELLED_WITHIN, "it is read too fast for anything to be seen"
+    assert counted == {name: 1}, "the node is busy for a while, and others are sent there"
+    assert closed <= CANCELLED_WITHIN
+    assert free <= FREE_WITHIN
+    assert after_it.fate == WHOLE, str(after_it)
 
 
 def asked(url: str, body: dict[str, Any]) -> float:

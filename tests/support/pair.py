@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import yaml
 
 from corral.fleet import smollm2
 from corral.stack.models import install
+from corral.stack.state import StateFolder
+from support.leader import Leader
 from support.process import free_port
 from support.servers import MODEL, Server, ollama
 from support.stack import Stack, stack
@@ -125,6 +128,19 @@ class Pair:
     def all_ready(self) -> bool:
         """Whether control has both nodes in service."""
         return set(self.states().values()) == {"ready"}
+
+    def running(self) -> dict[str, int]:
+        """How many requests HAProxy has with each node, by the nodes' names."""
+        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=10)
+        rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
+        return {row["svname"]: int(row["scur"]) for row in rows if row["type"] == "2" and row["svname"] in self.servers}
+
+    def store(self) -> Leader:
+        """The stack's store, to look at."""
+        return Leader(self._parts()["valkey"]["url"])
+
+    def _parts(self) -> dict[str, Any]:
+        return StateFolder(self.stack.state).stack() or {}
 
     def ejections(self) -> float:
         """How many runners the gateway has ejected."""
