@@ -1,4 +1,4 @@
-"""Few slots, and more who want one: overload, and a store that forgets who has which."""
+"""Few slots, and more who want one: overload, a store that forgets who has which, a node without a model in memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import httpx
 from support.fleet import MODEL, Fleet
 from support.leader import Leader
-from support.load import CHAT, WHOLE, after, body_of
+from support.load import CHAT, TOLD, WHOLE, after, body_of
 from support.process import until
 
 Matrix = Callable[[str, str, str], None]
@@ -22,6 +23,10 @@ SLOTS, PLACES = 8, 16
 TIMES, REFUSED_WITHIN, GOODPUT = 6, 0.1, 0.9
 TOKENS = 20
 REBUILT_WITHIN = 2.0
+BIG, LOADS = "big:latest", 5.0
+"""A model, and the seconds that it takes to load (conftest.py)."""
+SETTLED_WITHIN, MORE = 5.0, 1.0
+"""Seconds after a kill, and those by which a first token may be later than the latest of a fleet that is warm."""
 
 
 @dataclass
@@ -105,25 +110,75 @@ def test_six_times_what_fits_is_refused_at_once_and_costs_no_answer(contended: F
 
 def test_a_flush_under_load_gives_no_slot_twice(contended: Fleet, matrix: Matrix) -> None:
     store = Leader(contended.valkey.url)
-    took = []
-    connections = contended.sum_of("corral_limit_store_connections_total")
+    nodes = contended.nodes.values()
+    took, lost, most = [], [], []
+
+    def connections() -> float:
+        return contended.sum_of("corral_limit_store_connections_total")
+
+    def in_use() -> bool:
+        """As many run as there are slots, and on no node more: whatever was before is over."""
+        counted = store.waiting(MODEL) >= SLOTS // 2 and store.counts(MODEL)[0] == SLOTS
+        return counted and max(node.work()["running"] for node in nodes) <= SLOTS // 2
+
     with contended.load(clients=2 * SLOTS, paths=[CHAT], tokens=[40, 8, 20], name="flushed") as load:
         load.more(30)
         for _ in range(3):
-            load.until(
-                lambda _: store.waiting(MODEL) >= SLOTS // 2 and store.counts(MODEL)[0] == SLOTS, "all is in use"
-            )
+            before = connections()
+            load.until(lambda _: in_use(), "all is in use")
+            for node in nodes:
+                node.count_anew()
             store.ask(b"FLUSHALL")
             flushed = time.monotonic()
             until(lambda: contended.store_used() and store.counts(MODEL)[1] > 0, "it is rebuilt", every=0.02)
             took.append(time.monotonic() - flushed)
             load.until(lambda answers, at=flushed: len(after(answers, at)) >= SLOTS, "slots are given")  # type: ignore[misc]
-    most = max(node.work()["most"] for node in contended.nodes.values())
+            most.append(max(node.work()["most"] for node in nodes))
+            lost.append(connections() > before)
     until(lambda: store.counts(MODEL) == (0, 0), "nothing is held")
-    seen = f"{max(took):.2f} s, at most {most} of {SLOTS // 2} slots a node in use, {len(load.answers)} requests whole"
-    matrix("Valkey flushed under load", f"rebuilt <= {REBUILT_WITHIN:g} s, no slot granted twice", seen)
+    seen = f"{max(took):.2f} s, at most {max(most)} of {SLOTS // 2} slots a node in use, "
+    seen += f"{sum(lost)} of {len(lost)} flushes with a lost connection, {len(load.answers)} requests whole"
+    slack = f"{SLOTS // 4} more on a node where a gateway lost its connection: in two of three flushes at most"
+    bar = f"rebuilt <= {REBUILT_WITHIN:g} s, no slot granted twice ({slack})"
+    matrix("Valkey flushed under load", bar, seen)
     assert load.unlike(WHOLE) == []
     assert max(took) <= REBUILT_WITHIN
     # On a machine that halts for 50 ms a gateway misses the store, and gives its share beside what the other one runs.
-    missed = contended.sum_of("corral_limit_store_connections_total") > connections
-    assert SLOTS // 2 <= most <= SLOTS // 2 + missed * SLOTS // 4
+    allowed = [SLOTS // 2 + missed * SLOTS // 4 for missed in lost]
+    assert all(SLOTS // 2 <= ran <= bound for ran, bound in zip(most, allowed, strict=True)), (most, lost)
+    assert not all(lost), "each flush had a lost connection: whether slots are granted twice was not seen"
+
+
+def test_a_node_that_comes_back_cold_keeps_nobody_waiting_for_its_load(contended: Fleet, matrix: Matrix) -> None:
+    cold = contended.nodes["node-1"]
+
+    def loads(name: str) -> None:
+        asked = {"model": BIG, "prompt": "a", "options": {"num_predict": 1}}
+        httpx.post(contended.nodes[name].url + "/api/generate", json=asked, timeout=60).raise_for_status()
+        until(lambda: name in contended.residents(BIG), f"it is known that {name} has it")
+
+    for name in contended.nodes:
+        loads(name)
+    # As many as one node has slots for: nobody waits for one.
+    with contended.load(BIG, clients=3, paths=[CHAT], tokens=[8], name="cold", fresh=True) as load:
+        load.more(20, cold.name)
+        usual = max(answer.first - answer.began for answer in list(load.answers))
+        cold.kill()
+        killed = time.monotonic()
+        load.until(lambda _: time.monotonic() > killed + SETTLED_WITHIN, "the fleet has settled")
+        cold.start()
+        contended.all_ready()
+        back = time.monotonic()
+        load.more(40)
+        loading = time.monotonic()
+        loads(cold.name)
+        load.more(5, cold.name)
+    contended.warm()
+    assert load.unlike(WHOLE, TOLD) == []
+    # While it loads, whoever has it do so: the last second is no wait that could be told from any other.
+    meanwhile = [answer for answer in load.answers if back < answer.began < loading + LOADS - MORE]
+    assert any(answer.began > loading for answer in meanwhile)
+    slowest = max(answer.first - answer.began for answer in meanwhile)
+    bar = f"first token <= the latest of the warm fleet and {MORE:g} s, its load takes {LOADS:g} s"
+    matrix("node comes back cold", bar, f"{slowest:.2f} s of {len(meanwhile)} before it is warm, {usual:.2f} s usual")
+    assert slowest <= usual + MORE, [str(answer) for answer in meanwhile if answer.node == cold.name]

@@ -133,12 +133,17 @@ def test_another_node_goes_on_and_the_answer_is_the_same(
     matrix(f"after the first token: {fault}", "exact, or told; usage counts once", measured)
 
 
-@pytest.mark.parametrize("route", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_what_is_more_than_text_ends_with_an_error_of_its_api(ready: Fleet, route: str) -> None:
+    """Of each API one that a simulated node answers; all others are in tests/integration/test_not_continued.py."""
     ready.nodes["node-1"].fault(kind="cut_after", after_tokens=5)
     thought = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"}]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": thought}]
-    more = {"messages": [*turns, {"role": "user", "content": "c"}]} if route == "/v1/messages" else {"logprobs": True}
+    more: dict[str, Any] = {"logprobs": 1 if route == COMPLETE else True}
+    if route == "/v1/messages":
+        more = {"messages": [*turns, {"role": "user", "content": "c"}]}
+    elif route == GENERATE:
+        more = {"format": "json"}
     content = body(route, about=f"what {route} cannot be gone on with", **more)
     answer = ask(ready, route, content, f"told-{route}".replace("/", "-"))
     assert (answer.node, answer.status, answer.fate) == ("node-1", 200, TOLD), answer.body[-300:]

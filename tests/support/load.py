@@ -32,7 +32,7 @@ error alone; cut so that the client's HTTP library sees it; ended as if it were 
 class Answer:
     """A request and what came of it. Times are monotonic seconds, ``first`` 0.0 where no token came.
 
-    ``stream``: it was asked for as a stream; ``left``: its caller did not wait for its end.
+    ``stream``: it was asked for as a stream; ``sent``: its body's bytes; ``left``: its caller did not wait for its end.
     """
 
     path: str
@@ -45,6 +45,7 @@ class Answer:
     body: bytes = b""
     problem: str = ""
     stream: bool = True
+    sent: int = 0
     left: bool = False
 
     @property
@@ -145,7 +146,7 @@ class Client:
 
         ``patience``: seconds after which the caller leaves, whatever came until then; 0.0: it stays.
         """
-        answer = Answer(path, request_id, stream=stream)
+        answer = Answer(path, request_id, stream=stream, sent=len(body))
         connection = self._connection or http.client.HTTPConnection(self._address, timeout=self._timeout)
         self._connection = None
         headers = {"Authorization": f"Bearer {self._key}", "X-Request-ID": request_id}
@@ -203,9 +204,9 @@ def _wait(link: socket.socket, until: float) -> bool:
 class Load:
     """``clients`` callers that ask again and again while the block runs; ``answers`` are those that came so far.
 
-    Each caller has the API and the answer's length that its number picks of ``paths`` and ``tokens``. ``fresh``: no two
-    prompts begin alike, so that no node is preferred for having read one. ``think``: seconds between an answer and its
-    caller's next request.
+    Each caller has the API, the answer's length and the prompt that its number picks of ``paths``, ``tokens`` and
+    ``prompts``. ``fresh``: no two prompts begin alike, so that no node is preferred for having read one. ``think``:
+    seconds between an answer and its caller's next request.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Load:
         name: str = "load",
         fresh: bool = False,
         think: float = 0.0,
+        prompts: Sequence[str] = (PROMPT,),
     ) -> None:
         self.answers: list[Answer] = []
         self.streaming: dict[str, Answer] = {}
@@ -228,20 +230,22 @@ class Load:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(
-                target=self._run, args=(number, paths[number % len(paths)], tokens[number % len(tokens)]), daemon=True
+                target=self._run,
+                args=(number, paths[number % len(paths)], tokens[number % len(tokens)], prompts[number % len(prompts)]),
+                daemon=True,
             )
             for number in range(clients)
         ]
 
-    def _run(self, number: int, path: str, tokens: int) -> None:
+    def _run(self, number: int, path: str, tokens: int, prompt: str) -> None:
         client = Client(self._url, self._key)
-        body = body_of(path, self._model, tokens)
+        body = body_of(path, self._model, tokens, prompt)
         for count in itertools.count():
             if self._stop.is_set():
                 break
             request_id = f"{self._name}-{number}-{count}"
             if self._fresh:
-                body = body_of(path, self._model, tokens, f"{request_id}: {PROMPT}")
+                body = body_of(path, self._model, tokens, f"{request_id}: {prompt}")
             answer = client.ask(path, body, request_id, lambda begun: self.streaming.update({begun.request_id: begun}))
             self.streaming.pop(request_id, None)
             self.answers.append(answer)
