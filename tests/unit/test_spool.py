@@ -269,6 +269,21 @@ def test_what_stands_behind_a_bad_frame_is_found() -> None:
     assert list(salvage(b"\0" * 100)) == [b""] * 12
 
 
+def test_a_flipped_byte_costs_no_other_record_of_its_group(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path)
+    for number in range(3):
+        writer.append(encode({"t": "settle", "id": f"r{number}"}))
+    writer.flush()
+    writer.close()
+    whole = segments(tmp_path)[0].read_bytes()
+    size = len(whole) // 3
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 0x01
+        expected = [f"r{number}" for number in range(3) if number != position // size]
+        assert [decode(payload)["id"] for payload in salvage(bytes(changed))] == expected, position
+
+
 def test_a_spool_has_one_owner(tmp_path: Path) -> None:
     first = hold(tmp_path)
     with pytest.raises(BlockingIOError):

@@ -1,9 +1,10 @@
 """The spool: append-only segment files that hold what must not be lost until control has it.
 
 A segment is a row of frames: payload length (u32, little endian), CRC-32 of the payload (u32, little endian),
-payload (the records of one group, a JSON object a line). Segments are named by the millisecond they were begun in,
-``0001795452442490.seg``, so that a name never comes back while control remembers how far it has it; only the last is
-written to.
+payload (a record, as a JSON object). A frame holds one record, so that damage to it costs no other; earlier versions
+put the records of a group into one, a line each, and that is still read. Segments are named by the millisecond they
+were begun in, ``0001795452442490.seg``, so that a name never comes back while control remembers how far it has it; only
+the last is written to.
 A gateway appends, commits in groups, and ships whole frames to control from the offset that control last
 confirmed; a segment that is shipped to its end and no longer written to is deleted. One that cannot be shipped on
 is put aside under another name, so that what came after it is not held up: ``.torn`` ends within a frame that a
@@ -18,10 +19,10 @@ import os
 import re
 import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
+from zlib import crc32
 
 import msgspec
 
@@ -66,7 +67,7 @@ def encode_frame(record: dict[str, Any]) -> bytes:
 
 def framed(payload: bytes) -> bytes:
     """A frame of encoded records, a line each."""
-    return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+    return HEADER.pack(len(payload), crc32(payload)) + payload
 
 
 def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -84,7 +85,7 @@ def decode_frames(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         if end > len(data):
             return
         payload = data[position + HEADER.size : end]
-        if zlib.crc32(payload) != checksum:
+        if crc32(payload) != checksum:
             raise SpoolCorrupt(position, "wrong checksum")
         try:
             records = _decode_lines(payload)
@@ -124,7 +125,7 @@ def salvage(data: bytes) -> Iterator[bytes]:
         length, checksum = HEADER.unpack_from(data, position)
         end = position + HEADER.size + length
         fits = length <= FRAME_MAX and end <= size
-        if fits and zlib.crc32(data[position + HEADER.size : end]) == checksum:
+        if fits and crc32(data[position + HEADER.size : end]) == checksum:
             yield data[position + HEADER.size : end]
             position = end
         elif fits and _is_frame(data, end):
@@ -141,7 +142,7 @@ def _is_frame(data: bytes, position: int) -> bool:
         return position == len(data)
     length, checksum = HEADER.unpack_from(data, position)
     payload = data[position + HEADER.size : position + HEADER.size + length]
-    return bool(length <= FRAME_MAX and len(payload) == length and zlib.crc32(payload) == checksum)
+    return bool(length <= FRAME_MAX and len(payload) == length and crc32(payload) == checksum)
 
 
 def segments(folder: Path) -> list[Path]:
@@ -176,8 +177,6 @@ class SpoolWriter:
         self._synced = synced
         self._folder = folder
         self._limit = segment_bytes
-        self._records: list[bytes] = []
-        self._bytes = 0
         self._frames: list[bytes] = []
         if synced:
             sync_folder(folder.parent)
@@ -199,17 +198,7 @@ class SpoolWriter:
 
     def append(self, payload: bytes) -> None:
         """Put an encoded record into the group that the next `flush` writes."""
-        size = len(payload) + 1
-        if self._bytes + size > FRAME_MAX:
-            self._close_frame()
-        self._records.append(payload)
-        self._bytes += size
-
-    def _close_frame(self) -> None:
-        if self._records:
-            payload = b"\n".join(self._records)
-            self._frames += (_pack(len(payload), zlib.crc32(payload)), payload)
-            self._records, self._bytes = [], 0
+        self._frames += (_pack(len(payload), crc32(payload)), payload)
 
     def flush(self) -> None:
         """Write the group.
@@ -219,7 +208,6 @@ class SpoolWriter:
         Raises:
             OSError: the disk is full or gone; the group is kept, and what was written of it is taken back.
         """
-        self._close_frame()
         if not self._frames:
             return
         # Before the group, not behind it: the caller syncs the segment that the group is in.
