@@ -8,19 +8,23 @@ import signal
 import time
 from collections.abc import Callable
 
-from support.fleet import Fleet
+from support.fleet import MODEL, Fleet
 from support.leader import Leader
-from support.load import TOLD, WHOLE
+from support.load import CHAT, TOLD, WHOLE, body_of
 from support.process import until
 from support.servers import answers
 
+from corral.gateway.health import HEARD
+from corral.gateway.probe import EVERY
 from corral.store.keeper import LEADER
 
 SETTLED_WITHIN = 1.0
 """Seconds after which a dead node is met by now and then one request alone, that finds out whether it is back."""
 SHUNNED = 2.0
 """For so long (seconds) a gateway leaves a node alone that it could not reach."""
-AWAY = 9.0
+FOUND_WITHIN = HEARD + 2 * EVERY + 1.0
+"""Seconds after which gateways know by themselves that a node is away, or is back."""
+AWAY = FOUND_WITHIN + 2.0
 AT_ONCE = 3
 """A gateway's requests that may have been sent there by the time that the first of them comes back."""
 
@@ -53,6 +57,8 @@ def test_a_node_dies_while_control_is_away(fleet: Fleet, matrix: Callable[[str, 
         seen = f"0 of {len(load.answers)}, {len(told)} told; {met} of the next {len(later)}, in {over - killed:.0f} s"
         matrix("node killed (-9) while control is away", bar, seen)
         assert met <= int((over - killed) / SHUNNED + 1) * AT_ONCE * 2
+        late = [answer for answer in later if answer.began > killed + FOUND_WITHIN]
+        assert late and {answer.attempts for answer in late} == {1}, "by then it is known to be down"
         # What was answered meanwhile waited in the spools.
         assert {record["node"] for record in fleet.records(*(answer.request_id for answer in later))} == {"node-2"}
         node.start()
@@ -66,3 +72,36 @@ def test_a_node_dies_while_control_is_away(fleet: Fleet, matrix: Callable[[str, 
         node.kill()
         node.start()
         fleet.warm()
+
+
+def test_a_node_comes_back_while_control_is_away(fleet: Fleet, matrix: Callable[[str, str, str], None]) -> None:
+    back, other, store = fleet.nodes["node-1"], fleet.nodes["node-2"], Leader(fleet.valkey.url)
+    control = fleet.stack.corral("status")["control"]["pid"]
+    back.kill()
+    try:
+        until(lambda: fleet.states()["node-1"] == "down", "control calls it down", 30, every=0.3)
+        with fleet.unsupervised():
+            os.kill(control, signal.SIGKILL)
+            until(lambda: store.ask(b"GET", LEADER) is None, "nobody is believed to lead", 10)
+            back.start()
+            other.kill()
+            began = time.monotonic()
+            client = fleet.client()
+            until(lambda: client.ask(CHAT, body_of(CHAT, MODEL, 1), "back").fate == WHOLE, "it is used again", 30)
+            found = time.monotonic() - began
+            client.close()
+            with fleet.load(name="alone", fresh=True) as load:
+                load.more(40)
+        until(lambda: store.ask(b"GET", LEADER) is not None, "control is back, and leads", 120)
+        until(lambda: answers(fleet.stack.url + "/docs"), "the edge reaches it", 60)
+        assert load.unlike(WHOLE) == []
+        assert {answer.node for answer in load.answers} == {"node-1"}
+        bar = f"the only node that is left is used <= {FOUND_WITHIN:g} s after it came back"
+        matrix("node comes back, the other dies, while control is away", bar, f"after {found:.1f} s")
+        assert found <= FOUND_WITHIN
+    finally:
+        for node in (back, other):
+            node.kill()
+            node.start()
+        fleet.warm()
+        fleet.all_ready()

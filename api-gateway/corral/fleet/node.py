@@ -62,11 +62,19 @@ class Node:
         self.memory = int(entry.get("memory") or 0)
         self.version = entry.get("version") or ""
         self.tags = entry.get("tags") or []
-        self.ps = entry.get("ps") or []
         self.held = frozenset(model["name"] for model in self.tags)
-        self.resident = frozenset(model["name"] for model in self.ps)
+        self.holds(entry.get("ps") or [])
         self.on_cpu = frozenset(entry.get("on_cpu") or ())
         self.loading = {name: float(seconds) for name, seconds in (entry.get("loading") or {}).items()}
+
+    def holds(self, ps: list[dict[str, Any]]) -> bool:
+        """Take over what it has in memory (the entries of its `/api/ps`); whether these are other models than before.
+
+        Raises KeyError or TypeError where an entry has no name.
+        """
+        before, self.ps = self.resident, ps
+        self.resident = frozenset(model["name"] for model in ps)
+        return self.resident != before
 
     def patience(self, model: str) -> float:
         """For how many seconds the loads of other models excuse a silence of this one's runner there."""

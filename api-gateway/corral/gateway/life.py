@@ -88,6 +88,7 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
             ("store", gateway.store.run()),
             ("changes", gateway.changes.run()),
             ("feed", gateway.feed.run()),
+            ("probe", gateway.probe.run()),
             ("shipper", gateway.shipper.run()),
             ("adopter", gateway.adopter.run()),
             ("sweep", _sweep(gateway)),

@@ -25,6 +25,7 @@ from corral.gateway.heartbeat import beat
 from corral.gateway.journal import NOBODY, Journal
 from corral.gateway.listen import ClientConnection
 from corral.gateway.metrics import Metrics
+from corral.gateway.probe import Probe
 from corral.gateway.queue import Queue
 from corral.gateway.recall import Recall
 from corral.gateway.records import Begun, Progress, Settled
@@ -82,6 +83,7 @@ class Gateway:
         self.exposition = Exposition(self, gateway.metrics)
         self.report = Report(self)
         self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell, self.report.answer)
+        self.probe = Probe(self.snapshot, gateway.nodes_url)
         self.store = Valkey(settings.valkey_address(), scripts=(*leases.SCRIPTS, *keeper.SCRIPTS, suspects.TEXT))
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())

@@ -28,10 +28,14 @@ class Pool:
     def __init__(self, nodes: dict[str, Node], group: str = "", others: tuple[str, ...] = ()) -> None:
         self.nodes = nodes
         self.held = frozenset(name for node in nodes.values() for name in node.held)
-        ready = [node for node in nodes.values() if node.state is NodeState.READY]
-        self.ready = frozenset(name for node in ready for name in node.held)
+        self.judge()
         self.group, self.others = group, others
         self.too_large = _too_large(nodes.values())
+
+    def judge(self) -> None:
+        """See what is ready."""
+        ready = [node for node in self.nodes.values() if node.state is NodeState.READY]
+        self.ready = frozenset(name for node in ready for name in node.held)
 
 
 class Snapshot:
@@ -95,6 +99,12 @@ class Snapshot:
         self.continuable = data.get("continuable") or {}
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
+
+    def judged(self) -> None:
+        """What is known of nodes is no longer what control said last: its next answer has to be all of it."""
+        self.version += "~"
+        for pool in (self._shared, *self._pools.values()):
+            pool.judge()
 
     def _tenants(self, entries: list[dict[str, Any]]) -> dict[str, Budget]:
         # One budget a tenant, whose keys share it; a tenant without limits has none.
