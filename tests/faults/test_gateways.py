@@ -140,7 +140,7 @@ def test_the_slots_of_a_killed_gateway_that_stays_away_return_with_its_lease(con
 def test_a_gateway_that_stands_still_for_longer_than_its_lease_uses_no_slot_twice(
     contended: Fleet, matrix: Matrix
 ) -> None:
-    gateway = contended.stack.corral("status")["gateways"][0]
+    gateway, other = contended.stack.corral("status")["gateways"]
     store = Leader(contended.valkey.url)
     held_by = PREFIX + b"held:" + gateway["name"].encode()
 
@@ -149,7 +149,7 @@ def test_a_gateway_that_stands_still_for_longer_than_its_lease_uses_no_slot_twic
         return sum(text.startswith(b"t ") for text in store.ask(b"HVALS", held_by)) >= 2
 
     def connections() -> float:
-        return contended.sum_of("corral_limit_store_connections_total")
+        return contended.gateway_says(other["name"], "corral_limit_store_connections_total")
 
     connected = connections()
     with contended.load(clients=12, paths=[CHAT], tokens=[40, 8], name="stalled") as load:
@@ -176,15 +176,15 @@ def test_a_gateway_that_stands_still_for_longer_than_its_lease_uses_no_slot_twic
     until(lambda: store.counts(MODEL) == (0, 0), "all slots are back", SLOTS_BACK_WITHIN)
     assert len(after(others.answers, stalled)) > 24, "nobody had the slots that it could not give back"
     answers = [*load.answers, *others.answers]
-    # On a machine that halts for 50 ms a gateway misses the store, and gives its share beside what the other one runs.
+    # On a machine that halts for 50 ms the other one misses the store, and gives its share beside what this one runs.
     lost = connections() - connected
-    bound = SLOTS + min(int(lost), 2) * SLOTS // 2
+    bound = SLOTS + (SLOTS // 2 if lost else 0)
     assert max(before) <= bound
     assert all(SLOTS <= most <= bound for most in peaks(contended)), f"{peaks(contended)}: all were in use, and no more"
     assert [str(answer) for answer in answers if answer.fate not in (WHOLE, TOLD)] == []
     told = sum(answer.fate == TOLD for answer in answers)
     held = sum(answer.began < stalled + BACK_WITHIN and answer.ended > back for answer in load.answers)
     bar = f"no slot used twice after {STALLED:g} s, its lease is {LEASE:g} s and renewed each {RENEW:g} s"
-    seen = f"at most {max(peaks(contended))} of {SLOTS} on a node, {lost:g} connections to the store lost, "
+    seen = f"at most {max(peaks(contended))} of {SLOTS} on a node, the other one lost the store {lost:g} times, "
     seen += f"{held} of its requests went on, {told} told"
     matrix("gateway stalled (-STOP) under load", bar, seen)

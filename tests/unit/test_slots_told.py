@@ -17,7 +17,7 @@ from corral.fleet.tickets import HEAD, NEVER, PICKY
 from corral.store import keeper
 from corral.store.budget import ADMIT, EPOCH, GRANTS, PREFIX, RESERVE, Budget, sha
 from corral.store.lua import combined
-from corral.store.slots import Answer, Wanted
+from corral.store.slots import ANEW, Answer, Wanted
 from corral.store.valkey import ValkeyDown, encode
 
 RESIDENT = PlaceState.RESIDENT
@@ -114,6 +114,45 @@ def test_a_turn_that_comes_without_a_connection_does_not_stop_the_gateway(store:
                 while not one.slots.counts:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert (await one.ask(Wanted("r1", "a")))[0].node == "n1"
+
+    with heeded(30):
+        asyncio.run(work())
+
+
+def test_one_that_stood_still_waits_for_the_store_before_it_gives_a_share_of_its_own(store: Server) -> None:
+    """Its lease is over, and others have what it had: all of that runs beside what it gives."""
+
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            await place(one, "n1", "a", "resident", 1, 2)
+            one.slots.until = 0.0
+            one.store.lose()
+            answer, more = await one.ask(Wanted("r1", "a"))
+            assert (answer.away, answer.position) == (False, 1)
+            assert (await asyncio.wait_for(more, 10)).node == "n1"
+            one.slots.until = 0.0
+            one.store.lose()
+            one.store.lost -= ANEW + 0.1
+            assert (await one.ask(Wanted("r2", "a")))[0].away, "the store is away, for others too"
+            await usable([one])
+            one.store.lose()
+            assert (await one.ask(Wanted("r3", "a")))[0].away, "the lease holds: its share is its own"
+
+    with heeded(30):
+        asyncio.run(work())
+
+
+def test_an_answer_that_is_lost_after_the_lease_is_asked_for_anew(store: Server) -> None:
+    async def work() -> None:
+        async with gateways(store.url, 1) as (one,):
+            await place(one, "n1", "a", "resident", 1, 1)
+            asked = asyncio.ensure_future(one.ask(Wanted("r1", "a")))
+            await asyncio.sleep(0)  # it is on its way
+            one.slots.until = 0.0
+            one.store.lose()
+            answer, more = await asked
+            assert (answer.away, answer.position) == (False, 1)
+            assert (await asyncio.wait_for(more, 10)).node == "n1"
 
     with heeded(30):
         asyncio.run(work())

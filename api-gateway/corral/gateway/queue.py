@@ -122,7 +122,7 @@ class Queue:
         """Go on with a request as far as its answer lets it: to its node, into the queue, or to a refusal."""
         wanted, answer = exchange.wanted, exchange.answer
         assert wanted is not None
-        if answer is None and self._gateway.store.connected:
+        if answer is None and not self.slots.missed:
             self.slots.ask(wanted, exchange.slot_heard)  # it could not be, in the call of the limits
             return
         if answer is None or answer.away:

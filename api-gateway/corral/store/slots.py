@@ -28,9 +28,10 @@ GRANTS: Final = PREFIX + b"slots-grant"
 EPOCH: Final = PREFIX + b"slots-epoch"
 QUIET: Final = 3.0
 """How long a leader may say nothing to the store before it is no more (seconds); control keeps its word as long."""
+ANEW: Final = 0.5
+"""Seconds in which a lost connection is made anew where the store is there."""
 EARLY_MAX: Final = 4.0
-"""How long at most the store is waited for that is there, and does not grant (seconds): longer than a flushed one waits
-for gateways."""
+"""For how long (seconds) a store is waited for that does not grant: longer than a flushed one waits for gateways."""
 WORDS: Final = 9
 """How many arguments ask for a slot, besides the nodes that are preferred."""
 
@@ -170,7 +171,8 @@ class Slots:
     def missed(self) -> bool:
         """Whether the store is away, or has refused for longer than it should to hear what this gateway holds."""
         if not self.store.connected:
-            return True
+            # Who stood still has lost its lease too: others have its share by now, unless the store is truly away.
+            return not self.lapsed or monotonic() - self.store.lost > ANEW
         return self._early_since > 0.0 and monotonic() - self._early_since > EARLY_MAX
 
     @property
@@ -265,10 +267,11 @@ class Slots:
             return
         if type(reply) is not list:
             del self.held[id]
-            if reply == 0:
+            refused = isinstance(reply, hiredis.ReplyError)
+            if reply == 0 or not (refused or self.missed):
                 self._later(wanted, heard)
                 return
-            if isinstance(reply, hiredis.ReplyError):
+            if refused:
                 log.error("the store refused the script of slots: %s", reply)
                 self.store.reset()
             heard(Answer(away=True))

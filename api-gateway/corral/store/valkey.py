@@ -52,7 +52,8 @@ class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
     ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now,
-    ``connections`` counts those that were made. ``server`` is the run id of the last one's server, or b"".
+    ``connections`` counts those that were made, ``lost`` is when the last one was (monotonic seconds). ``server`` is the
+    run id of its server, or b"".
     """
 
     def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT) -> None:
@@ -73,6 +74,7 @@ class Valkey:
         self._watch: asyncio.TimerHandle | None = None
         self.connected = False
         self.connections = 0
+        self.lost = float("-inf")
         self.server = b""
         self.on_connect: Callable[[], None] | None = None
         self.on_message: Callback | None = None
@@ -192,6 +194,8 @@ class Valkey:
 
     def lose(self) -> None:
         """Drop the connection, if there is one; what waits for a reply hears that there will be none."""
+        if self.connected:
+            self.lost = monotonic()
         self.connected = False
         transport, self.transport = self.transport, None
         if transport is not None:
