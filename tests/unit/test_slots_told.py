@@ -119,6 +119,24 @@ def test_a_turn_that_comes_without_a_connection_does_not_stop_the_gateway(store:
         asyncio.run(work())
 
 
+def test_the_slots_of_one_that_died_are_given_as_soon_as_its_lease_is_over(store: Server) -> None:
+    """Not only by the next renewal: it would come after minutes here."""
+
+    async def work() -> None:
+        async with gateways(store.url, 2, lease=1000.0) as (dead, other):
+            await place(other, "n1", "a", "resident", 1, 1)
+            assert (await dead.ask(Wanted("d1", "a")))[0].node == "n1"
+            answer, more = await other.ask(Wanted("o1", "a"))
+            assert answer.position == 1
+            await dead.kill()
+            await other.store.request(b"ZADD", PREFIX + b"live", b"1", dead.name.encode())
+            assert (await asyncio.wait_for(more, 10)).node == "n1"
+            await settled([other], {"o1": other.name})
+
+    with heeded(30):
+        asyncio.run(work())
+
+
 def test_one_that_stood_still_waits_for_the_store_before_it_gives_a_share_of_its_own(store: Server) -> None:
     """Its lease is over, and others have what it had: all of that runs beside what it gives."""
 

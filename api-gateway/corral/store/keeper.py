@@ -27,11 +27,11 @@ LEADER = PREFIX + b"leader"
 TERM = LEADER + b"-term"
 """The greatest term in which somebody did; it stays."""
 
-PLACE, LIVE = slots_script("slots_place"), slots_script("slots_live")
+PLACE, LIVE, LOOK = (slots_script(name) for name in ("slots_place", "slots_live", "slots_look"))
 TELL = script("rebuild", metered=False)
 """Ends a step of a rebuild; that of limits (`corral.store.leases`) too."""
-SCRIPTS = (ASK, END, DECLARE, STAND, PLACE, LIVE, TELL)
-_ASK, _PLACE, _LIVE, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE, LIVE, DECLARE, TELL))
+SCRIPTS = (ASK, END, DECLARE, STAND, PLACE, LIVE, LOOK, TELL)
+_ASK, _PLACE, _LIVE, _LOOK, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE, LIVE, LOOK, DECLARE, TELL))
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ async def place(store: Valkey, node: str, model: str, state: str, generation: in
 
 
 async def keep(slots: Slots) -> None:
-    """Renew each two seconds and look after tickets each half, until cancelled."""
+    """Renew each two seconds, and look after tickets and others' leases each half, until cancelled."""
     store = slots.store
     renewed = -slots.lease
     lost = asyncio.Event()
@@ -64,10 +64,13 @@ async def keep(slots: Slots) -> None:
                 if slots.told != connection:
                     # What runs comes before anything is taken back, and given to others.
                     await _declare(slots, [wanted for wanted in slots.held.values() if wanted.node])
-                if slots.told != connection or slots.lapsed or monotonic() - renewed >= slots.lease / LEASE * RENEW:
+                leader, over = await store.request(b"EVALSHA", _LOOK, b"0")
+                due = monotonic() - renewed >= slots.lease / LEASE * RENEW
+                # Also for the slots of one that died: others may have them as soon as its lease is over.
+                if over or due or slots.lapsed or slots.told != connection:
                     await renew(slots)
                     renewed = monotonic()
-                slots.led = bool(await store.request(b"EXISTS", LEADER))
+                slots.led = bool(leader)
                 slots.was_led = slots.was_led or slots.led
                 slots.told, slots.unheard = connection, False
                 slots.catch_up()
