@@ -110,3 +110,9 @@ async def settled(made: list[Gateway], ids: dict[str, str]) -> None:
         counts = await request(b"HGETALL", PREFIX + b"used:" + model)
         for node, count in zip(counts[::2], counts[1::2], strict=True):
             assert int(count) == used[model, node]
+
+
+async def request_of(gateway: Gateway, of: str, id: str) -> list[bytes]:
+    """What the store has of a request; nothing where it knows of none."""
+    text: bytes | None = await gateway.store.request(b"HGET", PREFIX + b"held:" + of.encode(), id.encode())
+    return text.split(b" ") if text else []
