@@ -7,12 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import httpx
 from support.counted import Counted
 from support.fleet import MODEL, Fleet
 from support.leader import Leader
-from support.load import CHAT, CUT, TOLD, WHOLE, after
+from support.load import CHAT, CUT, TOLD, WHOLE, after, body_of
 from support.process import until
 
 from corral.store.keeper import POLL, RENEW
@@ -133,6 +134,32 @@ def test_the_slots_of_a_killed_gateway_that_stays_away_return_with_its_lease(con
     bar += "others' requests go on"
     said = f"{kept} back after {returned:.1f} s, {len(meanwhile)} answered before that, {len(cut)} cut"
     matrix("gateway killed (-9), stays away", bar, f"{said}; nodes and store agreed at {slots.looks} looks")
+
+
+def test_what_a_killed_gateway_had_of_a_keys_concurrency_returns_with_its_lease(
+    contended: Fleet, matrix: Matrix
+) -> None:
+    dead, other = contended.stack.corral("status")["gateways"]
+    headers = {"Authorization": f"Bearer {contended.key('two-at-once', '--concurrency', '2')}"}
+    long, short = body_of(CHAT, MODEL, 20 * int(RATE)), body_of(CHAT, MODEL, 1, stream=False)
+
+    def status() -> int:
+        return httpx.post(other["url"] + CHAT, content=short, headers=headers, timeout=30).status_code
+
+    with ExitStack() as streams, contended.unsupervised():
+        for _ in range(2):
+            stream = httpx.stream("POST", dead["url"] + CHAT, content=long, headers=headers, timeout=30)
+            next(streams.enter_context(stream).iter_lines())
+        assert status() == 429
+        os.kill(dead["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        assert status() == 429, "who killed it has nothing of it at once"
+        until(lambda: status() == 200, "the key may ask again", SLOTS_BACK_WITHIN + 5, every=EVERY)
+        free = time.monotonic() - killed
+    until(lambda: ready(dead), "it is back")
+    bar = f"a key's concurrency returns with its lease ({LEASE:g} s)"
+    matrix("gateway killed (-9) with all that a key may run", bar, f"after {free:.1f} s")
+    assert LEASE - 2 * RENEW < free < LEASE + 2 * EVERY + 0.5
 
 
 def test_a_gateway_that_stands_still_for_longer_than_its_lease_uses_no_slot_twice(
