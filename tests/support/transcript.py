@@ -19,6 +19,7 @@ SCRIPTS = {
         "stand": slots.STAND,
         "place": keeper.PLACE,
         "live": keeper.LIVE,
+        "over": keeper.LOOK,
         "tell": keeper.TELL,
     }.items()
 }

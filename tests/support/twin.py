@@ -94,6 +94,9 @@ class Twin:
         if name == "ask":
             expected: Any = self._ask(argv, now, call.reply)
             self.done[f"ask {['rebuild', 'grant', 'ticket', 'full'][expected[0] if expected else 0]}"] += 1
+        elif name == "over":
+            over = [until for until in self.ledger.leases.values() if self._micros(until) <= self._micros(now)]
+            expected = [int(self._led), len(over)]
         elif name == "tell":
             expected = call.reply
             self._grants = self._grants or call.reply == 1
@@ -349,7 +352,7 @@ class Twin:
         for words in call.inner:
             if words[:3] == ["ZADD", f"{P}live", "NX"]:
                 return self._seconds(int(words[3]) - LEASE_US)
-            if words[:3] == ["ZRANGEBYSCORE", f"{P}live", "-inf"]:
+            if words[:3] in (["ZRANGEBYSCORE", f"{P}live", "-inf"], ["ZCOUNT", f"{P}live", "-inf"]):
                 return self._seconds(int(words[3]))
         return 0.0
 
