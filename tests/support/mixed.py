@@ -90,13 +90,13 @@ class Mixed(Load):
         super().__init__(url, key, model, clients, [way.path for way in ways], tokens, name)
         self._ways = ways
 
-    def _run(self, number: int, path: str, tokens: int) -> None:
+    def _run(self, number: int, path: str, tokens: int, prompt: str) -> None:
         client, dice = Client(self._url, self._key), random.Random(f"{self._name} {number}")
         # Each begins elsewhere, so that no way is asked for by all of them at once.
         for count, way in enumerate(itertools.islice(itertools.cycle(self._ways), number, None)):
             if self._stop.is_set():
                 break
-            body, stays = way.body(self._model, tokens), dice.uniform(0.01, way.leaves) if way.leaves else 0.0
+            body, stays = way.body(self._model, tokens, prompt), dice.uniform(0.01, way.leaves) if way.leaves else 0.0
             request_id = f"{self._name}-{number}-{count}"
             self.answers.append(client.ask(way.path, body, request_id, None, way.stream, stays))
         client.close()
