@@ -16,7 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from support.process import Process, free_port
+from support.process import Process, free_port, until
 
 PASSWORD = "the password of a test"
 USER = "corral"
@@ -72,8 +72,7 @@ class Postgres:
 
     def kill_each(self) -> None:
         """kill -9 of each of its processes."""
-        assert self._process is not None
-        for pid in self._pids():
+        for pid in self._halted():
             os.kill(pid, signal.SIGKILL)
         self._end(signal.SIGKILL)
 
@@ -83,14 +82,23 @@ class Postgres:
 
     def hold(self, on: bool) -> None:
         """Stop every one of its processes, or let them go on."""
-        for pid in self._pids():
+        for pid in self._halted():
             os.kill(pid, signal.SIGSTOP if on else signal.SIGCONT)
+        if not on:
+            self._signal(signal.SIGCONT)
 
-    def _pids(self) -> list[int]:
-        """The server's first process, and the others."""
+    def _halted(self) -> list[int]:
+        """Its processes but the first, which stands still: it begins no other, and they are there though they end."""
+        first = self._signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{first}/stat")
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "its first process stands still")
+        return [int(pid) for pid in Path(f"/proc/{first}/task/{first}/children").read_text().split()]
+
+    def _signal(self, number: int) -> int:
+        """Send its first process a signal; its pid."""
         assert self._process is not None
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        return [self._process.pid, *(int(child) for child in children)]
+        self._process.send(number)
+        return self._process.pid
 
     def remove(self) -> None:
         self.stop()
