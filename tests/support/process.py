@@ -6,11 +6,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -23,15 +25,35 @@ class NotReady(AssertionError):
     """A condition did not come true in time."""
 
 
-_given: deque[int] = deque(maxlen=1000)
-_PORTS = range(12_000, 20_000)
+_given: deque[int] = deque(maxlen=500)
+_PORTS, _EACH = range(12_000, 20_000), 1000
 """Below those of a stack's own choice, so that no part of one takes a port that a test has and does not use yet."""
 
 
+@cache
+def _own_ports() -> tuple[range, socket.socket | None]:
+    """The ports that this process of tests chooses from, and what keeps them from others for as long as it runs.
+
+    Processes beside each other would take each other's: ports that were asked for and are not listened on yet, those of
+    what is stopped and comes back, those at which nobody is to listen. What is bound here is a name of the kernel's.
+    """
+    for first in range(_PORTS.start, _PORTS.stop, _EACH):
+        held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            held.bind(f"\0corral-test-ports-{first}")
+        except OSError:
+            held.close()
+        else:
+            return range(first, first + _EACH), held
+    return _PORTS, None  # so many at once are no run of the tests: the last ones share
+
+
 def free_port() -> int:
-    """A loopback port nobody listens on, outside the range of outgoing connections; not one of the last thousand."""
+    """A loopback port nobody listens on, outside the range of outgoing connections, and no other process of tests gets;
+    not one of the last 500."""
     # Ports are asked for before anybody listens: chosen at random, two of one test were the same now and then.
-    while (port := random.choice(_PORTS)) in _given or not ports.is_free(port):
+    own, _ = _own_ports()
+    while (port := random.choice(own)) in _given or not ports.is_free(port):
         pass
     _given.append(port)
     return port
