@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -139,8 +140,12 @@ def ollama(
     process = Process([ollama_program(), "serve"], folder / "ollama.log", env, cpu)
     try:
         process.wait_until(lambda: answers(url + "/api/version"))
-        if not own and MODEL not in models.listed(url):
-            models.install(url, threads=1)
+        if not own:
+            # Who installs it beside another would write its manifest anew under the other's first requests.
+            with store.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if MODEL not in models.listed(url):
+                    models.install(url, threads=1)
         yield Server(url, process)
     finally:
         process.end()
