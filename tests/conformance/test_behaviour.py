@@ -103,14 +103,14 @@ def test_seeds_differ(target: Target) -> None:
 def test_load_is_seen_in_ps(target: Target) -> None:
     answer = generate(target, prompt="", stream=False)
     assert answer.last["done_reason"] == "load" and answer.last["response"] == ""
-    names: list[str] = []
+    found: list[dict[str, Any]] = []
 
     def listed() -> bool:
-        names[:] = [model["name"] for model in send(target, "GET", "/api/ps").last["models"]]
-        return MODEL in names
+        found[:] = [model for model in send(target, "GET", "/api/ps").last["models"] if model["name"] == MODEL]
+        return bool(found)
 
     until(listed, f"{MODEL} in /api/ps", 30)
-    model = next(model for model in send(target, "GET", "/api/ps").last["models"] if model["name"] == MODEL)
+    (model,) = found
     expected = {"name", "model", "size", "digest", "details", "expires_at", "size_vram", "context_length"}
     assert set(model) == expected
     assert model["size"] > 90_000_000 and model["context_length"] == 4096
@@ -118,23 +118,32 @@ def test_load_is_seen_in_ps(target: Target) -> None:
     assert tag["digest"] == model["digest"] and len(tag["digest"]) == 64
 
 
+def _unloads(target: Target, **fields: Any) -> None:
+    """A chat with these fields has the model leave.
+
+    The last caller's keep_alive wins for everybody, and that may be the canary of a stack that has the node: it asks
+    how long the model is to stay, and has it stay (or come back) for as long if the chat was in between.
+    """
+
+    def unloaded() -> bool:
+        models = send(target, "GET", "/api/ps").last["models"]
+        if models and datetime.fromisoformat(models[0]["expires_at"]).timestamp() > time.time() + 2:
+            chat(target, stream=False, **fields)
+        return not models
+
+    until(unloaded, f"nothing is loaded after {fields}", 30)
+
+
 def test_unload_and_the_next_request_loads(bare: Target) -> None:
     assert chat(bare, messages=[], keep_alive=0, stream=False).last["done_reason"] == "unload"
-    # A stack that the node is attached to may ask it for a token before it is gone, and keep it for a second.
-    until(lambda: send(bare, "GET", "/api/ps").last["models"] == [], "nothing is loaded", 30)
+    _unloads(bare, messages=[], keep_alive=0)
     last = chat(bare, stream=False).last
     assert last["eval_count"] == 4 and last["load_duration"] > 0
 
 
 def test_keep_alive_ends(bare: Target) -> None:
-    def unloaded() -> bool:
-        models = send(bare, "GET", "/api/ps").last["models"]
-        if models and datetime.fromisoformat(models[0]["expires_at"]).timestamp() > time.time() + 2:
-            # The last caller's wins for everybody: the canary of a stack that has the node may have asked in its midst.
-            chat(bare, stream=False, keep_alive="1s")
-        return not models
-
-    until(unloaded, "the model is unloaded after a second", 30)
+    assert chat(bare, stream=False, keep_alive="1s").last["done_reason"] == "length"
+    _unloads(bare, keep_alive="1s")
 
 
 def test_embeddings_are_vectors(target: Target) -> None:
@@ -166,8 +175,9 @@ def test_answers_at_once_are_each_right(target: Target) -> None:
         assert "".join(event.data["message"]["content"] for event in events) == alone
 
 
-LONG = {"temperature": 0, "seed": 0, "num_predict": 600, "stop": ["\u0000"]}
-STORY = {"model": MODEL, "prompt": "Once upon a time", "raw": True, "options": LONG}
+# A row without end: of a story the model had enough after 472 tokens.
+LONG = {"temperature": 0, "seed": 0, "num_predict": 3000, "stop": ["\u0000"], "repeat_penalty": 1.0}
+STORY = {"model": MODEL, "prompt": ", ".join(["row"] * 12) + ",", "raw": True, "options": LONG}
 
 
 def _leave_stream(target: Target) -> None:
@@ -184,10 +194,10 @@ def _leave_whole(target: Target) -> None:
 
 @pytest.mark.parametrize("leave", [_leave_stream, _leave_whole], ids=["stream", "whole"])
 def test_client_that_leaves_frees_its_slot(target: Target, leave: Any) -> None:
-    """All slots are taken by callers who leave: 600 tokens each would take far longer than the bound."""
+    """All slots are taken by callers who leave: 3,000 tokens each would take several times the bound on any core."""
     generate(target, stream=False)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(leave, [target] * 4))
     started = time.monotonic()
     assert generate(target, stream=False).status == 200
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
