@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import shutil
@@ -44,6 +45,7 @@ def _own_ports() -> tuple[range, socket.socket | None]:
         except OSError:
             held.close()
         else:
+            atexit.register(held.close)
             return range(first, first + _EACH), held
     return _PORTS, None  # so many at once are no run of the tests: the last ones share
 
