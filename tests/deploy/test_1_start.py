@@ -11,8 +11,9 @@ import httpx
 import ollama
 import openai
 import pytest
-from deploy.site import MODEL, SERVICES, Site
+from deploy.site import MODEL, SERVICES, SLOW, Site
 from support.load import WHOLE
+from support.process import until
 
 MESSAGES = [{"role": "user", "content": "Say hi."}]
 ONE_LINE = re.compile(r"[^\n]+\n?")
@@ -68,11 +69,18 @@ def test_up_and_one_printed_command_gives_a_key(empty: Site, say: list[str]) -> 
     command = empty.do("scripts/compose-init").splitlines()[-1].partition("#")[0].strip()
     printed = empty.do(command.replace("exec", "exec -T").replace("NAME", "first"))
     assert printed.startswith("crl_")
-    status = empty.corral("status")
-    assert status["edge"]["state"] == "up"
-    assert status["store"]["valkey"]["state"] == status["store"]["database"]["state"] == "ready"
+    # What control looks at has a second to answer, and who was not heard for three is down.
+    until(lambda: _all_ready(empty.corral("status")), "the edge, the gateways and the stores are there", every=0.5)
+
+
+def _all_ready(status: dict[str, Any]) -> bool:
+    stores = {name: store["state"] for name, store in status["store"].items()}
     gateways = {gateway["name"]: gateway["state"] for gateway in status["gateways"]}
-    assert gateways == {"api-gateway-1": "ready", "api-gateway-2": "ready"}
+    return (
+        status["edge"]["state"] == "up"
+        and stores == {"valkey": "ready", "database": "ready"}
+        and gateways == {"api-gateway-1": "ready", "api-gateway-2": "ready"}
+    )
 
 
 def _tls(site: Site) -> ssl.SSLContext:
@@ -99,8 +107,8 @@ def test_the_official_clients_get_tokens(site: Site, variable: str, scheme: str)
 
 def test_both_nodes_and_both_gateways_take_part(site: Site) -> None:
     with site.load("spread") as load:
-        load.more(4, "ollama-1", seconds=60)
-        load.more(4, "ollama-2", seconds=60)
+        load.more(4, "ollama-1", seconds=SLOW)
+        load.more(4, "ollama-2", seconds=SLOW)
     assert load.unlike(WHOLE) == []
     site.recorded([answer.request_id for answer in load.answers])
     rows = site.audit()

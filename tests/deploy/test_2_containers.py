@@ -105,7 +105,7 @@ def test_valkey_has_a_password_that_no_inspection_shows(site: Site) -> None:
     given = "REDISCLI_AUTH=$(cat /run/secrets/valkey-password) "
     assert site.do(asked.format(given)).strip() == "PONG"
     # Those who use it have it: its INFO reaches Prometheus through control.
-    assert site.corral("status")["store"]["valkey"]["state"] == "ready"
+    until(lambda: site.corral("status")["store"]["valkey"]["state"] == "ready", "control has it", every=0.5)
     until(lambda: _value(site, "corral_valkey_clients") > 0, "Prometheus has its INFO", 60, every=1.0)
 
 

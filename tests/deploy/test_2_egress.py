@@ -118,6 +118,8 @@ def mirror(site: Site) -> Iterator[str]:
     try:
         site.docker("network", "disconnect", "none", name)
         site.docker("network", "connect", network, name)
+        # The engine is done once its program is started, which has yet to come to listening.
+        until(lambda: "listens" in site.docker("logs", name), "the mirror listens", every=0.2)
         yield site.docker.inspect(name)["NetworkSettings"]["Networks"][network]["IPAddress"]
     finally:
         site.docker("rm", "-f", name)

@@ -8,7 +8,7 @@ import ssl
 import time
 
 import httpx
-from deploy.site import MODEL, Site
+from deploy.site import MODEL, SLOW, Site
 from support.load import COMPLETIONS, WHOLE
 from support.process import until
 
@@ -21,12 +21,12 @@ def test_a_node_is_added_and_no_stream_is_cut(site: Site, say: list[str]) -> Non
     site.give_model("ollama-3")
     # So many clients that each gateway has three requests at once: it gives the first two to the first two nodes.
     with site.load("added", clients=6) as load:
-        load.more(6, seconds=60)
+        load.more(6, seconds=SLOW)
         began = time.monotonic()
         site.corral("nodes add http://ollama-3:11434 --name ollama-3")
         seconds = time.monotonic() - began
-        load.more(3, "ollama-3", seconds=60)
-        load.more(9, seconds=60)
+        load.more(3, "ollama-3", seconds=SLOW)
+        load.more(9, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     say.append(f"added ollama-3 in {seconds:.1f} s under load: {len(load.answers)} requests, all whole")
 
@@ -34,12 +34,12 @@ def test_a_node_is_added_and_no_stream_is_cut(site: Site, say: list[str]) -> Non
 def test_containers_are_replaced_one_after_another_and_nothing_is_cut(site: Site, say: list[str]) -> None:
     replaced = ("control", "api-gateway-1", "api-gateway-2")
     with site.load("replaced") as load:
-        load.more(6, seconds=60)
+        load.more(6, seconds=SLOW)
         began = time.monotonic()
         for service in replaced:
             site.do(f"docker compose up -d --wait --no-deps --force-recreate {service}", 120)
         seconds = time.monotonic() - began
-        load.more(9, seconds=60)
+        load.more(9, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     say.append(f"replaced {', '.join(replaced)} in {seconds:.1f} s: {len(load.answers)} requests, all whole")
 
@@ -48,14 +48,14 @@ def test_a_new_certificate_is_shown_after_a_reload_that_cuts_nothing(site: Site)
     path = site.folder / "secrets/tls.pem"
     old = _shown(site)
     with site.load("certificate") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         site.do(
             "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3 -subj /CN=new"
             " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout new.key -out new.pem 2> /dev/null"
             " && cat new.pem new.key > secrets/tls.pem && docker compose kill -s USR2 haproxy"
         )
-        until(lambda: _shown(site) != old, "the edge shows the new certificate", 10)
-        load.more(6, seconds=60)
+        until(lambda: _shown(site) != old, "the edge shows the new certificate")
+        load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     assert path.read_text().startswith(ssl.DER_cert_to_PEM_cert(_shown(site)).strip()[:200])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from deploy.site import MODEL, PROJECT, Site
+from deploy.site import MODEL, PROJECT, SLOW, Site
 from support.load import COMPLETIONS, TOLD, WHOLE
 from support.process import until
 from support.runbook import NOT_HERE, sections
@@ -109,11 +109,11 @@ def test_a_part_is_restarted_while_requests_go_on(
 ) -> None:
     before = started(site, service)
     with site.load(f"restarted-{service}") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         said = site.block(block(page, heading))
         assert started(site, service) > before
         assert "docker compose logs" not in block(page, heading) or f"{service}-1  |" in said, "its log"
-        load.more(6, seconds=60)
+        load.more(6, seconds=SLOW)
     assert load.unlike(*fates) == []
     site.recorded([answer.request_id for answer in load.answers])
     site.knows("ollama-1", "ollama-2")
@@ -137,9 +137,9 @@ def test_a_node_is_taken_out_and_brought_back(site: Site, shim: dict[str, str]) 
 
 def test_a_leaked_key_is_refused(site: Site, shim: dict[str, str]) -> None:
     made = site.corral("keys create leaked")
-    until(lambda: ask(site, made["key"]).status_code == 200, "it works", 10)
+    until(lambda: ask(site, made["key"]).status_code == 200, "it works")
     anywhere(site, shim, INCIDENT, "A key or secret has leaked", ID=made["id"])
-    until(lambda: ask(site, made["key"]).status_code == 401, "it is refused", 10)
+    until(lambda: ask(site, made["key"]).status_code == 401, "it is refused")
 
 
 # -- scaling
@@ -152,12 +152,12 @@ def test_a_node_is_removed_and_added_and_takes_traffic(site: Site, say: list[str
     site.block(before)
     site.give_model("ollama-3")
     with site.load("procedure-added", MANY) as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         assert "ollama-3" in site.block(after)
-        load.more(3, "ollama-3", seconds=60)
+        load.more(3, "ollama-3", seconds=SLOW)
         assert "ollama-3" in nodes(site)
         site.block(block(SCALING, "Remove a node"))
-        load.more(6, seconds=60)
+        load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     assert "ollama-3" not in nodes(site)
     assert f"{PROJECT}-ollama-3-1" not in site.docker("ps", "-a", "--format", "{{.Names}}").split()
@@ -172,10 +172,10 @@ def test_a_model_of_the_catalogue(site: Site) -> None:
     config = site.folder / "deploy/compose/corral.yaml"
     kept = config.read_text()
     with site.load("catalogue") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         config.write_text(kept + f"\nmodels:\n  - {{name: {MODEL}, copies: 2}}\n")
         said = site.block(block(MODELS, "With Compose"))
-        load.more(6, seconds=60)
+        load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     # It is there already, so that nothing has to be pulled: its version is recorded, and it stays in memory.
     assert "nothing to do" in said and " ok " in said
@@ -196,14 +196,14 @@ def test_ollama_is_upgraded_on_a_node_and_goes_back(site: Site) -> None:
     new = f"{old}-next"
     site.docker("tag", old, new)
     with site.load("ollama-upgraded", MANY) as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         for image in (new, old):
             compose.write_text(kept.replace(f"image: {old}\n", f"image: {image}\n"))
             site.block(block(MAINTENANCE, "Upgrade Ollama on a node"))
             assert site.container("ollama-1")["Config"]["Image"] == image
             # There is no catalogue: else nobody would ask a node that has yet to load it.
             site.corral(f"models load {MODEL} --node ollama-1")
-            load.more(3, "ollama-1", seconds=60)
+            load.more(3, "ollama-1", seconds=SLOW)
     assert load.unlike(WHOLE) == []
     site.docker("rmi", new)
 
@@ -220,11 +220,11 @@ def test_corral_is_upgraded_and_no_stream_is_cut(site: Site, say: list[str]) -> 
         file.write(f"{files}:build.yml\nCORRAL_VERSION=next\n")
     edge = started(site, "haproxy")
     with site.load("corral-upgraded") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         began = time.monotonic()
         site.block(block(MAINTENANCE, "Upgrade Corral"))
         seconds = time.monotonic() - began
-        load.more(6, seconds=60)
+        load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     assert {site.container(service)["Config"]["Image"] for service in services} == {"corral:next"}
     assert started(site, "haproxy") == edge
@@ -257,10 +257,10 @@ def test_the_certificate_is_replaced(site: Site) -> None:
         " && chmod u+w secrets/tls.pem && cat new.pem new.key > secrets/tls.pem"
     )
     with site.load("renewed") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         site.block(block(MAINTENANCE, "Replace the TLS certificate"))
-        until(lambda: ssl.get_server_certificate(address) != before, "the new one is shown", 10, every=0.2)
-        load.more(3, seconds=60)
+        until(lambda: ssl.get_server_certificate(address) != before, "the new one is shown", every=0.2)
+        load.more(3, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     assert ssl.get_server_certificate(address).strip() == (site.folder / "new.pem").read_text().strip()
 
@@ -270,7 +270,7 @@ def test_the_password_of_the_database_is_changed(site: Site) -> None:
     site.block(block(MAINTENANCE, "Change PostgreSQL's password"), NEW=fresh)
     # Control is made to connect anew: with the old password it could not.
     site.do("docker compose restart control && docker compose up -d --wait control", 120)
-    assert site.corral("status")["store"]["database"]["state"] == "ready"
+    until(lambda: site.corral("status")["store"]["database"]["state"] == "ready", "control has it", every=0.5)
     site.do("scripts/compose-init")
     assert (site.folder / "secrets/postgres-password").stat().st_mode & 0o777 == 0o444
 
@@ -285,18 +285,16 @@ def test_the_password_of_valkey_is_changed(site: Site) -> None:
     path = site.folder / "secrets/valkey-password"
     old = path.read_text().strip()
     with site.load("valkey-password") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         site.block(block(MAINTENANCE, "Change Valkey's password"))
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     assert path.read_text().strip() != old
     asked = "docker compose exec -T redis sh -c 'REDISCLI_AUTH={} valkey-cli -e ping'"
     assert site.shell(asked.format(old)).returncode != 0
-    until(
-        lambda: site.corral("status")["store"]["valkey"]["state"] == "ready", "control has the new one", 10, every=0.5
-    )
+    until(lambda: site.corral("status")["store"]["valkey"]["state"] == "ready", "control has the new one", every=0.5)
     for gateway in ("api-gateway-1", "api-gateway-2"):
-        until(lambda name=gateway: _has_limits(site, name), f"{gateway} has the new one", 10, every=0.5)  # type: ignore[misc]
+        until(lambda name=gateway: _has_limits(site, name), f"{gateway} has the new one", every=0.5)  # type: ignore[misc]
 
 
 def test_the_backups_are_checked(site: Site, passphrase: str) -> None:
@@ -326,11 +324,11 @@ def test_vacuum_a_minor_and_a_major_version_of_postgresql(site: Site, say: list[
     before = site.audit().keys()
     volume = _made(site, "postgres-data")
     with site.load("postgresql") as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         began = time.monotonic()
         site.block(block(MAINTENANCE, "PostgreSQL: vacuum and upgrades"), CORRAL_BACKUP_PASSPHRASE_FILE=passphrase)
         seconds = time.monotonic() - began
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     assert _made(site, "postgres-data") != volume, "the volume is a new one"
     assert {key["id"] for key in site.corral("keys list")} >= keys
@@ -363,11 +361,11 @@ def test_planned_reboot(site: Site) -> None:
 def test_a_lost_node(site: Site) -> None:
     before, after = around(DISASTER, "Lost node", 'docker compose exec ollama-2 ollama pull "$MODEL"')
     with site.load("lost-node", MANY) as load:
-        load.more(3, seconds=60)
+        load.more(3, seconds=SLOW)
         site.block(before)
         site.give_model("ollama-2")
         assert "ollama-2" in site.block(after)
-        load.more(3, "ollama-2", seconds=60)
+        load.more(3, "ollama-2", seconds=SLOW)
     assert load.unlike(WHOLE, TOLD) == []
 
 
