@@ -115,3 +115,4 @@ def test_a_hastened_copy_differs_in_its_times_alone() -> None:
         "corral_a_seconds > 9\ncorral_b_timestamp_seconds > 26 * 3600"
     )
     assert hasten("x[1h] y[5m]\n  for: 10m\n", 120) == "x[20000ms] y[2500ms]\n  for: 5000ms\n"
+    assert hasten("x[1h] y[5m]\n  for: 1h\n", 20, 5, 8) == "x[8000ms] y[8000ms]\n  for: 5000ms\n"

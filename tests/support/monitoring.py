@@ -54,15 +54,17 @@ def seconds(duration: str) -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"(\d+)(ms|[smhdw])", duration))
 
 
-def hasten(text: str, factor: float, longest: float = 20.0) -> str:
-    """A rule file whose every window and ``for`` is ``factor`` times shorter, between 2 s and ``longest`` seconds.
+def hasten(text: str, factor: float, longest: float = 20.0, window: float = 20.0) -> str:
+    """A rule file whose every ``for`` is ``factor`` times shorter, between 2 s and ``longest`` seconds, and whose every
+    window is so, between 2 s and ``window`` seconds.
 
     So is an age in seconds beyond which something is too old; it has no bounds. Nothing else is changed: what alerts,
     on which metric, beyond which number.
     """
 
     def scaled(match: re.Match[str]) -> str:
-        short = min(max(seconds(match["duration"]) / factor, 2.0), longest)
+        most = window if match["before"] == "[" else longest
+        short = min(max(seconds(match["duration"]) / factor, 2.0), most)
         return f"{match['before']}{round(short * 1000)}ms{match['after']}"
 
     text = re.sub(_AGE, lambda match: f"{match[1]}{float(match[2]) / factor:g}", text)

@@ -47,13 +47,17 @@ SIMULATION = {
     ],
     "max_loaded": 5,
 }
-CROWD, EVERY = 60, 0.25
-"""Callers that come one after the other, seconds apart: more than the nodes have slots."""
+CROWD, EVERY = 80, 0.25
+"""Callers that come one after the other, seconds apart: more than the nodes have slots, and so many more that the queue
+grows for longer than its alert takes. Once all are there it wavers: who was answered just now does not wait."""
 SPOOL = 200_000
 """Bytes: some hundreds of records."""
 RUNBOOKS = "https://runbooks.example/corral"
-HASTE, LONGEST = 20.0, 5.0
-"""A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds."""
+HASTE, LONGEST, WINDOW = 20.0, 5.0, 8.0
+"""A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds.
+
+What a window counts comes again before it is over: a gateway asks a runner that hangs anew each five seconds and more.
+"""
 
 
 def quick_prometheus(control: str, manager: Server, rules: Path) -> dict[str, Any]:
@@ -67,12 +71,12 @@ def quick_prometheus(control: str, manager: Server, rules: Path) -> dict[str, An
     return config
 
 
-def quick_rules(folder: Path, factor: float, longest: float) -> Path:
+def quick_rules(folder: Path, factor: float, longest: float, window: float) -> Path:
     """A folder with the rules, in a hurry."""
     made = folder / "rules"
     made.mkdir()
     for path in monitoring.RULES:
-        (made / path.name).write_text(monitoring.hasten(path.read_text(encoding="utf-8"), factor, longest))
+        (made / path.name).write_text(monitoring.hasten(path.read_text(encoding="utf-8"), factor, longest, window))
     return made
 
 
@@ -354,7 +358,7 @@ def stage(folder: Path) -> Iterator[Stage]:
         config.write_text(yaml.safe_dump(settings))
         made = exits.enter_context(stack(folder / "state", "--config", str(config)))
         metrics = urlsplit((StateFolder(folder / "state").stack() or {})["control"]["metrics"]).netloc
-        rules = quick_rules(folder, HASTE, LONGEST)
+        rules = quick_rules(folder, HASTE, LONGEST, WINDOW)
         prometheus = exits.enter_context(monitoring.prometheus(folder, quick_prometheus(metrics, manager, rules)))
         whole = Stage(made, nodes, store, database, prometheus, manager, heard, folder, exits)
         whole.backup(age=60)
