@@ -23,7 +23,7 @@ from corral.cli.main import cli
 from corral.config.settings import Settings
 from corral.gateway.server import ASIDE_TOLD
 from corral.gateway.shipper import Shipper
-from corral.store.spool import SpoolWriter, encode_frame, segments
+from corral.store.spool import SpoolWriter, encode_frame, framed, segments
 
 
 @pytest.fixture
@@ -109,6 +109,46 @@ def test_a_gateway_that_is_killed_at_the_rename_ships_everything_once(
     writer.close()
 
 
+def test_the_log_names_a_damaged_segment_where_it_is_damaged_and_how_much_came_behind(
+    control: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "spool/gateway-1"
+    writer = SpoolWriter(folder)
+    corrupt, torn = folder / "0000000000000001.seg", folder / "0000000000000002.seg"
+    begun = framed(encode({"t": "begin", "gw": "gateway-1", "ts": 1795000000.5}))
+    pair = framed(encode(settled(3)) + b"\n" + encode(settled(4)))
+    corrupt.write_bytes(damaged(settled(1), settled(2)) + begun + pair)
+    torn.write_bytes(encode_frame(settled(5)) + encode_frame(settled(6)) + encode_frame(settled(7))[:-3])
+    damage = {
+        corrupt: ("a corrupt frame", len(encode_frame(settled(1))), corrupt.stat().st_size, ".corrupt", 3),
+        torn: ("a torn frame", len(encode_frame(settled(5)) * 2), torn.stat().st_size, ".torn", 0),
+    }
+    held = {path: path.read_bytes() for path in damage}
+    token = control.internal.headers["authorization"].removeprefix("Bearer ")
+
+    async def ship() -> None:
+        shipper = Shipper(writer, folder, control.url, token, "gateway-1")
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            await shipper.ship_all(client)
+
+    with caplog.at_level("WARNING", "corral.gateway.shipper"):
+        asyncio.run(ship())
+    writer.close()
+    said = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "corral.gateway.shipper"]
+    assert sorted(said) == [
+        (
+            "ERROR",
+            f"{path} has {what} at byte {offset} of {size}; kept as {path.with_suffix(suffix)}. "
+            f"{count} records behind it were shipped all the same",
+        )
+        for path, (what, offset, size, suffix, count) in damage.items()
+    ]
+    kept = {path: path.with_suffix(suffix).read_bytes() for path, (_, _, _, suffix, _) in damage.items()}
+    assert kept == held, "what is named is there, as it was"
+    rows = control.admin.get("/admin/audit", params={"model": "m:latest"}).json()["audit"]
+    assert {row["id"] for row in rows} == {f"e{number}" for number in range(1, 7)}
+
+
 def test_a_remote_doctor_names_what_a_gateway_put_aside(control: Running, tmp_path: Path) -> None:
     spool, metrics, port = tmp_path / "spool", free_port(), free_port()
     adopted, own = spool / "gateway-9", spool / "gateway-1"
@@ -152,6 +192,8 @@ def test_a_remote_doctor_names_what_a_gateway_put_aside(control: Running, tmp_pa
         status, (found,) = doctor()
         assert (status, found["level"], all(name in found["seen"] for name in names)) == (1, "problem", True)
         assert "gateway-1" in found["advice"]
+        logged = (tmp_path / "gateway.log").read_text()
+        assert all(str(own / name) in logged for name in names[:2]), "what it put aside itself is in its log"
         for name in ("gateway-1/0000000000000001.corrupt", "gateway-9/0000000000000007.corrupt"):
             (spool / name).unlink()
         for number in range(ASIDE_TOLD + 5):
