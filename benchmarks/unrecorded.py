@@ -30,7 +30,7 @@ UNRECORDED = {
     ),
 }
 """What of the gateway's sources is otherwise where nothing is recorded. The access log, which is no record, stays, and
-so does the turn of the event loop that those share who wait for their record: what they do in it is no part of its cost.
+so does the turn of the event loop that those share who wait for their record: what they do in it is no cost of it.
 """
 
 

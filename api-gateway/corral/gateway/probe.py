@@ -2,8 +2,8 @@
 
 Control's word on a node holds for six seconds. From then on each node but those that are drained is asked each second
 what it has in memory, on the way that requests take. One that answers may have work, whatever control said last; one
-that does not, twice in a row, gets none. If these are more than half of the nodes, it may be this gateway's own way that
-is broken: those that had work keep it. As soon as control is heard again, its word counts.
+that does not, twice in a row, gets none. If these are more than half of the nodes, it may be this gateway's own way
+that is broken: those that had work keep it. As soon as control is heard again, its word counts.
 """
 
 from __future__ import annotations

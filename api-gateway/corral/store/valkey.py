@@ -52,8 +52,8 @@ class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
     ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now,
-    ``connections`` counts those that were made, ``lost`` is when the last one was (monotonic seconds). ``server`` is the
-    run id of its server, or b"".
+    ``connections`` counts those that were made, ``lost`` is when the last one was (monotonic seconds). ``server`` is
+    the run id of its server, or b"".
     """
 
     def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT) -> None:
