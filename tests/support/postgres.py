@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 from support.process import Process, free_port, until
+from support.small_disk import SmallDisk
 
 PASSWORD = "the password of a test"
 USER = "corral"
@@ -32,10 +33,21 @@ def programs() -> Path:
     pytest.fail("there is no PostgreSQL: run scripts/install-postgresql first (scripts/test does)", pytrace=False)
 
 
-class Postgres:
-    """A cluster. ``start``, ``kill`` and ``stop`` may be called in turns; it comes back on its port with its data."""
+DATA, TABLES = "data", "tables"
+"""What may lie on a small disk: all that it writes, or the tablespace of new databases alone."""
 
-    def __init__(self) -> None:
+
+class Postgres:
+    """A cluster. ``start``, ``kill`` and ``stop`` may be called in turns; it comes back on its port with its data.
+
+    ``disk`` is the small disk that it was made on, None where there is none.
+    """
+
+    def __init__(self, small: str = "", size: str = "") -> None:
+        """`small`: what lies on a disk of that size of its own, `DATA` or `TABLES`; only root can have it so.
+
+        Its log has segments of 1 MiB then, and it does not start itself again where it has crashed.
+        """
         self._bin = programs()
         # Not below pytest's folder, which is closed to the user that PostgreSQL runs as: it refuses to be root.
         self.folder = Path(tempfile.mkdtemp(prefix="corral-postgres-"))
@@ -48,23 +60,33 @@ class Postgres:
         secret.write_text(PASSWORD)
         if self._user:
             shutil.chown(secret, self._user)
+        self.small = small
+        self.disk = SmallDisk(self.folder / small, size, self._user) if small else None
         argv = [*self._as_user(), str(self._bin / "initdb"), "--pgdata", str(self.folder / "data"), "--no-sync"]
         argv += ["--username", USER, "--pwfile", str(secret), "--auth", "scram-sha-256", "--encoding", "UTF8"]
-        subprocess.run([*argv, "--locale", "C.UTF-8"], check=True, capture_output=True, cwd="/")
+        argv += ["--locale", "C.UTF-8", *(["--wal-segsize", "1"] if small else [])]
+        subprocess.run(argv, check=True, capture_output=True, cwd="/")
 
     def _as_user(self) -> list[str]:
         if not self._user:
             return []
         # What is told to die with its parent forgets it when its user changes: so in the same step.
         groups = ["--clear-groups", "--pdeathsig", "QUIT"]
-        return ["setpriv", "--reuid", self._user, "--regid", self._user, *groups]
+        seen = self.disk.seen if self.disk is not None else []
+        return [*seen, "setpriv", "--reuid", self._user, "--regid", self._user, *groups]
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
         argv = [*self._as_user(), self._bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)]
         argv += ["-k", self.folder, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=50"]
+        argv += ["-c", "restart_after_crash=off"] if self.small else []
         self._process = Process(argv, self.folder / "postgres.log")
         self._process.wait_until(self._answers, 30)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its first process runs."""
+        return self._process is not None and self._process.alive
 
     def kill(self) -> None:
         """End it as a crash would."""
@@ -102,12 +124,19 @@ class Postgres:
 
     def remove(self) -> None:
         self.stop()
+        if self.disk is not None:
+            self.disk.close()
         shutil.rmtree(self.folder)
 
     def database(self) -> str:
         """The URL of a new, empty database."""
         name = f"test_{secrets.token_hex(6)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        where = ""
+        if self.small == TABLES:
+            if not self.execute(f"SELECT 1 FROM pg_tablespace WHERE spcname = '{TABLES}'"):
+                self.execute(f"CREATE TABLESPACE {TABLES} LOCATION '{self.folder / TABLES}'")
+            where = f" TABLESPACE {TABLES}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE template0{where}")
         return self.url(name)
 
     def url(self, name: str, password: str | None = PASSWORD) -> str:
@@ -139,9 +168,9 @@ class Postgres:
 
 
 @contextmanager
-def postgres() -> Iterator[Postgres]:
-    """A cluster that runs, and is gone afterwards."""
-    made = Postgres()
+def postgres(small: str = "", size: str = "") -> Iterator[Postgres]:
+    """A cluster that runs, and is gone afterwards; `small` and `size` as `Postgres` takes them."""
+    made = Postgres(small, size)
     try:
         made.start()
         yield made
