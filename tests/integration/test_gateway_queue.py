@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.gateway import Gateway, says
-from support.held import MODEL, Held, hold, led, placed, queueing
+from support.held import MODEL, Held, hold, led, placed, queueing, waited
 from support.leader import Leader
 from support.process import until
 
@@ -312,8 +312,9 @@ def test_a_deadline_ends_the_wait_and_what_runs(gw: Gateway, leader: Leader, cal
     until(lambda: held.running == 1, "one runs")
     began = time.monotonic()
     late = by("1000")
-    assert time.monotonic() - began >= 1.0
-    assert late.status_code == 503 and "no slot for 'm' within 1 s" in late.json()["error"]
+    took = time.monotonic() - began
+    assert took >= 1.0
+    assert late.status_code == 503 and 1 <= waited(late.json()["error"]) <= round(took)
     until(lambda: leader.waiting() == 0, "its ticket is given up")
     held.release()
     assert runs.result().status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -76,6 +77,13 @@ def led(gw: Gateway, leader: Leader) -> None:
 
     until(counted, "the gateway asks the store")
     until(lambda: not leader.used(), "nothing runs")
+
+
+def waited(error: str) -> int:
+    """Whole seconds that a request without a slot says to have waited: more than it might, where a gateway halts."""
+    said = re.search(r"no slot for 'm' within (\d+) s", error)
+    assert said, error
+    return int(said[1])
 
 
 def hold(gw: Gateway, behaviour: Callable[[socket.socket], None], count: int = 40) -> None:
