@@ -15,6 +15,7 @@ from support.process import Process, free_port, until
 from support.servers import python_env
 
 SHARING = "corral_gateways_sharing"
+CONNECTIONS = "corral_limit_store_connections_total"
 
 
 class Second:
@@ -45,7 +46,16 @@ class Second:
 
     def seen(self) -> float:
         """How many gateways it knows of."""
-        return page(f"http://{self._metrics}/metrics").value(SHARING)
+        return self.metric(SHARING)
+
+    def connections(self) -> float:
+        """How often the two have connected to the store. One that has no answer for 50 ms does so anew, and gives its
+        own slots until then: on a machine that halts, some do."""
+        return self.metric(CONNECTIONS) + self._gw.metric(CONNECTIONS)
+
+    def metric(self, name: str) -> float:
+        """A metric without labels."""
+        return page(f"http://{self._metrics}/metrics").value(name)
 
     def post(self, body: Any = None) -> httpx.Response:
         """POST to it."""
