@@ -45,36 +45,38 @@ class Runner:
     def __call__(self, connection: socket.socket) -> None:
         prompt = self._node.asked.body["messages"][-1]["content"]
         with self._lock:
-            gone, go_on, kill = self._gone, self._go_on, self._kill
-            self.running.append(prompt)
+            gone, go_on, kill, running = self._gone, self._go_on, self._kill, self.running
+            running.append(prompt)
         time.sleep(max(0.0, self._loaded - time.monotonic()))
         try:
-            self._answer(connection, prompt, gone, kill if prompt.startswith("kills") else go_on)
+            last = self._answer(connection, prompt, gone, kill if prompt.startswith("kills") else go_on)
         finally:
+            # Before its gateway can know: whoever comes next is not beside it.
             with self._lock:
-                self.running.remove(prompt)
+                running.remove(prompt)
+        connection.sendall(last)
 
-    def _answer(self, connection: socket.socket, prompt: str, gone: threading.Event, go_on: threading.Event) -> None:
+    def _answer(self, connection: socket.socket, prompt: str, gone: threading.Event, go_on: threading.Event) -> bytes:
         what = prompt.partition(":")[0]
         if what in (HOLDS, KILLS_LATE):
             connection.sendall(HEAD + chunk(LINE % b"w0"))
         if what in (KILLS, KILLS_LATE):
             go_on.wait(20)
             with self._lock:
-                self.crashes += 1
+                self.running = []  # all that this one had
                 self._gone, self._loaded = threading.Event(), time.monotonic() + LOAD
-            gone.set()
+                gone.set()
+                self.crashes += 1
         elif what in (READS, HOLDS):
             while not go_on.wait(0.01) and not gone.is_set():
                 pass
         if not gone.is_set():
             begun = b"" if what == HOLDS else HEAD
-            connection.sendall(begun + chunk(LAST % 1) + END)
-        elif what in (HOLDS, KILLS_LATE):
-            connection.sendall(chunk(b'{"error":"%b"}\n' % GONE) + END)
-        else:
-            body = b'{"error":"%b"}' % GONE
-            connection.sendall(b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            return begun + chunk(LAST % 1) + END
+        if what in (HOLDS, KILLS_LATE):
+            return chunk(b'{"error":"%b"}\n' % GONE) + END
+        body = b'{"error":"%b"}' % GONE
+        return b"HTTP/1.1 500 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
     def goes_on(self) -> None:
         """Whoever reads or holds comes to its end; who comes from now on waits anew."""
@@ -139,6 +141,26 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield Site(gw, second, exits.enter_context(ThreadPoolExecutor(16)))
 
 
+def stored(gw: Gateway, *command: bytes) -> Any:
+    """What the store answers to a command."""
+    reader = hiredis.Reader()
+    with socket.create_connection(("127.0.0.1", urlsplit(gw.valkey.url).port or 0)) as store:
+        store.sendall(encode(*command))
+        while (reply := reader.gets()) is False:
+            reader.feed(store.recv(4096))
+    return reply
+
+
+def prompts(gw: Gateway, what: str) -> int:
+    """How many are "suspects", or "refused", as the store knows it; each gateway hears of it from there."""
+    return int(stored(gw, b"ZCARD", PREFIX + what.encode()))
+
+
+def trials(gw: Gateway) -> list[str]:
+    """The runners that a suspect's attempt has, as the store knows it."""
+    return [key.decode().rpartition(" ")[2] for key in stored(gw, b"KEYS", PREFIX + b"trial:*")]
+
+
 def is_refused(answer: tuple[int, str]) -> bool:
     return answer[0] == 400 and "present at 2 crashes" in answer[1]
 
@@ -169,7 +191,8 @@ def test_an_innocent_prompt_that_is_alone_at_its_gateway_is_not_blamed(site: Sit
     asked = site.ask(innocent, site.second.url)
     site.runner.goes_on()
     assert well(asked.result())
-    # It has come to its end: so it was the other one.
+    # It has come to its end: so it was the other one. Its gateway does not wait for that to be told before it answers.
+    until(lambda: prompts(site.gw, "refused") == 1, "the store has it")
     for url in (site.gw.url, site.second.url):
         until(lambda url=url: is_refused(site.post(killer, url)), "each gateway refuses it", 5)  # type: ignore[misc]
     assert site.runner.crashes == 2
@@ -184,8 +207,7 @@ def test_who_reads_beside_a_killer_is_tried_again_apart_from_it_and_answered(sit
 
     def watch() -> None:
         while not over.wait(0.02):
-            running = list(site.runner.running)
-            if site.runner.crashes == 1 and len(running) > 1:
+            if site.runner.crashes == 1 and len(running := list(site.runner.running)) > 1:
                 together.append(running)
             site.runner.goes_on()
             site.runner.kill()
@@ -207,6 +229,8 @@ def test_a_killer_that_comes_again_is_known_before_it_is_tried_again(site: Site)
     """Its second crash is the first one of its second request, which is retried no more than that."""
     killer = f"{KILLS_LATE}: a"
     site.crash((killer, site.gw.url))
+    # A gateway does not wait for that to be told before it answers.
+    until(lambda: prompts(site.gw, "suspects") == 1, "the store has it")
     body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": killer}], "stream": False}
     ask: Callable[[], httpx.Response] = lambda: site.second.post(body)  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
@@ -240,16 +264,6 @@ def test_a_batch_that_crashes_it_is_known_by_the_whole_of_its_request(site: Site
     answer = ask()
     assert is_refused((answer.status_code, answer.text))
     assert len(node.requests) == asked
-
-
-def trials(gw: Gateway) -> list[str]:
-    """The runners that a suspect's attempt has, as the store knows it."""
-    command, reader = encode(b"KEYS", PREFIX + b"trial:*"), hiredis.Reader()
-    with socket.create_connection(("127.0.0.1", urlsplit(gw.valkey.url).port or 0)) as store:
-        store.sendall(command)
-        while (reply := reader.gets()) is False:
-            reader.feed(store.recv(4096))
-    return [key.decode().rpartition(" ")[2] for key in reply]
 
 
 def test_an_attempt_that_is_over_has_its_runner_no_longer(tmp_path: Path) -> None:
