@@ -140,6 +140,8 @@ def test_nor_while_the_others_are_busy_or_hold_as_many_as_they_may(site: Site) -
 
         site.well()
         leader = leading(gw)
+        gw.slots = 1  # so that the gateway gives no other where it misses the store
+        gw.publish(tags=[TAG])
         for node in gw.nodes:
             leader.place(node.name, OWN if node is site.own else MODEL, 1)
         until(lambda: gw_asks(site, leader), "the gateway asks the store")
