@@ -119,19 +119,20 @@ def test_a_minute_of_tokens_leaves_the_window_after_a_minute(store: Server) -> N
     run(store, 1, work)
 
 
-@pytest.mark.parametrize("limits", [{"rpm": 60}, {"rpm": 60, "tpm": 10_000}])
+# One of six comes back in ten seconds: what the test takes until it asks for one more is less, wherever it runs.
+@pytest.mark.parametrize("limits", [{"rpm": 6}, {"rpm": 6, "tpm": 10_000}])
 def test_a_rate_that_is_used_up_outlives_no_clock_that_is_set_back(store: Server, limits: dict[str, int]) -> None:
     async def work(made: list[Gateway]) -> None:
         gateway = made[0]
         key = gateway.budget(unused(), **limits)
-        for number in range(60):
+        for number in range(6):
             assert (await gateway.ask(key, f"r{number}", 1)).refused == ""
         assert (await gateway.ask(key, "more", 1)).refused == "rpm"
         # The clock is the store's own: what it knows is moved an hour into the future instead.
         script = "return redis.call('SET', KEYS[1], string.format('%.0f', redis.call('GET', KEYS[1]) + 3600000000))"
         await gateway.store.request(b"EVAL", script.encode(), b"1", key.rate)
         waits = await gateway.ask(key, "back", 1)
-        assert waits.refused == "rpm" and waits.retry_after <= 2, "its minute stays used up, and no more than that"
+        assert waits.refused == "rpm" and waits.retry_after <= 11, "its minute stays used up, and no more than that"
 
     run(store, 1, work)
 
@@ -170,13 +171,13 @@ def test_a_repeated_call_counts_once_and_so_does_a_repeated_settlement(store: Se
     async def work(made: list[Gateway]) -> None:
         one, other = made
         name = unused()
-        mine, theirs = (gateway.budget(name, rpm=100, tpm=1000, daily_tokens=10_000, concurrency=5) for gateway in made)
+        mine, theirs = (gateway.budget(name, rpm=6, tpm=1000, daily_tokens=10_000, concurrency=5) for gateway in made)
         for _ in range(3):
             assert (await one.ask(mine, "a", 400)).refused == ""
         assert (await other.ask(theirs, "a", 400)).refused == "", "an edge may repeat it elsewhere"
         assert (theirs.day_used, theirs.window) == (400, 400)
         verdict = await other.ask(theirs, "b", 1)
-        assert verdict.remaining == 98
+        assert verdict.remaining == 4
         for gateway, budget in ((one, mine), (other, theirs), (one, mine)):
             await gateway.settle(budget, "a", 150)
         assert (await one.ask(mine, "c", 1)).refused == ""

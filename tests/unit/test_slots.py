@@ -118,6 +118,10 @@ async def slots_of(made: list[Gateway]) -> int:
     return sum(text.startswith(b"g ") for text in texts)
 
 
+ENOUGH = 200
+"""Requests that are to be served: on a machine that is busy it takes longer."""
+
+
 class Fleet:
     """What truly runs on each place, as the callers see it."""
 
@@ -148,9 +152,9 @@ class Fleet:
 
 
 async def caller(gateway: Gateway, fleet: Fleet, name: str, until: float, draw: random.Random) -> None:
-    """Ask, run, give back; ask anew where the store was away, for as long as it takes."""
+    """Ask, run, give back; ask anew where the store was away, for as long as it takes, and until enough were served."""
     number = 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or fleet.served <= ENOUGH:
         number += 1
         id = f"{name}-{number}"
         answer, more = await gateway.ask(Wanted(id, "a", key=name))
@@ -183,7 +187,8 @@ def test_no_slot_is_given_twice_and_nobody_is_lost(store: Server, trouble: str) 
     """Four gateways, eight callers each, six slots: whatever becomes of the store, all are counted at the end."""
 
     async def work() -> None:
-        async with gateways(store.url, 4, lease=5.0, patience=0.3) as made:
+        # Only a store that is halted is to be away; a busy machine's may take as long for an answer.
+        async with gateways(store.url, 4, lease=5.0, patience=0.3 if trouble == "stall" else 5.0) as made:
             fleet = Fleet(3)
             for node in ("n1", "n2"):
                 await place(made[0], node, "a", "resident", 1, 3)
@@ -218,7 +223,7 @@ def test_no_slot_is_given_twice_and_nobody_is_lost(store: Server, trouble: str) 
                 assert await slots_of(made) == before, "its tickets took slots after it had died"
             await asyncio.wait_for(asyncio.gather(*callers), 30)
             assert not fleet.errors
-            assert fleet.served > 200
+            assert fleet.served > ENOUGH
             async with asyncio.timeout(10):  # after the next renewal nothing is held
                 while True:
                     try:

@@ -25,7 +25,7 @@ def test_a_gateway_that_was_thought_dead_tells_of_what_runs(store: Server) -> No
     """Its slots were given to others meanwhile: they are counted again, and nothing more is given until they end."""
 
     async def work() -> None:
-        async with gateways(store.url, 2, lease=1.0) as made:
+        async with gateways(store.url, 2, lease=2.0) as made:
             stalled, other = made
             await place(other, "n1", "a", "resident", 1, 1)
             assert (await stalled.ask(Wanted("s1", "a")))[0].node == "n1"
@@ -53,7 +53,7 @@ def test_what_was_given_before_the_lease_was_over_is_not_taken_after_it(store: S
     """A gateway stands still, its connections with it, and goes on: the slot is another's by then."""
 
     async def work() -> None:
-        async with gateways(store.url, 2, lease=1.0) as made:
+        async with gateways(store.url, 2, lease=2.0) as made:
             stalled, other = made
             await place(other, "n1", "a", "resident", 1, 1)
             heard: asyncio.Future[tuple[Answer, asyncio.Future[Answer]]] | None = None

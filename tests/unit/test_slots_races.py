@@ -124,13 +124,15 @@ def test_renewals_that_race_with_the_end_of_a_lease_leave_what_runs_counted_once
 
     async def work() -> None:
         draw = random.Random(1)
-        async with gateways(store.url, 3, lease=0.2) as made:
+        async with gateways(store.url, 3) as made:
             for one in made:
                 one.tasks.pop().cancel()  # it is this test that renews
             late = made[0]
             await place(late, "n1", "a", "resident", 1, 4)
             for number in range(3):
                 assert (await late.ask(Wanted(f"r{number}", "a")))[0].node == "n1"
+            for one in made:
+                one.slots.lease = 0.2  # s, from now on: of what is asked for none is to be over
             for _ in range(30):
                 await asyncio.sleep(draw.uniform(0.15, 0.25))
                 some = [made[0], made[1], made[2]]
