@@ -135,6 +135,7 @@ class Site:
 def site(tmp_path: Path) -> Iterator[Site]:
     with ExitStack() as exits:
         gw = exits.enter_context(gateway(tmp_path, limits={"default": {"rpm": None, "tpm": None, "concurrency": None}}))
+        gw.valkey.process.comes_first()  # a crash that it is not told of within 50 ms is no crash
         second = Second(gw, tmp_path)
         exits.callback(second.process.end)
         second.process.wait_until(second.up)

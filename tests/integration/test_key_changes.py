@@ -13,8 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support.control import Running, make_key, recorded
 from support.gateway import gateway
-from support.held import Held, hold, placed, waited
-from support.leader import Leader
+from support.held import Held, hold, leading, placed, waited
 from support.process import until
 
 from corral.cli.main import cli
@@ -122,9 +121,7 @@ def test_the_deadline_of_a_key_on_the_command_line(control: Running) -> None:
 
 def test_a_key_has_a_deadline_for_requests_that_state_none(tmp_path: Path) -> None:
     with gateway(tmp_path) as gw, ThreadPoolExecutor(8) as callers:
-        leader = Leader(gw.valkey.url)
-        until(lambda: leader.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
-        leader.leads()
+        leader = leading(gw)
         hurried = {"Authorization": f"Bearer {gw.new_key(deadline=1.0)}"}
         placed(gw, leader, 1, "node-1")
         held = Held()

@@ -50,6 +50,8 @@ def queueing(folder: Path, wait: str, length: int, **queue: str) -> AbstractCont
 
 def leading(gw: Gateway, gateways: int = 1) -> Leader:
     """Who says what stands where, once the store grants slots and knows so many gateways."""
+    # Who has no answer of it for 50 ms counts by itself until it is back, and heeds no leader meanwhile.
+    gw.valkey.process.comes_first()
     made = Leader(gw.valkey.url)
     until(lambda: made.ask(b"EXISTS", b"corral:1:slots-grant"), "the store grants slots")
     until(lambda: made.ask(b"ZCARD", b"corral:1:gateways") == gateways, "the gateways are known")
