@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
+from support import servers
 from support.load import Answer, Client
 from support.mixed import WRITTEN, Way, counts, pieces
 from support.process import until
 from support.servers import MODEL
-from support.stack import Stack
+from support.stack import Stack, stack
 
-START = Callable[..., Stack]
 PROMPT = "Tell me a long story of a horse that lived behind a river."
 SEEN = 6
 
 
 @pytest.fixture(scope="module", params=[pytest.param("ollama", marks=pytest.mark.ollama), "embedded_node"])
-def real(request: pytest.FixtureRequest, start_stack: START) -> Stack:
-    """A stack before a real Ollama, or before the embedded node over llama.cpp."""
-    return start_stack("--attach", request.getfixturevalue(request.param).url)
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack before a real Ollama, or before the embedded node over llama.cpp, which nobody else asks by now.
+
+    What is computed beside an answer, a canary or what control tries a model with, may round it to another token.
+    """
+    folder = tmp_path_factory.mktemp("left")
+    (folder / "corral.yaml").write_text("control: {canary: {interval: 0}}\n")
+    with ExitStack() as exits:
+        node = exits.enter_context(getattr(servers, request.param)(folder))
+        how = "--config", str(folder / "corral.yaml"), f"--attach={node.url}"
+        made = exits.enter_context(stack(folder / "state", *how))
+        client = Client(made.url, made.key, timeout=120)
+        assert client.ask(WRITTEN[0], body(WRITTEN[0], 1), "loads").status == 200
+        client.close()
+        made.until_continued(MODEL, seconds=240)
+        yield made
 
 
 def body(path: str, tokens: int) -> bytes:
