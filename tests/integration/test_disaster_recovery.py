@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.operator import Operator
 from support.postgres import Postgres, name_of
-from support.process import free_port, until
+from support.process import free_port, read_all, until
 from support.runbook import sections
 from support.servers import REPOSITORY, Server, embedded_node
 
@@ -42,8 +42,8 @@ def test_an_operator_that_fails_to_begin_leaves_nothing_running(
         with pytest.raises(AssertionError):
             Operator(tmp_path)
     assert list((tmp_path / "state").iterdir())
-    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in running if str(tmp_path).encode() in command]
+    running = read_all(Path("/proc").glob("[0-9]*/cmdline"))
+    assert not [command for _, command in running if str(tmp_path).encode() in command]
 
 
 def test_before_anything_is_lost(operator: Operator) -> None:

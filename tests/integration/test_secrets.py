@@ -16,7 +16,7 @@ import pytest
 from support.backup import FOR_ME, IDENTITY, cli
 from support.fleet import QUICK, Fleet
 from support.fleet import fleet as run_fleet
-from support.process import until
+from support.process import read_all, until
 
 from corral.backup import archive
 from corral.stack.state import StateFolder
@@ -132,9 +132,7 @@ def _look_everywhere(fleet: Fleet, tmp_path: Path, listener: Store, store: Store
         places[f"backup: {name}"] = gzip.decompress(data) if name.endswith(".gz") else data
 
     archive.read(backup, FOR_ME, take)
-    for path in [*fleet.folder.rglob("*"), *tmp_path.rglob("*")]:
-        if path.is_file():
-            places[str(path)] = path.read_bytes()
+    places |= {str(path): data for path, data in read_all([*fleet.folder.rglob("*"), *tmp_path.rglob("*")])}
     assert any(name.endswith(".rdb") for name in places) and any("access" in name for name in places)
     assert any(str(made["id"]).encode() in data for name, data in places.items() if name.startswith("backup: "))
     for text in texts:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 from support.backup import IDENTITY, cli
-from support.process import until
+from support.process import read_all, until
 from support.servers import valkey
 from support.stack import Stack, stack
 
@@ -125,8 +125,8 @@ class Site:
     def files(self, folder: Path) -> dict[str, list[bytes]]:
         """Files under a folder with canaries in them."""
         found = {}
-        for path in folder.rglob("*"):
-            if path.is_file() and path.name not in SECRET_FILES and (held := self.holds(path.read_bytes())):
+        for path, data in read_all(folder.rglob("*")):
+            if path.name not in SECRET_FILES and (held := self.holds(data)):
                 found[str(path.relative_to(folder))] = held
         return found
 

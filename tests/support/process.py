@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -95,6 +95,16 @@ def heeded(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
+    """The files among them, and what they hold: one that goes while it is looked for is not there."""
+    for path in paths:
+        data = None
+        with suppress(FileNotFoundError, ProcessLookupError):
+            data = path.read_bytes() if path.is_file() else None
+        if data is not None:
+            yield path, data
 
 
 class Process:
