@@ -47,9 +47,10 @@ class Webhook:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                if not hook.broken:
+                broken = hook.broken
+                if not broken:
                     hook.taken.append(json.loads(body))
-                self.send_response(503 if hook.broken else 204)
+                self.send_response(503 if broken else 204)
                 self.end_headers()
 
             def log_message(self, format: str, *args: Any) -> None:
