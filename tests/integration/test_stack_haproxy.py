@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.process import Process, free_port, until
-from support.smuggling import answers, body, corpus, exchange
+from support.smuggling import BARE, answers, body, corpus, exchange
 from support.smuggling import request as request_of
 
 from corral.config.haproxy import HaproxyPlan, render
@@ -347,7 +347,8 @@ def test_what_goes_on_can_be_read_in_one_way_only(rig: Rig, name: str) -> None:
 
     def whole(data: bytes) -> bool:
         # The origin waits for the rest of the huge one.
-        return bool(data or name == "cl-huge") and answers(data).count(200) >= len(received())
+        come = answers(data).count(200)
+        return bool(data or name == "cl-huge") and come >= len(received()) and (name != BARE or come == 2)
 
     data = exchange(rig.plan.edge_port, case.raw, whole)
     assert len(received()) == answers(data).count(200)

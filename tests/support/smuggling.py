@@ -9,6 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+BARE = "bare-lf-all"
+"""The case that has two requests, and two answers, where lines may be bare: the second may be long in coming."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -81,7 +84,7 @@ def corpus(auth: bytes) -> list[Case]:
         Case("te-http-1.0", head(te, b"POST /api/chat HTTP/1.0\r\nHost: corral\r\n") + chunked(open_) + inner),
         # Lines and names.
         Case("bare-lf", head(b"X: y\n" + whole) + open_),
-        Case("bare-lf-all", head(whole).replace(b"\r\n", b"\n") + open_ + inner),
+        Case(BARE, head(whole).replace(b"\r\n", b"\n") + open_ + inner),
         Case("bare-cr", head(b"X: y\rTransfer-Encoding: chunked\r\n" + whole) + open_ + inner),
         Case("obs-fold", head(b"X: a\r\n b\r\n" + whole) + open_),
         Case("obs-fold-first", head(whole, b"POST /api/chat HTTP/1.1\r\n X: a\r\nHost: corral\r\n") + open_),
