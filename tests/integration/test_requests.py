@@ -71,8 +71,15 @@ def say(
 
 
 def listed(site: Stack) -> list[dict[str, Any]]:
-    told = httpx.get(site.url + "/admin/requests", headers=admin(site), timeout=10).json()
-    assert told["silent"] == [] and told["left_out"] == 0
+    told: dict[str, Any] = {}
+
+    def all_say() -> bool:
+        """A gateway that halts for two seconds is named instead of heard."""
+        told.update(httpx.get(site.url + "/admin/requests", headers=admin(site), timeout=10).json())
+        return told["silent"] == []
+
+    until(all_say, "each gateway says what it has")
+    assert told["left_out"] == 0
     return list(told["requests"])
 
 
