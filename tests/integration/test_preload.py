@@ -11,7 +11,7 @@ import pytest
 from support.control import FakeNode, Running, recorded
 from support.process import until
 from support.servers import MODEL
-from support.site import Site, Source, digests, resident, site
+from support.site import SECONDS, Site, Source, digests, resident, site
 from support.site import source as sources
 
 
@@ -37,7 +37,7 @@ def states(control: Running) -> dict[str, str]:
 
 
 def ready(control: Running, name: str) -> None:
-    until(lambda: states(control).get(name) == "ready", f"{name} is in service", 30)
+    until(lambda: states(control).get(name) == "ready", f"{name} is in service", SECONDS)
 
 
 def test_an_added_node_gets_its_models_before_it_takes_traffic(here: Site, source: Source) -> None:
@@ -81,7 +81,7 @@ def test_where_no_other_node_serves_none_is_held_back(here: Site, source: Source
     ready(control, "node-1")
     control.admin.post("/admin/nodes/node-1/drain")
     assert control.admin.post("/admin/nodes/node-1/resume").json()["state"] == "ready"
-    until(lambda: digests(node.url) == {MODEL: source.first}, "it gets its model all the same", 30)
+    until(lambda: digests(node.url) == {MODEL: source.first}, "it gets its model all the same", SECONDS)
 
 
 def test_a_node_is_held_back_no_longer_than_others_serve(here: Site, source: Source) -> None:
@@ -102,7 +102,7 @@ def test_preloading_has_a_bound(here: Site, source: Source) -> None:
         control.admin.post("/admin/nodes", json={"url": second.url})
         ready(control, "node-2")
         assert "preload.timeout (1 s) is over" in control.node("node-2")["reason"]
-    until(lambda: digests(second.url) == {MODEL: source.first}, "the pull goes on", 30)
+    until(lambda: digests(second.url) == {MODEL: source.first}, "the pull goes on", SECONDS)
 
 
 def test_a_node_that_cannot_be_preloaded_is_used_with_a_warning(here: Site, source: Source) -> None:
