@@ -201,12 +201,17 @@ def _wait(link: socket.socket, until: float) -> bool:
     return True
 
 
+_loads = itertools.count(1)
+
+
 class Load:
     """``clients`` callers that ask again and again while the block runs; ``answers`` are those that came so far.
 
     Each caller has the API, the answer's length and the prompt that its number picks of ``paths``, ``tokens`` and
     ``prompts``. ``fresh``: no two prompts begin alike, so that no node is preferred for having read one. ``think``:
-    seconds between an answer and its caller's next request.
+    seconds between an answer and its caller's next request. ``timeout``: seconds that a caller waits for a byte.
+
+    Requests are called NAME.LOAD-CALLER-COUNT, so that no record is taken for that of an earlier load of the same name.
     """
 
     def __init__(
@@ -221,11 +226,13 @@ class Load:
         fresh: bool = False,
         think: float = 0.0,
         prompts: Sequence[str] = (PROMPT,),
+        timeout: float = 30.0,
     ) -> None:
         self.answers: list[Answer] = []
         self.streaming: dict[str, Answer] = {}
         """Requests of which some was answered, not yet all."""
-        self._url, self._key, self._model, self._name = url, key, model, name
+        self._url, self._key, self._model, self._name = url, key, model, f"{name}.{next(_loads)}"
+        self._timeout = timeout
         self._fresh, self._think = fresh, think
         self._stop = threading.Event()
         self._threads = [
@@ -238,7 +245,7 @@ class Load:
         ]
 
     def _run(self, number: int, path: str, tokens: int, prompt: str) -> None:
-        client = Client(self._url, self._key)
+        client = Client(self._url, self._key, self._timeout)
         body = body_of(path, self._model, tokens, prompt)
         for count in itertools.count():
             if self._stop.is_set():
@@ -260,7 +267,7 @@ class Load:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(40)
+            thread.join(self._timeout + 10)
 
     def until(self, condition: Callable[[list[Answer]], object], what: str, seconds: float = 30.0) -> float:
         """Wait until a condition on the answers so far holds; the time at which it did."""

@@ -91,7 +91,7 @@ class Mixed(Load):
         self._ways = ways
 
     def _run(self, number: int, path: str, tokens: int, prompt: str) -> None:
-        client, dice = Client(self._url, self._key), random.Random(f"{self._name} {number}")
+        client, dice = Client(self._url, self._key, self._timeout), random.Random(f"{self._name} {number}")
         # Each begins elsewhere, so that no way is asked for by all of them at once.
         for count, way in enumerate(itertools.islice(itertools.cycle(self._ways), number, None)):
             if self._stop.is_set():
