@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,13 +36,13 @@ Held = dict[tuple[str, str], str]
 class Counted:
     """What a fleet's store counts for a model, and what its nodes run of it.
 
-    ``slots`` are each node's; no request may run for less than ``shortest`` seconds. ``wrong`` has what did not fit,
-    of ``looks``.
+    ``slots`` are each node's; no request may run for less than ``shortest`` seconds. ``wrong`` has what did not fit, of
+    ``looks``, and by how many slots.
     """
 
     def __init__(self, fleet: Fleet, slots: int, shortest: float, model: str = MODEL) -> None:
         self.looks = 0
-        self.wrong: list[str] = []
+        self.wrong: list[tuple[int, str]] = []
         self._fleet, self._slots, self._shortest, self._model = fleet, slots, shortest, model
 
     def __enter__(self) -> Self:
@@ -61,10 +62,10 @@ class Counted:
         if time.monotonic() - began < self._shortest:
             # Who runs had a slot before or has one now. One that ends may be counted for a moment more.
             had = Counter((before | after).values())
-            self.wrong += [f"{node} runs {n} with {had[node]} slots" for node, n in running.items() if n > had[node]]
+            self._note((n - had[node], f"{node} runs {n} with {had[node]} slots") for node, n in running.items())
         given = Counter(after.values())
-        self.wrong += [f"{node}: {n} slots are given, {given}" for node, n in given.items() if n > self._slots]
-        self.wrong += [f"{node} runs {n}" for node, n in running.items() if n > self._slots]
+        self._note((n - self._slots, f"{node}: {n} slots are given, {given}") for node, n in given.items())
+        self._note((n - self._slots, f"{node} runs {n}") for node, n in running.items())
         return Counter(gateway for gateway, _ in after)
 
     def exact(self, gateway: str) -> bool:
@@ -77,8 +78,11 @@ class Counted:
         words = [word.decode() for word in flat]
         held = {(words[at], words[at + 1]): words[at + 2].split(" ")[3] for at in range(0, len(words), 3)}
         if used != len(held):
-            self.wrong.append(f"{used} slots are counted, {len(held)} held")
+            self.wrong.append((2 * self._slots, f"{used} slots are counted, {len(held)} held"))
         return held
+
+    def _note(self, found: Iterable[tuple[int, str]]) -> None:
+        self.wrong += [(by, what) for by, what in found if by > 0]
 
     def _running(self) -> Counter[str]:
         """Requests that run, by node."""
