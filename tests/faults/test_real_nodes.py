@@ -52,8 +52,13 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield made
 
 
+def callers(pair: Pair, clients: int, tokens: int) -> Load:
+    """Of chats that all begin otherwise, with patience for runners that share their cores."""
+    return Load(pair.stack.url, pair.stack.key, MODEL, clients, [CHAT], [tokens], fresh=True, timeout=90)
+
+
 def test_a_killed_ollama_loses_nothing_and_is_used_again(pair: Pair) -> None:
-    with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, tokens=[24]) as load:
+    with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, tokens=[24], timeout=90) as load:
         load.more(8, "node-1", seconds=60)
         pair.kill("node-1")
         killed = time.monotonic()
@@ -71,7 +76,7 @@ def test_a_killed_ollama_loses_nothing_and_is_used_again(pair: Pair) -> None:
 def test_a_model_that_leaves_the_memory_under_load_is_there_for_the_next_request(pair: Pair, matrix: Matrix) -> None:
     """Unloaded at the node itself, which nobody tells Corral: what runs ends, and who comes next has it loaded."""
     times = 2
-    with Load(pair.stack.url, pair.stack.key, MODEL, clients=2, paths=[CHAT], tokens=[8], fresh=True) as load:
+    with callers(pair, 2, 8) as load:
         for _ in range(times):
             load.more(2, "node-1", seconds=60)
             old = set(pair.runners("node-1", MODEL))
@@ -95,7 +100,9 @@ def test_a_runner_that_is_killed_while_idle_is_replaced_for_the_next_request(pai
     assert len(killed) == 2
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, paths=[CHAT], tokens=[8], fresh=True) as load:
+    # Before its server has heard of that it is none that was idle: a request that comes then meets the crash.
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in killed), "their servers have buried them")
+    with callers(pair, 8, 8) as load:
         for name in pair.servers:
             load.more(4, name, seconds=60)
     assert load.unlike(WHOLE) == []

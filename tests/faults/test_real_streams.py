@@ -26,6 +26,8 @@ Fault = Callable[[str, list[int]], None]
 
 pytestmark = [pytest.mark.ollama, pytest.mark.slow]
 TOKENS = 48
+AHEAD = 40
+"""Tokens that are still to come where an answer is cut: half a second, which its caller may be late to see it."""
 CHAT, GENERATE, V1_CHAT, V1_COMPLETIONS = "/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions"
 MESSAGES = "/v1/messages"
 CUTS = {
@@ -144,9 +146,10 @@ def test_a_killed_runners_answer_is_the_undisturbed_one(pair: Pair, matrix: Matr
     differ: list[str] = []
     for cut in CUTS[route]:
         number = cut + (500 if route.startswith("/v1") else 0)
-        undisturbed = ask(pair, route, model, number)
+        tokens = max(TOKENS, cut + AHEAD)
+        undisturbed = ask(pair, route, model, number, tokens=tokens)
         assert undisturbed.usage[1] > cut + 4, "it ends before it is cut"
-        told = ask(pair, route, model, number, cut)
+        told = ask(pair, route, model, number, cut, tokens=tokens)
         assert told.nodes[:1] == [told.node] and len(told.nodes) == 2, (cut, told)
         if (told.text, told.usage, told.reason) != (undisturbed.text, undisturbed.usage, undisturbed.reason):
             differ.append(f"cut after {cut}: {told} for {undisturbed}")
@@ -201,7 +204,7 @@ def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, 
     assert ejected < BUDGET + EJECTED_WITHIN
     # It has no stream that could go on: one token that is asked of it clears it.
     until(pair.all_ready, "it is suspect no more", 30, every=0.3)
-    with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, paths=[CHAT], tokens=[4], fresh=True) as load:
+    with Load(pair.stack.url, pair.stack.key, MODEL, 8, [CHAT], [4], fresh=True, timeout=90) as load:
         load.more(4, node, seconds=60)
     assert load.unlike(WHOLE) == []
     assert pair.runners(node, MODEL) == pids, "it is another runner that is used again"

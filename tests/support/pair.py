@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -48,6 +49,14 @@ def make_other(url: str) -> None:
     body |= {"parameters": {"num_thread": 1, "stop": ["###"]}}
     made = httpx.post(url + "/api/create", json=body, timeout=120)
     assert made.status_code == 200 and "error" not in json.loads(made.text.strip().splitlines()[-1]), made.text
+
+
+def _command_of(pid: str) -> str:
+    """The words of a process's command; "" of one that has ended meanwhile, as those do that only look for GPUs."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 class Pair:
@@ -101,7 +110,7 @@ class Pair:
             file = Path(source.removeprefix("FROM ")).name
         pids = Path(f"/proc/{server.process.pid}/task")
         children = " ".join(path.read_text() for path in pids.glob("*/children")).split()
-        return [int(pid) for pid in children if not file or file in Path(f"/proc/{pid}/cmdline").read_text()]
+        return [int(pid) for pid in children if not file or file in _command_of(pid)]
 
     def loaded(self, name: str, model: str) -> list[int]:
         """Those of a model, started if there is none."""
@@ -112,7 +121,8 @@ class Pair:
     def kill(self, name: str) -> None:
         """kill -9 of a node and of the runners that it leaves."""
         for victim in (self.servers[name].process.pid, *self.runners(name)):
-            os.kill(victim, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
         self.servers[name].process.end()
 
     def start(self, name: str, warm: bool = True) -> None:
@@ -148,4 +158,4 @@ class Pair:
 
     def tested(self) -> None:
         """Wait until control has tried the models, each passed, and the gateways know."""
-        self.stack.until_continued(*self._models, seconds=120)
+        self.stack.until_continued(*self._models)
