@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from support.fleet import MODEL, Fleet
+from support.limits import unused
 from support.load import TOLD, WHOLE, Answer, body_of
 from support.process import until
 
 GENERATE, COMPLETE = "/api/generate", "/v1/completions"
 ROUTES = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages")
-TOKENS = 24
+TOKENS, CUT = 48, 30
+"""Of an answer, and of those after which its node is at fault: a second, in which all who ask at once have a node."""
 FAULTS: dict[str, dict[str, Any]] = {
     "the connection ends": {"kind": "cut_after"},
     "the connection is reset": {"kind": "reset"},
@@ -90,10 +92,11 @@ def ask(fleet: Fleet, route: str, content: bytes, name: str) -> Answer:
 
 @pytest.fixture
 def ready(fleet: Fleet) -> Iterator[Fleet]:
-    """The fleet, its models tested; whatever a test did to node-1 is over."""
+    """The fleet, its models tested; whatever a test did to its nodes is over."""
     fleet.stack.until_continued()
     yield fleet
-    fleet.nodes["node-1"].well()
+    for node in fleet.nodes.values():
+        node.well()
     # Each gateway leaves it alone for two seconds after it failed there.
     until(
         lambda: all(ask(fleet, ROUTES[0], body(ROUTES[0], 1), "s").node == "node-1" for _ in range(6)), "it is used", 60
@@ -105,16 +108,19 @@ def test_another_node_goes_on_and_the_answer_is_the_same(
     ready: Fleet, fault: str, matrix: Callable[[str, str, str], None]
 ) -> None:
     contents = {route: body(route, about=fault) for route in ROUTES}
-    undisturbed = {route: ask(ready, route, contents[route], "undisturbed") for route in ROUTES}
-    ready.nodes["node-1"].fault(after_tokens=7, **FAULTS[fault])
-    with ThreadPoolExecutor(len(ROUTES)) as pool:
-        name = f"continued-{fault}-".replace(" ", "-")
-        # At once: who came later would find node-1 left alone for what it did to the first.
-        asked = {
-            route: pool.submit(ask, ready, route, contents[route], name + route[1:].replace("/", "-"))
-            for route in ROUTES
-        }
-        answers = {route: future.result() for route, future in asked.items()}
+
+    def at_once(name: str) -> dict[str, Answer]:
+        with ThreadPoolExecutor(len(ROUTES)) as pool:
+            asked = {
+                route: pool.submit(ask, ready, route, contents[route], name + route[1:].replace("/", "-"))
+                for route in ROUTES
+            }
+            return {route: future.result() for route, future in asked.items()}
+
+    undisturbed = at_once("undisturbed-")
+    ready.nodes["node-1"].fault(after_tokens=CUT, **FAULTS[fault])
+    # Who came later than that would find node-1 left alone for what it did to the first.
+    answers = at_once(f"continued-{unused()}-{fault}-".replace(" ", "-"))
     disturbed = [route for route, answer in answers.items() if answer.node == "node-1"]
     assert len(disturbed) >= 2
     for route, answer in answers.items():
@@ -136,7 +142,9 @@ def test_another_node_goes_on_and_the_answer_is_the_same(
 @pytest.mark.parametrize("route", ROUTES)
 def test_what_is_more_than_text_ends_with_an_error_of_its_api(ready: Fleet, route: str) -> None:
     """Of each API one that a simulated node answers; all others are in tests/integration/test_not_continued.py."""
-    ready.nodes["node-1"].fault(kind="cut_after", after_tokens=5)
+    # On both: a slot that a gateway could not give back yet makes node-1 the busier one.
+    for node in ready.nodes.values():
+        node.fault(kind="cut_after", after_tokens=5)
     thought = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"}]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": thought}]
     more: dict[str, Any] = {"logprobs": 1 if route == COMPLETE else True}
@@ -146,29 +154,28 @@ def test_what_is_more_than_text_ends_with_an_error_of_its_api(ready: Fleet, rout
         more = {"format": "json"}
     content = body(route, about=f"what {route} cannot be gone on with", **more)
     answer = ask(ready, route, content, f"told-{route}".replace("/", "-"))
-    assert (answer.node, answer.status, answer.fate) == ("node-1", 200, TOLD), answer.body[-300:]
+    assert (answer.status, answer.fate) == (200, TOLD), answer.body[-300:]
+    assert text(answer), "it was told before the first token"
     assert marks(answer) == []
 
 
 def test_it_can_be_gone_on_with_twice_but_not_for_ever(ready: Fleet) -> None:
     # Of its own: a prompt at two crashes is refused from then on.
-    content = body("/api/chat", messages=[{"role": "user", "content": "Who is at two crashes?"}])
+    name = unused()
+    content = body("/api/chat", messages=[{"role": "user", "content": f"Who is at two crashes, if not {name}?"}])
     undisturbed = ask(ready, "/api/chat", content, "undisturbed")
     for node in ready.nodes.values():
         node.fault(kind="fail", after_tokens=5)
-    try:
-        answer = ask(ready, "/api/chat", content, "twice")
-        assert answer.fate == TOLD
-        assert text(undisturbed).startswith(text(answer))
-        (record,) = ready.records("twice")
-        assert record["continued"].startswith("node-1,node-2")
-        assert record["attempts"] <= 3
-        assert 5 <= record["tokens"] <= 15
-        again = ask(ready, "/api/chat", content, "refused")
-        assert (again.status, b"refused" in again.body) == (400, True)
-    finally:
-        for node in ready.nodes.values():
-            node.well()
+    answer = ask(ready, "/api/chat", content, f"twice-{name}")
+    assert answer.fate == TOLD
+    assert text(undisturbed).startswith(text(answer))
+    (record,) = ready.records(f"twice-{name}")
+    # Which one is first is by the slots that are in use: one may not have been given back yet.
+    assert record["continued"].startswith(("node-1,node-2", "node-2,node-1"))
+    assert record["attempts"] <= 3
+    assert 5 <= record["tokens"] <= 15
+    again = ask(ready, "/api/chat", content, "refused")
+    assert (again.status, b"refused" in again.body) == (400, True)
 
 
 def test_a_stop_string_that_the_seam_divides_ends_the_answer(ready: Fleet) -> None:
