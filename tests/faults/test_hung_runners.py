@@ -36,7 +36,7 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
     patient: Fleet, matrix: Callable[[str, str, str], None]
 ) -> None:
     node = patient.nodes["node-1"]
-    before = patient.sum_of(EJECTED)
+    before, gateways = patient.sum_of(EJECTED), patient.present_gateways()
     with patient.load(clients=8, paths=[CHAT], tokens=[40], name="runner") as load:
         load.more(8, "node-1")
         node.fault(kind="hang", model=MODEL)
@@ -44,9 +44,12 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
         until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
         ejected = time.monotonic()
         listed = patient.states()["node-1"], patient.reasons()["node-1"]
-        load.until(lambda _: time.monotonic() > ejected + 8, "both gateways have seen it", 10)
-        node.well()
+        # One that had no stream there sends it some once those of the other have left, and sees it by these.
+        load.until(lambda _: patient.sum_of(EJECTED) >= before + gateways, "both gateways have seen it", 20)
+        seen = time.monotonic()
+        load.more(8)
         well = time.monotonic()
+        node.well()
         with patient.load(clients=8, paths=[CHAT], tokens=[4], name="back", fresh=True) as other:
             other.more(8, "node-1", seconds=20)
         back = time.monotonic()
@@ -54,7 +57,7 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
     assert load.unlike(WHOLE) == []
     assert len({answer.text for answer in load.answers}) == 1, "an answer that was gone on with is another one"
     assert other.unlike(WHOLE) == []
-    late = [a for a in load.answers if ejected + 6 < a.began < well - 1]
+    late = [a for a in load.answers if seen < a.began < well and a.ended < well]
     assert late and {answer.node for answer in late} == {"node-2"}
     until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 5)
     took = ejected - hung
@@ -90,11 +93,13 @@ def test_a_hung_runner_is_ejected_though_its_callers_wait_for_less_than_its_budg
             until(lambda: patient.sum_of(EJECTED) >= before + gateways, "each gateway has seen it", 20, every=0.2)
             seen = time.monotonic()
             until(lambda: sum(a.began > seen for a in list(answers)) > 50, "they are answered elsewhere", 20)
+            over.set()
+            # Who was on his way when it is well again may be sent there.
+            for one in asked:
+                one.result()
         finally:
             over.set()
             node.well()
-        for one in asked:
-            one.result()
     left = [answer for answer in answers if answer.fate != WHOLE]
     assert left, "nobody left"
     assert max(answer.ended - answer.began for answer in left) < BUDGET, "somebody waited"
@@ -239,6 +244,8 @@ def test_a_node_with_more_slots_than_it_runs_at_once_is_told_of(
 ) -> None:
     # One at a time, by two gateways and two nodes: of those who come late, each gateway sees some wait at each node.
     content = body_of(CHAT, SINGLE, 20)
+    # Control's canary, where it had to wait behind such a queue before, has the first word until it is asked anew.
+    until(lambda: not any("canary" in why for why in patient.reasons().values()), "each canary is answered", 90)
     began = time.monotonic()
     with ThreadPoolExecutor(32) as pool:
         clients = [patient.client() for _ in range(32)]

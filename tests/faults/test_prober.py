@@ -31,7 +31,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Name
     with namespace() as network:
         nodes = [RemoteNode(f"node-{number}", folder, network) for number in range(1, 5)]
         with run_fleet(folder, "3s", nodes=nodes) as made:
-            made.stack.until_continued(MODEL, seconds=60)
+            made.stack.until_continued(MODEL)
             yield made, network
         for node in nodes:
             node.kill()

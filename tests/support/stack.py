@@ -42,8 +42,11 @@ class Stack:
         parts = StateFolder(self.state).stack() or {}
         return sum(page(gateway["metrics"]).value(name) for gateway in parts["gateways"])
 
-    def until_continued(self, *models: str, seconds: float = 30.0) -> None:
-        """Wait until control has tried the models (all there are), each passed, and every gateway knows."""
+    def until_continued(self, *models: str, seconds: float = 120.0) -> None:
+        """Wait until control has tried the models (all there are), each passed, and every gateway knows.
+
+        It tries one after the other: some twenty seconds where the machine is idle.
+        """
 
         def passed() -> bool:
             listed = {model["name"]: model["continuation"] for model in self.corral("models", "list")}
