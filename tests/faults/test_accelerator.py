@@ -9,7 +9,7 @@ import httpx
 import pytest
 from support.fleet import MODEL, SIMULATION, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
-from support.load import CHAT, WHOLE
+from support.load import CHAT, WHOLE, Load
 from support.process import until
 
 from corral.fleet.dispatch import SAMPLE_MIN
@@ -30,8 +30,13 @@ def on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     nodes = [SimulatedNode(f"node-{number}", folder, simulation) for number in (1, 2)]
     with run_fleet(folder, "20s", nodes=nodes, canary="1s") as made:
         made.all_ready()
-        made.stack.until_continued(MODEL, seconds=60)
+        made.stack.until_continued(MODEL)
         yield made
+
+
+def heard_of(fleet: Fleet, load: Load, said: float) -> None:
+    """Wait until gateways have heard what was said: within half a second control puts it into what it tells them."""
+    load.until(lambda _: time.monotonic() > said + 1.5 and fleet.heard(), "gateways have heard", 10)
 
 
 def test_a_node_that_falls_back_to_its_cpu_is_said_and_avoided(
@@ -45,8 +50,8 @@ def test_a_node_that_falls_back_to_its_cpu_is_said_and_avoided(
         fell = time.monotonic()
         until(lambda: on_gpus.node_says("node-1", FALLBACK) == 1, "it is said", SCRAPE, every=0.1)
         said = time.monotonic() - fell
-        # Gateways hear within half a second; streams that run there end there.
-        load.until(lambda _: time.monotonic() > fell + said + 1.5, "gateways have heard")
+        # Streams that run there end there.
+        heard_of(on_gpus, load, fell + said)
         settled = time.monotonic()
         load.more(40)
         avoided = time.monotonic()
@@ -78,7 +83,7 @@ def test_a_node_that_says_nothing_of_its_cpu_is_known_by_its_speed(
         fell = time.monotonic()
         until(lambda: on_gpus.node_says("node-1", FALLBACK) == 1, "it is said", 120, every=0.2)
         said = time.monotonic() - fell
-        load.until(lambda _: time.monotonic() > fell + said + 1.5, "gateways have heard")
+        heard_of(on_gpus, load, fell + said)
         settled = time.monotonic()
         load.more(40)
         avoided = time.monotonic()

@@ -210,6 +210,12 @@ class Fleet:
         """Wait until each node and gateway is in use: by control, by both gateways, and by HAProxy's own checks."""
         until(self._in_use, "every node and gateway is in use", 60, every=0.1)
 
+    def heard(self) -> bool:
+        """Whether every gateway has what control tells now."""
+        headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
+        told = httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10).json()
+        return all(gateway["current"] for gateway in told["gateways"])
+
     def _in_use(self) -> bool:
         headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
         answer = httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10)
