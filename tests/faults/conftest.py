@@ -41,6 +41,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("run", range(1, RUNS + 1))
 
 
+@pytest.fixture(scope="session")
+def runs() -> int:
+    """How often each test runs."""
+    return RUNS
+
+
+@pytest.fixture
+def turn(request: pytest.FixtureRequest) -> int:
+    """Which run of a test this is, from 1 on: what is to happen for the first time has a name of its own in each."""
+    given = getattr(request.node, "callspec", None)
+    return int(given.params.get("run", 1)) if given is not None else 1
+
+
 @pytest.fixture
 def matrix(request: pytest.FixtureRequest) -> Row:
     """Notes what a fault came to: (fault, bar, measured), a row of the table at the end of the run."""
@@ -93,7 +106,7 @@ def whole_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Edge, two gateways, control, Valkey and two simulated nodes."""
     with run_fleet(tmp_path_factory.mktemp("fleet")) as made:
         # Control's self-test of a model that runs one request at a time would stand in a test's way.
-        made.stack.until_continued(seconds=120)
+        made.stack.until_continued()
         yield made
 
 
@@ -109,19 +122,21 @@ SLOTS, PLACES = 4, 16
 """Slots of a node and model in a fleet that is contended, and how many may wait for one."""
 BIG = "big:latest"
 BIG_LOADS = 5.0
-"""Seconds that it takes to load: longer than gateways believe in a leader that says nothing."""
+"""Seconds that it takes to load: longer than gateways believe in a leader that says nothing. For each run of a test
+there is one like it that nobody has loaded before (`turn`): fresh-1, fresh-2 and so on."""
 
 
 @pytest.fixture(scope="module")
 def contended_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet with few slots, which its nodes do not hold anybody to: they run whatever they are asked to."""
     folder = tmp_path_factory.mktemp("contended")
-    big = {"name": BIG, "load": BIG_LOADS, "prefill": 5000.0, "decode": 100.0, "slots": 64}
-    simulation = {"models": [*SIMULATION["models"], big]}
+    big = {"load": BIG_LOADS, "prefill": 5000.0, "decode": 100.0, "slots": 64}
+    names = [BIG, *(f"fresh-{turn}:latest" for turn in range(1, RUNS + 1))]
+    simulation = {"models": [*SIMULATION["models"], *({"name": name} | big for name in names)]}
     nodes = [SimulatedNode(name, folder, simulation) for name in ("node-1", "node-2")]
     with run_fleet(folder, "20s", nodes=nodes, slots=SLOTS, queue={"length": PLACES}) as made:
         # Its requests ask for no slot: they would count as too many.
-        made.stack.until_continued(MODEL, SINGLE, QUICK, seconds=120)
+        made.stack.until_continued(MODEL, SINGLE, QUICK)
         yield made
 
 

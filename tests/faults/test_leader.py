@@ -18,7 +18,6 @@ from support.process import until
 from corral.control.leading import KEY_MS
 from corral.store.keeper import LEADER, TERM
 
-BIG = "big:latest"
 EVERY = 0.02
 SAID = 0.5
 """A leader says each half second that there is one."""
@@ -28,7 +27,8 @@ class Look:
     """Looks at slots and nodes again and again: when a node still had not the model, and slots of it that were given
     while that was so."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, model: str) -> None:
+        self._model = model
         self.away: dict[str, float] = {}
         self.there: set[str] = set()
         self.early: list[tuple[float, str]] = []
@@ -46,32 +46,34 @@ class Look:
     def _run(self) -> None:
         with httpx.Client(timeout=10) as client:
             while not self._over.wait(EVERY):
-                used, at = self._store.used(BIG), time.monotonic()
+                used, at = self._store.used(self._model), time.monotonic()
                 for name, node in self._fleet.nodes.items():
                     asked = time.monotonic()
                     listed = client.get(node.url + "/api/ps").json()["models"]
-                    if BIG in [entry["name"] for entry in listed]:
+                    if self._model in [entry["name"] for entry in listed]:
                         self.there.add(name)
                     else:
                         self.away[name] = asked
                 self.early += [(at, name) for name in used if name not in self.there]
 
 
-def test_a_leader_that_is_killed_in_mid_load(contended: Fleet, matrix: Callable[[str, str, str], None]) -> None:
-    fleet, store = contended, Leader(contended.valkey.url)
+def test_a_leader_that_is_killed_in_mid_load(
+    contended: Fleet, turn: int, matrix: Callable[[str, str, str], None]
+) -> None:
+    fleet, store, model = contended, Leader(contended.valkey.url), f"fresh-{turn}:latest"
     pid, before = fleet.stack.corral("status")["control"]["pid"], int(store.ask(b"GET", TERM))
 
     def loads() -> list[int]:
-        return [node.work(BIG)["loads"] for node in fleet.nodes.values()]
+        return [node.work(model)["loads"] for node in fleet.nodes.values()]
 
     def ask(number: int) -> Answer:
         client = fleet.client()
         try:
-            return client.ask(CHAT, body_of(CHAT, BIG, 4), f"big-{number}")
+            return client.ask(CHAT, body_of(CHAT, model, 4), f"big-{number}")
         finally:
             client.close()
 
-    with Look(fleet) as look, ThreadPoolExecutor(6) as pool:
+    with Look(fleet, model) as look, ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(ask, number) for number in range(6)]
         until(lambda: sum(loads()) == 1, "it is being loaded")
         os.kill(pid, signal.SIGKILL)
@@ -80,7 +82,7 @@ def test_a_leader_that_is_killed_in_mid_load(contended: Fleet, matrix: Callable[
         until(lambda: int(store.ask(b"GET", LEADER) or 0) > before, "the next one leads")
         led = time.monotonic() - killed
         # It goes on with what stands: this one needs no load.
-        until(lambda: store.counts(BIG) == (0, 0), "nothing is held")
+        until(lambda: store.counts(model) == (0, 0), "nothing is held")
         answers.append(ask(6))
     term = int(store.ask(b"GET", TERM))
     assert [str(answer) for answer in answers if answer.fate != WHOLE] == []

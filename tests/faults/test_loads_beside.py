@@ -14,34 +14,34 @@ from support.process import until
 
 from corral.fleet.hanging import LOADS
 
-BIG, HUGE = "big:latest", "huge:latest"
 EJECTED, FROZEN = "corral_ejections_total", "corral_ejections_frozen_total"
 BUDGET, CANARY, EJECTED_WITHIN = 5.0, 4.0, 10.0
 LOAD, LONG = 13.0, 40.0
 
 
 @pytest.fixture(scope="module")
-def starved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A fleet whose first node gives no token while it loads; the large models are there alone."""
-    more = [{"name": BIG, "load": LOAD}, {"name": HUGE, "load": LONG}]
-    first = {"models": [*SIMULATION["models"], *more], "stalls": True, "max_loaded": 9}
+def starved(tmp_path_factory: pytest.TempPathFactory, runs: int) -> Iterator[Fleet]:
+    """A fleet whose first node gives no token while it loads; the large models, two for each run, are there alone."""
+    more = [{"name": f"big-{turn}:latest", "load": LOAD} for turn in range(1, runs + 1)]
+    more += [{"name": f"huge-{turn}:latest", "load": LONG} for turn in range(1, runs + 1)]
+    first = {"models": [*SIMULATION["models"], *more], "stalls": True, "max_loaded": 3 + len(more)}
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
     pairs = zip(("node-1", "node-2"), folders, (first, SIMULATION), strict=True)
     nodes = [SimulatedNode(name, folder, simulation) for name, folder, simulation in pairs]
     with run_fleet(tmp_path_factory.mktemp("starved"), patience="60s", nodes=nodes) as made:
         made.all_ready()
-        made.stack.until_continued(MODEL, seconds=60)
+        made.stack.until_continued(MODEL)
         yield made
 
 
 def test_a_stream_that_stands_still_beside_a_load_goes_on_behind_it(
-    starved: Fleet, matrix: Callable[[str, str, str], None]
+    starved: Fleet, turn: int, matrix: Callable[[str, str, str], None]
 ) -> None:
     before = starved.sum_of(EJECTED), starved.sum_of(FROZEN)
     client = starved.client()
     with starved.load(clients=8, paths=[CHAT], tokens=[20], name="beside") as load:
         load.more(8, "node-1")
-        answer = client.ask(CHAT, body_of(CHAT, BIG, 2), "loads")
+        answer = client.ask(CHAT, body_of(CHAT, f"big-{turn}:latest", 2), "loads")
         load.more(8, "node-1")
     client.close()
     assert (answer.fate, answer.node) == (WHOLE, "node-1"), str(answer)
@@ -54,17 +54,17 @@ def test_a_stream_that_stands_still_beside_a_load_goes_on_behind_it(
 
 
 def test_a_runner_that_hangs_beside_a_load_is_ejected_once_that_excuses_it_no_more(
-    starved: Fleet, matrix: Callable[[str, str, str], None]
+    starved: Fleet, turn: int, matrix: Callable[[str, str, str], None]
 ) -> None:
-    node = starved.nodes["node-1"]
+    node, huge = starved.nodes["node-1"], f"huge-{turn}:latest"
     before = starved.sum_of(EJECTED)
     most = LOADS + BUDGET + CANARY + EJECTED_WITHIN
     clients = [Client(starved.stack.url, starved.stack.key, timeout=2 * most) for _ in range(13)]
     with ThreadPoolExecutor(13) as pool:
         # Refused or answered: the leader loads it either way.
-        loads = pool.submit(clients[0].ask, CHAT, body_of(CHAT, HUGE, 2), "loads")
+        loads = pool.submit(clients[0].ask, CHAT, body_of(CHAT, huge, 2), "loads")
         try:
-            until(lambda: node.work(HUGE)["loads"], "it loads", 20, every=0.05)
+            until(lambda: node.work(huge)["loads"], "it loads", 20, every=0.05)
             node.fault(kind="hang", model=MODEL)
             began = time.monotonic()
             # Each its own prompt: where all begin alike, one node may have all of them.
@@ -83,6 +83,6 @@ def test_a_runner_that_hangs_beside_a_load_is_ejected_once_that_excuses_it_no_mo
         client.close()
     assert [str(answer) for answer in answers if answer.fate != WHOLE] == []
     assert LOADS + BUDGET < took < most
-    until(lambda: starved.residents(HUGE) == {"node-1"}, "it is loaded", 60)
+    until(lambda: starved.residents(huge) == {"node-1"}, "it is loaded", 60)
     until(lambda: set(starved.states().values()) == {"ready"}, "it is suspect no more", 20)
     matrix("runner hung beside a load", "ejected <= 10 s after its budget (5 s) and the load's (15 s)", f"{took:.1f} s")
