@@ -30,15 +30,17 @@ class Work:
 
     @contextmanager
     def request(self, model: str, tokens: int) -> Iterator[Of]:
-        """A request for so many tokens runs."""
+        """A request for so many tokens runs; what it writes is added to what is yielded."""
+        if tokens == 1:
+            yield Of()
+            return
         found = self.of(model)
-        counts = int(tokens != 1)
-        found.running += counts
+        found.running += 1
         found.most = max(found.most, found.running)
         try:
             yield found
         finally:
-            found.running -= counts
+            found.running -= 1
 
     def listing(self) -> dict[str, dict[str, Any]]:
         return {model: asdict(of) for model, of in self._of.items()}
