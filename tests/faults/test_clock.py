@@ -15,6 +15,8 @@ from support.load import CHAT, WHOLE, body_of
 from support.process import until
 
 HOUR = 3600.0
+LIMIT = 30
+ALONE = "corral_local_admissions_total"
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,11 @@ def test_a_clock_jump_ends_and_resets_nothing(
     fleet, clock = jumpy
     fleet.all_ready()
     ejections = fleet.sum_of("corral_ejections_total")
-    key = fleet.key(f"jump{jump:+.0f}".replace("+", "p").replace("-", "m"), "--rpm", "30")
-    assert admitted(fleet, key, 40) <= 32
+    key = fleet.key(f"jump{jump:+.0f}".replace("+", "p").replace("-", "m"), "--rpm", str(LIMIT))
+    began, alone = time.monotonic(), fleet.sum_of(ALONE)
+    passed = admitted(fleet, key, 40)
+    # What comes back meanwhile, and what a gateway admits of its share that misses the store for 50 ms.
+    assert passed <= LIMIT + 1 + (time.monotonic() - began) * LIMIT / 60 + fleet.sum_of(ALONE) - alone
     states: list[set[str]] = []
     with fleet.load(MODEL, clients=8, paths=[CHAT], tokens=[80, 8], name=f"jump{jump:.0f}") as load:
         load.more(16)
@@ -83,5 +88,6 @@ def test_a_clock_jump_ends_and_resets_nothing(
     assert fleet.sum_of("corral_ejections_total") == ejections
     # Eight seconds refill four. One window more may be let in, and nobody is shut out for an hour.
     assert 1 <= again + first <= 38
-    measured = f"0 of {len(load.answers)} requests failed, 0 ejections; limit of 30 a minute: {first + again} in 8 s"
+    measured = f"0 of {len(load.answers)} requests failed, 0 ejections; "
+    measured += f"limit of {LIMIT} a minute: {first + again} in 8 s"
     matrix(f"clock jumps {jump / 60:+.0f} min", "no mass expiry or reset", measured)

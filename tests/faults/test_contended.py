@@ -23,6 +23,7 @@ SLOTS, PLACES = 8, 16
 TIMES, REFUSED_WITHIN, GOODPUT = 6, 0.1, 0.9
 TOKENS = 20
 REBUILT_WITHIN = 2.0
+FLUSHES = 9
 BIG, LOADS = "big:latest", 5.0
 """A model, and the seconds that it takes to load (conftest.py)."""
 SETTLED_WITHIN, MORE = 5.0, 1.0
@@ -123,7 +124,8 @@ def test_a_flush_under_load_gives_no_slot_twice(contended: Fleet, matrix: Matrix
 
     with contended.load(clients=2 * SLOTS, paths=[CHAT], tokens=[40, 8, 20], name="flushed") as load:
         load.more(30)
-        for _ in range(3):
+        # One at least at which nobody missed the store, and three in all.
+        while len(took) < 3 or (all(lost) and len(took) < FLUSHES):
             before = connections()
             load.until(lambda _: in_use(), "all is in use")
             for node in nodes:
@@ -138,7 +140,7 @@ def test_a_flush_under_load_gives_no_slot_twice(contended: Fleet, matrix: Matrix
     until(lambda: store.counts(MODEL) == (0, 0), "nothing is held")
     seen = f"{max(took):.2f} s, at most {max(most)} of {SLOTS // 2} slots a node in use, "
     seen += f"{sum(lost)} of {len(lost)} flushes with a lost connection, {len(load.answers)} requests whole"
-    slack = f"{SLOTS // 4} more on a node where a gateway lost its connection: in two of three flushes at most"
+    slack = f"{SLOTS // 4} more on a node where a gateway lost its connection, which is not so at each flush"
     bar = f"rebuilt <= {REBUILT_WITHIN:g} s, no slot granted twice ({slack})"
     matrix("Valkey flushed under load", bar, seen)
     assert load.unlike(WHOLE) == []

@@ -12,11 +12,14 @@ from support.fleet import QUICK, Fleet
 from support.load import CHAT, PROMPT, TOLD, WHOLE, Answer, Load, after
 from support.process import until
 
+from corral.gateway.health import FAILED
+
 EJECTED_WITHIN = 10.0
 SETTLED_WITHIN = 5.0
 EJECTIONS = "corral_ejections_total"
 BUFFER = 64 << 10
 """Bytes that a proxy can send again; what is larger, the gateway alone can."""
+CALLERS = 8
 MANY = 12
 """Kills at most until some of the large ones were on a node that died."""
 
@@ -142,7 +145,7 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
     fleet: Fleet, what: str, fault: dict[str, Any], matrix: Callable[[str, str, str], None]
 ) -> None:
     node, before = fleet.nodes["node-1"], fleet.sum_of(EJECTIONS)
-    with fleet.load(QUICK, clients=8, paths=[CHAT], tokens=[4], name=f"fails-{len(what)}") as load:
+    with fleet.load(QUICK, clients=CALLERS, paths=[CHAT], tokens=[4], name=f"fails-{len(what)}") as load:
         load.more(20, "node-1")
         node.fault(**fault)
         failing = time.monotonic()
@@ -158,9 +161,10 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
     during = [answer for answer in load.answers if failing < answer.began < well]
     met = [answer for answer in during if answer.attempts > 1]
     assert met
-    assert len(met) <= len(during) // 100, f"{len(met)} of {len(during)}"
+    # Few requests come in these seconds where the machine is busy; three in a row have a runner ejected all the same.
+    assert len(met) <= max(len(during) // 100, CALLERS * FAILED), f"{len(met)} of {len(during)}"
     late = [answer for answer in during if answer.began > ejected]
     assert {(answer.node, answer.attempts) for answer in late} == {("node-2", 1)}
     until(lambda: set(fleet.states().values()) == {"ready"}, "it is suspect no more", 5)
     seen = f"{len(met)} of {len(during)} met it, each answered elsewhere; ejected after {ejected - failing:.1f} s"
-    matrix(f"a node {what}", "ejected; <= 1% of requests see it", seen)
+    matrix(f"a node {what}", f"ejected; <= 1% of requests, or {FAILED} of each caller's, see it", seen)
