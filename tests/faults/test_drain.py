@@ -46,11 +46,12 @@ def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(
             a_long_one_began(load, "node-1")
             asked = time.monotonic()
             drained = fleet.stack.corral("nodes", "drain", "node-1", "--wait")
-            empty = time.monotonic()
+            # By the node itself: the end of an answer may be on its way to its caller when its node has none any more.
+            fleet.nodes["node-1"].count_anew()
             assert (drained["drained"], drained["streams"]) == (True, 0)
             assert fleet.states()["node-1"] == "draining"
             load.more(60)
-            resumed = time.monotonic()
+            ran, resumed = fleet.nodes["node-1"].work()["most"], time.monotonic()
             fleet.stack.corral("nodes", "resume", "node-1")
             load.more(10, "node-1")
 
@@ -74,6 +75,6 @@ def test_add_drain_resume_and_remove_drop_no_request_and_cut_no_stream(
 
     on_first = [answer for answer in load.answers if answer.node == "node-1"]
     assert any(answer.began < asked and answer.ended - asked > 0.5 for answer in on_first), "drain had to wait"
-    assert [str(a) for a in on_first if empty < a.ended and a.began < resumed] == [], "it was said to be drained"
+    assert ran == 0, "it was said to be drained"
     assert [str(a) for a in after(load.answers, reloads[1], "node-3")] == []
     assert after(load.answers, resumed, "node-1")
