@@ -9,6 +9,7 @@ import httpx
 import pytest
 from support.fleet import MODEL, SIMULATION, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
+from support.limits import unused
 from support.load import APIS, CHAT, MESSAGES, WHOLE, body_of
 
 HUGE = "huge:latest"
@@ -55,7 +56,7 @@ def test_what_no_node_could_answer_is_refused_at_once(
     declared: Fleet, what: str, matrix: Callable[[str, str, str], None]
 ) -> None:
     status, model, headers, told = FAULTS[what]
-    ejections, number, took = declared.sum_of("corral_ejections_total"), list(FAULTS).index(what), []
+    ejections, name, took = declared.sum_of("corral_ejections_total"), unused(), []
     for node in declared.nodes.values():
         node.count_anew()
     asked: list[str] = []
@@ -63,7 +64,7 @@ def test_what_no_node_could_answer_is_refused_at_once(
         for path in APIS:
             body = body_of(path, "MODEL", 4).replace(b"MODEL", model)
             for count in range(ASKED):
-                asked.append(f"bad-{number}-{path[1:].replace('/', '-')}-{count}")
+                asked.append(f"bad-{name}-{path[1:].replace('/', '-')}-{count}")
                 began = time.monotonic()
                 answer = caller.post(path, content=body, headers={"X-Request-ID": asked[-1]})
                 took.append(time.monotonic() - began)
@@ -76,7 +77,7 @@ def test_what_no_node_could_answer_is_refused_at_once(
     # Nobody is to blame, and who asks for what there is has it.
     assert (declared.sum_of("corral_ejections_total"), set(declared.states().values())) == (ejections, {"ready"})
     client = declared.client()
-    good = client.ask(CHAT, body_of(CHAT, MODEL, 4), f"good-{number}")
+    good = client.ask(CHAT, body_of(CHAT, MODEL, 4), f"good-{name}")
     client.close()
     assert good.fate == WHOLE, str(good)
     p90 = sorted(took)[len(took) * 9 // 10]
