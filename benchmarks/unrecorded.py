@@ -13,7 +13,10 @@ UNRECORDED = {
         "        self.gateway.journal.record(settle.admitted(self), self)\n",
         "        self.gateway.journal.unwritten(self)\n",
     ),
-    "settle.py": ("        answer_hash(exchange, outcome),\n    )\n", "        None,\n    )\n"),
+    "settle.py": (
+        "        answer_hash(exchange, outcome),\n        exchange.model_digest,\n",
+        "        None,\n        None,\n",
+    ),
     "journal.py": (
         "        payload = _encode(record)\n",
         "        if access:\n"

@@ -133,6 +133,7 @@ def test_it_is_of_the_whole_text_that_the_caller_got(tmp_path: Path, path: str) 
     assert [one.get("options", {}).get("num_predict") for one in asked] == [1, 1, rest]
     assert (settled["outcome"], settled["estimated"], settled["continued"].count(",")) == ("ok", False, 1)
     assert (settled["prompt_tokens"], settled["tokens"]) == (7, 5 + 2)
+    assert settled["model_digest"] == DIGEST.removeprefix("sha256:"), "which both have"
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -53,6 +53,7 @@ def test_each_form_is_read_by_what_reads_it() -> None:
     (line,) = lines([record(continued="node=2")], "cef", "1.0")
     pairs = dict(re.findall(r"(\w+)=((?:\\=|[^=])*?)(?= \w+=|$)", line.split("|")[7]))
     assert (pairs["CorralContinued"], pairs["CorralPromptHash"]) == ("node\\=2", "v-prompt_hash-w")
+    assert pairs["CorralModelDigest"] == "v-model_digest-w"
     assert (pairs["CorralEstimated"], pairs["externalId"]) == ("true", "v-request_id-w")
     (line,) = lines([record()], "ocsf", "1.0")
     assert json.loads(line)["unmapped"]["answer_hash"] == "v-answer_hash-w"

@@ -148,7 +148,7 @@ def test_controls_that_start_at_once_take_turns(made: Callable[..., Database]) -
 
 def test_an_index_is_as_its_migration_makes_it(made: Callable[..., Database], database_url: str) -> None:
     ahead, alone = made(), made()
-    alone.write_now(upgrade)  # as a restore does, in its transaction
+    alone.write_now(upgrade, AHEAD[-1][0])  # as a restore does, in its transaction
     by_migration = indexes(alone)
     for _, name, _ in AHEAD:
         alone.write_now(lambda connection, one=name: connection.execute(text(f"DROP INDEX {one}")))

@@ -113,6 +113,20 @@ def test_what_is_complete_is_sealed_and_comes_back_as_it_was_hashed(database: Da
     assert (head["stream"], head["pos"], head["link"]) == ("gateway-1", 3, link)
 
 
+def test_the_digest_of_a_model_is_sealed_and_a_record_without_it_is_what_it_was_before_there_was_one(
+    database: Database,
+) -> None:
+    spool, digest = Spool(database), "a" * 64
+    spool.ship(admit(1), admit(2))
+    spool.ship(settle(1, model_digest=digest), settle(2), settle(3, model_digest=7))
+    found = {row["id"]: row for row in rows(database)}
+    assert [found[f"edge-{number}"]["model_digest"] for number in (1, 2, 3)] == [digest, None, None]
+    sealed = [content(found[f"edge-{number}"]) for number in (1, 2)]
+    assert [f'"model_digest":"{digest}"'.encode() in data for data in sealed] == [True, False]
+    assert [found[f"edge-{number}"]["leaf"] for number in (1, 2)] == [leaf_of(data) for data in sealed]
+    assert leaf_of(content(found["edge-1"] | {"model_digest": "b" * 64})) != found["edge-1"]["leaf"]
+
+
 def test_usage_counts_each_request_once(database: Database) -> None:
     spool, other = Spool(database), Spool(database, "gateway-2")
     spool.ship(admit(1), settle(1), settle(2, outcome="limited", attempts=0, tokens=0, prompt_tokens=0, ms=500.0))

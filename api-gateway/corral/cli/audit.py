@@ -27,9 +27,12 @@ PAGE = 1000
 WRITTEN = 5.0
 """Within this many seconds control has written a checkpoint to its file."""
 
+DIGEST_SHOWN = 12
+"""Digits of a model's digest in the table: as many as `ollama list` shows of it."""
+
 _COLUMNS = (
-    *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "node", "status", "outcome"),
-    *("prompt_tokens", "tokens", "ms"),
+    *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "digest", "node", "status"),
+    *("outcome", "prompt_tokens", "tokens", "ms"),
 )
 
 
@@ -264,4 +267,4 @@ def _public(text: str) -> str:
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
     ts = record.get("ts")
     shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ts)) if isinstance(ts, int | float) else ts
-    return {**record, "time": shown}
+    return {**record, "time": shown, "digest": (record.get("model_digest") or "")[:DIGEST_SHOWN]}

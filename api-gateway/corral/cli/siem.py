@@ -16,6 +16,7 @@ COLUMNS = (
     *("seq", "id", "request_id", "ts", "gw", "pos", "key", "tenant", "addr", "api", "route", "method", "model"),
     *("status", "outcome", "node", "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "estimated"),
     *("queue_ms", "ttft_ms", "ms", "continued", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
+    "model_digest",
 )
 """What a record has, in each form."""
 SEVERITY = {"ok": 1, "client_gone": 2, "cancelled": 3, "refused": 4, "limited": 4, "overloaded": 5}
@@ -25,7 +26,7 @@ OCSF_SEVERITY = {"ok": 1, "client_gone": 1, "cancelled": 1, "refused": 2, "limit
 
 _OCSF_UNMAPPED = (
     *("seq", "gw", "pos", "model", "attempts", "prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms"),
-    *("continued", "before", "after", "prompt_hash", "answer_hash", "content_hash"),
+    *("continued", "before", "after", "prompt_hash", "answer_hash", "content_hash", "model_digest"),
 )
 _OCSF_ACTIVITY = {"POST": 1, "GET": 2, "PUT": 3, "PATCH": 3, "DELETE": 4}
 _CEF_KEYS = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
+
+_DIGEST: Final = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 
 
 class NodeState(StrEnum):
@@ -22,7 +25,8 @@ class Node:
     """One Ollama server.
 
     ``tags`` and ``ps`` are the entries of its `/api/tags` and `/api/ps`, as it sent them; ``held`` and ``resident``
-    are the model names in them, ``header`` the line of HTTP that names it. ``memory`` is bytes for models, 0 where it
+    are the model names in them, ``digests`` the SHA-256 (hex) of the manifest of each that it told one of, by name;
+    ``header`` is the line of HTTP that names it. ``memory`` is bytes for models, 0 where it
     was not declared. ``in_flight`` counts this gateway's requests on it, and ``shunned_until`` (monotonic seconds) is
     set when it failed this gateway, ``gone_until`` when it did not answer to the end. ``suspects`` are models whose
     runners seem to hang there, ``lost`` those that it said not to hold, whatever control says, each until when it is
@@ -50,6 +54,7 @@ class Node:
     failed: dict[str, int] = field(default_factory=dict)
     on_cpu: frozenset[str] = frozenset()
     loading: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.header = b"X-Corral-Node: %b\r\n" % self.name.encode()
@@ -63,6 +68,8 @@ class Node:
         self.version = entry.get("version") or ""
         self.tags = entry.get("tags") or []
         self.held = frozenset(model["name"] for model in self.tags)
+        told = {model["name"]: _DIGEST.fullmatch(str(model.get("digest"))) for model in self.tags}
+        self.digests = {name: match[1] for name, match in told.items() if match is not None}
         self.holds(entry.get("ps") or [])
         self.on_cpu = frozenset(entry.get("on_cpu") or ())
         self.loading = {name: float(seconds) for name, seconds in (entry.get("loading") or {}).items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from time import monotonic
 
-from corral.fleet.node import Node
+from corral.fleet.node import Node, canonical_name
 from corral.gateway import admit, catalogue, checks, heads, schedule, settle
 from corral.gateway.authenticate import Key, authenticate, locate
 from corral.gateway.crashing import refused
@@ -165,6 +165,7 @@ class Exchange(State):
             keep(decoded, gateway.snapshot, gateway.hashes is not None, gateway.content_wanted(self.key))
             self.node_header = node.header
         self.gateway.running.add(self)
+        self.model_digest = node.digests.get(canonical_name(decoded.model))
         self.ask(node, decoded, now)
 
     def ask(self, node: Node, decoded: Decoded, now: float) -> None:

@@ -44,8 +44,9 @@ class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     """The record that completes it. Times are milliseconds; ``ttft_ms`` is to the first token.
 
     ``continued``: the nodes that wrote the answer, in order, joined by commas, where one went on with another's.
-    ``answer_hash``: the keyed hash of the text that was sent. ``content``: prompt and answer, encrypted
-    (gateway/content.py), where they are kept; in the spool alone.
+    ``answer_hash``: the keyed hash of the text that was sent. ``model_digest``: the SHA-256 (hex) of the model's
+    manifest on ``node``, as that told it before it was asked; None where it is not known. ``content``: prompt and
+    answer, encrypted (gateway/content.py), where they are kept; in the spool alone.
     """
 
     id: str
@@ -72,4 +73,5 @@ class Settled(msgspec.Struct, tag_field="t", tag="settle"):
     ms: float
     continued: str | None = None
     answer_hash: str | None = None
+    model_digest: str | None = None
     content: str | msgspec.UnsetType = msgspec.UNSET

@@ -187,4 +187,5 @@ def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float
         int((now - arrived) * 1e6) / 1e3,
         exchange.resumption.nodes if exchange.resumption is not None else None,
         answer_hash(exchange, outcome),
+        exchange.model_digest,
     )

@@ -37,6 +37,7 @@ class State(Waiter):
     ``seen`` the answer's tokens when last some of it came. ``headed`` once the head was sent before any of that, with a
     heartbeat; ``beaten`` is when the last of those was (`corral.gateway.heartbeat`), 0.0 before the first.
     ``sent`` is when its last attempt began, at ``runner``, ``token`` when that last gave one, 0.0 before its first.
+    ``model_digest`` is that of its model on the node of its last attempt, as that began, None where it is not known.
     ``suspect`` is its prompt's fingerprint once that was at a runner's crash (`corral.gateway.crashing`).
     ``orphaned``, ``crashes``, ``lost`` and ``held_until`` are `corral.gateway.recover.History`'s.
     ``queue_ms`` is what its waits for a node took that are over, ``nodeless_since`` when the one began that is on,
@@ -58,6 +59,7 @@ class State(Waiter):
     tenant = ""
     decoded: Decoded | None = None
     node_name = ""
+    model_digest: str | None = None
     attempts = 0
     orphaned = 0
     crashes = 0

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 ADMITTED = ("id", "request_id", "ts", "gw", "key", "addr", "api", "route", "model", "prompt_hash")
 SETTLED = (
     *("method", "status", "outcome", "node", "attempts", "req_bytes", "resp_bytes"),
-    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued", "answer_hash"),
+    *("prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms", "continued", "answer_hash", "model_digest"),
 )
 
 

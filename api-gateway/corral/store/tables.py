@@ -136,6 +136,7 @@ audit = Table(
     Column("route", Text),
     Column("method", Text),
     Column("model", Text),
+    Column("model_digest", Text),
     Column("status", Integer),
     Column("outcome", Text),
     Column("node", Text),

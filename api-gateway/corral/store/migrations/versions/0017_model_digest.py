@@ -1,0 +1,13 @@
+"""The digest of the model that answered."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0017"
+down_revision = "0016"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("audit", sa.Column("model_digest", sa.Text))
