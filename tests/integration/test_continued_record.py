@@ -263,9 +263,9 @@ def test_where_the_caller_leaves_while_it_goes_on_it_is_of_what_was_sent(tmp_pat
     assert (settled["outcome"], settled["tokens"], settled["estimated"]) == ("client_gone", 3, True)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_no_node_goes_on_whose_file_of_the_model_is_another_one(tmp_path: Path, there: bool) -> None:
-    """Neither where the node that wrote the beginning is there, and fails again, nor where it is down."""
+@pytest.mark.parametrize("first_is", ["there", "down", "there with another file too"])
+def test_no_node_goes_on_whose_file_of_the_model_is_another_one(tmp_path: Path, first_is: str) -> None:
+    """Neither where the node that wrote the beginning fails again, nor where it is down, nor where all have another."""
     ready = threading.Event()
     with gateway(tmp_path, audit=FULL) as gw:
         first, other = gw.nodes
@@ -284,11 +284,14 @@ def test_no_node_goes_on_whose_file_of_the_model_is_another_one(tmp_path: Path, 
         with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=30) as answer:
             for piece in answer.iter_raw():
                 if not got:
-                    states = {first.name: "ready" if there else "down", other.name: "ready"}
-                    tags = {first.name: [stage.tag], other.name: [stage.tag | {"digest": OTHER}]}
+                    states = {first.name: "down" if first_is == "down" else "ready", other.name: "ready"}
+                    replaced = stage.tag | {"digest": OTHER}
+                    all_new = first_is == "there with another file too"
+                    tags = {first.name: [replaced if all_new else stage.tag], other.name: [replaced]}
                     nodes = gw.control.snapshot["nodes"]
                     gw.control.publish(
-                        nodes=[one | {"state": states[one["name"]], "tags": tags[one["name"]]} for one in nodes]
+                        nodes=[one | {"state": states[one["name"]], "tags": tags[one["name"]]} for one in nodes],
+                        continuable={"m:latest": OTHER if all_new else DIGEST},
                     )
                     gw.control.until_known()
                     ready.set()

@@ -174,5 +174,7 @@ def _resume(exchange: Exchange, node: Node) -> Resume | None:
     digest = schedule.digest_on(node, name)
     if not digest or exchange.gateway.snapshot.continuable.get(name) != digest:
         return None
+    if exchange.model_digest != node.digests.get(name):
+        return None  # it has a new version since it was asked
     rest = rest_of(decoded.body, transcript.text, transcript.tokens)
     return Resume(decoded, digest, rest, node.name) if rest is not None else None
