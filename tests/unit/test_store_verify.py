@@ -12,6 +12,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from support.sealed import GATEWAY, Direct, Trail, found
 from support.tampers import TAMPERS, note
 
+from corral.config.record import AuditSettings
 from corral.control import ledger as ledgers
 from corral.store.chain import Signer, Span, read_checkpoint
 from corral.store.tables import audit, audit_checkpoints, audit_streams
@@ -199,6 +200,28 @@ def test_the_file_is_made_again_and_a_torn_line_written_anew(made: Trail) -> Non
     made.file.unlink()
     asyncio.run(made.ledger.sign())
     assert made.file.read_bytes().startswith(whole)
+    assert made.verify().problems == []
+
+
+def test_what_another_control_signs_between_two_looks_is_in_the_file_too(
+    made: Trail, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "audit.key").write_bytes((made.folder / "audit.key").read_bytes())
+    other = ledgers.Ledger(made.database, AuditSettings(), folder, 1800.0)
+    complete, looked = made.ledger._complete_file, list[int]()
+
+    async def and_then() -> None:
+        await complete()
+        if not looked:
+            looked.append(1)
+            await other.sign()
+            made.ship(18)
+
+    monkeypatch.setattr(made.ledger, "_complete_file", and_then)
+    asyncio.run(made.ledger.sign())
+    numbers = [read_checkpoint(line).checkpoint.number for line in made.file.read_bytes().splitlines()]
+    assert numbers == [1, 2, 3, 4, 5]
     assert made.verify().problems == []
 
 

@@ -123,8 +123,8 @@ class Ledger:
         """Sign what came since the last checkpoint. Raises ChainBroken, SQLAlchemyError, OSError."""
         await self._complete_file()
         older = await self._first_older()
-        while (signed := await self._database.write(self._sign, None, older)) is not None:
-            await asyncio.to_thread(self._append, [signed])
+        while await self._database.write(self._sign, None, older) is not None:
+            await self._complete_file()
         self.signed_at = time.time()
 
     async def forget(self) -> None:
@@ -139,9 +139,8 @@ class Ledger:
 
     async def _drop(self, until: float, dropped: dict[str, int] | None, older: Older | None) -> None:
         if dropped or older is not None:
-            signed = await self._database.write(self._sign, dropped, older)
-            if signed is not None:
-                await asyncio.to_thread(self._append, [signed])
+            await self._database.write(self._sign, dropped, older)
+            await self._complete_file()
         count = 1
         while count:
             count = await self._database.write(drop, until)
@@ -257,7 +256,8 @@ class Ledger:
     # -- the file
 
     async def _complete_file(self) -> None:
-        """Write the checkpoints that the database has and the file lacks."""
+        """Write the checkpoints that the database has and the file lacks: another control may have signed, too, between
+        any two looks, and a number that is passed over would be missing from then on."""
         last = await asyncio.to_thread(last_number, self.path)
         newest = await self._database.read(last_checkpoint)
         self.number = max(last, newest)
