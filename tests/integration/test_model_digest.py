@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import update
 from support.control import Running
-from support.gateway import END, HEAD, LAST, LINE, Behaviour, Gateway, chunk, gateway, well
+from support.gateway import END, HEAD, LAST, LINE, Behaviour, Gateway, chunk, gateway, says, well
 
 from corral.cli.main import cli
 from corral.cli.siem import FORMATS
@@ -56,7 +56,8 @@ def test_it_is_that_of_the_node_that_was_asked(gw: Gateway, node: str, digest: s
 
 def test_it_is_that_of_the_last_node_where_one_failed(gw: Gateway) -> None:
     hold(gw, OLD, NEW)
-    acts: list[Behaviour] = [lambda connection: connection.shutdown(socket.SHUT_RDWR), well]
+    # Not a connection that ends: one that was used before is made anew, which is no other attempt.
+    acts: list[Behaviour] = [says(500, {"error": "out of luck"}), well]
     for node in gw.nodes:
         node.script = [lambda connection: acts.pop(0)(connection)] * 2
     record = settled(gw, gw.post())
