@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 import httpx
 import pytest
 
+from corral.fleet.catalogue import OWN
 from corral.fleet.node import NodeState
 from corral.gateway.health import HEARD
-from corral.gateway.probe import Probe
+from corral.gateway.probe import LIMIT, Probe
 from corral.gateway.snapshot import Snapshot
 
 MODEL = "m:latest"
@@ -47,7 +48,7 @@ def look(snapshot: Snapshot, *rounds: Answers, meanwhile: Callable[[], None] = l
                 asked.append(name)
                 meanwhile()
                 if name not in answers:
-                    raise httpx.ConnectError("away")
+                    return httpx.Response(503, headers={"X-Corral-Proxy": "node"})
                 found = answers[name]
                 if isinstance(found, httpx.Response):
                     return found
@@ -71,11 +72,13 @@ def test_as_long_as_control_is_heard_nobody_is_asked() -> None:
     assert states(snapshot) == [DOWN]
 
 
-def test_one_that_control_called_down_is_back_once_it_answers() -> None:
+def test_one_that_control_called_down_is_back_once_it_answers_twice() -> None:
     snapshot = fleet(a=DOWN, b=NodeState.SUSPECT)
     assert snapshot.pool("").ready == frozenset()
     look(snapshot, {"a": [MODEL]})
-    assert states(snapshot) == [READY, NodeState.SUSPECT]
+    assert states(snapshot) == [DOWN, NodeState.SUSPECT], "once may be a chance"
+    look(snapshot, {"a": [MODEL]}, {"a": [MODEL]})
+    assert states(snapshot) == [READY, DOWN]
     assert snapshot.nodes["a"].resident == {MODEL}
     assert snapshot.pool("").ready == {MODEL}
     assert snapshot.version != "1", "control's next answer has to be all of it"
@@ -121,15 +124,33 @@ def test_one_that_is_drained_stays_so() -> None:
         httpx.Response(200, text="<html>"),
         httpx.Response(200, json={"models": "none"}),
         httpx.Response(200, json={"models": [{"model": MODEL}]}),
+        httpx.Response(200, content=b" " * (LIMIT + 1)),
         httpx.Response(200, content=b"[" * 100_000),
         httpx.Response(200, content=json.dumps({"models": [{"name": "é"}]}, ensure_ascii=False).encode("latin-1")),
     ],
-    ids=["status", "no JSON", "no list", "no name", "deep", "no UTF-8"],
+    ids=["status", "no JSON", "no list", "no name", "large", "deep", "no UTF-8"],
 )
-def test_nonsense_is_no_answer(answer: httpx.Response) -> None:
-    snapshot = fleet(a=READY, b=READY)
-    look(snapshot, {"a": answer, "b": []}, {"a": answer, "b": []})
-    assert states(snapshot) == [DOWN, READY]
+def test_nonsense_says_nothing(answer: httpx.Response) -> None:
+    snapshot = fleet(a=READY, b=READY, c=DOWN)
+    rounds = [{"a": answer, "b": [], "c": answer}] * 3
+    look(snapshot, *rounds)
+    assert states(snapshot) == [READY, READY, DOWN]
+    assert snapshot.version == "1"
+
+
+def test_models_of_corral_itself_are_nobody_s_business() -> None:
+    snapshot = fleet(a=READY)
+    look(snapshot, {"a": [MODEL, f"{OWN}kept/m:latest"]})
+    assert snapshot.nodes["a"].resident == {MODEL}
+
+
+def test_each_judgement_is_another_version_and_none_grows() -> None:
+    snapshot = fleet(a=READY)
+    seen = set()
+    for number in range(1000):
+        look(snapshot, {"a": [MODEL] if number % 2 else []})
+        seen.add(snapshot.version)
+    assert len(seen) > 900 and max(map(len, seen)) < 8
 
 
 def test_what_control_says_while_nodes_are_asked_counts() -> None:

@@ -217,15 +217,16 @@ async def _drained(control: Control, name: str, wait: float) -> tuple[int | None
     if wait:
         # A gateway that has not heard of it yet may just be sending something there.
         await control.hub.acknowledged(control.hub.number, min(wait, ACKNOWLEDGE))
+    known: int | None = None
     while True:
-        streams: int | None
-        reason: str | None
+        reason: str | None = None
         try:
-            streams, reason = await control.haproxy.streams(name), None
+            known = await control.haproxy.streams(name)
         except HaproxyError as error:
-            streams, reason = None, str(error)
-        if streams == 0 or loop.time() >= until or not control.haproxy.configured:
-            return streams, reason
+            reason = str(error)
+        if (known == 0 and reason is None) or loop.time() >= until or not control.haproxy.configured:
+            # What it said a moment ago is more than that it does not answer just now.
+            return known, reason if known is None else None
         await asyncio.sleep(POLL)
 
 

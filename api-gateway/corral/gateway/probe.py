@@ -1,9 +1,10 @@
 """What a gateway finds out of nodes by itself while control says nothing.
 
 Control's word on a node holds for six seconds. From then on each node but those that are drained is asked each second
-what it has in memory, on the way that requests take. One that answers may have work, whatever control said last; one
-that does not, twice in a row, gets none. If these are more than half of the nodes, it may be this gateway's own way
-that is broken: those that had work keep it. As soon as control is heard again, its word counts.
+what it has in memory, on the way that requests take. One that answers twice in a row may have work, whatever control
+said last; one that HAProxy does not reach, twice in a row, gets none. If these are more than half of the nodes, it may
+be this gateway's own way that is broken: those that had work keep it. What answers late, or nonsense, says nothing:
+such a node is known by its streams (`corral.gateway.health`). As soon as control is heard again, its word counts.
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any, Final
 import httpx
 import msgspec
 
+from corral.config.haproxy_rules import PROXY_HEADER
+from corral.fleet.catalogue import is_own
 from corral.fleet.node import Node, NodeState
 from corral.gateway.health import HEARD
 from corral.gateway.snapshot import Snapshot
 from corral.store.asking import http_client
 
 EVERY: Final = 1.0
-PATIENCE: Final = 3.0
+PATIENCE: Final = 2.0
 """Seconds that a node may take to answer."""
-MISSES: Final = 2
-"""Answers in a row that a node must have missed: HAProxy's `fall`."""
+LIMIT: Final = 4 << 20
+"""Bytes of an answer."""
+TIMES: Final = 2
+"""How often in a row it must have been seen that a node is there, or is not: HAProxy's `rise` and `fall`."""
+
+Found = list[dict[str, Any]] | bool | None
+"""What is in a node's memory; False where it is away, None where neither can be said."""
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +44,23 @@ class Probe:
     def __init__(self, snapshot: Snapshot, nodes_url: str) -> None:
         self._snapshot = snapshot
         self._url = f"{nodes_url}/api/ps"
-        self._missed: dict[str, int] = {}
+        # How often in a row a node was there, or (negative) was not.
+        self._seen: dict[str, int] = {}
 
     async def run(self) -> None:
         """Look each second, until cancelled."""
         async with http_client(PATIENCE, verify=False) as client:
             while True:
+                await asyncio.sleep(EVERY)
                 try:
                     await self.look(client)
                 except Exception:  # a fault of ours: what control said last holds on
                     log.exception("the nodes were not asked")
-                await asyncio.sleep(EVERY)
 
     async def look(self, client: httpx.AsyncClient) -> None:
         """Ask each node once, if control has said nothing for too long."""
         if self._led():
-            self._missed.clear()
+            self._seen.clear()
             return
         nodes = [node for node in self._snapshot.nodes.values() if node.state is not NodeState.DRAINING]
         answers = await asyncio.gather(*[self._ask(client, node) for node in nodes])
@@ -62,34 +71,48 @@ class Probe:
     def _led(self) -> bool:
         return monotonic() - self._snapshot.heard <= HEARD
 
-    async def _ask(self, client: httpx.AsyncClient, node: Node) -> list[dict[str, Any]] | None:
-        """What is in a node's memory, as it says it; None where it does not."""
+    async def _ask(self, client: httpx.AsyncClient, node: Node) -> Found:
+        headers = {"X-Corral-Node": node.name, "Accept-Encoding": "identity"}
+        data = b""
         try:
-            async with asyncio.timeout(PATIENCE):
-                response = await client.get(self._url, headers={"X-Corral-Node": node.name})
+            async with asyncio.timeout(PATIENCE), client.stream("GET", self._url, headers=headers) as response:
+                if response.status_code in (502, 503) and PROXY_HEADER in response.headers:
+                    return False
+                if "Content-Encoding" in response.headers:  # it was not asked for, and may be much once unpacked
+                    return None
+                async for part in response.aiter_bytes():
+                    data += part
+                    if len(data) > LIMIT:
+                        return None
             if response.status_code == 200:
-                models = msgspec.json.decode(response.content, type=_Resident).models
-                return models if all(isinstance(model.get("name"), str) for model in models) else None
+                models = msgspec.json.decode(data, type=_Resident).models or []
+                if all(isinstance(model.get("name"), str) for model in models):
+                    return [model for model in models if not is_own(model["name"])]
         except (httpx.HTTPError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
         return None
 
-    def _take(self, answers: dict[str, list[dict[str, Any]] | None]) -> None:
+    def _take(self, answers: dict[str, Found]) -> None:
         """Judge nodes by their answers, by name."""
         nodes = self._snapshot.nodes
         for name, found in answers.items():
-            self._missed[name] = 0 if found is not None else self._missed.get(name, 0) + 1
-        silent = [name for name in answers if self._missed[name] >= MISSES]
-        believed = 2 * len(silent) <= len(answers)
+            seen = self._seen.get(name, 0)
+            if found is None:
+                self._seen[name] = 0
+            else:
+                self._seen[name] = min(seen, 0) - 1 if found is False else max(seen, 0) + 1
+        away = [name for name in answers if self._seen[name] <= -TIMES]
+        believed = 2 * len(away) <= len(answers)
         changed = False
         for name, found in answers.items():
             node = nodes[name]
             state = node.state
-            if found is not None:
+            if self._seen[name] >= TIMES:
                 state = NodeState.READY
-                changed |= node.holds(found)
-            elif name in silent and believed:
+            elif name in away and believed:
                 state = NodeState.DOWN
+            if isinstance(found, list):
+                changed |= node.holds(found)
             if state is not node.state:
                 log.warning("%s: control says nothing, and the node %s", name, SAYS[state])
                 node.state = state
@@ -99,7 +122,7 @@ class Probe:
 
 
 class _Resident(msgspec.Struct):
-    models: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] | None = None
 
 
-SAYS: Final = {NodeState.READY: "answers: it gets work", NodeState.DOWN: "does not answer: it gets none"}
+SAYS: Final = {NodeState.READY: "answers: it gets work", NodeState.DOWN: "is away: it gets none"}

@@ -67,6 +67,7 @@ class Snapshot:
         self.continuable: dict[str, str] = {}
         self.known = False
         self.on_cpu: list[Node] = []
+        self._judged = 0
 
     def apply(self, data: dict[str, Any]) -> None:
         """Take over a snapshot; what runs on a node or counts on a key goes on."""
@@ -102,7 +103,8 @@ class Snapshot:
 
     def judged(self) -> None:
         """What is known of nodes is no longer what control said last: its next answer has to be all of it."""
-        self.version += "~"
+        self._judged += 1
+        self.version = f"{self.version.partition('~')[0]}~{self._judged}"
         for pool in (self._shared, *self._pools.values()):
             pool.judge()
 

@@ -170,10 +170,10 @@ class Slots:
     @property
     def missed(self) -> bool:
         """Whether the store is away, or has refused for longer than it should to hear what this gateway holds."""
-        if not self.store.connected:
-            # Who stood still has lost its lease too: others have its share by now, unless the store is truly away.
-            return not self.lapsed or monotonic() - self.store.lost > ANEW
-        return self._early_since > 0.0 and monotonic() - self._early_since > EARLY_MAX
+        if self._early_since > 0.0 and monotonic() - self._early_since > EARLY_MAX:
+            return True
+        # Who stood still has lost its lease too: others have its share by now, unless the store is truly away.
+        return not self.store.connected and (not self.lapsed or monotonic() - self.store.lost > ANEW)
 
     @property
     def lapsed(self) -> bool:
@@ -182,7 +182,8 @@ class Slots:
 
     def connected(self) -> None:
         """There is a connection again."""
-        self._early_since = 0.0
+        if not self.early:  # who waits already does so no longer for a connection that flaps
+            self._early_since = 0.0
         if self.unheard and monotonic() - self._ungranted >= self.lease:
             self._ungrant()
         self.on_back()

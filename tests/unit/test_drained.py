@@ -1,0 +1,48 @@
+"""Whether a drained node still has streams, where HAProxy does not always say."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from corral.control.haproxy import HaproxyError
+from corral.control.nodes import _drained
+
+
+class Haproxy:
+    """Says one after the other of its answers, the last one again and again; None is that it does not."""
+
+    configured = True
+
+    def __init__(self, *answers: int | None) -> None:
+        self.answers = list(answers)
+
+    async def streams(self, name: str) -> int:
+        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if found is None:
+            raise HaproxyError("no answer in time")
+        return found
+
+
+async def acknowledged(number: int, within: float) -> None:
+    """Every gateway has heard of it."""
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ((2, 0), (0, None)),
+        ((2, None, 0), (0, None)),
+        ((2, None), (2, None)),
+        ((None,), (None, "no answer in time")),
+        ((None, 1, None), (1, None)),
+    ],
+)
+def test_what_haproxy_said_last_counts_where_it_does_not_answer_just_now(
+    answers: tuple[int | None, ...], expected: tuple[int | None, str | None]
+) -> None:
+    control: Any = SimpleNamespace(hub=SimpleNamespace(number=1, acknowledged=acknowledged), haproxy=Haproxy(*answers))
+    assert asyncio.run(_drained(control, "node-1", 2.0)) == expected
