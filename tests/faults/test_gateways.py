@@ -199,10 +199,12 @@ def test_what_a_killed_gateway_had_of_a_keys_concurrency_returns_with_its_lease(
     def connections() -> float:
         return contended.gateway_says(other["name"], "corral_limit_store_connections_total")
 
+    answers = []  # who lets go of its lines ends a stream
     with ExitStack() as streams, contended.unsupervised():
         for _ in range(2):
             stream = httpx.stream("POST", dead["url"] + CHAT, content=long, headers=headers, timeout=30)
-            next(streams.enter_context(stream).iter_lines())
+            answers.append(streams.enter_context(stream).iter_lines())
+            next(answers[-1])
         # Not at once where a machine that halts has one of them miss the store.
         until(lambda: status() == 429, "the store has heard of both", 5, every=EVERY)
         connected = connections()
