@@ -137,7 +137,7 @@ def test_no_record_is_lost_or_taken_twice(tmp_path: Path, server: Postgres, node
         until(lambda: (watched.waiting, watched.lag) == (0, 0), "every record is taken", 60)
         answers = {answer.request_id: counts(answer) for answer in load.answers}
         # One more is of the stack itself: at its start it asks for the models.
-        recorded = rows(f"SELECT request_id, outcome, prompt_tokens, tokens {INFERENCE} AND request_id LIKE 'load-%'")
+        recorded = rows(f"SELECT request_id, outcome, prompt_tokens, tokens {INFERENCE} AND request_id LIKE 'load%'")
         assert Counter(row[0] for row in recorded) == Counter(answers.keys()), "each has one record"
         assert {row[0]: row[1:] for row in recorded} == {one: ("ok", *told) for one, told in answers.items()}
         (used,) = rows("SELECT sum(requests), sum(prompt_tokens), sum(tokens) FROM usage")

@@ -97,7 +97,8 @@ class Script(list[Behaviour]):
             return self._cut(0)
         if chance < (0.05 if self.streams else 0.12):
             return self._cut(min(words, bound))
-        if self.streams and chance < 0.12:
+        # Of the few that are gone on with some are to be left, whatever the dice.
+        if self.streams and chance < (0.25 if asked.body.get("raw") else 0.12):
             return self._left(min(words, bound))
         return self._whole(min(words, bound), self._counted)
 

@@ -88,10 +88,10 @@ class Mixed(Load):
         self, url: str, key: str, model: str, ways: Sequence[Way], clients: int, tokens: Sequence[int], name: str
     ) -> None:
         super().__init__(url, key, model, clients, [way.path for way in ways], tokens, name)
-        self._ways = ways
+        self._ways, self._seed = ways, name  # not what its requests are called, which is new in each load
 
     def _run(self, number: int, path: str, tokens: int, prompt: str) -> None:
-        client, dice = Client(self._url, self._key, self._timeout), random.Random(f"{self._name} {number}")
+        client, dice = Client(self._url, self._key, self._timeout), random.Random(f"{self._seed} {number}")
         # Each begins elsewhere, so that no way is asked for by all of them at once.
         for count, way in enumerate(itertools.islice(itertools.cycle(self._ways), number, None)):
             if self._stop.is_set():
