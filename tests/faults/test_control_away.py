@@ -14,8 +14,8 @@ from support.load import CHAT, TOLD, WHOLE, body_of
 from support.process import until
 from support.servers import answers
 
-from corral.gateway.health import HEARD
 from corral.gateway.probe import EVERY
+from corral.gateway.snapshot import HEARD
 from corral.store.keeper import LEADER
 
 SETTLED_WITHIN = 1.0

@@ -11,7 +11,8 @@ import pytest
 from corral.fleet.hanging import LOADS, SILENCE
 from corral.fleet.node import Node
 from corral.gateway import health as compiled
-from corral.gateway.health import CANARY, HEARD, Canary, Health
+from corral.gateway.health import CANARY, Canary, Health
+from corral.gateway.snapshot import HEARD, Snapshot
 
 pytestmark = pytest.mark.skipif(
     not (compiled.__file__ or "").endswith(".py"), reason="compiled, it takes no gateway of a test's own"
@@ -34,8 +35,8 @@ class Looking:
         for node in self.nodes.values():
             node.update(self._entry())
         self.running: list[Any] = []
-        snapshot = SimpleNamespace(nodes=self.nodes, group_of={}, heard=inf)
-        self.snapshot = snapshot
+        self.snapshot = snapshot = Snapshot({})
+        snapshot.nodes, snapshot.heard = self.nodes, inf
         gateway: Any = SimpleNamespace(
             snapshot=snapshot, running=self.running, between_tokens=600.0, suspects=SimpleNamespace(suspects=())
         )

@@ -9,8 +9,8 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from corral.control import answers
 from corral.control.ollama import NodeFailed, Ollama
+from corral.store import answers
 
 
 class Dripping:

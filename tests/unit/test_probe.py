@@ -12,9 +12,9 @@ import pytest
 
 from corral.fleet.catalogue import OWN
 from corral.fleet.node import NodeState
-from corral.gateway.health import HEARD
-from corral.gateway.probe import LIMIT, Probe
-from corral.gateway.snapshot import Snapshot
+from corral.gateway.probe import Probe
+from corral.gateway.snapshot import HEARD, Snapshot
+from corral.store.answers import LIMIT
 
 MODEL = "m:latest"
 READY, DOWN, DRAINING = NodeState.READY, NodeState.DOWN, NodeState.DRAINING
@@ -50,9 +50,9 @@ def look(snapshot: Snapshot, *rounds: Answers, meanwhile: Callable[[], None] = l
                 if name not in answers:
                     return httpx.Response(503, headers={"X-Corral-Proxy": "node"})
                 found = answers[name]
-                if isinstance(found, httpx.Response):
-                    return found
-                return httpx.Response(200, json={"models": [{"name": model} for model in found]})
+                if not isinstance(found, httpx.Response):
+                    found = httpx.Response(200, json={"models": [{"name": model} for model in found]})
+                return httpx.Response(found.status_code, stream=httpx.ByteStream(found.content))
 
             async with httpx.AsyncClient(transport=httpx.MockTransport(node)) as client:
                 await probe.look(client)

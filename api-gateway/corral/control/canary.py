@@ -19,12 +19,12 @@ from typing import Any
 import httpx
 
 from corral.config.settings import CanarySettings
-from corral.control import answers
 from corral.control.measured import Residence, number
 from corral.control.prober import Fleet, Member
 from corral.fleet.dispatch import SAMPLE_MIN
 from corral.fleet.fallback import RESTORED, Pace
 from corral.fleet.node import canonical_name
+from corral.store import answers
 from corral.store.asking import http_client
 from corral.wire.options import NO_POLICY, ModelPolicy, check
 

@@ -18,7 +18,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from corral.config.reader import hint
 from corral.config.settings import NodeSettings
 from corral.config.values import BaseUrl, Name, Size, Whole, host_port, loopback
-from corral.control import answers
 from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
@@ -26,6 +25,7 @@ from corral.control.errors import Problem
 from corral.control.haproxy import HaproxyError, HaproxyUnwritten
 from corral.control.prober import Member
 from corral.control.reached import TIMEOUT
+from corral.store import answers
 from corral.store.database import insert
 from corral.store.tables import nodes
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from corral.control import answers
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
+from corral.store import answers
 from corral.wire.native import KEEP_ALIVE
 
 TIMEOUT = 10.0

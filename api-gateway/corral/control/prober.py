@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import httpx
 
-from corral.control import answers
 from corral.control.measured import HEARD, Measured, gpu_shares, overbooked
 from corral.control.reached import TIMEOUT, UNREACHED, reason
 from corral.fleet.brakes import Standing, spared
 from corral.fleet.catalogue import is_own
 from corral.fleet.dispatch import Speeds
+from corral.store import answers
 from corral.store.asking import http_client
 
 INTERVAL = 1.0

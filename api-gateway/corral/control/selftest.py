@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import msgspec
 
-from corral.control import answers
 from corral.control.canary import stays
 from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
+from corral.store import answers
 from corral.store.asking import http_client
 from corral.wire.continuation import GENERATE, Counting, Rendering, rest_of
 from corral.wire.errors import UpstreamNonsense

@@ -40,8 +40,6 @@ CANARY: Final = 4.0
 CANARY_MAX: Final = 64 << 10
 """Bytes of an answer of one token."""
 AGAIN: Final = 1.0
-HEARD: Final = 6.0
-"""For so long what control said last of loads holds (seconds)."""
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +222,7 @@ class Health:
         snapshot = self._gateway.snapshot
         node = snapshot.nodes.get(name)
         # A control that is away says no more that a load is over.
-        told = node is not None and node.loading and now - snapshot.heard <= HEARD
+        told = node is not None and node.loading and snapshot.led(now)
         found = node.patience(model) if node is not None and told else 0.0
         if self._asked_for and any([one[0] == name and one[1] != model for one in self._asked_for]):
             found = max(found, patience())

@@ -15,20 +15,17 @@ from time import monotonic
 from typing import Any, Final
 
 import httpx
-import msgspec
 
 from corral.config.haproxy_rules import PROXY_HEADER
 from corral.fleet.catalogue import is_own
 from corral.fleet.node import Node, NodeState
-from corral.gateway.health import HEARD
 from corral.gateway.snapshot import Snapshot
+from corral.store import answers
 from corral.store.asking import http_client
 
 EVERY: Final = 1.0
 PATIENCE: Final = 2.0
 """Seconds that a node may take to answer."""
-LIMIT: Final = 4 << 20
-"""Bytes of an answer."""
 TIMES: Final = 2
 """How often in a row it must have been seen that a node is there, or is not: HAProxy's `rise` and `fall`."""
 
@@ -59,52 +56,39 @@ class Probe:
 
     async def look(self, client: httpx.AsyncClient) -> None:
         """Ask each node once, if control has said nothing for too long."""
-        if self._led():
+        if self._snapshot.led(monotonic()):
             self._seen.clear()
             return
         nodes = [node for node in self._snapshot.nodes.values() if node.state is not NodeState.DRAINING]
-        answers = await asyncio.gather(*[self._ask(client, node) for node in nodes])
+        found = await asyncio.gather(*[self._ask(client, node) for node in nodes])
         # What control says has come meanwhile, and is of nodes that may be others.
-        if not self._led():
-            self._take(dict(zip([node.name for node in nodes], answers, strict=True)))
-
-    def _led(self) -> bool:
-        return monotonic() - self._snapshot.heard <= HEARD
+        if not self._snapshot.led(monotonic()):
+            self._take(dict(zip([node.name for node in nodes], found, strict=True)))
 
     async def _ask(self, client: httpx.AsyncClient, node: Node) -> Found:
         headers = {"X-Corral-Node": node.name, "Accept-Encoding": "identity"}
-        data = b""
         try:
             async with asyncio.timeout(PATIENCE), client.stream("GET", self._url, headers=headers) as response:
                 if response.status_code in (502, 503) and PROXY_HEADER in response.headers:
                     return False
-                if "Content-Encoding" in response.headers:  # it was not asked for, and may be much once unpacked
-                    return None
-                async for part in response.aiter_bytes():
-                    data += part
-                    if len(data) > LIMIT:
-                        return None
-            if response.status_code == 200:
-                models = msgspec.json.decode(data, type=_Resident).models or []
-                if all(isinstance(model.get("name"), str) for model in models):
-                    return [model for model in models if not is_own(model["name"])]
-        except (httpx.HTTPError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            pass
-        return None
+                found = answers.models(await answers.whole(response)) if response.status_code == 200 else None
+        except (httpx.HTTPError, TimeoutError, ValueError):
+            return None
+        return None if found is None else [model for model in found if not is_own(model["name"])]
 
-    def _take(self, answers: dict[str, Found]) -> None:
+    def _take(self, told: dict[str, Found]) -> None:
         """Judge nodes by their answers, by name."""
         nodes = self._snapshot.nodes
-        for name, found in answers.items():
+        for name, found in told.items():
             seen = self._seen.get(name, 0)
             if found is None:
                 self._seen[name] = 0
             else:
                 self._seen[name] = min(seen, 0) - 1 if found is False else max(seen, 0) + 1
-        away = [name for name in answers if self._seen[name] <= -TIMES]
-        believed = 2 * len(away) <= len(answers)
+        away = [name for name in told if self._seen[name] <= -TIMES]
+        believed = 2 * len(away) <= len(told)
         changed = False
-        for name, found in answers.items():
+        for name, found in told.items():
             node = nodes[name]
             state = node.state
             if self._seen[name] >= TIMES:
@@ -119,10 +103,6 @@ class Probe:
                 changed = True
         if changed:
             self._snapshot.judged()
-
-
-class _Resident(msgspec.Struct):
-    models: list[dict[str, Any]] | None = None
 
 
 SAYS: Final = {NodeState.READY: "answers: it gets work", NodeState.DOWN: "is away: it gets none"}

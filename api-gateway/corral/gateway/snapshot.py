@@ -15,6 +15,8 @@ from corral.wire.options import ModelPolicy
 
 GIB: Final = 1 << 30
 NEVER_YET: Final = float("-inf")
+HEARD: Final = 6.0
+"""For so long what control said last of nodes and loads holds (seconds)."""
 
 
 class Pool:
@@ -100,6 +102,10 @@ class Snapshot:
         self.continuable = data.get("continuable") or {}
         self.known = any(node.version for node in nodes.values())
         self.version = data["version"]
+
+    def led(self, now: float) -> bool:
+        """Whether control was heard lately: what it said last of nodes holds. `now` is monotonic seconds."""
+        return now - self.heard <= HEARD
 
     def judged(self) -> None:
         """What is known of nodes is no longer what control said last: its next answer has to be all of it."""

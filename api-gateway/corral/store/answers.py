@@ -76,16 +76,26 @@ async def fetch(
             asyncio.timeout(timeout),
             client.stream(method, url, json=json, timeout=timeout, headers=headers) as answer,
         ):
-            if answer.headers.get("content-encoding", "identity") != "identity":
-                raise ValueError("the answer is compressed")
-            body = bytearray()
-            async for chunk in answer.aiter_raw():
-                body += chunk
-                if len(body) > LIMIT:
-                    raise ValueError(f"the answer is longer than {LIMIT >> 20} MiB")
-            return answer.status_code, bytes(body)
+            return answer.status_code, await whole(answer)
     except TimeoutError:
         raise httpx.ReadTimeout("the answer is not whole in time") from None
+
+
+async def whole(answer: httpx.Response) -> bytes:
+    """The body of an answer that is open, to who asked for no encoding of it.
+
+    Raises:
+        ValueError: it is longer than LIMIT, or compressed.
+        httpx.HTTPError: it did not come to its end.
+    """
+    if answer.headers.get("content-encoding", "identity") != "identity":
+        raise ValueError("the answer is compressed")
+    body = bytearray()
+    async for chunk in answer.aiter_raw():
+        body += chunk
+        if len(body) > LIMIT:
+            raise ValueError(f"the answer is longer than {LIMIT >> 20} MiB")
+    return bytes(body)
 
 
 async def resident(client: httpx.AsyncClient, url: str, model: str, timeout: float) -> list[dict[str, Any]]:  # noqa: ASYNC109
