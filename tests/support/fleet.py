@@ -212,13 +212,14 @@ class Fleet:
 
     def heard(self) -> bool:
         """Whether every gateway has what control tells now."""
+        return all(gateway["current"] for gateway in self._status().json()["gateways"])
+
+    def _status(self) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
-        told = httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10).json()
-        return all(gateway["current"] for gateway in told["gateways"])
+        return httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10)
 
     def _in_use(self) -> bool:
-        headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
-        answer = httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10)
+        answer = self._status()
         if answer.status_code != 200:
             return False
         told = answer.json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.limits import flush
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 
 from corral.gateway.crashing import fingerprint, refused
 from corral.gateway.recover import Failure, RetryBudget, classify, crashed, may_retry
@@ -42,12 +42,6 @@ def test_a_fingerprint_is_a_tenants_own() -> None:
 
 def test_a_refusal_is_a_400() -> None:
     assert (refused().status, refused().code) == (400, "prompt_refused")
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 class Gateway:

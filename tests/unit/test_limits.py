@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.limits import Gateway, run, unused
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 
 from corral.gateway.admit import headers, refusal, wait
 from corral.store.budget import Budget, month_end, month_of
@@ -20,12 +19,6 @@ from corral.store.limits import Verdict
 
 WHAT = ["ask", "settle", "again"]
 PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 def admitted(verdicts: list[Verdict]) -> int:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.limits import Gateway, eventually, gateways, granting, run, unused
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 
 from corral.store import leases
 from corral.store.budget import ACTIVE, EPOCH, GRANTS, Budget
 from corral.store.share import at_once
 
 PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 def test_a_flushed_store_is_told_what_it_last_said(store: Server) -> None:

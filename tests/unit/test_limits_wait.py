@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from support.limits import Gateway, run, unused
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 
 from corral.store.budget import Budget
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 @pytest.mark.parametrize("kind", ["plain", "metered", "tenant"])

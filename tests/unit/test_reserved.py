@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from support.limits import Gateway, run, unused
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 
 from corral.control.reserved import Reserved
 from corral.store.budget import LIMITS, Budget
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 def row(key: str | None, request: str, prompt: int | None, tokens: int | None) -> dict[str, Any]:

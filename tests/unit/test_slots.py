@@ -6,14 +6,13 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.limits import flush
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 from support.slots import Gateway, gateways, granting, place, settled
 from support.twin import Twin
 from support.witness import Witness
@@ -24,13 +23,6 @@ from corral.store import keeper
 from corral.store.budget import PREFIX
 from corral.store.slots import Wanted
 from corral.store.valkey import ValkeyDown
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
-
 
 WORDS = ("n1", "n2", "n3", "n1", "n2", "!n1", "!n2", "~n1", "~n3", HEAD, HEAD + "5000000")
 

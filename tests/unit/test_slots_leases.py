@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from support.process import heeded
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 from support.slots import gateways, place, request_of, settled, usable
 
 from corral.store import keeper
 from corral.store.lua import PREFIX
 from corral.store.slots import ANEW, Answer, Wanted
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 def test_a_gateway_that_was_thought_dead_tells_of_what_runs(store: Server) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
 from contextlib import suppress
 
-import pytest
 from support.limits import flush
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 from support.slots import Gateway, gateways, granting, place, settled
 
 from corral.fleet.tickets import HEAD, LATE, NEVER, PICKY
@@ -17,12 +15,6 @@ from corral.store import keeper
 from corral.store.lua import PREFIX
 from corral.store.slots import Answer, Wanted
 from corral.store.valkey import ValkeyDown
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 async def settles(made: list[Gateway], ids: dict[str, str], seconds: float = 10.0) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.limits import flush
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 from support.slots import gateways, granting, place, request_of, settled, usable
 
 from corral.fleet.slots import PlaceState
@@ -20,12 +19,6 @@ from corral.store.slots import Wanted
 from corral.store.valkey import ValkeyDown, encode
 
 RESIDENT = PlaceState.RESIDENT
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 def test_a_flushed_store_gives_nothing_until_all_have_told(store: Server) -> None:

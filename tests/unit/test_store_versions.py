@@ -6,13 +6,11 @@ Flushing, which knows no versions, is left out.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import pytest
 from support import limits as limiting
-from support.servers import STORES, Server, valkey
+from support.servers import Server
 from support.slots import Gateway, gateways, place
 
 from corral.store import leases
@@ -23,12 +21,6 @@ from corral.store.suspects import Suspects
 from corral.store.valkey import Valkey
 
 NEXT = b"corral:%d:" % (int(PREFIX.split(b":")[1]) + 1)
-
-
-@pytest.fixture(scope="module", params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
-        yield server
 
 
 async def kept(store: Valkey, prefix: bytes) -> dict[bytes, Any]:
