@@ -323,8 +323,10 @@ class Gateway:
 
     def post(self, path: str = "/api/chat", body: Any = None, **more: Any) -> httpx.Response:
         """POST to the gateway itself."""
-        headers = self.auth | more.pop("headers", {})
-        return httpx.post(self.url + path, json=body or self.chat(stream=False), headers=headers, timeout=20, **more)
+        headers, timeout = self.auth | more.pop("headers", {}), more.pop("timeout", 20)
+        return httpx.post(
+            self.url + path, json=body or self.chat(stream=False), headers=headers, timeout=timeout, **more
+        )
 
 
 @contextmanager

@@ -268,6 +268,7 @@ def test_what_a_model_counts_teaches_the_guess_of_its_keys_next_prompt(
         **{"queued": lambda now: 0.0, "arrived": 1.0, "first_token": 2.0, "decoded": decoded, "resumption": None},
         opened=True,
         overdue=False,
+        model_digest=None,
     )
     settled(asked, 200, outcome, 1, 3.0)  # type: ignore[arg-type]
     assert key.density == pytest.approx(density)
