@@ -184,13 +184,45 @@ def test_a_repeated_call_counts_once_and_so_does_a_repeated_settlement(store: Se
 def test_the_longest_wait_is_told(store: Server) -> None:
     async def work(made: list[Gateway]) -> None:
         gateway = made[0]
-        key = gateway.budget(unused(), rpm=1, tpm=100, daily_tokens=100)
+        key = gateway.budget(unused(), rpm=1, tpm=100, monthly_tokens=100)
         assert (await gateway.ask(key, "a", 100)).refused == ""
         verdict = await gateway.ask(key, "b", 50)
-        assert verdict.refused == ("daily_tokens" if verdict.tokens_reset > 70 else verdict.refused)
-        assert verdict.retry_after >= 55
+        rest = month_end(month_of(time.time())) - time.time()
+        assert verdict.refused == ("monthly_tokens" if rest > 70 else verdict.refused)
+        assert verdict.retry_after == pytest.approx(max(rest, 60), abs=10)
 
     run(store, 1, work)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_what_is_told_of_a_kind_is_the_limit_that_refuses_longest(store: Server, away: bool) -> None:
+    """Not the one with less left, which is whole long before the wait is over; of a tenant's as of the key's own."""
+
+    async def work(made: list[Gateway]) -> None:
+        gateway = made[0]
+        tenant = Budget("t:" + unused(), rpm=30, monthly_tokens=10_000)
+        key = gateway.budget(unused(), tenant, rpm=1000, tpm=1000)
+        assert (await gateway.ask(key, "a", 900)).refused == ""
+        assert (await gateway.ask(key, "b", 0)).refused == ""
+        assert (await gateway.ask(gateway.budget(unused(), tenant), "c", 8900)).refused == ""
+        if away:
+            gateway.limits.store = None
+        verdict = await gateway.ask(key, "d", 250)
+        assert (verdict.refused, verdict.tokens_limit, verdict.limit) == ("tenant_monthly_tokens", 10_000, 30)
+        assert verdict.retry_after == pytest.approx(verdict.tokens_reset, abs=1)
+        other = gateway.budget(unused(), tenant, rpm=30)
+        verdicts = [await gateway.ask(other, f"e{number}", 0) for number in range(30)]
+        refused = next(one for one in verdicts if one.refused)
+        assert (refused.refused, refused.limit, refused.remaining) == ("tenant_rpm", 30, 0)
+        assert refused.retry_after == pytest.approx(refused.reset - 58, abs=1)
+
+    run(store, 1, work)
+
+
+def test_a_policy_to_deny_tells_nothing_of_what_is_left() -> None:
+    verdict = Verdict("store", 0, 0.0, 1.0)
+    assert headers(verdict, Budget("k", rpm=5)) == headers(verdict, Budget("k", rpm=5, tpm=5)) == b""
+    assert refusal(verdict, Budget("k", rpm=5)).status == 503
 
 
 def test_requests_without_tokens_pass_where_tokens_are_used_up(store: Server) -> None:

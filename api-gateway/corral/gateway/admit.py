@@ -83,7 +83,9 @@ def _said(seconds: int) -> str:
 
 
 def headers(verdict: Verdict, budget: Budget) -> bytes:
-    """OpenAI's rate-limit headers: of requests a minute, and of the limit of tokens that has the least left."""
+    """OpenAI's rate-limit headers: of requests a minute, and of what limit of tokens refuses or has the least left."""
+    if verdict.refused == "store":
+        return b""  # nobody knows what is left
     if not budget.metered:
         if not budget.rpm:
             return b""

@@ -13,7 +13,8 @@ class Verdict:
     """The answer to one request; times are seconds. Plain, as a named tuple's `__new__` is not compiled.
 
     ``refused`` is "", one of `REASONS`, or "store"; ``remaining`` and ``reset`` are of requests a minute. The rest is
-    of metered keys alone: the limits that have the least left, of requests and of tokens (0: none).
+    of metered keys alone: of requests and of tokens the limit that refuses, else the one that has the least left (0:
+    none).
     """
 
     __slots__ = (
@@ -119,18 +120,18 @@ def spend(scope: Budget, gateways: int, now: float, tokens: int) -> None:
     scope.month_spent += tokens
 
 
-def tokens_left(scope: Budget, gateways: int, now: float, wall: float) -> list[tuple[int, int, float]]:
-    """Of each limit of tokens: the limit, what is left of this gateway's share, seconds until it is whole."""
-    found: list[tuple[int, int, float]] = []
+def tokens_left(scope: Budget, gateways: int, now: float, wall: float) -> list[tuple[str, int, int, float]]:
+    """Of each limit of tokens: its name, the limit, what is left of this gateway's share, seconds until it is whole."""
+    found: list[tuple[str, int, int, float]] = []
     if scope.tpm:
         whole = max(0.0, scope.tokens_arrival - now)
-        found.append((scope.tpm, max(0, int((MINUTE - whole) * scope.tpm / (MINUTE * gateways))), whole))
+        found.append(("tpm", scope.tpm, max(0, int((MINUTE - whole) * scope.tpm / (MINUTE * gateways))), whole))
     if scope.daily_tokens:
         left = (scope.daily_tokens - scope.day_used) // gateways - scope.day_spent
-        found.append((scope.daily_tokens, max(0, left), (scope.day + 1) * DAY - wall))
+        found.append(("daily_tokens", scope.daily_tokens, max(0, left), (scope.day + 1) * DAY - wall))
     if scope.monthly_tokens:
         left = (scope.monthly_tokens - scope.month_used) // gateways - scope.month_spent
-        found.append((scope.monthly_tokens, max(0, left), month_end(scope.month) - wall))
+        found.append(("monthly_tokens", scope.monthly_tokens, max(0, left), month_end(scope.month) - wall))
     return found
 
 
@@ -139,12 +140,15 @@ def verdict(budget: Budget, gateways: int, now: float, wall: float, refused: str
     limit, left, reset = 0, 0, 0.0
     most_tokens, rest_tokens, whole_tokens = 0, 0, 0.0
     for scope in budget.scopes:
-        if scope.rpm:
+        whose = "" if scope is budget else "tenant_"
+        if scope.rpm and (refused == whose + "rpm" or not refused.endswith("rpm")):
             whole = max(0.0, scope.arrival - now)
             rest = max(0, int((MINUTE - whole) * scope.rpm / (MINUTE * gateways)))
             if not limit or rest < left:
                 limit, left, reset = scope.rpm, rest, whole
-        for most, rest, whole in tokens_left(scope, gateways, now, wall) if budget.metered else ():
+        for name, most, rest, whole in tokens_left(scope, gateways, now, wall) if budget.metered else ():
+            if refused != whose + name and refused.endswith(("tpm", "_tokens")):
+                continue  # what refuses is told: the wait is until that lets in
             if not most_tokens or rest < rest_tokens:
                 most_tokens, rest_tokens, whole_tokens = most, rest, whole
     return Verdict(refused, left, reset, retry, limit, most_tokens, rest_tokens, whole_tokens)

@@ -9,7 +9,8 @@
 --       the last two: request id, tokens to reserve; with "-" before them: it runs already, whatever the limits
 -- Returns 0 (REBUILD) where it does not grant (or has no epoch, for what runs already), else a list:
 --       admitted 0|1; the limit that refuses, and us until a retry can succeed;
---       of requests a minute, then of tokens: which limit has the least left, how much, us until it is whole again;
+--       of requests a minute, then of tokens: which limit refuses, else has the least left, how much, us until it is
+--       whole again;
 --       the store's day and month;
 --       of each scope: us until its rate is whole, tokens of the window, of the day, of the month
 --       A limit is its scope's number (0, 1) times 5 plus 1 requests a minute, 2 concurrency, 3 tokens a minute,
@@ -88,8 +89,13 @@ if refused == 0 and not repeated then
     cost > 0 and ARGV[2] or 60000)
 end
 
+-- Which of a kind is told: what refuses, as the wait is until that lets in, else what has the least left.
+local kind = refused % 5
+local of_requests = kind == 1 and refused or 0
+local of_tokens = (kind == 0 or kind > 2) and refused or 0
 local requests, tokens = { 0, 0, 0 }, { 0, 0, 0 }
-local function least(of, limit, left, whole)
+local function least(of, only, limit, left, whole)
+  if only > 0 and limit ~= only then return end
   left = math.max(0, math.floor(left + 0.001))
   if of[1] == 0 or left < of[2] or (left == of[2] and whole > of[3]) then of[1], of[2], of[3] = limit, left, whole end
 end
@@ -97,16 +103,16 @@ for _, scope in ipairs(scopes) do
   local use = scope.use
   if scope.rpm > 0 then
     local whole = scope.arrival - now
-    least(requests, scope.base + 1, (MINUTE - whole) / scope.interval, whole)
+    least(requests, of_requests, scope.base + 1, (MINUTE - whole) / scope.interval, whole)
   end
   if scope.tpm > 0 then
-    least(tokens, scope.base + 3, use[6] > now and 0 or scope.tpm - window(use), until_whole(use))
+    least(tokens, of_tokens, scope.base + 3, use[6] > now and 0 or scope.tpm - window(use), until_whole(use))
   end
   if scope.daily > 0 then
-    least(tokens, scope.base + 4, scope.daily - use[2], (today + 1) * DAY - now)
+    least(tokens, of_tokens, scope.base + 4, scope.daily - use[2], (today + 1) * DAY - now)
   end
   if scope.monthly > 0 then
-    least(tokens, scope.base + 5, scope.monthly - use[4], first_of(this_month + 1) * DAY - now)
+    least(tokens, of_tokens, scope.base + 5, scope.monthly - use[4], first_of(this_month + 1) * DAY - now)
   end
 end
 local answer = {
