@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 from support import process, servers, tampers
@@ -24,6 +28,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes is the machine's: one that halts for a fifth of a second is no fault of what is tested.
 settings.register_profile("corral", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("corral")
+
+_made_context = httpx._transports.default.create_ssl_context
+
+
+@cache
+def _default_context(trust_env: bool) -> ssl.SSLContext:
+    return _made_context(trust_env=trust_env)
+
+
+def _context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ssl.SSLContext:
+    """Read once what is trusted by default: for each `httpx.get`, of HTTP as well, it takes 50 ms of a processor."""
+    if verify is True and cert is None:
+        return _default_context(trust_env)
+    return _made_context(verify=verify, cert=cert, trust_env=trust_env)
+
+
+httpx._transports.default.create_ssl_context = _context
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

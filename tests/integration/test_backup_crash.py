@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,16 @@ from corral.backup.restore import Wishes, restore, verify
 from corral.config.values import database_url as address
 from corral.store.replace import MARKER, STAGING, ReplaceError, finish
 
-# Runs a restore that is killed before its nth step which changes what others see.
+# For each number that it reads, runs a restore that is killed before the step of that number which changes what others
+# see, and says how it ended. Each is a process of its own, forked from one that has imported all.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, traceback
 from pathlib import Path
 from sqlalchemy.engine import RootTransaction
 import shutil
 from corral.backup.place import find, read_secrets
 from corral.backup.restore import Wishes, restore
-left = int(sys.argv[4])
+left = 0
 
 def counted(function):
     def step(*args, **kwargs):
@@ -41,10 +43,48 @@ def counted(function):
 os.rename, os.replace, shutil.rmtree = counted(os.rename), counted(os.replace), counted(shutil.rmtree)
 os.mkdir, Path.unlink = counted(os.mkdir), counted(Path.unlink)
 RootTransaction.commit = counted(RootTransaction.commit)
-file, state, url = sys.argv[1:4]
-secrets = read_secrets(None, (), (sys.argv[5],))
-restore(Path(file), secrets, find(None, state, {}), Wishes(database=url, replace=True))
+file, state, url, identity = sys.argv[1:]
+for line in sys.stdin:
+    left = int(line)
+    if not (child := os.fork()):
+        signal.alarm(60)
+        try:
+            secrets = read_secrets(None, (), (identity,))
+            restore(Path(file), secrets, find(None, state, {}), Wishes(database=url, replace=True))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+class Killer:
+    """Runs restores of a file, each killed before one of its steps."""
+
+    def __init__(self, folder: Path, file: Path, state: Path, url: str) -> None:
+        argv = [sys.executable, "-c", KILLED, file, state, url, identity_file(folder)]
+        self._log = folder / "killer.log"
+        with self._log.open("wb") as said:
+            self._process = subprocess.Popen(
+                [*map(str, argv)],
+                **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said},
+                text=True,
+                env=python_env(),
+            )
+
+    def killed_at(self, step: int) -> bool:
+        """Whether it was killed: the last one has no such step, and ends."""
+        with suppress(BrokenPipeError):  # what it said stands in its log
+            print(step, file=self._process.stdin, flush=True)
+        assert self._process.stdout is not None
+        status = self._process.stdout.readline().strip()
+        assert status in (str(-signal.SIGKILL), "0"), self._log.read_text()
+        return status != "0"
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def identity_file(folder: Path) -> Path:
@@ -54,7 +94,9 @@ def identity_file(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_restore_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path: Path, database_url: str) -> None:
+def test_a_restore_that_is_killed_anywhere_leaves_the_old_or_the_new(
+    tmp_path: Path, database_url: str, request: pytest.FixtureRequest
+) -> None:
     """Killed before each of its steps in turn; whatever starts next ends it, one way or the other."""
     new = place(tmp_path / "source", "sqlite:///corral.db")
     fill(new, rows=3, name="new")
@@ -66,14 +108,10 @@ def test_a_restore_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path: P
         "old": ((target.root / "pepper").read_bytes(), rows_at(target)),
         "new": ((new.root / "pepper").read_bytes(), rows_at(new)),
     }
+    killer = Killer(tmp_path, tmp_path / "new.backup", target.root, database_url)
+    request.addfinalizer(killer.end)
     ends, step = [], 0
-    while True:
-        argv = [sys.executable, "-c", KILLED, tmp_path / "new.backup", target.root, database_url, str(step)]
-        argv.append(identity_file(tmp_path))
-        done = subprocess.run([*map(str, argv)], capture_output=True, text=True, env=python_env(), timeout=60)
-        if done.returncode != -signal.SIGKILL:
-            assert done.returncode == 0, done.stderr
-            break
+    while killer.killed_at(step):
         finish(target.root)
         found = ((target.root / "pepper").read_bytes(), rows_at(target))
         (which,) = [name for name, state in states.items() if state == found]

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.operator import Operator
 from support.postgres import Postgres, name_of
@@ -27,11 +29,42 @@ def blocks(heading: str) -> str:
     return "\n".join(sections("disaster-recovery")[heading])
 
 
-@pytest.fixture
-def operator(tmp_path: Path) -> Iterator[Operator]:
-    made = Operator(tmp_path)
+class Operators:
+    """One after the other: the next one begins anew where the last one's stack serves no more."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: list[Operator] = []
+
+    def one(self) -> Operator:
+        if not self._made or not self._serves(self._made[-1]):
+            self.end()
+            folder = self._folder / f"operator-{len(self._made)}"
+            folder.mkdir()
+            self._made.append(Operator(folder))
+        return self._made[-1]
+
+    def end(self) -> None:
+        if self._made:
+            self._made[-1].end()
+
+    def _serves(self, operator: Operator) -> bool:
+        with suppress(httpx.TransportError):
+            return operator.works()
+        return False
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operators]:
+    made = Operators(tmp_path_factory.mktemp("recovery"))
     yield made
     made.end()
+
+
+@pytest.fixture
+def operator(operators: Operators) -> Operator:
+    """One whose stack serves, as it was begun or as a test before has recovered it."""
+    return operators.one()
 
 
 def test_an_operator_that_fails_to_begin_leaves_nothing_running(
