@@ -21,15 +21,17 @@ from corral.config.values import database_url as address
 from corral.store.replace import MARKER, STAGING, ReplaceError, finish
 
 # For each number that it reads, runs a restore that is killed before the step of that number which changes what others
-# see, and says how it ended. Each is a process of its own, forked from one that has imported all.
+# see, and says how it ended. Each is a process of its own, forked from one that has restored it elsewhere: all is
+# imported by then.
 KILLED = """
 import os, signal, sys, traceback
 from pathlib import Path
 from sqlalchemy.engine import RootTransaction
 import shutil
 from corral.backup.place import find, read_secrets
+import psycopg
 from corral.backup.restore import Wishes, restore
-left = 0
+left = 10**9
 
 def counted(function):
     def step(*args, **kwargs):
@@ -43,7 +45,9 @@ def counted(function):
 os.rename, os.replace, shutil.rmtree = counted(os.rename), counted(os.replace), counted(shutil.rmtree)
 os.mkdir, Path.unlink = counted(os.mkdir), counted(Path.unlink)
 RootTransaction.commit = counted(RootTransaction.commit)
-file, state, url, identity = sys.argv[1:]
+file, state, url, identity, elsewhere = sys.argv[1:]
+wishes = Wishes(database="sqlite:///corral.db", replace=True)
+restore(Path(file), read_secrets(None, (), (identity,)), find(None, elsewhere, {}), wishes)
 for line in sys.stdin:
     left = int(line)
     if not (child := os.fork()):
@@ -63,7 +67,7 @@ class Killer:
     """Runs restores of a file, each killed before one of its steps."""
 
     def __init__(self, folder: Path, file: Path, state: Path, url: str) -> None:
-        argv = [sys.executable, "-c", KILLED, file, state, url, identity_file(folder)]
+        argv = [sys.executable, "-c", KILLED, file, state, url, identity_file(folder), folder / "elsewhere"]
         self._log = folder / "killer.log"
         with self._log.open("wb") as said:
             self._process = subprocess.Popen(
