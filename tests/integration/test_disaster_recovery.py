@@ -70,9 +70,12 @@ def operator(operators: Operators) -> Operator:
 def test_an_operator_that_fails_to_begin_leaves_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fails(operator: Operator) -> bool:
+        raise AssertionError("as when the key is not known in time")
+
     with monkeypatch.context() as patch:
-        patch.setattr(Operator, "works", lambda operator: False)
-        with pytest.raises(AssertionError):
+        patch.setattr(Operator, "works", fails)
+        with pytest.raises(AssertionError, match="as when"):
             Operator(tmp_path)
     assert list((tmp_path / "state").iterdir())
     running = read_all(Path("/proc").glob("[0-9]*/cmdline"))
@@ -131,10 +134,19 @@ def test_lost_valkey(operator: Operator) -> None:
     assert operator.works()
 
 
-@pytest.fixture
-def another(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "another").mkdir()
-    with embedded_node(tmp_path / "another", backend="simulated") as server:
+def test_the_drill_of_the_backup_page(operator: Operator) -> None:
+    text = (REPOSITORY / "docs/backup.md").read_text(encoding="utf-8")
+    (drill,) = re.findall(r"^```sh\n(corral backup restore \"\$BACKUP\" --state /tmp/drill.*?)^```$", text, re.M | re.S)
+    other: Any = operator.folder / "drill"
+    script = drill.replace("/tmp/drill", str(other)).replace("8088", str(free_port()))
+    assert "ready" in operator.run(script)
+    assert operator.works(), "what serves is not disturbed"
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """It stays: the stack that has got it goes on with it."""
+    with embedded_node(tmp_path_factory.mktemp("another"), backend="simulated") as server:
         yield server
 
 
@@ -145,6 +157,7 @@ def test_lost_node(operator: Operator, another: Server) -> None:
 
 
 def test_lost_pepper(operator: Operator) -> None:
+    """The last of this stack: every key ends."""
     (operator.state / "pepper").unlink()
     operator.run(blocks("Lost pepper"))
     assert operator.works()
@@ -153,12 +166,3 @@ def test_lost_pepper(operator: Operator) -> None:
     assert "the pepper is gone" in operator.run("corral up --detach", status=1)
     operator.run("corral up --detach --new-pepper")
     assert not operator.works()
-
-
-def test_the_drill_of_the_backup_page(operator: Operator) -> None:
-    text = (REPOSITORY / "docs/backup.md").read_text(encoding="utf-8")
-    (drill,) = re.findall(r"^```sh\n(corral backup restore \"\$BACKUP\" --state /tmp/drill.*?)^```$", text, re.M | re.S)
-    other: Any = operator.folder / "drill"
-    script = drill.replace("/tmp/drill", str(other)).replace("8088", str(free_port()))
-    assert "ready" in operator.run(script)
-    assert operator.works(), "what serves is not disturbed"
