@@ -32,6 +32,13 @@ def gw(tmp_path: Path) -> Iterator[Gateway]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway for requests that leave nothing behind: no node fails at them."""
+    with gateway(tmp_path_factory.mktemp("shared")) as made:
+        yield made
+
+
 def cut(connection: socket.socket) -> None:
     """A node that says five words, and is gone."""
     connection.sendall(WORDS)
@@ -130,7 +137,9 @@ def test_who_has_a_deadline_that_passes_pays_for_what_was_made_until_then(gw: Ga
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", WRITTEN)
-def test_who_leaves_pays_for_what_was_made_for_him_until_then(gw: Gateway, path: str, stream: bool) -> None:
+def test_who_leaves_pays_for_what_was_made_for_him_until_then(shared: Gateway, path: str, stream: bool) -> None:
+    gw, name = shared, f"leaves{path.replace('/', '-')}-{stream}"
+    gw.forget()
     said, killed = threading.Event(), threading.Event()
 
     def speaks(connection: socket.socket) -> None:
@@ -141,7 +150,7 @@ def test_who_leaves_pays_for_what_was_made_for_him_until_then(gw: Gateway, path:
 
     acts(gw, speaks)
     caller = http.client.HTTPConnection("127.0.0.1", gw.port)
-    caller.request("POST", path, body_of(path, "m", 50, stream=stream), {**gw.auth, "X-Request-ID": "leaves"})
+    caller.request("POST", path, body_of(path, "m", 50, stream=stream), {**gw.auth, "X-Request-ID": name})
     assert said.wait(20)
     before = len(gw.control.notes)
 
@@ -153,7 +162,7 @@ def test_who_leaves_pays_for_what_was_made_for_him_until_then(gw: Gateway, path:
     # Should the gateway be killed now, its callers have what was sent.
     until(lambda: tokens()[-1:] == [(True, 5) if stream else (False, 0)], "how far it is, is recorded")
     caller.close()
-    outcome, attempts, prompt, made, estimated = counts(gw.control.settled("leaves"))
+    outcome, attempts, prompt, made, estimated = counts(gw.control.settled(name))
     assert (outcome, attempts, prompt > 0, made, estimated) == ("client_gone", 1, True, 5, True)
     assert killed.wait(20)
 
