@@ -155,6 +155,7 @@ def test_500_callers_that_leave_are_not_held_against_a_node(
         left = [pool.submit(leave, fleet, path, MODEL, after_bytes) for path, after_bytes in jobs]
         while not all(each.done() for each in left):
             states.append(set(fleet.states().values()))
+            time.sleep(0.1)
         load.more(10, "node-1")
         load.more(10, "node-2")
     assert {(answer.status, answer.attempts) for answer in load.answers} == {(200, 1)}

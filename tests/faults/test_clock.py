@@ -76,6 +76,7 @@ def test_a_clock_jump_ends_and_resets_nothing(
         first = admitted(fleet, key, 1)
         while time.monotonic() < jumped + 8:
             states.append(set(fleet.states().values()))
+            time.sleep(0.1)
         again = admitted(fleet, key, 40)
         load.more(16)
         clock.set(0.0)

@@ -58,6 +58,7 @@ def test_the_prober_s_own_network_is_gone(four: tuple[Fleet, Namespace], matrix:
             since = time.monotonic()
             while time.monotonic() < since + 3:
                 seen |= set(fleet.states().values())
+                time.sleep(0.1)
             reasons = fleet.reasons()
             used = load.more(40)
         finally:
@@ -99,6 +100,7 @@ def kill_at_once(fleet: Fleet, count: int, matrix: Matrix) -> None:
         # HAProxy has its word too by now.
         while time.monotonic() < at + 6:
             most = max(most, list(fleet.states().values()).count("down"))
+            time.sleep(0.1)
         states, spared = fleet.states(), fleet.control_says(SPARED)
         load.more(16)
         for node in killed:

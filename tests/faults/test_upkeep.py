@@ -178,6 +178,7 @@ def test_a_big_model_loads_for_long(usual: Fleet, matrix: Matrix) -> None:
         first = pool.submit(ask_at_once, usual, "big")
         while not first.done():
             states.append(set(usual.states().values()))
+            time.sleep(0.1)
         load.until(lambda _: loads(usual) > 0, "it is in memory", LOAD + 10)
         for node in usual.nodes.values():
             httpx.post(node.url + "/api/generate", json={"model": BIG, "keep_alive": 0})

@@ -178,7 +178,7 @@ class Fleet:
 
     def states(self) -> dict[str, str]:
         """The nodes' states, as control has them."""
-        return {node["name"]: node["state"] for node in self.stack.corral("nodes", "list")}
+        return {node["name"]: node["state"] for node in self.stack.listed("nodes")}
 
     def control_says(self, name: str) -> float:
         """A metric of control's."""
@@ -196,15 +196,15 @@ class Fleet:
 
     def holders(self, model: str) -> set[str]:
         """The nodes that hold a model, as control has them."""
-        return {node["name"] for node in self.stack.corral("nodes", "list") if model in node["models"]}
+        return {node["name"] for node in self.stack.listed("nodes") if model in node["models"]}
 
     def residents(self, model: str) -> set[str]:
         """The nodes that have a model in memory, as control has them."""
-        return {node["name"] for node in self.stack.corral("nodes", "list") if model in node["resident"]}
+        return {node["name"] for node in self.stack.listed("nodes") if model in node["resident"]}
 
     def reasons(self) -> dict[str, str]:
         """Why the nodes are in their states."""
-        return {node["name"]: node["reason"] or "" for node in self.stack.corral("nodes", "list")}
+        return {node["name"]: node["reason"] or "" for node in self.stack.listed("nodes")}
 
     def all_ready(self) -> None:
         """Wait until each node and gateway is in use: by control, by both gateways, and by HAProxy's own checks."""
@@ -269,7 +269,7 @@ class Fleet:
         found: dict[str, dict[str, Any]] = {}
 
         def there() -> bool:
-            listed = self.stack.corral("audit", "list", "--limit", "1000")
+            listed = self.stack.listed("audit", limit=1000)
             found.update({row["request_id"]: row for row in listed if row["outcome"] is not None or not ended})
             return found.keys() >= set(request_ids)
 

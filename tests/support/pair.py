@@ -68,6 +68,7 @@ class Pair:
         """``models`` may leave `OTHER` out; ``parallel``: NUM_PARALLEL of both; ``gateway``: of its settings."""
         self._folder, self._exits, self._models, self._parallel = folder, exits, models, parallel
         self.servers: dict[str, Server] = {}
+        self._files: dict[str, str] = {}
         for name in ("node-1", "node-2"):
             (folder / name).mkdir()
             self._start(name, free_port())
@@ -103,20 +104,25 @@ class Pair:
     def runners(self, name: str, model: str = "") -> list[int]:
         """The processes that compute on a node (for one model): they are children of its server."""
         server = self.servers[name]
-        file = ""
-        if model:
-            shown = httpx.post(server.url + "/api/show", json={"model": model}, timeout=10).json()
-            source = next(line for line in shown["modelfile"].splitlines() if line.startswith("FROM /"))
-            file = Path(source.removeprefix("FROM ")).name
+        file = self._file(name, model) if model else ""
         pids = Path(f"/proc/{server.process.pid}/task")
         children = " ".join(path.read_text() for path in pids.glob("*/children")).split()
         return [int(pid) for pid in children if not file or file in _command_of(pid)]
 
+    def _file(self, name: str, model: str) -> str:
+        """The name of a model's file, which is its digest: the same on every node, for as long as these run."""
+        if model not in self._files:
+            shown = httpx.post(self.servers[name].url + "/api/show", json={"model": model}, timeout=10).json()
+            source = next(line for line in shown["modelfile"].splitlines() if line.startswith("FROM /"))
+            self._files[model] = Path(source.removeprefix("FROM ")).name
+        return self._files[model]
+
     def loaded(self, name: str, model: str) -> list[int]:
         """Those of a model, started if there is none."""
-        if not self.runners(name, model):
+        if not (there := self.runners(name, model)):
             self.warm(name)
-        return self.runners(name, model)
+            there = self.runners(name, model)
+        return there
 
     def kill(self, name: str) -> None:
         """kill -9 of a node and of the runners that it leaves."""
@@ -133,7 +139,7 @@ class Pair:
 
     def states(self) -> dict[str, str]:
         """The nodes' states, as control has them."""
-        return {node["name"]: node["state"] for node in self.stack.corral("nodes", "list")}
+        return {node["name"]: node["state"] for node in self.stack.listed("nodes")}
 
     def all_ready(self) -> bool:
         """Whether control has both nodes in service."""
