@@ -80,7 +80,7 @@ def test_connections_that_are_reset_end_no_answer(far: tuple[Fleet, RemoteNode],
 def test_a_slow_link_is_no_fault(tmp_path: Path, matrix: Matrix) -> None:
     node = SlowNode("node-1", tmp_path)
     with run_fleet(tmp_path, "20s", node) as fleet:
-        with fleet.load(clients=8, paths=[CHAT], tokens=[12], name="slow") as load:
+        with fleet.load(clients=8, paths=[CHAT], tokens=[12], name="slow", fresh=True) as load:
             load.more(30, "node-1", seconds=40)
             states = set(fleet.states().values())
         ejections = fleet.sum_of("corral_ejections_total")
