@@ -24,7 +24,7 @@ from support.receivers import Receivers, receivers
 from support.stage import LATE, MODEL, RUNBOOKS, Fired, Stage, pause, quick_alertmanager, quick_rules
 
 FIRES = 120.0
-"""A checkpoint is late after 45 s alone; what a late scrape makes an alert forget, it begins anew."""
+"""What a late scrape makes an alert forget, it begins anew."""
 
 
 @dataclass(frozen=True)

@@ -116,3 +116,6 @@ def test_a_hastened_copy_differs_in_its_times_alone() -> None:
     )
     assert hasten("x[1h] y[5m]\n  for: 10m\n", 120) == "x[20000ms] y[2500ms]\n  for: 5000ms\n"
     assert hasten("x[1h] y[5m]\n  for: 1h\n", 20, 5, 8) == "x[8000ms] y[8000ms]\n  for: 5000ms\n"
+    assert hasten("corral_audit_signed_timestamp_seconds > 900", 20, age=15) == (
+        "corral_audit_signed_timestamp_seconds > 15"
+    )

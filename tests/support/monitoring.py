@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -54,12 +55,12 @@ def seconds(duration: str) -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"(\d+)(ms|[smhdw])", duration))
 
 
-def hasten(text: str, factor: float, longest: float = 20.0, window: float = 20.0) -> str:
+def hasten(text: str, factor: float, longest: float = 20.0, window: float = 20.0, age: float = math.inf) -> str:
     """A rule file whose every ``for`` is ``factor`` times shorter, between 2 s and ``longest`` seconds, and whose every
     window is so, between 2 s and ``window`` seconds.
 
-    So is an age in seconds beyond which something is too old; it has no bounds. Nothing else is changed: what alerts,
-    on which metric, beyond which number.
+    So is an age in seconds beyond which something is too old, which is ``age`` at most. Nothing else is changed: what
+    alerts, on which metric, beyond which number.
     """
 
     def scaled(match: re.Match[str]) -> str:
@@ -67,7 +68,7 @@ def hasten(text: str, factor: float, longest: float = 20.0, window: float = 20.0
         short = min(max(seconds(match["duration"]) / factor, 2.0), most)
         return f"{match['before']}{round(short * 1000)}ms{match['after']}"
 
-    text = re.sub(_AGE, lambda match: f"{match[1]}{float(match[2]) / factor:g}", text)
+    text = re.sub(_AGE, lambda match: f"{match[1]}{min(float(match[2]) / factor, age):g}", text)
     text = re.sub(rf"(?P<before>\[)(?P<duration>{_DURATION})(?P<after>\])", scaled, text)
     return re.sub(rf"(?P<before>\n +for: )(?P<duration>{_DURATION})(?P<after>\n)", scaled, text)
 

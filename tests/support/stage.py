@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import socket
@@ -53,7 +54,7 @@ grows for longer than its alert takes. Once all are there it wavers: who was ans
 SPOOL = 200_000
 """Bytes: some hundreds of records."""
 RUNBOOKS = "https://runbooks.example/corral"
-HASTE, LONGEST, WINDOW = 20.0, 5.0, 8.0
+HASTE, LONGEST, WINDOW, AGE = 20.0, 5.0, 8.0, 15.0
 """A stage's rules take a twentieth of their time: what has to last for a minute has to last for three seconds.
 
 What a window counts comes again before it is over: a gateway asks a runner that hangs anew each five seconds and more.
@@ -71,12 +72,13 @@ def quick_prometheus(control: str, manager: Server, rules: Path) -> dict[str, An
     return config
 
 
-def quick_rules(folder: Path, factor: float, longest: float, window: float) -> Path:
+def quick_rules(folder: Path, factor: float, longest: float, window: float, age: float = math.inf) -> Path:
     """A folder with the rules, in a hurry."""
     made = folder / "rules"
     made.mkdir()
     for path in monitoring.RULES:
-        (made / path.name).write_text(monitoring.hasten(path.read_text(encoding="utf-8"), factor, longest, window))
+        text = path.read_text(encoding="utf-8")
+        (made / path.name).write_text(monitoring.hasten(text, factor, longest, window, age))
     return made
 
 
@@ -358,7 +360,7 @@ def stage(folder: Path) -> Iterator[Stage]:
         config.write_text(yaml.safe_dump(settings))
         made = exits.enter_context(stack(folder / "state", "--config", str(config)))
         metrics = urlsplit((StateFolder(folder / "state").stack() or {})["control"]["metrics"]).netloc
-        rules = quick_rules(folder, HASTE, LONGEST, WINDOW)
+        rules = quick_rules(folder, HASTE, LONGEST, WINDOW, AGE)
         prometheus = exits.enter_context(monitoring.prometheus(folder, quick_prometheus(metrics, manager, rules)))
         whole = Stage(made, nodes, store, database, prometheus, manager, heard, folder, exits)
         whole.backup(age=60)
