@@ -24,7 +24,7 @@ def _killed(
 ) -> Load:
     """Kill a service's container under load, once ``serving`` returns; the load, after it is back and has gone on."""
     with site.load(f"killed-{service}", CLIENTS, tokens, think) as load:
-        load.more(6, seconds=SLOW)
+        load.more(CLIENTS, seconds=SLOW)
         # Asked before: what is waited for lasts no longer than the engine may take to tell.
         pid = site.pid(service)
         serving(load)
@@ -32,7 +32,7 @@ def _killed(
         killed = time.monotonic()
         site.back(service, pid)
         seconds = time.monotonic() - killed
-        load.more(9, seconds=SLOW)
+        load.more(2 * CLIENTS, seconds=SLOW)
     fates = ", ".join(f"{count} {fate}" for fate, count in sorted(load.fates.items()))
     say.append(f"killed {service}: healthy again in {seconds:.1f} s; of {len(load.answers)} requests: {fates}")
     return load

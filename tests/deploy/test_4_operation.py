@@ -21,12 +21,12 @@ def test_a_node_is_added_and_no_stream_is_cut(site: Site, say: list[str]) -> Non
     site.give_model("ollama-3")
     # So many clients that each gateway has three requests at once: it gives the first two to the first two nodes.
     with site.load("added", clients=6) as load:
-        load.more(6, seconds=SLOW)
+        load.more(3, seconds=SLOW)
         began = time.monotonic()
         site.corral("nodes add http://ollama-3:11434 --name ollama-3")
         seconds = time.monotonic() - began
         load.more(3, "ollama-3", seconds=SLOW)
-        load.more(9, seconds=SLOW)
+        load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     say.append(f"added ollama-3 in {seconds:.1f} s under load: {len(load.answers)} requests, all whole")
 
@@ -34,12 +34,12 @@ def test_a_node_is_added_and_no_stream_is_cut(site: Site, say: list[str]) -> Non
 def test_containers_are_replaced_one_after_another_and_nothing_is_cut(site: Site, say: list[str]) -> None:
     replaced = ("control", "api-gateway-1", "api-gateway-2")
     with site.load("replaced") as load:
-        load.more(6, seconds=SLOW)
+        load.more(3, seconds=SLOW)
         began = time.monotonic()
         for service in replaced:
             site.do(f"docker compose up -d --wait --no-deps --force-recreate {service}", 120)
         seconds = time.monotonic() - began
-        load.more(9, seconds=SLOW)
+        load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
     say.append(f"replaced {', '.join(replaced)} in {seconds:.1f} s: {len(load.answers)} requests, all whole")
 
