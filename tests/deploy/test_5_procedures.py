@@ -165,27 +165,6 @@ def test_a_node_is_removed_and_added_and_takes_traffic(site: Site, say: list[str
     say.append(f"runbook, a node added and removed: {len(load.answers)} requests, all whole")
 
 
-# -- models
-
-
-def test_a_model_of_the_catalogue(site: Site) -> None:
-    config = site.folder / "deploy/compose/corral.yaml"
-    kept = config.read_text()
-    with site.load("catalogue") as load:
-        load.more(3, seconds=SLOW)
-        config.write_text(kept + f"\nmodels:\n  - {{name: {MODEL}, copies: 2}}\n")
-        said = site.block(block(MODELS, "With Compose"))
-        load.more(6, seconds=SLOW)
-    assert load.unlike(WHOLE) == []
-    # It is there already, so that nothing has to be pulled: its version is recorded, and it stays in memory.
-    assert "nothing to do" in said and " ok " in said
-    (listed,) = [row for row in site.corral("models list") if row["name"] == MODEL]
-    assert listed["expected"].startswith("sha256:")
-    config.write_text(kept)
-    site.do("docker compose up -d --wait --force-recreate control api-gateway-1 api-gateway-2", 120)
-    site.knows("ollama-1", "ollama-2")
-
-
 # -- maintenance
 
 
@@ -206,6 +185,23 @@ def test_ollama_is_upgraded_on_a_node_and_goes_back(site: Site) -> None:
             load.more(3, "ollama-1", seconds=SLOW)
     assert load.unlike(WHOLE) == []
     site.docker("rmi", new)
+
+
+def test_a_model_of_the_catalogue(site: Site) -> None:
+    config = site.folder / "deploy/compose/corral.yaml"
+    kept = config.read_text()
+    with site.load("catalogue") as load:
+        load.more(3, seconds=SLOW)
+        config.write_text(kept + f"\nmodels:\n  - {{name: {MODEL}, copies: 2}}\n")
+        said = site.block(block(MODELS, "With Compose"))
+        load.more(6, seconds=SLOW)
+    assert load.unlike(WHOLE) == []
+    # It is there already, so that nothing has to be pulled: its version is recorded, and it stays in memory.
+    assert "nothing to do" in said and " ok " in said
+    (listed,) = [row for row in site.corral("models list") if row["name"] == MODEL]
+    assert listed["expected"].startswith("sha256:")
+    # Without the catalogue again once control and the gateways are made anew, as Corral's upgrade does next.
+    config.write_text(kept)
 
 
 def test_corral_is_upgraded_and_no_stream_is_cut(site: Site, say: list[str]) -> None:
@@ -298,10 +294,10 @@ def test_the_password_of_valkey_is_changed(site: Site) -> None:
 
 
 def test_the_backups_are_checked(site: Site, passphrase: str) -> None:
-    for count in (1, 2):
-        said = site.block(block(MAINTENANCE, "Check the backups"), CORRAL_BACKUP_PASSPHRASE_FILE=passphrase)
-        assert ": whole" in said
-        assert len(list((site.folder / "backups").glob("corral-*.backup"))) == count
+    said = site.block(block(MAINTENANCE, "Check the backups"), CORRAL_BACKUP_PASSPHRASE_FILE=passphrase)
+    assert ": whole" in said
+    # The next file does it once more, beside this one.
+    assert len(list((site.folder / "backups").glob("corral-*.backup"))) == 1
 
 
 def test_a_restore_is_tried(site: Site, passphrase: str) -> None:

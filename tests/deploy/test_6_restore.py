@@ -45,8 +45,11 @@ def test_a_lost_machine_is_restored_from_its_backup(
     old_key, old_audit, old_admin = site.key, site.all_recorded(), site.admin_key
     keys = {key["id"]: key["name"] for key in site.corral("keys list")}
 
+    there = set((site.folder / "backups").glob("corral-*.backup"))
     assert ": whole" in site.block("".join(sections(CHECK[0], KIND)[CHECK[1]]), **given)
-    backup = Path(shutil.copy(max((site.folder / "backups").glob("corral-*.backup")), away))
+    made = set((site.folder / "backups").glob("corral-*.backup")) - there
+    assert made, "a new one beside those of before"
+    backup = Path(shutil.copy(max(made), away))
     backup.chmod(0o600)
     site.do("docker compose --profile '*' down -v", 180)
     assert _left(site) == []
