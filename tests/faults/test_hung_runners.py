@@ -43,6 +43,7 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
         hung = time.monotonic()
         until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
         ejected = time.monotonic()
+        until(lambda: patient.states()["node-1"] == "suspect", "control has heard", 5)
         listed = patient.states()["node-1"], patient.reasons()["node-1"]
         # One that had no stream there sends it some once those of the other have left, and sees it by these.
         load.until(lambda _: patient.sum_of(EJECTED) >= before + gateways, "both gateways have seen it", 20)

@@ -151,6 +151,7 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
         failing = time.monotonic()
         load.until(lambda _: fleet.sum_of(EJECTIONS) >= before + 2, "both gateways have ejected it", 20)
         ejected = time.monotonic()
+        until(lambda: "gateway-1, gateway-2" in fleet.reasons()["node-1"], "control has heard of both", 5)
         listed = fleet.states()["node-1"], fleet.reasons()["node-1"]
         load.until(lambda _: time.monotonic() > ejected + 3, "it has failed for a while")
         well = time.monotonic()

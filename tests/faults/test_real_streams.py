@@ -194,6 +194,7 @@ def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, 
             until(lambda: pair.ejections() > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.1)
             ejected = time.monotonic() - at
             told = asked.result()
+        until(lambda: pair.states()[node] == "suspect", "control has heard", 5)
         state = pair.states()[node]
     finally:
         for _, _, victims in stopped:
