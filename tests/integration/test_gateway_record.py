@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import os
 import re
 import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +20,7 @@ import pytest
 from msgspec.json import encode
 from support.fakecontrol import FakeControl
 from support.gateway import HEAD, LINE, Gateway, chunk, gateway
+from support.held import Held, leading, placed
 from support.metrics import page
 from support.process import until
 
@@ -109,6 +113,39 @@ def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> Non
         until(lambda: len({r["id"] for r in gw.control.records if r["t"] == "settle"}) == served, "each has its record")
         admitted = {r["id"] for r in gw.control.records if r["t"] == "admit"}
         assert admitted == {r["id"] for r in gw.control.records if r["t"] == "settle"}
+
+
+def test_who_waited_before_the_spool_was_full_is_ended_in_it(tmp_path: Path, callers: ThreadPoolExecutor) -> None:
+    """No node has heard of him, but the spool has: left open, he would pass for one whose gateway was killed."""
+    limits = {"default": {"rpm": None, "tpm": None, "concurrency": None}}
+    settings = {"spool_max": "10KB", "between_tokens": "300s", "queue": {"length": 4, "wait": "120s"}}
+    with gateway(tmp_path, gateway=settings, limits=limits) as gw:
+        leader = leading(gw)
+        placed(gw, leader, 1, "node-1")
+        held = Held()
+        gw.nodes[0].script = [held] * 4
+        asked = len(gw.nodes[0].requests)
+        runs = callers.submit(gw.post, headers={"X-Request-ID": "runs"}, timeout=120)
+        until(lambda: held.running == 1, "one runs")
+        leaves = http.client.HTTPConnection("127.0.0.1", gw.port)
+        leaves.request("POST", "/api/chat", json.dumps(gw.chat()), gw.auth | {"X-Request-ID": "leaves"})
+        until(lambda: leader.waiting() == 1, "one waits")
+        other = {"Authorization": f"Bearer {gw.new_key()}", "X-Request-ID": "revoked"}
+        revoked = callers.submit(gw.post, headers=other, timeout=120)
+        until(lambda: leader.waiting() == 2, "and another key's")
+        gw.control.busy = True
+        # What is on no list needs no slot.
+        until(lambda: gw.post("/api/no").status_code == 404 and value(gw, "corral_spool_shed_total") > 0, "it is full")
+        leaves.close()
+        until(lambda: leader.waiting() == 1, "one has left")
+        gw.revoke_last_key()
+        assert revoked.result().status_code == 401
+        assert len(gw.nodes[0].requests) == asked + 1, "a node has heard of one that waited"
+        held.release()
+        assert runs.result().status_code == 200
+        gw.control.busy = False
+        ended = {name: gw.control.settled(name)["outcome"] for name in ("runs", "leaves", "revoked")}
+        assert ended == {"runs": "ok", "leaves": "client_gone", "revoked": "refused"}
 
 
 def test_a_full_disk_sheds_requests_and_is_taken_into_use_again(tmp_path: Path) -> None:

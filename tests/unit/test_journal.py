@@ -105,15 +105,15 @@ class Refused(Waiter):
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self.appended = False
         self.heard: list[bool] = []
 
     def recorded(self, written: bool) -> None:
         self.heard.append(written)
         if len(self.heard) == 1 and not written:
             times = 503, "overloaded", "", 0, 1, 1, 0, 0, False, 0.0, None, 1.0
-            self._journal.record(
-                Settled("r", "r", 1.0, "g", "k", "a", "native", "/api/chat", "POST", "m", *times), self
-            )
+            settled = Settled("r", "r", 1.0, "g", "k", "a", "native", "/api/chat", "POST", "m", *times)
+            self._journal.record(settled, self, follows=self.appended)
 
 
 @pytest.mark.skipif(
@@ -135,7 +135,8 @@ def test_a_request_whose_admission_the_disk_refused_is_not_left_open(
     async def run() -> None:
         journal = Journal(tmp_path, "", asyncio.get_running_loop(), synced=True)
         waiter = Refused(journal)
-        journal.record(Admitted("r", "r", 1.0, "g", "k", "a", "native", "/api/chat", "m", None), waiter)
+        admitted = Admitted("r", "r", 1.0, "g", "k", "a", "native", "/api/chat", "m", None)
+        waiter.appended = journal.record(admitted, waiter)
         async with asyncio.timeout(30):
             while len(waiter.heard) < 2:  # noqa: ASYNC110 (what it waits for has no event)
                 await asyncio.sleep(0.01)

@@ -107,7 +107,7 @@ class Exchange(State):
             self.refuse(self.gateway.queue.refused(self, answer))
             return
         self.gateway.retries.earn()
-        self.gateway.journal.record(settle.admitted(self), self)
+        self._appended = self.gateway.journal.record(settle.admitted(self), self)
 
     def recorded(self, written: bool) -> None:
         """The record of the admission is written, or the last one."""
@@ -336,7 +336,7 @@ class Exchange(State):
         gateway.metrics.settled(self, record)
         if self.attempts and gateway.content_wanted(self.key):
             gateway.keep_content(self, record)
-        gateway.journal.record(record, self, access=True)
+        gateway.journal.record(record, self, access=True, follows=self._appended)
 
     def _send_last(self) -> None:
         # Once, though a request that ends in the turn it was admitted in waits for two records.

@@ -4,7 +4,8 @@ All records of one turn of the event loop are one write; what depends on a recor
 last bytes of an answer) runs right after that write; with ``audit.durability: synced``, once the disk has it.
 
 While the spool is full, or the disk takes nothing, requests are shed with a 503 before any node hears of them. Those
-have no record, or a full disk would become a full memory; they are counted. What was admitted before is recorded.
+have no record, or a full disk would become a full memory; they are counted. Whose admission was recorded before has its
+end recorded too, also where no node ever hears of it.
 """
 
 from __future__ import annotations
@@ -56,33 +57,34 @@ class Journal:
         self._waiting: list[Waiter] = []
         self._written: list[Waiter] = []
         self._shed: list[Waiter] = []
-        self._telling = False
         self.access = AccessLog(access_log, loop)
         self.failing = False
         self.full = False
         self.shed = 0
 
-    def record(self, record: msgspec.Struct, waiter: Waiter, access: bool = False) -> None:
-        """Append a record; `waiter` hears, after the group's write, whether it is in the spool.
+    def record(self, record: msgspec.Struct, waiter: Waiter, access: bool = False, follows: bool = False) -> bool:
+        """Append a record; `waiter` hears, after the group's write, whether it is in the spool. False: it was shed.
 
-        `access`: it is a line of the access log too.
+        `access`: it is a line of the access log too. `follows`: its request's admission was appended, so it is needed.
         """
         payload = _encode(record)
         waiting = self._waiting
         if not waiting and not self._shed:
             self._loop.call_soon(self._commit)
-        if (self.failing or self.full) and self._sheds(record):
+        shed = (self.failing or self.full) and self._sheds(record, follows)
+        if shed:
             self._shed.append(waiter)
         else:
             self.spool.append(payload)
             waiting.append(waiter)
         if access:
             self.access.line(payload if not _has_content(record) else _encode(replace(record, content=UNSET)))
+        return not shed
 
-    def _sheds(self, record: msgspec.Struct) -> bool:
-        """Whether a record is of a request that no node has heard of. Of one whose admission is kept, it is needed."""
+    def _sheds(self, record: msgspec.Struct, follows: bool) -> bool:
+        """Whether a record is of a request that the spool knows nothing of. One that it has the begin of is ended."""
         if isinstance(record, Settled):
-            if record.attempts or self._telling:
+            if follows:
                 return False
             self.shed += 1
             return True
@@ -107,9 +109,7 @@ class Journal:
             self._written, self._syncing = waiting, self.spool.descriptor()
             self._loop.run_in_executor(None, os.fdatasync, self._syncing).add_done_callback(self._on_disk)
             return
-        self._telling = self.failing
         self._tell(waiting, not self.failing)
-        self._telling = False
 
     def _on_disk(self, done: asyncio.Future[None]) -> None:
         os.close(self._syncing)
@@ -119,10 +119,7 @@ class Journal:
         if error is not None:
             log.error("the spool is not on its disk: %s", error)
             self.failing = True
-        # What the disk refused stands in the segment all the same, and is shipped: its request has to end there too.
-        self._telling = error is not None
         self._tell(written, error is None)
-        self._telling = False
         if self._waiting or self._shed:
             self._commit()
 

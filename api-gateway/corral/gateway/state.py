@@ -94,6 +94,7 @@ class State(Waiter):
     own_headers = b""
     _tail = b""
     _admitted = False
+    _appended = False
     _recorded = False
     settled = False
     opened = False
