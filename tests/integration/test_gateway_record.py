@@ -104,8 +104,13 @@ def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> Non
         assert held >= value(gw, "corral_spool_max_bytes") == 20_000
         for _ in range(20):
             assert is_shed(gw)
+        lists = ("/api/tags", "/api/ps", "/api/version", "/v1/models", "/v1/models/m")
+        for path in lists:
+            answer = httpx.get(gw.url + path, headers=gw.auth)
+            assert (answer.status_code, "audit record" in answer.text) == (503, True), path
         assert [len(node.requests) for node in gw.nodes] == asked, "a node heard of a request that has no record"
-        assert value(gw, "corral_spool_shed_total") == shed + 20
+        assert (httpx.get(gw.url + "/api/tags").status_code, gw.post("/api/no").status_code) == (401, 404)
+        assert value(gw, "corral_spool_shed_total") == shed + 20 + len(lists) + 2
         assert value(gw, "corral_spool_bytes") == held
         gw.control.busy = False
         until(lambda: not is_shed(gw), "requests are taken again")

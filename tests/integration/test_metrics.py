@@ -152,8 +152,9 @@ def test_control_counts_by_key_what_it_was_shipped(watched: Watched) -> None:
 
     until(shipped, "the tokens of the key are counted")
     now = watched.key_page()
-    assert now.value("corral_key_requests_total", key=key, tenant="default") >= REQUESTS
-    assert now.value("corral_audit_records_total", kind="admit") == REQUESTS
+    # `corral up` asks for the models until the gateway knows key and model.
+    asked = now.value("corral_key_requests_total", key=key, tenant="default")
+    assert now.value("corral_audit_records_total", kind="admit") == asked > REQUESTS
     assert now.value("corral_keys", state="active") == 2
     assert now.value("corral_gateways", state="ready") == 2
     assert now.value("corral_control_leader") == now.value("corral_database_up") == now.value("corral_valkey_up") == 1

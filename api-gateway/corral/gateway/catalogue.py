@@ -49,8 +49,10 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     raise ApiError(404, "model_not_found", f"model '{name}' not found", param="model")
 
 
-def serve(exchange: Exchange, key: Key) -> None:
-    """Answer such a request."""
+def serve(exchange: Exchange) -> None:
+    """Answer such a request, which has waited for no node."""
+    key, exchange.nodeless_since = exchange.key, 0.0
+    assert key is not None
     try:
         name = model_of(exchange.target) if exchange.path == "/v1/models/{id}" else ""
         body = answer(exchange.path, name, exchange.gateway.snapshot, key)

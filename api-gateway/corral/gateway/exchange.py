@@ -99,14 +99,12 @@ class Exchange(State):
             self.refusal = verdict.refused
             self.refuse(admit.refusal(verdict, key.budget))
             return
-        if self.decoded is None:
-            catalogue.serve(self, key)
-            return
         answer = self.answer
         if answer is not None and answer.full:
             self.refuse(self.gateway.queue.refused(self, answer))
             return
-        self.gateway.retries.earn()
+        if self.decoded is not None:
+            self.gateway.retries.earn()
         self._appended = self.gateway.journal.record(settle.admitted(self), self)
 
     def recorded(self, written: bool) -> None:
@@ -123,8 +121,10 @@ class Exchange(State):
         try:
             if self.wanted is not None:
                 self.gateway.queue.go(self, now)
-            else:
+            elif self.decoded is not None:
                 self.unslotted(now)
+            else:
+                catalogue.serve(self)
         except Exception:
             self.broken()
 

@@ -23,7 +23,7 @@ class Progress(msgspec.Struct, tag_field="t", tag="progress"):
 
 
 class Admitted(msgspec.Struct, tag_field="t", tag="admit"):
-    """The record that is written before a node hears of the request. ``ts`` is epoch seconds.
+    """The record that is written before a node hears of the request, or the fleet answers it. ``ts`` is epoch seconds.
 
     ``prompt_hash``: the keyed hash of the request's body (store/content.py).
     """

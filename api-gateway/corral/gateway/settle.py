@@ -49,7 +49,7 @@ def admitted(exchange: Exchange) -> Admitted:
         exchange.api,
         exchange.path,
         exchange.model,
-        None if hashes is None else hashes.prompt.of_text(exchange.body),
+        None if hashes is None or exchange.decoded is None else hashes.prompt.of_text(exchange.body),
     )
 
 
