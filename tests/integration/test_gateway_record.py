@@ -19,13 +19,13 @@ import httpx
 import pytest
 from msgspec.json import encode
 from support.fakecontrol import FakeControl
-from support.gateway import HEAD, LINE, Gateway, chunk, gateway
+from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway
 from support.held import Held, leading, placed
 from support.metrics import page
 from support.process import until
 
 from corral.gateway import adopt
-from corral.store.spool import SpoolWriter
+from corral.store.spool import SpoolWriter, decode_frames, segments
 from corral.store.spool_lock import hold
 
 
@@ -151,6 +151,39 @@ def test_who_waited_before_the_spool_was_full_is_ended_in_it(tmp_path: Path, cal
         gw.control.busy = False
         ended = {name: gw.control.settled(name)["outcome"] for name in ("runs", "leaves", "revoked")}
         assert ended == {"runs": "ok", "leaves": "client_gone", "revoked": "refused"}
+
+
+def test_how_far_a_stream_is_is_written_into_a_full_spool_too(tmp_path: Path, callers: ThreadPoolExecutor) -> None:
+    """A gateway that is killed then would have its caller pay for less than he had."""
+    with gateway(tmp_path, gateway={"spool_max": "5KB", "between_tokens": "300s"}) as gw:
+        full, ends = threading.Event(), threading.Event()
+
+        def slowly(connection: socket.socket) -> None:
+            connection.sendall(HEAD + chunk(LINE % b"one"))
+            full.wait(120)
+            connection.sendall(chunk(LINE % b"two"))
+            ends.wait(120)
+            connection.sendall(chunk(LAST % 2) + END)
+
+        for node in gw.nodes:
+            node.script = [slowly]
+        runs = callers.submit(gw.post, body=gw.chat(), timeout=240)
+        until(lambda: sum(len(node.requests) for node in gw.nodes) == 1, "it runs")
+        gw.control.busy = True
+        until(lambda: gw.post("/api/no").status_code == 404 and value(gw, "corral_spool_shed_total") > 0, "it is full")
+        full.set()
+
+        def tokens() -> list[int]:
+            frames = [decode_frames(path.read_bytes()) for path in segments(tmp_path / "spool/gateway-1")]
+            notes = [record for found in frames for _, record in found if record["t"] == "progress"]
+            return [row[4] for note in notes for row in note["rows"]]
+
+        until(lambda: 2 in tokens(), "its second token is recorded")
+        shed = value(gw, "corral_spool_shed_total")
+        assert gw.post("/api/no").status_code == 404
+        assert value(gw, "corral_spool_shed_total") == shed + 1, "it was full all the time"
+        ends.set()
+        assert runs.result().status_code == 200
 
 
 def test_a_full_disk_sheds_requests_and_is_taken_into_use_again(tmp_path: Path) -> None:

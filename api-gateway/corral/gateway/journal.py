@@ -82,13 +82,14 @@ class Journal:
         return not shed
 
     def _sheds(self, record: msgspec.Struct, follows: bool) -> bool:
-        """Whether a record is of a request that the spool knows nothing of. One that it has the begin of is ended."""
+        """Whether a record is of a request that the spool knows nothing of. One that it has the begin of is ended, and
+        how far it is stays known as long as the disk takes that: it is less than what its end may be."""
         if isinstance(record, Settled):
             if follows:
                 return False
             self.shed += 1
             return True
-        return isinstance(record, (Admitted, Progress))
+        return isinstance(record, Admitted) or (self.failing and isinstance(record, Progress))
 
     def _commit(self) -> None:
         if self._syncing >= 0:
