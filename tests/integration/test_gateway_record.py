@@ -76,11 +76,15 @@ def is_shed(gw: Gateway) -> bool:
     return answer.status_code == 503
 
 
-def threshold() -> float:
-    """The share of `spool_max` from which on SpoolFilling rises."""
+def fills(gw: Gateway) -> tuple[bool, bool]:
+    """What SpoolFilling rises by: whether the spool holds a good part of what it may, and its disk has little left."""
     rules = (Path(__file__).parents[2] / "monitoring/prometheus/rules/traffic.yml").read_text()
-    (share,) = re.findall(r"corral_spool_bytes > ([\d.]+) \* corral_spool_max_bytes", rules)
-    return float(share)
+    (share,) = re.findall(r"corral_spool_bytes > ([\d.]+) \* corral_spool_max_bytes\n", rules)
+    left = r"or corral_spool_disk_free_bytes < ([\d.]+) \* \(corral_spool_max_bytes - corral_spool_bytes\)\n"
+    (room,) = re.findall(left, rules)
+    now = page(f"http://127.0.0.1:{gw._metrics}/metrics")
+    held, most = now.value("corral_spool_bytes"), now.value("corral_spool_max_bytes")
+    return held > float(share) * most, now.value("corral_spool_disk_free_bytes") < float(room) * (most - held)
 
 
 def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> Non
         """By request that was taken: whether the alert had its condition by then."""
 
         def is_shed_at_last() -> bool:
-            firing = value(gw, "corral_spool_bytes") > threshold() * value(gw, "corral_spool_max_bytes")
+            firing, _ = fills(gw)
             shed = is_shed(gw)
             if not shed:
                 alerted.append(firing)
@@ -187,20 +191,18 @@ def test_how_far_a_stream_is_is_written_into_a_full_spool_too(tmp_path: Path, ca
 
 
 def test_a_full_disk_sheds_requests_and_is_taken_into_use_again(tmp_path: Path) -> None:
-    with gateway(tmp_path) as gw:
+    """It is full long before the spool holds what it may."""
+    with gateway(tmp_path, gateway={"spool_max": "512KB"}) as gw:
         gw.process.end()
         gw.start(small_disk="1m")
         inside = Path(f"/proc/{gw.process.pid}/root{tmp_path}/spool")
-        assert gw.post().status_code == 200
-        filler = inside / "filler"
-        with filler.open("wb", buffering=0) as file:
-            with pytest.raises(OSError, match="No space"):
-                while True:
-                    file.write(b"x" * 65536)
-            with pytest.raises(OSError, match="No space"):
-                while True:
-                    file.write(b"x" * 64)
         gw.control.busy = True
+        assert not is_shed(gw)
+        assert fills(gw) == (False, False)
+        filler = inside / "filler"
+        filler.write_bytes(b"x" * (int(value(gw, "corral_spool_disk_free_bytes")) - 20_000))
+        assert fills(gw) == (False, True)
+        assert not is_shed(gw), "SpoolFilling rises while requests are still taken"
         until(lambda: is_shed(gw), "requests are shed", 60)
         until(lambda: value(gw, "corral_spool_failing") == 1, "it says so")
         asked = [len(node.requests) for node in gw.nodes]
@@ -210,6 +212,7 @@ def test_a_full_disk_sheds_requests_and_is_taken_into_use_again(tmp_path: Path) 
         gw.control.busy = False
         until(lambda: not is_shed(gw), "requests are taken again")
         assert value(gw, "corral_spool_failing") == 0
+        assert fills(gw) == (False, False)
         served = sum(len(node.requests) for node in gw.nodes)
 
         def settled() -> set[str]:
