@@ -165,6 +165,23 @@ def test_a_node_is_removed_and_added_and_takes_traffic(site: Site, say: list[str
     say.append(f"runbook, a node added and removed: {len(load.answers)} requests, all whole")
 
 
+def test_a_gateway_is_removed_and_none_of_its_records_is_lost(site: Site) -> None:
+    serves(site)
+    site.do("docker compose stop control")
+    served = int(site.gateway("api-gateway-2")["stot"])
+    ids = [ask(site).raise_for_status().headers["x-request-id"] for _ in range(8)]
+    assert int(site.gateway("api-gateway-2")["stot"]) > served
+    site.do("docker compose kill api-gateway-2")
+    site.do("docker compose up -d --wait --no-deps control", 120)
+    site.block(block(SCALING, "Remove a gateway"))
+    assert f"{PROJECT}-api-gateway-2-1" not in site.docker("ps", "-a", "--format", "{{.Names}}").split()
+    assert f"{PROJECT}_api-gateway-2-spool" not in site.docker("volume", "ls", "-q").split()
+    site.recorded(ids)
+    site.do("docker compose up -d --wait --no-deps api-gateway-2", 120)
+    serves(site)
+    site.knows("ollama-1", "ollama-2")
+
+
 # -- maintenance
 
 
