@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import Column, Connection, MetaData, insert, select
 from support.control import Running
+from support.process import free_port
+from support.servers import python_env
 
 from corral.cli.main import cli
 from corral.store.chain import FIELDS, ZERO, Merkle, Signer, Span, content, leaf_of, link_after
@@ -144,3 +148,26 @@ def goes_on(state: Path, database_url: str) -> None:
         assert told["checkpoints"] >= 2
     finally:
         control.close()
+
+
+def test_control_does_not_start_on_a_newer_database_and_says_both_versions(tmp_path: Path, database_url: str) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    database = Database(resolve(database_url, state))
+    try:
+        database.migrate()
+        newer = "UPDATE alembic_version SET version_num = '9999'"
+        database.write_now(lambda connection: connection.exec_driver_sql(newer))
+        settings = f"store: {{database: '{database_url}', valkey: 'redis://127.0.0.1:1/0'}}\n"
+        (tmp_path / "corral.yaml").write_text(settings)
+        argv = [sys.executable, "-P", "-m", "corral", "serve", "control", "--config", str(tmp_path / "corral.yaml")]
+        argv += ["--state", str(state), "--listen", f"127.0.0.1:{free_port()}"]
+        done = subprocess.run(argv, env=python_env(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("corral: the database ")
+        assert f"has schema version 9999; this Corral knows versions up to {revisions()[-1]}" in line
+        assert database.version() == "9999"
+        assert database.read_now(everything)["keys"] == [], "it has entered no key of its own"
+    finally:
+        database.close()
