@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from corral.node import service
 from corral.stack import nodes
 from corral.stack.state import StackError
 
@@ -51,4 +52,5 @@ def test_one_on_path_comes_before_it_and_one_that_is_named_before_both(env: dict
 def test_the_folder_is_that_of_the_script() -> None:
     text = (ROOT / "scripts/install-ollama").read_text()
     assert f"\nversion={nodes.TESTED}\n" in text
+    assert nodes.TESTED == service.VERSION, "the embedded node speaks as that Ollama does"
     assert "\ncache=${XDG_CACHE_HOME:-$HOME/.cache}/corral/ollama-$version\nprogram=$cache/bin/ollama\n" in text

@@ -15,12 +15,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from corral.node import anthropic, decode, management, native, openai
 from corral.node.errors import NodeError
-from corral.node.exchange import Reply, endpoint, upload
+from corral.node.exchange import ErrorBody, Reply, endpoint, native_error, upload
 from corral.node.service import Node
 from corral.node.simulated import SimulatedBackend
 
-# What Ollama has and this node has not.
-_ABSENT = ("/api/pull", "/api/push", "/v1/responses", "/v1/messages/count_tokens")
+# What Ollama has and this node has not; count_tokens is Anthropic's own.
+_ABSENT = (
+    (("POST",), "/api/pull"),
+    (("POST",), "/api/push"),
+    (("POST",), "/api/me"),
+    (("POST",), "/api/signout"),
+    (("DELETE",), "/api/user/keys/{key}"),
+    (("GET",), "/api/status"),
+    (("GET", "POST", "DELETE"), "/api/experimental/aliases"),
+    (("POST",), "/v1/responses"),
+    (("POST",), "/v1/images/generations"),
+    (("POST",), "/v1/images/edits"),
+    (("POST",), "/v1/messages/count_tokens"),
+)
 
 
 def _routes() -> list[Route]:
@@ -45,7 +57,7 @@ def _routes() -> list[Route]:
         Route("/api/delete", endpoint(management.delete_model), methods=["DELETE"]),
         Route("/api/blobs/{digest}", endpoint(management.head_blob), methods=["HEAD"]),
         Route("/api/blobs/{digest}", upload(management.post_blob), methods=["POST"]),
-        *(post(path, management.not_here) for path in _ABSENT),
+        *(Route(path, endpoint(management.not_here, _errors(path)), methods=methods) for methods, path in _ABSENT),
         post("/v1/chat/completions", openai.post_chat, openai.error_body),
         post("/v1/completions", openai.post_completion, openai.error_body),
         post("/v1/embeddings", openai.post_embeddings, openai.error_body),
@@ -55,6 +67,13 @@ def _routes() -> list[Route]:
         Route("/simulated/faults", endpoint(_faults), methods=["GET", "POST", "DELETE"]),
         Route("/simulated/work", endpoint(_work), methods=["GET", "DELETE"]),
     ]
+
+
+def _errors(path: str) -> ErrorBody:
+    """The shape of errors of the API that a path is of."""
+    if path.startswith("/v1/messages"):
+        return anthropic.error_body
+    return openai.error_body if path.startswith("/v1/") else native_error
 
 
 def _probed(operation: Any) -> Any:
