@@ -22,7 +22,8 @@ _ERROR = {
         }
     },
 }
-_MESSAGES = {"type": "array", "minItems": 1, "items": {"type": "object"}}
+_CHAT = {"type": "array", "items": {"type": "object"}}
+_MESSAGES = {"minItems": 1, **_CHAT}
 _TEXT = {"type": "string"}
 _TEXTS = {"oneOf": [_TEXT, {"type": "array", "items": _TEXT}]}
 _OPTIONS = {"options": {"type": "object"}, "stream": {"type": "boolean"}}
@@ -30,9 +31,9 @@ _OPTIONS = {"options": {"type": "object"}, "stream": {"type": "boolean"}}
 # (method, path, API, what it does, fields of the body, required ones)
 _INFERENCE: tuple[tuple[str, str, str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("post", "/api/generate", "Ollama", "Complete a prompt", {"prompt": _TEXT, **_OPTIONS}, ("model",)),
-    ("post", "/api/chat", "Ollama", "Chat", {"messages": _MESSAGES, **_OPTIONS}, ("model", "messages")),
-    ("post", "/api/embed", "Ollama", "Embed texts", {"input": _TEXTS}, ("model", "input")),
-    ("post", "/api/embeddings", "Ollama", "Embed one text", {"prompt": _TEXT}, ("model", "prompt")),
+    ("post", "/api/chat", "Ollama", "Chat", {"messages": _CHAT, **_OPTIONS}, ("model",)),
+    ("post", "/api/embed", "Ollama", "Embed texts", {"input": _TEXTS}, ("model",)),
+    ("post", "/api/embeddings", "Ollama", "Embed one text", {"prompt": _TEXT}, ("model",)),
     ("post", "/api/show", "Ollama", "Describe a model", {}, ("model",)),
     ("get", "/api/tags", "Ollama", "Models that the key may use", {}, ()),
     ("get", "/api/ps", "Ollama", "Models in memory", {}, ()),
@@ -43,7 +44,7 @@ _INFERENCE: tuple[tuple[str, str, str, str, dict[str, Any], tuple[str, ...]], ..
     ),
     (
         *("post", "/v1/completions", "OpenAI", "Complete a prompt"),
-        *({"prompt": _TEXTS, "stream": {"type": "boolean"}}, ("model", "prompt")),
+        *({"prompt": _TEXT, "stream": {"type": "boolean"}}, ("model",)),
     ),
     ("post", "/v1/embeddings", "OpenAI", "Embed texts", {"input": _TEXTS}, ("model", "input")),
     ("get", "/v1/models", "OpenAI", "Models that the key may use", {}, ()),
@@ -55,17 +56,28 @@ _INFERENCE: tuple[tuple[str, str, str, str, dict[str, Any], tuple[str, ...]], ..
             ("model", "messages", "max_tokens"),
         ),
     ),
+    ("post", "/v1/responses", "OpenAI", "Not served by this version", {}, ()),
+    ("post", "/v1/messages/count_tokens", "Anthropic", "Not served by this version", {}, ()),
     ("get", "/health", "Health", "Whether a gateway answers; no key", {}, ()),
     ("get", "/health/ready", "Health", "Whether a node is ready; no key", {}, ()),
 )
+_LATER = ("/v1/responses", "/v1/messages/count_tokens")
 _REFUSALS = {
     "400": "Bad input; the message names the field.",
     "401": "No key, or one that does not work.",
+    "403": "A key outside its networks, a model that is disabled, or a request that an operator cancelled.",
     "404": "No such model for this key.",
+    "413": "The body is larger than `gateway.max_body`.",
     "429": "A limit of the key; `Retry-After` says when.",
+    "500": "A fault of the gateway's own; its log has it under the request's id.",
+    "501": "Not served by this version.",
     "502": "The node failed.",
     "503": "No node is free or ready; `Retry-After` says when.",
+    "504": "No node answered in time.",
+    "507": "No node has the memory for the model; the message says how much it lacks.",
 }
+_OF_ANY = ("400", "401", "403", "429", "500", "503")
+_OF_A_MODEL = ("404", "413", "502", "504")
 
 
 def install(app: FastAPI) -> None:
@@ -115,7 +127,14 @@ def _inference(path: str, api: str, summary: str, fields: dict[str, Any], requir
         operation["security"] = []
         operation["responses"] = {"200": {"description": "Yes."}, "503": {"description": "No."}}
         return operation
-    operation["responses"] |= {status: {"description": text} for status, text in _REFUSALS.items()}
+    statuses = {*_OF_ANY}
+    if required:
+        statuses |= {*_OF_A_MODEL, *(() if path == "/api/show" else ("507",))}
+    elif path in _LATER:
+        statuses, operation["responses"] = {"501"}, {}
+    elif "{id}" in path:
+        statuses.add("404")
+    operation["responses"] |= {status: {"description": _REFUSALS[status]} for status in sorted(statuses)}
     if "{id}" in path:
         operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": _TEXT}]
     if required:
