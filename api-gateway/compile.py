@@ -56,6 +56,7 @@ MODULES = (
     "store/limits.py",
     "store/lua.py",
     "store/share.py",
+    "store/sharing.py",
     "store/slots.py",
     "store/spool.py",
     "store/suspects.py",

@@ -1,4 +1,4 @@
-"""What control says was used of budgets: the sums of the records of this day and month."""
+"""What control tells a gateway that starts: the sums of this day and month, and who shares the limits."""
 
 from __future__ import annotations
 
@@ -96,3 +96,13 @@ def test_what_is_recalled_never_makes_less_of_what_is_known() -> None:
     assert budget.recall(TODAY + 1, 3, 6, 3)
     assert (budget.day, budget.day_used, budget.month, budget.month_used) == (TODAY + 1, 3, 6, 3)
     assert not budget.recall(TODAY, 900, 5, 900), "a day that is over"
+
+
+def test_a_gateway_hears_which_others_share_the_limits(control: Running) -> None:
+    """Also where its snapshot is the present one: it may have begun with a file of that."""
+    version = control.snapshot("gateway-11").json()["version"]
+    said = control.snapshot("gateway-12", since=version)
+    assert said.status_code == 304
+    assert {"gateway-11", "gateway-12"} <= set(said.headers["x-corral-gateways"].split(","))
+    control.internal.get("/internal/snapshot", headers={"X-Corral-Gateway": "gateway-11", "X-Corral-Leaving": "1"})
+    assert "gateway-11" not in control.snapshot("gateway-12").headers["x-corral-gateways"].split(",")

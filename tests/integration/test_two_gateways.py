@@ -143,3 +143,34 @@ def test_without_the_store_each_gateway_gives_its_own_slots_alone(
     ends(held, asked)
     assert held.most == 4
     until(lambda: leader.counts() == (0, 0) and not leader.waiting(), "nothing is held")
+
+
+@pytest.mark.parametrize("by", ["control", "its file"])
+def test_one_that_is_killed_and_starts_again_without_the_store_shares_the_limits(
+    gw: Gateway, second: Second, by: str
+) -> None:
+    """It knows of the other one by control, or by what it knew before; and not what its own minute was."""
+    limit = 20
+    key = {"Authorization": f"Bearer {gw.new_key(rpm=limit)}"}
+    second.knows()
+    until(lambda: gw.metric(SHARING) == second.seen() == 2, "they know of each other")
+    kept = gw.folder / "cache/gateway-2/gateways.json"
+    until(lambda: kept.exists() and "gateway-1" in kept.read_text(), "it is kept")
+    gw.valkey.process.end(signal.SIGKILL)
+    began = time.monotonic()
+
+    def passed() -> list[int]:
+        answers = [(gw.post(headers=key), second.post(**key)) for _ in range(limit)]
+        assert {answer.status_code for pair in answers for answer in pair} <= {200, 429}
+        return [sum(pair[at].status_code == 200 for pair in answers) for at in (0, 1)]
+
+    first = passed()
+    assert min(first) >= limit // 2, "each has its share"
+    second.process.end(signal.SIGKILL)
+    if by == "control":
+        kept.unlink()
+    else:
+        gw.control.stop()
+    second.restart()
+    assert second.seen() == 2
+    assert sum(first) + sum(passed()) <= limit * 1.1 + limit * (time.monotonic() - began) / 60

@@ -37,6 +37,7 @@ class FakeControl:
 
             def _send(self, status: int, body: bytes) -> None:
                 self.send_response(status)
+                self.send_header("X-Corral-Gateways", ",".join(control.known_to))
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -55,8 +56,7 @@ class FakeControl:
                 known = self.path.partition("since=")[2]
                 control.known_to[self.headers["X-Corral-Gateway"]] = known
                 if known == control.snapshot["version"]:
-                    self.send_response(304)
-                    self.end_headers()
+                    self._send(304, b"")
                 else:
                     self._send(200, json.dumps(control.snapshot).encode())
 

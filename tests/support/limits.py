@@ -91,7 +91,7 @@ async def granting(made: list[Gateway], seconds: float = 30.0) -> None:
     """Wait until the store grants, and every gateway is counted."""
     async with asyncio.timeout(seconds):
         while True:
-            present = all(one.store.connected and one.limits.gateways >= len(made) for one in made)
+            present = all(one.store.connected and one.limits.sharing.count >= len(made) for one in made)
             with suppress(ValkeyDown):
                 if present and await made[0].store.request(b"EXISTS", GRANTS):
                     return

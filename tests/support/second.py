@@ -30,8 +30,14 @@ class Second:
         file = folder / "second.yaml"
         file.write_text(yaml.safe_dump(settings))
         self._gw, self.url = gw, f"http://127.0.0.1:{port}"
-        argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", str(file)]
-        self.process = Process(argv, folder / "second.log", python_env())
+        self._argv = [sys.executable, "-m", "corral", "serve", "gateway", "--config", str(file)]
+        self._log = folder / "second.log"
+        self.process = Process(self._argv, self._log, python_env())
+
+    def restart(self) -> None:
+        """Start it again, once it has ended."""
+        self.process = Process(self._argv, self._log, python_env())
+        self.process.wait_until(self.up)
 
     def up(self) -> bool:
         try:
@@ -57,7 +63,8 @@ class Second:
         """A metric without labels."""
         return page(f"http://{self._metrics}/metrics").value(name)
 
-    def post(self, body: Any = None) -> httpx.Response:
+    def post(self, body: Any = None, **headers: str) -> httpx.Response:
         """POST to it."""
         gw = self._gw
-        return httpx.post(self.url + "/api/chat", json=body or gw.chat(stream=False), headers=gw.auth, timeout=20)
+        headers = gw.auth | headers
+        return httpx.post(self.url + "/api/chat", json=body or gw.chat(stream=False), headers=headers, timeout=20)

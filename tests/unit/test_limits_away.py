@@ -316,6 +316,36 @@ def test_what_was_admitted_without_the_store_is_known_to_others(store: Server, k
     run(store, 2, work)
 
 
+@pytest.mark.parametrize("kind", ["plain", "metered", "tenant"])
+@pytest.mark.parametrize("limit", ["rpm", "tpm", "concurrency"])
+def test_one_that_starts_again_without_the_store_has_its_share_and_no_new_minute(
+    store: Server, kind: str, limit: str
+) -> None:
+    """Killed when it had admitted its share; by the names that control or its own file has."""
+
+    async def work(made: list[Gateway]) -> None:
+        one, killed = made
+        budgets = keys(made, kind, **{limit: 40})
+        for gateway in made:
+            gateway.store.connected = False
+        began = time.monotonic()
+        passed = await in_turn(made, budgets, 40, "before")
+        assert passed == [20, 20]
+        again = Gateway(store.url, killed.limits.gateway.decode())
+        again.limits.sharing.heard(["gateway-1"])
+        theirs = keys([again], kind, **{limit: 40})
+        found = await in_turn([one, again], [budgets[0], *theirs], 40, "then")
+        if limit == "concurrency":
+            assert found == [0, 20], "what ran there has ended with it"
+        else:
+            assert sum(passed) + sum(found) <= 40 * 1.1 + 40 * (time.monotonic() - began) / 60
+            again.limits.sharing.began -= 60
+            fresh = keys([again], kind, **{limit: 40})
+            assert await in_turn([again], fresh, 40, "later") == [20], "a minute later its share is whole"
+
+    run(store, 2, work)
+
+
 def test_a_limit_that_gateways_do_not_divide(store: Server) -> None:
     async def work(made: list[Gateway]) -> None:
         ten, two, ten_a_minute, two_a_minute = (

@@ -52,7 +52,7 @@ async def works(url: str, first: Gateway, second: Gateway, generation: int) -> N
     tasks = [asyncio.create_task(work) for work in (limited.store.run(), leases.keep(limited.limits))]
     try:
         async with asyncio.timeout(30):
-            while not limited.store.connected or not limited.limits.gateways:  # noqa: ASYNC110
+            while not limited.store.connected or not limited.limits.sharing.read:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         tenant = Budget("tenant", rpm=100, concurrency=9)
         budget = limited.budget("key", tenant, rpm=100, tpm=10_000, concurrency=9, daily_tokens=10**6)

@@ -33,7 +33,8 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/internal/snapshot")
 async def snapshot(control: Here, request: Request, since: str = "") -> Response:
-    """The snapshot, or 304 where `since` is its version; and for how long its keys were not read again (seconds)."""
+    """The snapshot, or 304 where `since` is its version; for how long its keys were not read again (seconds), and which
+    gateways are heard."""
     hub = control.hub
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
@@ -43,6 +44,7 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
         if left:  # control itself may end before its ledger's next round
             await control.ledger.note_shipped()
     headers = {"X-Corral-Now": f"{time.time():.3f}", "X-Corral-Age": f"{hub.age:.3f}"}
+    headers["X-Corral-Gateways"] = ",".join(hub.sharing())
     if control.questions.of(name):
         headers["X-Corral-Asked"] = "1"
     if since == hub.version:

@@ -273,6 +273,10 @@ class Hub:
         present = self._serving(PRESENT)
         return present, [name for name in self._serving(self._stale) if name not in present]
 
+    def sharing(self) -> list[str]:
+        """Names of gateways that were heard lately: they share the limits, as far as is known here."""
+        return self._serving(LATELY)
+
     def shipped(self) -> dict[str, Shipped]:
         """What gateways that were heard lately have shipped, as they said."""
         since = time.monotonic() - LATELY

@@ -1,4 +1,4 @@
-"""Feeds a gateway's snapshot from control, and keeps it on disk for a cold start."""
+"""Feeds a gateway's snapshot from control, and keeps it on disk for a cold start; beside it, who shares the limits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import msgspec
 
 from corral.gateway.snapshot import Snapshot
 from corral.store.asking import http_client
+from corral.store.sharing import Sharing
 
 POLL = 0.5
 TOUCH = 10.0
@@ -33,6 +34,8 @@ AGE = "x-corral-age"
 
 Without its database control answers on, of nodes above all: that confirms no key.
 """
+SHARING = "x-corral-gateways"
+"""The header by which control names the gateways that it hears."""
 OLDER = 2.0
 """Seconds by which what is confirmed may be older than before. Of two controls one may be without its database."""
 ROUNDS = 5
@@ -44,9 +47,14 @@ def _nothing(question: dict[str, Any]) -> None:
     """The answer of who has none."""
 
 
+def _undated(file: Path) -> None:
+    """A file whose age says nothing."""
+
+
 class Feed:
     """Keeps a snapshot current from control's internal address, and answers what control asks.
 
+    Control says too which gateways it hears: ``sharing`` hears it, and what that holds then is kept for the next start.
     ``tell`` gives more headers for each question, ``answer`` the answer to one of control's.
     """
 
@@ -57,11 +65,14 @@ class Feed:
         token: str,
         gateway: str,
         cache: Path,
+        sharing: Sharing,
         tell: Callable[[], dict[str, str]] = dict,
         answer: Callable[[dict[str, Any]], Any] = _nothing,
     ) -> None:
         self._snapshot = snapshot
         self._file = cache / "snapshot.json"
+        self._sharing, self._sharing_file = sharing, cache / "gateways.json"
+        self._sharing_kept: list[str] = []
         self._url = f"{control_url}/internal/snapshot"
         self._headers = {"Authorization": f"Bearer {token}", "X-Corral-Gateway": gateway}
         self._tell, self._answer = tell, answer
@@ -75,7 +86,13 @@ class Feed:
         self._unkept_logged = False
 
     def load(self) -> None:
-        """Start from the file of an earlier run, where there is one."""
+        """Start from the files of an earlier run, where there are some."""
+        try:
+            self._sharing.heard(msgspec.json.decode(self._sharing_file.read_bytes(), type=list[str]))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            log.warning("%s is not used: %s", self._sharing_file, error)
         try:
             data = msgspec.json.decode(self._file.read_bytes())
             # Its age is all that a wall clock says here: one that is set while this runs ends nothing.
@@ -139,9 +156,10 @@ class Feed:
             raise ValueError(f"status {response.status_code}")
         self._snapshot.heard = now
         self._snapshot.confirmed = now - age
+        self._sharing.heard(filter(None, response.headers.get(SHARING, "").split(",")))
         if ASKED in response.headers:
             await self._reply(client)
-        if self._unkept is not None or now - self._touched > TOUCH:
+        if self._unkept is not None or self._sharing.names != self._sharing_kept or now - self._touched > TOUCH:
             self._remember(now)
         return response.status_code == 200
 
@@ -162,8 +180,11 @@ class Feed:
     def _remember(self, now: float) -> None:
         # A disk that takes no file says nothing of control: the snapshot in force stays good.
         try:
+            if (names := self._sharing.names) != self._sharing_kept:
+                self._keep(self._sharing_file, msgspec.json.encode(names))
+                self._sharing_kept = names
             if self._unkept is not None:
-                self._keep(self._unkept)
+                self._keep(self._file, self._unkept, self._date)
                 self._unkept = None
             else:
                 with contextlib.suppress(FileNotFoundError):
@@ -175,14 +196,14 @@ class Feed:
                 log.error("the snapshot for a cold start is not kept, %s grows old: %s", self._file, error)
             self._unkept_logged = True
 
-    def _keep(self, content: bytes) -> None:
-        self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = self._file.with_suffix(".new")
+    def _keep(self, path: Path, content: bytes, date: Callable[[Path], None] = _undated) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = path.with_suffix(".new")
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        self._date(draft)
-        draft.replace(self._file)
+        date(draft)
+        draft.replace(path)
 
     def _date(self, file: Path) -> None:
         """Have a file say when what is in it was confirmed."""

@@ -257,7 +257,7 @@ class Queue:
         """Look after who waits. Each half second."""
         self._troubled = {name: until for name, until in self._troubled.items() if until > now}
         slots, local = self.slots, self.local
-        local.names = self._gateway.limits.names
+        local.names = self._gateway.limits.sharing.names
         if slots.counts and not slots.led and slots.waiting:
             stand_in(slots, self._gateway.snapshot)
         if slots.missed and (slots.waiting or slots.early):
@@ -311,7 +311,7 @@ class Queue:
         """The store is away: its tickets wait here from now on."""
         slots, local = self.slots, self.local
         if not local.active:
-            local.names = self._gateway.limits.names
+            local.names = self._gateway.limits.sharing.names
             local.begin(now)
         for id in (*slots.waiting, *slots.early):
             exchange = self.waiting.get(id)

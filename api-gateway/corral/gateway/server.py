@@ -82,11 +82,12 @@ class Gateway:
         self.metrics = Metrics(self.snapshot)
         self.exposition = Exposition(self, gateway.metrics)
         self.report = Report(self)
-        self.feed = Feed(self.snapshot, gateway.control_url, token, self.name, cache, self._tell, self.report.answer)
         self.probe = Probe(self.snapshot, gateway.nodes_url)
         self.store = Valkey(settings.valkey_address(), scripts=(*leases.SCRIPTS, *keeper.SCRIPTS, suspects.TEXT))
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
+        control = gateway.control_url, token, self.name, cache, self.limits.sharing
+        self.feed = Feed(self.snapshot, *control, self._tell, self.report.answer)
         self.limits.on_moved = self.changes.reset  # it only listens: nothing else would tell it
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.queue = Queue(self, self.name, gateway.queue.length, gateway.queue.wait)
@@ -214,7 +215,7 @@ class Gateway:
         self.journal.record(record, NOBODY, access=True)
 
     def _gateways(self) -> int:
-        return self.limits.gateways
+        return self.limits.sharing.count
 
     def content_wanted(self, key: Key | None) -> int:
         """Characters of an answer that keeping it needs, for a key whose prompts and answers are kept; else 0."""

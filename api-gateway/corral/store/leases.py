@@ -198,7 +198,7 @@ async def _tell_all(limits: Limits, store: Valkey) -> None:
 async def _step(limits: Limits, store: Valkey, key: bytes, patience: float, named: bytes, name: bytes) -> None:
     """End a step of a rebuild, for a store that `named` says is the one that was told; at once where it is not."""
     keys = (key, key + b"-told", key + b"-of", named)
-    numbers = (b"%d" % limits.gateways, b"%d" % (patience * 1e6), name, b"1" if named == ROUND else b"0")
+    numbers = (b"%d" % limits.sharing.count, b"%d" % (patience * 1e6), name, b"1" if named == ROUND else b"0")
     while not await store.request(b"EVALSHA", _REBUILD, b"4", *keys, limits.gateway, *numbers):  # noqa: ASYNC110
         await asyncio.sleep(ASK)  # others have yet to tell
 
@@ -239,8 +239,7 @@ async def _present(limits: Limits, store: Valkey, known: _Known) -> None:
     names = await store.request(b"EVALSHA", _PRESENT, b"2", EPOCH, GATEWAYS, *arguments)
     if names is None:
         raise _Forgotten
-    limits.names = [name.decode() for name in names]
-    limits.gateways = max(1, len(limits.names))
+    limits.sharing.said([name.decode() for name in names])
 
 
 async def _clock(store: Valkey) -> float:

@@ -21,6 +21,7 @@ import hiredis
 from corral.store import share
 from corral.store.budget import ACTIVE, CHARGE, EPOCH, LIMITS, MINUTE, REASONS, Budget, reservation, sha
 from corral.store.share import Verdict
+from corral.store.sharing import Sharing
 from corral.store.slots import Heard, Slots, Wanted
 from corral.store.valkey import Valkey, ValkeyDown, encode, words
 
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 class Limits:
     """Admits and releases requests; ``budget`` objects are the caller's, one per key.
 
-    ``gateways`` is how many gateways share the limits, as last seen while the store was up. ``denied`` are the limits
-    (`LIMITS`) whose requests are refused while the store is away; the others are shared out.
+    ``sharing`` are the gateways that share them, ``denied`` the limits (`LIMITS`) whose requests are refused while the
+    store is away; the others are shared out.
     """
 
     def __init__(self, store: Valkey | None, gateway: str, denied: Iterable[str] = ()) -> None:
@@ -49,9 +50,7 @@ class Limits:
         self.busy: dict[str, Budget] = {}
         self.slots: Slots | None = None
         """What asks for a slot in the same call."""
-        self.gateways = 1
-        self.names: list[str] = [gateway]
-        """Those gateways, in no order."""
+        self.sharing = Sharing(gateway)
         self._kept: dict[str, int] | None = None
         """While the store is away: requests that ran here when it was lost, by the budget's name."""
         self.local = 0
@@ -86,8 +85,8 @@ class Limits:
         """Decide; `done` gets the verdict, at once where the store is away.
 
         `now` is monotonic seconds, `tokens` what a request of a metered key will use at a guess. `wanted` is asked for
-        in the same call, where ``slots`` are usable: before the verdict, `heard` gets what the store says of it. It
-        gets nothing where the store was not asked, or refused the request.
+        in the same call, where ``slots`` are usable: before the verdict, `heard` gets what the store says of it, if it
+        was asked and did not refuse the request.
         """
         store = self.store
         if self.slots is None or not self.slots.usable:
@@ -356,7 +355,7 @@ class Limits:
                 scope.day_spent = max(0, scope.day_spent + more)
                 scope.month_spent = max(0, scope.month_spent + more)
                 if scope.tpm and more > 0:
-                    scope.tokens_arrival += more * MINUTE * self.gateways / scope.tpm
+                    scope.tokens_arrival += more * MINUTE * self.sharing.count / scope.tpm
         return [request_id.encode(), b"%d" % used, b"%d" % max(-1, reserved)]
 
     # -- without it
@@ -373,27 +372,28 @@ class Limits:
             self._kept = self._own()
         # What came since the store was asked came elsewhere too, and what ended may run elsewhere by now.
         kept = min(self._kept.get(scope.key_id, 0), scope.own)
-        return share.at_once(scope.concurrency or 0, kept, scope.others, self.gateway.decode(), self.names)
+        return share.at_once(scope.concurrency or 0, kept, scope.others, self.gateway.decode(), self.sharing.names)
 
     def _locally(self, budget: Budget, request_id: str, now: float, tokens: int) -> Verdict:
         wall = time.time() if budget.metered else 0.0
-        scopes = budget.scopes
+        scopes, gateways = budget.scopes, self.sharing.count
         for scope in scopes:
+            share.nothing_known(scope, self.sharing)
             if self._denied and any(scope.limits()[limit] for limit in self._denied):
                 return Verdict("store", 0, 0.0, 1.0)
         refused, retry = "", 0.0
         for scope in scopes:
             if budget.metered:
                 scope.roll(wall)
-            for limit, wait in share.reached(scope, self.gateways, now, wall, tokens, self._at_once(scope)):
+            for limit, wait in share.reached(scope, gateways, now, wall, tokens, self._at_once(scope)):
                 if not refused or wait > retry:
                     refused, retry = limit if scope is budget else f"tenant_{limit}", wait
         if not refused:
             self.local += 1
             for scope in scopes:
-                share.spend(scope, self.gateways, now, tokens)
+                share.spend(scope, gateways, now, tokens)
             self._enter(budget, request_id, -1 - tokens if budget.metered else 0)
-        return share.verdict(budget, self.gateways, now, wall, refused, retry)
+        return share.verdict(budget, gateways, now, wall, refused, retry)
 
 
 def _nothing() -> None:

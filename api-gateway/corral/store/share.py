@@ -7,6 +7,7 @@ admit no more than the limit. Times are monotonic seconds, ``wall`` is epoch sec
 from __future__ import annotations
 
 from corral.store.budget import DAY, LIMITS, MINUTE, REASONS, Budget, month_end
+from corral.store.sharing import Sharing
 
 
 class Verdict:
@@ -108,6 +109,16 @@ def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int, 
     if scope.monthly_tokens and scope.month_used + (scope.month_spent + tokens) * gateways > scope.monthly_tokens:
         reached.append(("monthly_tokens", month_end(scope.month) - wall))
     return reached
+
+
+def nothing_known(scope: Budget, sharing: Sharing) -> None:
+    """Where the store was never read: take the minute before this gateway began for used up.
+
+    It may be one that was killed after it had admitted its share, and starts again.
+    """
+    if not sharing.read:
+        scope.arrival = scope.arrival or sharing.began + MINUTE
+        scope.tokens_arrival = scope.tokens_arrival or sharing.began + MINUTE
 
 
 def spend(scope: Budget, gateways: int, now: float, tokens: int) -> None:
