@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 from support.control import FakeNode, Running, make_key
+from support.routes import INTERNAL, OPERATOR, WHO
 from support.tricks import absolute, ask, tricks
 
 from corral.control import auth
@@ -19,56 +20,6 @@ from corral.store import keys as keytext
 from corral.store.database import Database, resolve
 from corral.store.tables import disabled_models, keys, nodes, tenants
 
-INTERNAL, OPERATOR, ADMIN = "internal", "operator", "admin"
-WHO = {
-    ("GET", "/admin/keys"): OPERATOR,
-    ("POST", "/admin/keys"): OPERATOR,
-    ("GET", "/admin/keys/{key}"): OPERATOR,
-    ("PATCH", "/admin/keys/{key}"): OPERATOR,
-    ("DELETE", "/admin/keys/{key}"): OPERATOR,
-    ("POST", "/admin/keys/{key}/rotate"): OPERATOR,
-    ("POST", "/admin/keys/{key}/revoke"): OPERATOR,
-    ("GET", "/admin/tenants"): OPERATOR,
-    ("POST", "/admin/tenants"): ADMIN,
-    ("GET", "/admin/tenants/{tenant}"): OPERATOR,
-    ("PATCH", "/admin/tenants/{tenant}"): ADMIN,
-    ("DELETE", "/admin/tenants/{tenant}"): ADMIN,
-    ("GET", "/admin/nodes"): OPERATOR,
-    ("POST", "/admin/nodes"): OPERATOR,
-    ("DELETE", "/admin/nodes/{name}"): OPERATOR,
-    ("POST", "/admin/nodes/{name}/drain"): OPERATOR,
-    ("POST", "/admin/nodes/{name}/resume"): OPERATOR,
-    ("GET", "/admin/models"): OPERATOR,
-    ("GET", "/admin/models/plan"): OPERATOR,
-    ("GET", "/admin/models/why"): OPERATOR,
-    ("POST", "/admin/models/apply"): OPERATOR,
-    ("POST", "/admin/models/pull"): OPERATOR,
-    ("POST", "/admin/models/load"): OPERATOR,
-    ("POST", "/admin/models/preload"): OPERATOR,
-    ("POST", "/admin/models/unload"): OPERATOR,
-    ("POST", "/admin/models/remove"): OPERATOR,
-    ("POST", "/admin/models/disable"): OPERATOR,
-    ("POST", "/admin/models/enable"): OPERATOR,
-    ("PUT", "/admin/models/catalogue"): ADMIN,
-    ("GET", "/admin/operations"): OPERATOR,
-    ("GET", "/admin/operations/{operation}"): OPERATOR,
-    ("POST", "/admin/operations/{operation}/cancel"): OPERATOR,
-    ("GET", "/admin/requests"): OPERATOR,
-    ("GET", "/admin/requests/{request}"): OPERATOR,
-    ("POST", "/admin/requests/{request}/cancel"): OPERATOR,
-    ("GET", "/admin/status"): OPERATOR,
-    ("GET", "/admin/audit"): OPERATOR,
-    ("POST", "/admin/audit/compare"): OPERATOR,
-    ("GET", "/admin/audit/content"): ADMIN,
-    ("GET", "/admin/audit/chain"): ADMIN,
-    ("GET", "/admin/audit/records"): ADMIN,
-    ("GET", "/admin/audit/checkpoints"): ADMIN,
-    ("GET", "/admin/usage"): OPERATOR,
-    ("GET", "/internal/snapshot"): INTERNAL,
-    ("GET", "/internal/spent"): INTERNAL,
-    ("POST", "/internal/requests/{gateway}"): INTERNAL,
-    ("POST", "/internal/spool/{gateway}/{segment}"): INTERNAL,
-}
 OPEN = {("GET", "/health"), ("GET", "/docs"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE")
 NOBODY = ("none", "nonsense", "unknown", "revoked", "expired", "elsewhere", "inference")

@@ -40,12 +40,13 @@ def until(what: str, holds: Callable[[], Any], within: float = WITHIN) -> Any:
 class FakeNode:
     """Answers /api/ps, /api/tags and /api/version, and counts what it is asked; ``broken`` makes it answer 500.
 
-    /api/hold is answered once `release` is set. It does nothing else: what would change it is heard, and answered 501,
-    a pull of `held:latest` once `release` is set.
+    /api/hold is answered once `release` is set. What would change it is heard, and answered 501, unless it is
+    ``obedient``; a pull of `held:latest` once `release` is set.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, obedient: bool = False) -> None:
         self.tags, self.ps, self.broken, self.asked = ["m:latest"], [], False, []
+        self.obedient = obedient
         self.release = threading.Event()
         node = self
 
@@ -69,7 +70,14 @@ class FakeNode:
                 if self.path == "/api/pull" and b"held:latest" in body:
                     node.release.wait()
                 with contextlib.suppress(BrokenPipeError):  # who asked has left meanwhile
-                    self.send_error(501)
+                    if not node.obedient:
+                        self.send_error(501)
+                        return
+                    answer = json.dumps(node.obey(self.path, json.loads(body))).encode()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
 
             do_DELETE = do_POST
 
@@ -80,6 +88,17 @@ class FakeNode:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def obey(self, path: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Do what Ollama would with a model; each that it gets has the same digest."""
+        model = wanted.get("destination") or wanted.get("model")
+        if path in ("/api/pull", "/api/copy"):
+            self.tags = [*(one for one in self.tags if one != model), model]
+        elif path == "/api/delete":
+            self.tags = [one for one in self.tags if one != model]
+        elif "keep_alive" in wanted:
+            self.ps = [one for one in self.ps if one != model] + ([model] if wanted["keep_alive"] else [])
+        return {"status": "success"}
 
     def close(self) -> None:
         self.release.set()

@@ -136,3 +136,19 @@ def test_what_is_unloaded_is_not_brought_back_by_the_canary(action: str, monkeyp
     asyncio.run(run())
     assert seen[:3] == ["canary", "answered", "unload"]
     assert node.resident is None
+
+
+def test_a_record_tells_of_so_many_models_and_counts_the_others() -> None:
+    """Of a fleet with many nodes, whose catalogue is applied at once, an operation's record stays a record."""
+    member = Member("n", "http://n")
+    member.tags = [{"name": "m1:latest", "digest": NEW.removeprefix("sha256:")}]
+    member.ps = [{"name": "m1:latest"}]
+    worker = modelops.Worker(SimpleNamespace(members={"n": member}), None, MirrorSettings())  # type: ignore[arg-type]
+    works = [Work(Step(LOAD, "n", f"m{number}:latest")) for number in range(modelops.SEEN_MAX + 3)]
+    seen = worker.seen(Operation(LOAD, SimpleNamespace(), [*works, Work(Step(UNLOAD, "gone", "m1:latest"))]))  # type: ignore[arg-type]
+    assert seen["left_out"] == 4
+    assert len(seen["models"]["n"]) == modelops.SEEN_MAX
+    assert seen["models"]["n"]["m1:latest"] == {"digest": NEW, "resident": True}
+    assert seen["models"]["n"]["m2:latest"] is None
+    few = worker.seen(Operation(LOAD, SimpleNamespace(), [Work(Step(UNLOAD, "gone", "m1:latest"))]))  # type: ignore[arg-type]
+    assert few == {"models": {"gone": {"m1:latest": None}}}, "of a node that was removed nothing is known"

@@ -23,6 +23,8 @@ STALLED = 300.0
 """Seconds without one more byte after which a pull is given up: Ollama itself tries for ever."""
 
 RATE_OVER = 3.0
+SEEN_MAX = 200
+"""Models on nodes that a record of an operation tells of."""
 UNLOADED = 60.0
 POLL = 0.2
 
@@ -62,6 +64,21 @@ class Worker:
         finally:
             # Gateways learn at once what has changed, and of a pull nothing before that.
             await self._look([member])
+
+    def seen(self, operation: Operation) -> dict[str, Any]:
+        """What its nodes have of its models, as they said last: by node and model its digest and whether it is in
+        memory, None for one that is not there. No more than SEEN_MAX; `left_out` counts the others."""
+        wanted = list(dict.fromkeys((work.step.node, work.step.model) for work in operation.works))
+        found: dict[str, dict[str, Any]] = {}
+        for node, model in wanted[:SEEN_MAX]:
+            member = self._fleet.members.get(node)
+            entry = next((tag for tag in member.tags if tag["name"] == model), None) if member is not None else None
+            here = None
+            if member is not None and entry is not None:
+                here = {"digest": digest_of(str(entry.get("digest"))), "resident": model in member.resident}
+            found.setdefault(node, {})[model] = here
+        more = len(wanted) - SEEN_MAX
+        return {"models": found} | ({"left_out": more} if more > 0 else {})
 
     async def _alone(self, act: Act, operation: Operation, work: Work, member: Member, node: Ollama) -> None:
         host = urlsplit(member.url).hostname or ""

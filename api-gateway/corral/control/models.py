@@ -19,7 +19,7 @@ from corral.control.context import Control, Here
 from corral.control.errors import Problem
 from corral.control.modelops import UNLISTED
 from corral.control.nodes import no_node
-from corral.control.operations import Besides, Operation, Work
+from corral.control.operations import CANCELLED, Besides, Operation, Work
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import LOAD, PULL, REMOVE, UNLOAD, Step, digest_of
 from corral.fleet.node import canonical_name
@@ -357,4 +357,6 @@ async def cancel_operation(control: Here, caller: Caller, operation: str) -> dic
 
 
 def _cancelled(connection: Connection, who: Principal, operation: Operation) -> None:
-    record(connection, who, "POST", f"/admin/operations/{operation.id}/cancel", None, {"kind": operation.kind})
+    before = {"kind": operation.kind, "state": operation.state, "steps": operation.states}
+    after = {"kind": operation.kind, "state": CANCELLED}
+    record(connection, who, "POST", f"/admin/operations/{operation.id}/cancel", before, after)

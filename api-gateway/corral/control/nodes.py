@@ -286,9 +286,12 @@ def load(connection: Connection, configured: Sequence[NodeSettings]) -> list[Mem
 
 def _enter(connection: Connection, who: Principal, row: dict[str, Any]) -> None:
     fresh = {**row, "draining": False, "removed": False, "created": time.time()}
+    # One of corral.yaml that was removed is known as that, until another one takes its name.
+    names = [nodes.c[name] for name in (*row, "removed")]
+    old = connection.execute(select(*names).where(nodes.c.name == row["name"])).mappings().first()
     statement = insert(connection, nodes).values(fresh)
     connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=fresh))
-    record(connection, who, "POST", "/admin/nodes", None, row, status=201)
+    record(connection, who, "POST", "/admin/nodes", dict(old) if old is not None else None, row, status=201)
 
 
 def _leave(connection: Connection, who: Principal, node: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -55,7 +56,8 @@ class Work:
 
 @dataclass(eq=False)
 class Operation:
-    """One call's work. ``accepted``: digests by model that this operation found to be the right ones."""
+    """One call's work. ``accepted``: digests by model that this operation found to be the right ones. ``before``: what
+    its nodes had of its models when it began."""
 
     kind: str
     who: Principal
@@ -64,6 +66,7 @@ class Operation:
     notes: tuple[str, ...] = ()
     accept: bool = False
     accepted: dict[str, str] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: f"op-{secrets.token_hex(6)}")
     state: str = RUNNING
     version: int = 0
@@ -76,6 +79,11 @@ class Operation:
     def nodes(self) -> list[str]:
         """The nodes it works on."""
         return list(dict.fromkeys(work.step.node for work in self.works))
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many of its steps are in each state."""
+        return dict(Counter(work.state for work in self.works))
 
     @property
     def errors(self) -> list[str]:
@@ -115,6 +123,9 @@ class Operation:
 Perform = Callable[[Operation, Work], Awaitable[None]]
 """Does one step. Raises StepFailed."""
 
+Look = Callable[[Operation], dict[str, Any]]
+"""What the nodes of an operation have of its models."""
+
 
 class StepFailed(Exception):
     """A step failed; says why. ``gone``: the node answers no more."""
@@ -131,8 +142,8 @@ class Operations:
     wait for each other and for callers', and callers' for them.
     """
 
-    def __init__(self, database: Database, perform: Perform) -> None:
-        self._database, self._perform = database, perform
+    def __init__(self, database: Database, perform: Perform, look: Look) -> None:
+        self._database, self._perform, self._look = database, perform, look
         self._known: dict[str, Operation] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -159,6 +170,7 @@ class Operations:
         """
         self._check_free(operation)
         self._known[operation.id] = operation
+        operation.before = self._look(operation)
         try:
             await self._database.write(_entered, operation, route, besides)
         except BaseException:
@@ -220,7 +232,7 @@ class Operations:
         for error in operation.errors:
             log.warning("%s %s: %s", operation.kind, operation.id, error)
         try:
-            await asyncio.shield(self._database.write(_ended, operation))
+            await asyncio.shield(self._database.write(_ended, operation, self._look(operation)))
         except SQLAlchemyError as error:
             log.warning("the end of %s is not in the audit trail: %s", operation.id, error)
         operation.touch()
@@ -260,10 +272,10 @@ def _entered(connection: Connection, operation: Operation, route: str, besides: 
     if besides is not None:
         besides(connection)
     after = {"operation": operation.id, "steps": _short(operation.works)}
-    record(connection, operation.who, "POST", route, None, after, status=202)
+    record(connection, operation.who, "POST", route, operation.before, after, status=202)
 
 
-def _ended(connection: Connection, operation: Operation) -> None:
-    after = {"kind": operation.kind, "state": operation.state, "errors": operation.errors}
+def _ended(connection: Connection, operation: Operation, now: dict[str, Any]) -> None:
+    after = {"kind": operation.kind, "state": operation.state, "errors": operation.errors, **now}
     status = 500 if operation.state == FAILED else 200
-    record(connection, operation.who, "POST", f"/admin/operations/{operation.id}", None, after, status)
+    record(connection, operation.who, "POST", f"/admin/operations/{operation.id}", operation.before, after, status)
