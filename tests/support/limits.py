@@ -8,11 +8,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
+from hypothesis import HealthCheck, settings
+
 from corral.store import leases
 from corral.store.budget import GRANTS, Budget
 from corral.store.limits import Limits, Verdict
 from corral.store.valkey import Valkey, ValkeyDown, encode
 from support.servers import Server
+
+PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), database=None, print_blob=True)
+"""Other examples in each run; one that fails is printed with what makes it again (`@reproduce_failure`)."""
 
 _numbers = itertools.count()
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import UTC, datetime
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.limits import Gateway, run, unused
 from support.servers import Server
@@ -16,13 +14,6 @@ from support.servers import Server
 from corral.gateway.admit import refusal, wait
 from corral.store.budget import Budget, month_end, month_of
 from corral.store.limits import Verdict
-
-WHAT = ["ask", "settle", "again"]
-PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
-
-
-def admitted(verdicts: list[Verdict]) -> int:
-    return sum(not verdict.refused for verdict in verdicts)
 
 
 def test_tokens_are_reserved_and_the_count_takes_their_place(store: Server) -> None:
@@ -236,88 +227,6 @@ def test_a_key_without_such_limits_is_counted_as_before() -> None:
     assert len(plain.prefix) < len(metered.prefix)
 
 
-@PROPERTY
-@given(
-    rpm=st.integers(1, 40) | st.none(),
-    tpm=st.integers(1, 2000) | st.none(),
-    daily=st.integers(1, 4000) | st.none(),
-    concurrency=st.integers(1, 10) | st.none(),
-    steps=st.lists(
-        st.tuples(
-            st.integers(0, 2), st.sampled_from(["ask", "settle", "again"]), st.integers(0, 9), st.integers(1, 400)
-        ),
-        max_size=60,
-    ),
-)
-def test_no_interleaving_admits_more_than_the_limits(
-    store: Server, rpm: int | None, tpm: int | None, daily: int | None, concurrency: int | None, steps: list[Any]
-) -> None:
-    """Three gateways ask, settle and repeat in any order; calls of one step are under way together."""
-
-    async def work(made: list[Gateway]) -> None:
-        limits = {"rpm": rpm, "tpm": tpm, "daily_tokens": daily, "concurrency": concurrency}
-        name = unused()
-        budgets = [gateway.budget(name, **{k: v for k, v in limits.items() if v}) for gateway in made]
-        began = time.monotonic()
-        running: dict[str, tuple[int, int]] = {}
-        used = requests = most = 0
-        for number, (who, what, which, tokens) in enumerate(steps):
-            gateway, budget = made[who], budgets[who]
-            if what == "ask" or not running:
-                verdicts = await asyncio.gather(
-                    *(gateway.ask(budget, f"{name}-{number}-{n}", tokens) for n in range(3))
-                )
-                for n, verdict in enumerate(verdicts):
-                    if not verdict.refused:
-                        requests += 1
-                        running[f"{name}-{number}-{n}"] = who, min(tokens, budget.most)
-            else:
-                request = list(running)[which % len(running)]
-                owner, reserved = running[request]
-                if what == "again":
-                    assert (await made[owner].ask(budgets[owner], request, tokens)).refused == ""
-                    budgets[owner].in_flight[request] = reserved
-                else:
-                    del running[request]
-                    # Less than was reserved: what is counted is what is used.
-                    used += tokens * reserved // 400
-                    await made[owner].settle(budgets[owner], request, tokens * reserved // 400)
-            most = max(most, len(running))
-            held = used + sum(reserved for _, reserved in running.values())
-            assert held <= min(tpm or held, daily or held), "tokens"
-            assert requests <= (rpm or requests) + (time.monotonic() - began) * (rpm or 0) / 60 + 1e-6
-        assert most <= (concurrency or most)
-        if (tpm or daily) and (time.monotonic() - began) < 55:
-            # Nothing is lost either: what is left is admitted to the last token.
-            left = min((limit - held for limit in (tpm, daily) if limit), default=0) if steps else 1
-            free = (not concurrency or len(running) < concurrency) and (not rpm or requests < rpm)
-            if left > 0 and free and left <= budgets[0].most:
-                assert (await made[0].ask(budgets[0], f"{name}-last", left)).refused == ""
-
-    run(store, 3, work)
-
-
-@pytest.mark.parametrize("limits", [{"tpm": 5000}, {"daily_tokens": 5000, "rpm": 1000}, {"monthly_tokens": 5000}])
-def test_twenty_gateways_at_once_admit_exactly_the_limit(store: Server, limits: dict[str, int]) -> None:
-    async def work(made: list[Gateway]) -> None:
-        name = unused()
-        budgets = [gateway.budget(name, **limits) for gateway in made]
-        asked = [
-            gateway.ask(budget, f"{name}-{at}-{number}", 10)
-            for number in range(50)
-            for at, (gateway, budget) in enumerate(zip(made, budgets, strict=True))
-        ]
-        verdicts = await asyncio.gather(*asked)
-        assert admitted(verdicts) == 500
-        for gateway, budget in zip(made, budgets, strict=True):
-            for request in list(budget.in_flight):
-                await gateway.settle(budget, request, 4)
-        assert (await made[0].ask(budgets[0], f"{name}-end", 1)).refused == ""
-        assert budgets[0].month_used == 2001, "each was settled once, with its count"
-
-    run(store, 20, work)
-
-
 def test_the_keys_of_a_tenant_share_its_limits(store: Server) -> None:
     async def work(made: list[Gateway]) -> None:
         name = "t:" + unused()
@@ -339,33 +248,6 @@ def test_the_keys_of_a_tenant_share_its_limits(store: Server) -> None:
         await one.settle(mine, "a", 100)
         assert (await other.ask(theirs, "g", 0)).refused == ""
         assert (shared[1].day_used, theirs.day_used, mine.day_used) == (200, 100, 600)
-
-    run(store, 2, work)
-
-
-@PROPERTY
-@given(
-    calls=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(1, 300)), max_size=40),
-    tpm=st.integers(100, 2000),
-    rpm=st.integers(1, 30),
-)
-def test_no_interleaving_of_a_tenants_keys_admits_more(
-    store: Server, calls: list[tuple[int, int, int]], tpm: int, rpm: int
-) -> None:
-    async def work(made: list[Gateway]) -> None:
-        name = "t:" + unused()
-        keys = [unused(), unused(), unused()]
-        shared = [Budget(name, rpm=rpm, tpm=tpm) for _ in made]
-        budgets = [[gateway.budget(key, tenant) for key in keys] for gateway, tenant in zip(made, shared, strict=True)]
-        began = time.monotonic()
-        asked = [made[at].ask(budgets[at][key], f"r{number}", tokens) for number, (at, key, tokens) in enumerate(calls)]
-        verdicts = await asyncio.gather(*asked)
-        passed = [
-            min(tokens, tpm) for (_, _, tokens), verdict in zip(calls, verdicts, strict=True) if not verdict.refused
-        ]
-        assert sum(passed) <= tpm
-        assert len(passed) <= rpm + (time.monotonic() - began) * rpm / 60
-        assert passed or not calls
 
     run(store, 2, work)
 

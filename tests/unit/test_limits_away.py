@@ -7,16 +7,14 @@ import random
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.limits import Gateway, eventually, gateways, granting, run, unused
+from support.limits import PROPERTY, Gateway, eventually, gateways, granting, run, unused
 from support.servers import Server
 
 from corral.store import leases
 from corral.store.budget import ACTIVE, EPOCH, GRANTS, Budget
 from corral.store.share import at_once
-
-PROPERTY = settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def test_a_flushed_store_is_told_what_it_last_said(store: Server) -> None:
