@@ -73,8 +73,9 @@ def certificate(folder: Path, name: str = "localhost") -> Path:
     return pem
 
 
-STORES = ("valkey", "redis-server")
-"""The programs that a store may be; scripts/test installs the second."""
+STORES = {"valkey": "valkey_version:8.", "redis-server": "redis_version:7."}
+"""The programs that a store may be, and how each says that it is of the version that is tested (INFO); scripts/test
+installs the second."""
 
 
 @contextmanager

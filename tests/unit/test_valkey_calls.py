@@ -19,6 +19,16 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield server
 
 
+def test_both_stores_are_there_in_the_versions_that_are_promised(request: pytest.FixtureRequest, store: Server) -> None:
+    """What a machine has of either may be another one: then what passes says nothing of these."""
+
+    async def work(made: list[Gateway]) -> None:
+        told = (await made[0].store.request(b"INFO", b"server")).decode().splitlines()
+        assert [line for line in told if line.startswith(STORES[request.node.callspec.params["store"]])], told
+
+    run(store, 1, work)
+
+
 async def reads(gateway: Gateway) -> int:
     """How often the store has read of any connection, this question included."""
     told = (await gateway.store.request(b"INFO", b"stats")).decode()
