@@ -185,7 +185,7 @@ def done_by(made: Place) -> list[dict[str, Any]]:
     """What the trail of an installation says of backup commands."""
     database = configured(made.settings.store, made.root)
     try:
-        chosen = select(audit).where(audit.c.method == "RUN").order_by(audit.c.seq)
+        chosen = select(audit).where(audit.c.route.startswith("corral backup ")).order_by(audit.c.seq)
         return database.read_now(lambda c: [dict(row) for row in c.execute(chosen).mappings()])
     finally:
         database.close()

@@ -264,7 +264,7 @@ def test_admin_actions_are_in_the_audit_trail(control: Running) -> None:
         "/admin/keys", json={"name": "seen"}, headers={"X-Request-ID": "mine", "X-Forwarded-For": "10.1.2.3"}
     ).json()
     control.admin.post(f"/admin/keys/{first['id']}/revoke")
-    made, revoked = control.admin.get("/admin/audit").json()["audit"]
+    started, made, revoked = control.admin.get("/admin/audit").json()["audit"]
     assert (made["api"], made["route"], made["method"], made["status"]) == ("admin", "/admin/keys", "POST", 201)
     assert (made["request_id"], made["addr"]) == ("mine", "10.1.2.3")
     assert (made["before"], made["after"]["name"]) == (None, "seen")
@@ -274,7 +274,7 @@ def test_admin_actions_are_in_the_audit_trail(control: Running) -> None:
     assert [row["seq"] for row in rows if row["method"] != "GET"] == [revoked["seq"]]
     (newest,) = control.admin.get("/admin/audit", params={"since": "1h", "limit": 1}).json()["audit"]
     assert (newest["method"], newest["after"]) == ("GET", {"query": f"after={made['seq']}"})
-    assert control.admin.get("/admin/audit", params={"before": str(revoked["seq"])}).json()["audit"] == [made]
+    assert control.admin.get("/admin/audit", params={"before": str(revoked["seq"])}).json()["audit"] == [started, made]
     assert control.admin.get("/admin/audit", params={"request": "mine"}).json()["audit"] == [made]
     assert control.admin.get("/admin/audit", params={"request": "nobody's"}).json()["audit"] == []
     answer = control.admin.get("/admin/audit", params={"since": "yesterday"})

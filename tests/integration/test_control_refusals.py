@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +18,14 @@ from support.control import FakeNode, Running, make_key, recorded, until
 from support.servers import valkey
 
 from corral.cli.main import cli
-from corral.config.settings import Settings
 from corral.control.audit import NOTES_MAX, Notes
 from corral.control.auth import BODY_MAX, Principal
-from corral.control.bootstrap import BootstrapError, bootstrap
 from corral.gateway.shipper import Shipper
 from corral.stack import doctor
 from corral.stack.state import StateFolder
 from corral.store.database import Database, resolve
 from corral.store.spool import HEADER, SpoolWriter, encode_frame
-from corral.store.tables import audit, keys
+from corral.store.tables import audit
 
 
 @pytest.fixture
@@ -40,50 +37,6 @@ def control(tmp_path: Path, node: FakeNode) -> Iterator[Running]:
 
 def error(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["message"]
-
-
-# -- the pepper
-
-
-def test_a_lost_pepper_stops_the_start_where_keys_depend_on_it(tmp_path: Path) -> None:
-    settings = Settings.model_validate({"control": {"state": tmp_path}})
-    bootstrap(tmp_path, settings)
-    pepper = (tmp_path / "pepper").read_bytes()
-    (tmp_path / "pepper").unlink()
-    with pytest.raises(BootstrapError, match=r"pepper.*restore.*--new-pepper"):
-        bootstrap(tmp_path, settings)
-    assert not (tmp_path / "pepper").exists()
-    (tmp_path / "pepper").write_bytes(pepper)
-    bootstrap(tmp_path, settings)
-
-
-def test_a_new_pepper_revokes_every_key_and_makes_an_admin_key_that_works(tmp_path: Path) -> None:
-    settings = Settings.model_validate({"control": {"state": tmp_path}})
-    bootstrap(tmp_path, settings)
-    old = (tmp_path / "admin.key").read_text()
-    (tmp_path / "pepper").unlink()
-    bootstrap(tmp_path, settings, new_pepper=True)
-    assert (tmp_path / "admin.key").read_text() != old
-    control = Running(tmp_path)
-    try:
-        listed = control.admin.get("/admin/keys").json()["keys"]
-        assert sorted(key["revoked"] for key in listed) == [False, True]
-    finally:
-        control.close()
-    bootstrap(tmp_path, settings, new_pepper=True)
-    assert stat.S_IMODE((tmp_path / "pepper").stat().st_mode) == 0o600
-
-
-def test_a_pepper_that_no_key_depends_on_is_made_anew(tmp_path: Path) -> None:
-    settings = Settings.model_validate({"control": {"state": tmp_path}})
-    bootstrap(tmp_path, settings)
-    database = Database(resolve(settings.store.database, tmp_path))
-    database.write_now(lambda connection: connection.execute(keys.update().values(revoked=1.0)))
-    database.close()
-    for name in ("pepper", "admin.key"):
-        (tmp_path / name).unlink()
-    bootstrap(tmp_path, settings)
-    assert (tmp_path / "pepper").exists()
 
 
 # -- requests

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
-import socket
 from typing import Any
 
 from sqlalchemy import Connection
@@ -14,22 +11,10 @@ from corral.backup.place import Place, open_database, sqlite_file
 from corral.store import actions
 from corral.store.database import DatabaseError, reason
 
-METHOD = "RUN"
-"""What stands where a call of the admin API has its method."""
-
-
-def by() -> str:
-    """Who runs the command: user and machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user often has no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
-
 
 def note(connection: Connection, action: str, told: dict[str, Any]) -> None:
     """Enter one, in the transaction that does it. `action` is create, restore or drill."""
-    actions.enter(connection, METHOD, f"corral backup {action}", None, {**told, "by": by()})
+    actions.ran(connection, f"corral backup {action}", told)
 
 
 def enter(place: Place, action: str, told: dict[str, Any]) -> str | None:

@@ -88,7 +88,7 @@ def _bootstrap(state: Path, settings: Settings, new_pepper: bool) -> None:
     from corral.store.keys import PepperError
 
     try:
-        bootstrap(state, settings, new_pepper)
+        bootstrap(state, settings, new_pepper, "corral up")
     except (BootstrapError, DatabaseError, PepperError) as error:
         raise StackError(str(error)) from None
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from corral.config.settings import Settings
+from corral.store import actions, tenants
 from corral.store import keys as keytext
-from corral.store import tenants
 from corral.store.database import configured, insert
 from corral.store.tables import key_verifiers, keys
 
 ADMIN_KEY = "admin.key"
-
+CONTROL = "corral serve control"
+"""The command that starts this, by default."""
 
 _LOST = (
     "{path}: the pepper is gone, and without it none of the {count} keys in the database can be checked: restore the "
@@ -32,11 +33,12 @@ class BootstrapError(Exception):
     """A secret that is there but cannot be used; says what to do."""
 
 
-def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None:
+def bootstrap(state: Path, settings: Settings, new_pepper: bool = False, command: str = CONTROL) -> None:
     """Bring the database up to date, and make pepper, internal token, signing and admin key where there are none.
 
     Can be called at any time and by two at once: what is there stays as it is. A pepper that is gone is replaced
-    only if no key depends on it, or with `new_pepper`, which then revokes them all.
+    only if no key depends on it, or with `new_pepper`, which then revokes them all. The trail has which keys were
+    revoked or made, and by which `command`.
 
     Raises:
         BootstrapError, PepperError, DatabaseError: what is there cannot be used; says what to do.
@@ -53,7 +55,7 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None
         if count and not pepper_file.exists():
             if not new_pepper:
                 raise BootstrapError(_LOST.format(path=pepper_file, count=count))
-            database.write_now(_revoke_all)
+            database.write_now(_revoke_all, f"{command} --new-pepper")
             (state / ADMIN_KEY).unlink(missing_ok=True)
             log.warning("%s was lost: %d keys are revoked, as nothing can check them any more", pepper_file, count)
         make_private(pepper_file, secrets.token_hex(keytext.PEPPER_BYTES))
@@ -63,7 +65,7 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False) -> None
         key_id = keytext.parse(text)
         if key_id is None:
             raise BootstrapError(f"{state / ADMIN_KEY} has no Corral key: remove it, and a new one is made")
-        database.write_now(_enter, key_id, keytext.verifier(pepper, text))
+        database.write_now(_enter, key_id, keytext.verifier(pepper, text), command)
     finally:
         database.close()
 
@@ -95,19 +97,24 @@ def _count_alive(connection: Connection) -> int:
     return connection.execute(select(func.count()).select_from(keys).where(_alive())).scalar_one()
 
 
-def _revoke_all(connection: Connection) -> None:
-    connection.execute(update(keys).where(_alive()).values(revoked=time.time()))
+def _revoke_all(connection: Connection, command: str) -> None:
+    now = time.time()
+    revoked = connection.execute(update(keys).where(_alive()).values(revoked=now).returning(keys.c.id)).scalars()
+    if ids := sorted(revoked):
+        actions.ran(connection, command, {"revoked": ids})
 
 
-def _enter(connection: Connection, key_id: str, verifier: str) -> None:
+def _enter(connection: Connection, key_id: str, verifier: str, command: str) -> None:
     """Enter the admin key of the file. One that is known stays as it is, revoked or rotated."""
     tenants.enter(connection, tenants.DEFAULT)
     if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
         return
     now = time.time()
     row = {"id": key_id, "name": "admin", "tenant": tenants.DEFAULT, "role": "admin", "models": ["*"]}
-    connection.execute(
+    made = connection.execute(
         insert(connection, keys).values({**row, "class": "interactive", "created": now}).on_conflict_do_nothing()
     )
     proof = {"verifier": verifier, "key_id": key_id, "created": now}
     connection.execute(insert(connection, key_verifiers).values(proof).on_conflict_do_nothing())
+    if made.rowcount:  # not where another control has entered it meanwhile
+        actions.ran(connection, command, row)

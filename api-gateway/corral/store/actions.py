@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import socket
 import time
 import uuid
 from typing import Any
@@ -11,6 +14,23 @@ from sqlalchemy import Connection, insert
 
 from corral.store.seal import seal
 from corral.store.tables import audit
+
+COMMAND = "RUN"
+"""What stands where a call of the admin API has its method."""
+
+
+def by() -> str:
+    """Who runs a command: user and machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def ran(connection: Connection, command: str, told: dict[str, Any]) -> None:
+    """Enter what a command did past the admin API, in the transaction that does it."""
+    enter(connection, COMMAND, command, None, {**told, "by": by()})
 
 
 def enter(
