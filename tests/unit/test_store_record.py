@@ -280,7 +280,7 @@ def test_who_may_have_got_the_request_is_waited_for_until_it_has_shipped(databas
     told(database, "gateway-2", began + recovery.GRACE - 1, began + 40)
     assert recovered(database, later) == 0, "it is heard, and behind"
     other.ship(settle(1, gw="gateway-2"))
-    told(database, "gateway-2", began + recovery.GRACE + 1, began + 41)
+    told(database, "gateway-2", began + 9 * recovery.GRACE, began + 41)
     told(database, "gateway-2", began + 2, began + 2)
     assert recovered(database, later) == 1, "what was told late takes nothing back"
     assert [row["outcome"] for row in rows(database)] == ["ok", "interrupted"]
