@@ -1,4 +1,4 @@
-"""Requests whose admit record stood behind damage: settled where their gateway was killed, left where it lives."""
+"""Requests beside damage in a spool: settled where their gateway was killed, and where it lives once they are over."""
 
 from __future__ import annotations
 
@@ -96,3 +96,44 @@ def test_what_an_earlier_life_left_behind_damage_is_settled(control: Running, tm
     writer.close()
     killed.close()
     other.close()
+
+
+@pytest.mark.parametrize("damage", BAD)
+def test_a_request_whose_end_a_living_gateway_lost_is_settled_once(
+    tmp_path: Path, database_url: str, damage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "LATE", 0.3)
+    sections = {"store": {"database": database_url}, "gateway": {"max_duration": "1s"}}
+    control = Running(tmp_path / "state", **sections)
+    folder = tmp_path / "spool/gateway-1"
+    writer = SpoolWriter(folder)
+
+    def says(shipped: float) -> None:
+        headers = {"X-Corral-Gateway": "gateway-1", "X-Corral-As-Of": f"{shipped:.3f}"}
+        control.internal.get("/internal/snapshot", headers=headers).raise_for_status()
+
+    def used() -> list[tuple[int, int, int]]:
+        rows = control.admin.get("/admin/usage", params={"by": "model"}).json()["usage"]
+        return [(row["requests"], row["estimated"], row["tokens"]) for row in rows]
+
+    try:
+        frames = [encode_frame(one) for one in (begin(), admit(1), settle(1), admit(2), settle(2))]
+        frames[2] = damage(frames[2])
+        writer.segment.write_bytes(b"".join(frames))
+        ship(control, writer, folder)
+        came = time.time()
+        until("a while", lambda: (says(came), time.time() > came + 3)[1])
+        assert outcomes(control) == {"e1": None, "e2": "ok"}, "it has not said that all until then is here"
+        until("it is over", lambda: (says(time.time()), outcomes(control)["e1"])[1])
+        assert outcomes(control) == {"e1": "interrupted", "e2": "ok"}
+        assert used() == [(2, 1, 2)]
+        for number in (1, 3):
+            for one in (admit(number), settle(number)):
+                writer.append(encode(one))
+        writer.flush()
+        ship(control, writer, folder)
+        assert outcomes(control) == {"e1": "interrupted", "e2": "ok", "e3": "ok"}
+        assert used() == [(3, 1, 5)], "what comes late all the same counts no more"
+    finally:
+        control.close()
+        writer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,29 @@ def test_a_disk_that_is_full_holds_up_nothing_behind_a_damaged_segment(
             ship(shipper, control)
         assert (control.took, good.exists(), shipper.put_aside()) == ([2, 3, 4], False, ["0000000000000001.corrupt"])
     assert (len(caplog.messages), shipper.backlog()) == (1, 0)
+    writer.close()
+
+
+def test_what_the_disk_does_not_take_is_behind_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, control = SpoolWriter(tmp_path), Control()
+    shipper = Shipper(writer, tmp_path, "http://control", "token", "g")
+    began = time.time()
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.append(record(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                writer.flush()
+            ship(shipper, control)
+            patch.setattr(time, "time", lambda: began + 90)
+        assert (shipper.backlog(), 80 < shipper.behind() <= 90) == (0, True), "since it was refused first"
+    writer.flush()
+    ship(shipper, control)
+    assert (control.took, shipper.behind()) == ([1], 0.0)
     writer.close()
 
 

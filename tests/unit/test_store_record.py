@@ -321,6 +321,53 @@ def test_a_gateway_that_never_comes_back_is_given_up(database: Database) -> None
     assert [(row["id"], row["outcome"]) for row in rows(database)] == [("edge-1", "interrupted"), ("edge-2", None)]
 
 
+def test_what_a_gateway_that_lives_lost_the_end_of_is_settled_once_it_is_over(database: Database) -> None:
+    spool, other, silent = Spool(database), Spool(database, "gateway-2"), Spool(database, "gateway-3")
+    now = time.time()
+    spool.ship(begin(), admit(1, ts=now + 3600), admit(2), admit(3))
+    silent.ship(admit(4))
+    far = ["node-2", 1, 40, 5, 900, 1.5, 20.0]
+    longer = 1800e3 + 1.0
+    spool.ship({"t": "progress", "rows": [["edge-1", *far, 1000.0], ["edge-3", *far, longer]]}, settle(2))
+    other.ship(begin("gateway-2"), admit(5))
+    told(database, "gateway-1", now, now)
+    told(database, "gateway-2", now, now, ended=True)
+    last = max(row["seq"] for row in rows(database))
+    assert database.read_now(recovery.over, now, 1800.0) == (1800.0 + recovery.LATE, last)
+    spool.ship(admit(6))
+    found = [row["id"] for row in database.write_now(recovery.overdue, now, 1800.0, 0, last)]
+    found += [row["id"] for row in database.write_now(recovery.overdue, now, 1800.0, 0, last)]
+    assert found == ["edge-1", "edge-5"], "not what runs for longer, of one that never told, or came since"
+    assert database.write_now(recovery.overdue, now, 1800.0, 0, last) == []
+    by_id = {row["id"]: row for row in rows(database)}
+    assert {by_id[f"edge-{number}"]["outcome"] for number in (3, 4, 6)} == {None}
+    one = by_id["edge-1"]
+    assert (one["outcome"], one["estimated"], one["tokens"], one["gw"]) == ("interrupted", True, 5, "gateway-1")
+    assert all(row["leaf"] == leaf_of(content(row)) for row in (one, by_id["edge-5"]))
+    before = database.read_now(usage.report, 0.0, NOON, ["key"])
+    spool.ship(settle(1, tokens=70))
+    assert database.read_now(usage.report, 0.0, NOON, ["key"]) == before, "its end came late, and counts no more"
+    assert (before[0]["requests"], before[0]["estimated"]) == (3, 2)
+
+
+def test_no_request_is_over_before_each_gateway_has_shipped_what_it_wrote_by_then(database: Database) -> None:
+    now, most = time.time(), 1800.0 + recovery.LATE
+
+    def ago() -> float:
+        return database.read_now(recovery.over, now, 1800.0)[0]
+
+    assert ago() == most
+    told(database, "gateway-1", now - 5, now - 1)
+    told(database, "gateway-2", now - 500, now - 400)
+    told(database, "gateway-3", now - 900, now - 800, ended=True)
+    told(database, "gateway-4", now - 2 * recovery.GONE, now - recovery.GONE - 1)
+    assert ago() == pytest.approx(most + 500), "one that is cut off may have the end of it"
+    told(database, "gateway-2", now + 5, now + 5)
+    assert ago() == pytest.approx(most + 5)
+    told(database, "gateway-5", now, now + progress.AHEAD + 1)
+    assert ago() == float("inf"), "a clock that is ahead of every other says nothing"
+
+
 def test_open_requests_are_found_by_an_index(database: Database) -> None:
     query = "SELECT id FROM audit WHERE gw = 'g' AND pos IS NULL AND outcome IS NULL AND ts < 1"
 

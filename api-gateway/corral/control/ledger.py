@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,9 @@ BREATH = 0.1
 SWEEP = 3600.0
 DAY = 86400.0
 TAIL = 1 << 16
+NOTES = 100
+"""So many times within the longest duration of a request it is noted which records there are."""
+
 SPAN_MAX = 200_000
 """Most records of a stream in one checkpoint; the next one follows at once."""
 
@@ -84,6 +88,9 @@ class Ledger:
         self.number = 0
         self.webhook = Webhook(database, settings.webhook, self.path.with_name(self.path.name + ".sent"))
         self.recovered = 0
+        # Which record was the newest at which time (monotonic seconds): what gateways' clocks say is not believed.
+        self._newest: deque[tuple[float, int]] = deque()
+        self._over = 0  # what is open up to there is not over
         self.stranger: str | None = None
         self._silent: set[str] = set()
 
@@ -293,10 +300,27 @@ class Ledger:
     async def _recover(self) -> None:
         await self.note_shipped()
         while rows := await self._database.write(recovery.recover, time.time(), self._longest):
-            self.recovered += len(rows)
-            log.warning("%d requests whose gateway was killed are settled at their last progress", len(rows))
-            if self._reserved is not None:
-                self._reserved.ended(rows)
+            self._settled(rows, "whose gateway was killed")
+        ago, newest = await self._database.read(recovery.over, time.time(), self._longest)
+        if (last := self._here(time.monotonic(), ago, newest)) > self._over:
+            while rows := await self._database.write(recovery.overdue, time.time(), self._longest, self._over, last):
+                self._settled(rows, "whose end is lost, though their gateway lives,")
+            self._over = last
+
+    def _settled(self, rows: recovery.Rows, which: str) -> None:
+        self.recovered += len(rows)
+        log.warning("%d requests %s are settled at their last progress", len(rows), which)
+        if self._reserved is not None:
+            self._reserved.ended(rows)
+
+    def _here(self, now: float, ago: float, newest: int) -> int:
+        """The number up to which records were here so many seconds ago, as far as this control knows; 0 for none."""
+        notes = self._newest
+        if not notes or now - notes[-1][0] >= self._longest / NOTES:
+            notes.append((now, newest))
+        while len(notes) > 1 and notes[1][0] <= now - ago:
+            notes.popleft()
+        return notes[0][1] if notes[0][0] <= now - ago else 0
 
 
 def _add(roots: list[OlderRoot], rows: list[dict[str, Any]]) -> None:

@@ -105,7 +105,7 @@ def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> 
     if ledger.webhook.url is not None:
         text = "Number of the last checkpoint that the webhook took."
         yield gauge("corral_audit_delivered_checkpoint", text, ledger.webhook.delivered)
-    text = "Requests that control settled for gateways that were killed."
+    text = "Requests that control settled, as their gateway was killed or their end was lost."
     yield CounterMetricFamily("corral_audit_recovered", text, ledger.recovered)
     for record, name, text in (
         (BACKUP, "corral_backup_last_success_timestamp_seconds", "When the last backup was made."),

@@ -126,8 +126,12 @@ class Shipper:
         return sum(self._reader.backlog().values())
 
     def behind(self) -> float:
-        """How long the oldest of them wait, in seconds; 0 where there are none."""
-        return max(0.0, time.time() - self._caught_up) if self._reader.backlog() else 0.0
+        """How long the oldest of them wait, or of those that the disk does not take, in seconds; 0 where there are
+        none: control takes it that all else is there."""
+        waits = [self._caught_up] if self._reader.backlog() else []
+        if self._writer.refused:
+            waits.append(self._writer.refused)
+        return max(0.0, time.time() - min(waits)) if waits else 0.0
 
     def free(self) -> int:
         """Bytes that the spool's disk has left for it."""

@@ -1,16 +1,20 @@
-"""Requests that nobody settled, as their gateway was killed: settled at their last progress, marked `estimated`.
+"""Requests that nobody settled: settled at their last progress, marked `estimated`.
 
 A gateway's first record says that it began, and comes to control after all that it (or one of its name) had written
 before: what is open then will not be settled by it. The edge may have replayed such a request to another gateway: it is
 waited until each has shipped what it wrote until GRACE after, and what two have admitted is open until both have begun
 anew. A gateway that never comes back and whose spool nobody adopts is given up, and not waited for, after GONE.
+
+A gateway that lives may have lost the end of one to a damaged spool: it is over when it has been here for as long as a
+request may take, and every gateway has shipped what it wrote by then.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, func, select, true
+from sqlalchemy import ColumnElement, Connection, delete, exists, func, or_, select, true
 
 from corral.store.ingest import complete
 from corral.store.progress import AHEAD
@@ -18,6 +22,9 @@ from corral.store.tables import audit, audit_holders, spool_begins, spool_waterm
 
 GRACE = 15.0
 """Longer than the edge takes to replay a request (4 s) and a gateway to say what it has shipped (2 s) together."""
+
+LATE = 60.0
+"""Longer than a gateway takes to end what is past its time, and a replay of the edge to reach another one."""
 
 GONE = 86400.0
 KEPT = 30 * GONE
@@ -52,6 +59,34 @@ def recover(connection: Connection, now: float, longest: float) -> Rows:
         connection.execute(delete(spool_begins).where((begins.gateway == gateway) & (begins.seq == seq)))
     for gateway in _silent(connection, now):
         rows = _settle(connection, gateway, audit.c.ts < now - longest - GONE, true())
+        if rows:
+            return rows
+    return []
+
+
+def over(connection: Connection, now: float, longest: float) -> tuple[float, int]:
+    """How long ago (seconds) a request was here that is over by now, so that its end is here too if it was written; and
+    the number of the newest record. `longest`: seconds that a request may take."""
+    last = connection.execute(select(func.max(audit.c.seq))).scalar() or 0
+    known = spools.c.ended.is_(False) & (spools.c.heard >= now - GONE)
+    shipped, heard = connection.execute(select(func.min(spools.c.shipped), func.max(spools.c.heard)).where(known)).one()
+    if heard is not None and heard > now + AHEAD:  # what is ahead of every clock says nothing
+        return math.inf, last
+    return longest + LATE + (max(0.0, now - shipped) if shipped is not None else 0.0), last
+
+
+def overdue(connection: Connection, now: float, longest: float, after: int, last: int) -> Rows:
+    """Settle a batch of what was admitted by the records behind number `after` up to `last`, all of which are so old
+    that it is over (`over`); the rows.
+
+    What has run for longer than `longest` by its gateway's own word is left: that one allows more than is known here.
+    """
+    known = select(spools.c.gateway).where(or_(spools.c.ended, spools.c.heard >= now - GONE))
+    column = audit.c
+    ended = func.coalesce(column.ms, 0.0) <= longest * 1e3
+    for gateway in connection.execute(known.order_by(spools.c.gateway)).scalars().all():
+        here = (column.gw == gateway) & (column.seq > after) & (column.seq <= last)
+        rows = _complete(connection, gateway, here & ended)
         if rows:
             return rows
     return []

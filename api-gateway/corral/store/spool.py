@@ -169,7 +169,8 @@ class SpoolWriter:
 
     ``append`` only buffers; ``flush`` hands the whole group to the kernel in one write (durability `written`: what
     was flushed survives the death of this process; `synced`: the caller syncs ``descriptor`` as well). A new writer
-    always opens a new segment, so that a tail torn by a crash is never followed by good frames.
+    always opens a new segment, so that a tail torn by a crash is never followed by good frames. ``refused``: since when
+    the disk has not taken the group that waits (epoch seconds), 0 where none does.
     """
 
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, synced: bool = False) -> None:
@@ -178,6 +179,7 @@ class SpoolWriter:
         self._folder = folder
         self._limit = segment_bytes
         self._frames: list[bytes] = []
+        self.refused = 0.0
         if synced:
             sync_folder(folder.parent)
         existing = segments(folder)
@@ -210,6 +212,14 @@ class SpoolWriter:
         """
         if not self._frames:
             return
+        try:
+            self._write()
+        except OSError:
+            self.refused = self.refused or time.time()
+            raise
+        self.refused = 0.0
+
+    def _write(self) -> None:
         # Before the group, not behind it: the caller syncs the segment that the group is in.
         if self._size >= self._limit:
             self._rotate()
@@ -244,6 +254,7 @@ class SpoolWriter:
         finally:
             descriptor, self._fd = self._fd, -1
             os.close(descriptor)
+            self.refused = 0.0  # what it did not take is not waited for any more
         if self._size == 0:
             self.segment.unlink(missing_ok=True)
 
