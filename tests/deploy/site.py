@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 from deploy.engine import ROOT, Docker
-from support.load import Load
+from support.load import COMPLETIONS, Load
 from support.process import free_port, until
 
 from corral.stack import models
@@ -35,6 +35,7 @@ VERSION = "dev"
 MODEL = "smollm2:135m"
 SLOW = 240.0
 """Seconds that some answers may take where models share two cores with other tests."""
+MESSAGES = [{"role": "user", "content": "Say hi."}]
 PROJECT = "corral"
 SERVICES = (
     *("ollama-1", "ollama-2", "haproxy", "api-gateway-1", "api-gateway-2", "control", "redis", "postgres"),
@@ -222,3 +223,14 @@ class Site:
     def end(self) -> None:
         """Take it all down, volumes too."""
         self.shell("docker compose --profile '*' down -v -t 3 --remove-orphans", 120)
+
+
+def ask(site: Site, key: str | None = None) -> httpx.Response:
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4}
+    headers = {"Authorization": f"Bearer {key or site.key}"}
+    return httpx.post(site.url() + COMPLETIONS, json=body, headers=headers, timeout=60)
+
+
+def serves(site: Site) -> None:
+    """It answers, in the end through each gateway."""
+    until(lambda: ask(site).status_code == 200, "it serves", 180, every=0.5)

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from deploy.site import MODEL, PROJECT, SLOW, Site
-from support.load import COMPLETIONS, TOLD, WHOLE
+from deploy.site import MODEL, PROJECT, SLOW, Site, ask, serves
+from support.load import TOLD, WHOLE
 from support.process import until
 from support.runbook import NOT_HERE, sections
 
@@ -21,7 +21,6 @@ SCALING, MODELS, INCIDENT = "scaling", "model-deployment", "incident-response"
 MAINTENANCE, DISASTER = "maintenance", "disaster-recovery"
 MANY = 6
 """So many clients that each node has something to do: gateways count their own requests alone."""
-MESSAGES = [{"role": "user", "content": "Say hi."}]
 
 
 def block(page: str, heading: str) -> str:
@@ -36,17 +35,6 @@ def around(page: str, heading: str, line: str) -> tuple[str, str]:
     before, found, after = "".join(sections(page, KIND)[heading]).partition(line)
     assert found and line in NOT_HERE
     return before, after
-
-
-def ask(site: Site, key: str | None = None) -> httpx.Response:
-    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4}
-    headers = {"Authorization": f"Bearer {key or site.key}"}
-    return httpx.post(site.url() + COMPLETIONS, json=body, headers=headers, timeout=60)
-
-
-def serves(site: Site) -> None:
-    """It answers, in the end through each gateway."""
-    until(lambda: ask(site).status_code == 200, "it serves", 180, every=0.5)
 
 
 def nodes(site: Site) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from support.servers import Server
 
 from corral.gateway.admit import refusal, wait
 from corral.store.budget import Budget, month_end, month_of
-from corral.store.limits import Verdict
 
 
 def test_tokens_are_reserved_and_the_count_takes_their_place(store: Server) -> None:
