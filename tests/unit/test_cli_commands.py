@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any, ClassVar
@@ -268,12 +270,14 @@ def test_up_with_a_wrong_configuration_starts_nothing(run: Runner, tmp_path: Pat
 
 
 def test_a_taken_port_is_reported_with_its_holder(run: Runner) -> None:
+    before = signal.getsignal(signal.SIGINT)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         result = run("up", "--port", str(port), "--node-backend", "simulated")
     assert result.exit_code == 1
     assert f"port {port} is taken by " in result.stderr
-    assert "(pid " in result.stderr
+    assert f"(pid {os.getpid()})" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is before
     assert not list((run.state / "run").glob("lock"))
 
 

@@ -51,7 +51,7 @@ def command(
         urls = tuple(base_url(url) for url in attach)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--attach") from None
-    stack.stop_on_signals()
+    click.get_current_context().with_resource(stack.stopped_by_signals())
     where = common.folder(state)
     chosen = stack.Options(config, port, nodes, urls, node_backend, detach, monitoring)
     _finish_restore(where.root)

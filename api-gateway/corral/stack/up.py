@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -224,14 +225,20 @@ def sweep(state: StateFolder) -> int:
     return len(ended)
 
 
-def stop_on_signals() -> None:
-    """SIGTERM and SIGHUP end the foreground as Ctrl-C does."""
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the foreground as Ctrl-C does, by `Stopped`, until the block ends."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Stopped
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # else it was none of Python's
+                signal.signal(number, handler)
 
 
 def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subprocess.Popen[bytes]:
