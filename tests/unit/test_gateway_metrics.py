@@ -43,7 +43,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         snapshot=metrics._snapshot,
         running=set(),
         connections=[1, 2],
-        limits=SimpleNamespace(gateways=2, local=3),
+        limits=SimpleNamespace(sharing=SimpleNamespace(count=2), local=3),
         shipper=SimpleNamespace(backlog=lambda: 5, behind=lambda: 1.5, free=lambda: 9),
         spool_max=10,
         stopping=True,
