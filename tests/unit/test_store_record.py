@@ -327,8 +327,8 @@ def test_what_a_gateway_that_lives_lost_the_end_of_is_settled_once_it_is_over(da
     spool.ship(begin(), admit(1, ts=now + 3600), admit(2), admit(3))
     silent.ship(admit(4))
     far = ["node-2", 1, 40, 5, 900, 1.5, 20.0]
-    longer = 1800e3 + 1.0
-    spool.ship({"t": "progress", "rows": [["edge-1", *far, 1000.0], ["edge-3", *far, longer]]}, settle(2))
+    moment, longer = 1800e3 + 300.0, 1800e3 + recovery.LATE * 1e3  # the first is how late a gateway's look may be
+    spool.ship({"t": "progress", "rows": [["edge-1", *far, moment], ["edge-3", *far, longer]]}, settle(2))
     other.ship(begin("gateway-2"), admit(5))
     told(database, "gateway-1", now, now)
     told(database, "gateway-2", now, now, ended=True)

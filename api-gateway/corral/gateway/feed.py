@@ -180,9 +180,6 @@ class Feed:
     def _remember(self, now: float) -> None:
         # A disk that takes no file says nothing of control: the snapshot in force stays good.
         try:
-            if (names := self._sharing.names) != self._sharing_kept:
-                self._keep(self._sharing_file, msgspec.json.encode(names))
-                self._sharing_kept = names
             if self._unkept is not None:
                 self._keep(self._file, self._unkept, self._date)
                 self._unkept = None
@@ -190,6 +187,10 @@ class Feed:
                 with contextlib.suppress(FileNotFoundError):
                     self._date(self._file)
             self._touched = now
+            # Behind the date, which a full disk takes too.
+            if (names := self._sharing.names) != self._sharing_kept:
+                self._keep(self._sharing_file, msgspec.json.encode(names))
+                self._sharing_kept = names
             self._unkept_logged = False
         except OSError as error:
             if not self._unkept_logged:

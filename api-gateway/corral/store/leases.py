@@ -92,6 +92,8 @@ async def keep(limits: Limits) -> None:
 
     if store is not None:
         store.on_connect = came_back
+        if store.connected:
+            wake.set()  # it was there before this was
     limits.on_lost = wake.set
     while True:
         with contextlib.suppress(TimeoutError):

@@ -377,8 +377,8 @@ class Limits:
     def _locally(self, budget: Budget, request_id: str, now: float, tokens: int) -> Verdict:
         wall = time.time() if budget.metered else 0.0
         scopes, gateways = budget.scopes, self.sharing.count
+        share.nothing_known(scopes, self.store, self.sharing.began)
         for scope in scopes:
-            share.nothing_known(scope, self.sharing)
             if self._denied and any(scope.limits()[limit] for limit in self._denied):
                 return Verdict("store", 0, 0.0, 1.0)
         refused, retry = "", 0.0

@@ -79,11 +79,12 @@ def overdue(connection: Connection, now: float, longest: float, after: int, last
     """Settle a batch of what was admitted by the records behind number `after` up to `last`, all of which are so old
     that it is over (`over`); the rows.
 
-    What has run for longer than `longest` by its gateway's own word is left: that one allows more than is known here.
+    What has run for much longer than `longest` by its gateway's own word is left: that one allows more than is known.
     """
     known = select(spools.c.gateway).where(or_(spools.c.ended, spools.c.heard >= now - GONE))
     column = audit.c
-    ended = func.coalesce(column.ms, 0.0) <= longest * 1e3
+    # It is ended a moment after its time is over, and may have told of itself in that.
+    ended = func.coalesce(column.ms, 0.0) <= (longest + LATE / 2) * 1e3
     for gateway in connection.execute(known.order_by(spools.c.gateway)).scalars().all():
         here = (column.gw == gateway) & (column.seq > after) & (column.seq <= last)
         rows = _complete(connection, gateway, here & ended)

@@ -7,7 +7,7 @@ admit no more than the limit. Times are monotonic seconds, ``wall`` is epoch sec
 from __future__ import annotations
 
 from corral.store.budget import DAY, LIMITS, MINUTE, REASONS, Budget, month_end
-from corral.store.sharing import Sharing
+from corral.store.valkey import Valkey
 
 
 class Verdict:
@@ -111,14 +111,17 @@ def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int, 
     return reached
 
 
-def nothing_known(scope: Budget, sharing: Sharing) -> None:
-    """Where the store was never read: take the minute before this gateway began for used up.
+def nothing_known(scopes: list[Budget], store: Valkey | None, began: float) -> None:
+    """Where the store was never there: take the minute before this gateway began for used up.
 
-    It may be one that was killed after it had admitted its share, and starts again.
+    It may be one that was killed after it had admitted its share, and starts again. A store that is there and knows
+    nothing is new: as for it, a minute begins.
     """
-    if not sharing.read:
-        scope.arrival = scope.arrival or sharing.began + MINUTE
-        scope.tokens_arrival = scope.tokens_arrival or sharing.began + MINUTE
+    if store is None or store.connections:
+        return
+    for scope in scopes:
+        scope.arrival = scope.arrival or began + MINUTE
+        scope.tokens_arrival = scope.tokens_arrival or began + MINUTE
 
 
 def spend(scope: Budget, gateways: int, now: float, tokens: int) -> None:

@@ -22,7 +22,7 @@ class Sharing:
 
     def said(self, names: list[str]) -> None:
         """What the store says."""
-        self.names, self.count, self.read = names, max(1, len(names)), True
+        self.names, self.count, self.read = sorted(names), max(1, len(names)), True
 
     def heard(self, names: Iterable[str]) -> None:
         """What others say. Rather too many than too few share: none of them knows of all."""
