@@ -104,6 +104,17 @@ def test_who_is_refused_before_it_may_ask_for_a_node_has_not_waited(gw: Gateway)
         assert gw.control.settled(refused.headers["X-Request-ID"])["queue_ms"] == 0.0
 
 
+def test_what_needs_no_node_is_admitted_in_the_record_and_has_not_waited(gw: Gateway) -> None:
+    for path in ("/api/tags", "/api/ps", "/api/version", "/v1/models", "/v1/models/m"):
+        answer = httpx.get(gw.url + path, headers=gw.auth)
+        assert answer.status_code == 200, path
+        settled = gw.control.settled(answer.headers["X-Request-ID"])
+        admitted, last = [record for record in gw.control.records if record["id"] == settled["id"]]
+        assert (admitted["t"], last) == ("admit", settled), path
+        assert (settled["outcome"], settled["attempts"], settled["queue_ms"]) == ("ok", 0, 0.0), path
+        assert admitted["prompt_hash"] is None, "there is no prompt"
+
+
 def busy(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> tuple[Held, Any]:
     """One slot on each node, node-1's held by somebody else until he is let go."""
     gw.slots = 1
