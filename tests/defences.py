@@ -230,7 +230,7 @@ DEFENCES = (
         "pass",
         "tests/faults/test_pushes.py",
     ),
-    Defence(15, "gateway/feed.py", "self._unkept, self._date)", "self._unkept)", AWAY),
+    Defence(15, "gateway/feed.py", "        date(draft)\n", "", AWAY),
     Defence(15, "control/app.py", "            tasks.append(asyncio.create_task(control.hub.follow()))\n", "", AWAY),
     Defence(16, "store/verify.py", 'if leaf != row["leaf"]:', "if False:", VERIFY),
     Defence(16, "store/verify.py", "if pos != expected:", "if False:", VERIFY),

@@ -9,7 +9,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.limits import PROPERTY, Gateway, eventually, gateways, granting, run, unused
+from support.limits import PROPERTY, Gateway, eventually, granting, run, unused
 from support.servers import Server
 
 from corral.store import leases
@@ -139,18 +139,6 @@ def test_a_long_outage_forgets_no_token(store: Server, monkeypatch: pytest.Monke
         assert key.day_used == 71
 
     run(store, 1, work)
-
-
-def test_a_limit_whose_policy_is_to_deny(store: Server) -> None:
-    async def work() -> None:
-        async with gateways(store.url, 1, denied=("daily_tokens",)) as made:
-            gateway = made[0]
-            budgeted, other = gateway.budget(unused(), daily_tokens=10), gateway.budget(unused(), tpm=10)
-            gateway.store.connected = False
-            assert (await gateway.ask(budgeted, "a", 1)).refused == "store"
-            assert (await gateway.ask(other, "b", 1)).refused == ""
-
-    asyncio.run(work())
 
 
 def test_requests_that_were_admitted_without_the_store_count_when_it_is_back(store: Server) -> None:

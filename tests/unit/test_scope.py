@@ -28,6 +28,7 @@ scopes = st.builds(
     expires=st.sampled_from([*MOMENTS, math.inf]),
     batch=st.booleans(),
     limits=st.fixed_dictionaries({name: st.none() | st.integers(1, 1000) for name in LIMITS}),
+    weight=st.sampled_from([0.5, 1.0, 2.0, 10.0]),
 )
 
 
@@ -43,6 +44,7 @@ def limit(scope: Scope, name: str) -> float:
 @given(child=scopes, maker=scopes, name=st.text("ab:*?[]!", max_size=6))
 @example(child=Scope(), maker=Scope(models=("a*",)), name="b")
 @example(child=Scope(models=("?",)), maker=Scope(models=("a", "b")), name="c")
+@example(child=Scope(weight=2.0), maker=Scope(), name="")
 def test_a_child_never_exceeds_its_maker(child: Scope, maker: Scope, name: str) -> None:
     if excess(child, maker, DEFAULTS) is not None:
         return
@@ -57,6 +59,7 @@ def test_a_child_never_exceeds_its_maker(child: Scope, maker: Scope, name: str) 
     if maker.role != "admin":
         assert child.tenant == maker.tenant
         assert all(limit(child, field) <= limit(maker, field) for field in LIMITS)
+        assert child.weight <= maker.weight
 
 
 @given(scope=scopes)
