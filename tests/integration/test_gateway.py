@@ -62,12 +62,55 @@ def test_a_whole_answer_and_its_record(gw: Gateway) -> None:
     assert record["req_bytes"] == len(json.dumps(gw.chat(stream=False), separators=(",", ":")))
     admitted = [r for r in gw.control.records if r["t"] == "admit" and r["id"] == record["id"]]
     assert len(admitted) == 1
+
+
+FIELDS = {
+    "t", "id", "request_id", "ts", "gw", "key", "addr", "api", "route", "method", "model", "status", "outcome", "node",
+    "attempts", "req_bytes", "resp_bytes", "prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms", "ms",
+    "continued", "answer_hash", "model_digest",
+}  # fmt: skip
+"""Of a line of the access log."""
+
+
+def test_each_request_is_one_line_of_the_access_log(gw: Gateway) -> None:
+    def ask(name: str, path: str = "/api/chat", key: str = gw.key, **body: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}", "X-Request-ID": name}
+        return httpx.post(gw.edge + path, json=gw.chat(**body), headers=headers)
+
+    whole, streamed = ask("line-whole", stream=False), ask("line-stream")
+    ask("line-key", key="crl_nonsense")
+    ask("line-model", model="nobody")
+    ask("line-route", path="/api/pull")
+    ask("line-large", options={"stop": "x" * 100_000})
     log = gw.folder / "access.log"
-    until(lambda: '"me-1"' in log.read_text(), "the line of the access log")
-    line = next(line for line in log.read_text().splitlines() if '"me-1"' in line)
-    assert json.loads(line)["status"] == 200
-    assert "Guten" not in line
-    assert gw.key not in log.read_text()
+    until(lambda: log.read_text().count('"line-') >= 6, "the lines of the access log")
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = {line["request_id"]: line for line in told if line["request_id"].startswith("line-")}
+    assert len([line for line in told if line["request_id"] in lines]) == len(lines) == 6
+    assert all(set(line) == FIELDS and line["t"] == "settle" for line in lines.values())
+    said = {name: (line["status"], line["outcome"], line["model"]) for name, line in lines.items()}
+    assert said == {
+        "line-whole": (200, "ok", "m"),
+        "line-stream": (200, "ok", "m"),
+        "line-key": (401, "refused", ""),
+        "line-model": (404, "refused", ""),
+        "line-route": (404, "refused", ""),
+        "line-large": (413, "refused", ""),
+    }
+    for name, got in (("line-whole", whole), ("line-stream", streamed)):
+        line = lines[name]
+        assert (line["key"], line["addr"], line["api"], line["route"]) == (
+            gw.key_id,
+            "127.0.0.1",
+            "native",
+            "/api/chat",
+        )
+        assert (line["method"], line["node"], line["attempts"]) == ("POST", got.headers["X-Corral-Node"], 1)
+        assert (line["prompt_tokens"], line["tokens"], line["estimated"]) == (7, 3, False)
+        assert line["resp_bytes"] >= len(got.content) and line["req_bytes"] == len(got.request.content)
+        assert 0 <= line["queue_ms"] <= line["ttft_ms"] <= line["ms"]
+    text = log.read_text()
+    assert "Guten" not in text and gw.key not in text and "crl_nonsense" not in text
 
 
 def test_the_node_is_sent_our_policy(gw: Gateway) -> None:
@@ -237,6 +280,24 @@ def test_bad_input_is_named_and_no_node_hears_of_it(
     assert response.status_code == status
     assert word in response.text
     assert requests(gw) == []
+
+
+@pytest.mark.parametrize("where", ["gateway", "edge"])
+@pytest.mark.parametrize("form", ["length", "chunked"])
+def test_a_body_of_the_most_bytes_is_taken_and_of_one_more_refused(gw: Gateway, form: str, where: str) -> None:
+    url = gw.url if where == "gateway" else gw.edge
+    body = json.dumps(gw.chat(stream=False)).encode().ljust(100_000)
+
+    def post(content: bytes) -> httpx.Response:
+        pieces = iter([content[:7], content[7:70_000], content[70_000:]])
+        return httpx.post(url + "/api/chat", content=content if form == "length" else pieces, headers=gw.auth)
+
+    assert post(body).status_code == 200
+    assert len(requests(gw)) == 1
+    refused = post(body + b" ")
+    assert (refused.status_code, refused.json()) == (413, {"error": "the body may have 100000 bytes"})
+    assert gw.control.settled(refused.headers["X-Request-ID"])["status"] == 413
+    assert len(requests(gw)) == 1, "no node hears of it"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Stage:
         self.connection.connection_made(transport)
 
     def _exchange(self, connection: Any, method: bytes, target: bytes, headers: Any) -> Any:
-        exchange = SimpleNamespace(body=b"", keep_alive=False)
+        exchange = SimpleNamespace(body=b"", keep_alive=False, request_id="r1")
 
         def start() -> None:
             self.started.append(target)

@@ -112,8 +112,28 @@ def test_of_a_caller_without_a_key_no_large_body_is_taken() -> None:
     for _ in range(3):
         stage.connection.data_received(bytes(10_000))
     assert stage.checked == 1 and b" 401 " in stage.written and stage.closed
+    assert b"\r\nX-Request-ID: r1\r\nWWW-Authenticate: Bearer\r\n" in stage.written
     stage.connection.connection_lost(None)
     assert stage.gateway.unfinished == 0
+
+
+@pytest.mark.parametrize("head", [HEAD, HEAD.replace(b"Content-Length: 1000000", b"Transfer-Encoding: chunked")])
+@pytest.mark.parametrize("size", [1, 3, 400_000, 999_999, 1_000_000])
+def test_the_bound_of_a_body_is_the_same_in_any_pieces(head: bytes, size: int) -> None:
+    """A piece counted twice once: large ones made the bound a half of what it was."""
+    for more in (0, 1):
+        stage = Stage()
+        stage.gateway.max_body = 1_000_000
+        stage.connection.data_received(
+            head.replace(b"1000000", b"%d" % (1_000_000 + more)) + b"Authorization: k\r\n\r\n"
+        )
+        sizes = [size, (1_000_000 - size) // 2, 1_000_000 - size - (1_000_000 - size) // 2 + more]
+        for piece in filter(None, sizes):
+            data = bytes(piece)
+            stage.connection.data_received(data if b"chunked" not in head else b"%x\r\n%b\r\n" % (piece, data))
+        if b"chunked" in head:
+            stage.connection.data_received(b"0\r\n\r\n")
+        assert (stage.started == [b"/a"], b" 413 " in stage.written) == (not more, bool(more))
 
 
 def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +145,7 @@ def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     stage.connection.data_received(bytes(100_000))
     stage.gateway.unfinished += 300_000  # of others
     stage.connection.data_received(bytes(50_000))
-    assert b" 503 " in stage.written and stage.checked == 1
+    assert b" 503 " in stage.written and b"\r\nRetry-After: 2\r\n" in stage.written and stage.checked == 1
     stage.connection.connection_lost(None)
     assert stage.gateway.unfinished == 300_000
 

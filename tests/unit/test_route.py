@@ -63,8 +63,9 @@ def test_nothing_else_is(method: bytes, target: bytes) -> None:
 
 def test_a_wrong_method_is_not_found() -> None:
     for method, target in [(b"GET", b"/api/chat"), (b"POST", b"/api/tags"), (b"DELETE", b"/v1/models/a")]:
-        with pytest.raises(ApiError):
+        with pytest.raises(ApiError) as caught:
             resolve(method, target)
+        assert caught.value.status == 404
 
 
 @pytest.mark.parametrize("target", [b"/v1/responses", b"/v1/messages/count_tokens"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import httptools
 
+from corral.gateway import heads
 from corral.gateway.admit import DEADLINE
 from corral.gateway.route import api_of
 from corral.wire import errors, http1, scan
@@ -242,11 +243,13 @@ class ClientConnection:
             raise self._head_too_large()
 
     def on_body(self, data: bytes) -> None:
+        size = len(data)
         if not self._body:
             self._body = data
         else:
             self._more(data)
-        if len(data) + self._body_bytes > self.gateway.max_body:
+            size = self._body_bytes
+        if size > self.gateway.max_body:
             raise self._too_large()
 
     def _more(self, data: bytes) -> None:
@@ -317,12 +320,12 @@ class ClientConnection:
         if self._closing:
             return  # what comes behind the last request of a connection has no answer
         if self.exchange is None and not self._queue:
-            body = errors.render(api_of(self._target), error)
             # The method is known only once the head is whole; who sent half of one named none.
             method = self._parser.get_method() if self._headers_done else b""
             exchange = self.gateway.exchange(self, method, self._target, self._head or self._headers)
+            body = errors.render(api_of(self._target), error, exchange.request_id)
             self.gateway.refuse_unread(exchange, error, len(body))
-            self.respond(error.status, b"Content-Type: application/json\r\n", body, keep_alive=False)
+            self.respond(error.status, heads.refusal(error, exchange.request_id, b""), body, keep_alive=False)
         elif self.exchange is not None:
             self._closing = True  # the request that runs is answered first; or the queue's next, which is about to run
 
