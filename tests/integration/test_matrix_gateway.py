@@ -10,11 +10,31 @@ import pytest
 from support.gateway import Gateway, gateway
 from support.tricks import absolute, ask, tricks
 
-from corral.gateway.route import _ROUTES, Kind
+from corral.gateway import route
 from corral.store import keys
 
-OWN = {(method.decode(), path.decode()): route.kind for (method, path), route in _ROUTES.items()}
-OWN[("GET", "/v1/models/m")] = Kind.FLEET
+NODE, FLEET, OPEN, LATER = "a key, from a node", "a key, without a node", "anyone", "nobody yet"
+WHO = {
+    ("POST", "/api/generate"): NODE,
+    ("POST", "/api/chat"): NODE,
+    ("POST", "/api/embed"): NODE,
+    ("POST", "/api/embeddings"): NODE,
+    ("POST", "/api/show"): NODE,
+    ("GET", "/api/tags"): FLEET,
+    ("GET", "/api/ps"): FLEET,
+    ("GET", "/api/version"): FLEET,
+    ("POST", "/v1/chat/completions"): NODE,
+    ("POST", "/v1/completions"): NODE,
+    ("POST", "/v1/embeddings"): NODE,
+    ("GET", "/v1/models"): FLEET,
+    ("GET", "/v1/models/m"): FLEET,
+    ("POST", "/v1/messages"): NODE,
+    ("POST", "/v1/responses"): LATER,
+    ("POST", "/v1/messages/count_tokens"): LATER,
+    ("GET", "/health"): OPEN,
+    ("GET", "/health/ready"): OPEN,
+}
+"""Who gets an answer of each route, and whether a node is asked for it."""
 # What Ollama 0.17 serves besides: what manages a node, and what is new.
 OLLAMA = [
     *[("POST", path) for path in ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/blobs/sha256:00")],
@@ -71,24 +91,23 @@ def sent(text: str, header: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("where", ["gateway", "edge"])
 @pytest.mark.parametrize("header", ["Authorization", "x-api-key"])
-@pytest.mark.parametrize(("method", "path"), OWN, ids=lambda part: part)
+@pytest.mark.parametrize(("method", "path"), WHO, ids=lambda part: part)
 def test_a_route_is_for_keys_that_work(
     gw: Gateway, roles: dict[str, str], method: str, path: str, header: str, where: str
 ) -> None:
     at = port(gw.url if where == "gateway" else gw.edge)
-    kind = OWN[(method, path)]
+    who = WHO[(method, path)]
     heard(gw)
     for role in NOBODY:
         status = ask(at, method, path, sent(roles[role], header), body(method))
-        want = {Kind.HEALTH: 200, Kind.LATER: 501}.get(kind, 403 if role == "elsewhere" else 401)
+        want = {OPEN: 200, LATER: 501}.get(who, 403 if role == "elsewhere" else 401)
         assert status == want, role
     assert heard(gw) == 0
     for role in MAY:
         status = ask(at, method, path, sent(roles[role], header), body(method))
         # The nodes of this test answer as a chat does: other routes find no sense in it.
-        want = {Kind.HEALTH: {200}, Kind.LATER: {501}, Kind.FLEET: {200}}.get(kind, {200, 502})
-        assert status in want, role
-    assert (heard(gw) > 0) == (kind is Kind.RELAY)
+        assert status in {OPEN: {200}, LATER: {501}, FLEET: {200}, NODE: {200, 502}}[who], role
+    assert (heard(gw) > 0) == (who == NODE)
 
 
 @pytest.mark.parametrize("where", ["gateway", "edge"])
@@ -98,7 +117,7 @@ def test_no_other_way_to_write_it_reaches_a_node(gw: Gateway, roles: dict[str, s
     headers = sent(roles[role], "Authorization")
     heard(gw)
     passed = []
-    for method, path in [route for route in (*OWN, *OLLAMA) if not route[1].endswith("/")]:
+    for method, path in [one for one in (*WHO, *OLLAMA) if not one[1].endswith("/")]:
         for target in (*tricks(path), *([absolute(path)] if where == "gateway" else []), path + "?a=b"):
             status = ask(at, method, target, headers, body(method))
             if status not in (400, 404, 0):
@@ -115,9 +134,9 @@ def test_what_manages_a_node_is_not_there(gw: Gateway, roles: dict[str, str], ro
     heard(gw)
     for method, path in OLLAMA:
         assert ask(at, method, path, headers, body(method)) in (404, 0), (method, path)
-    for path in {path for _, path in (*OWN, *OLLAMA)}:
+    for path in {path for _, path in (*WHO, *OLLAMA)}:
         for method in METHODS:
-            if (method, path) not in OWN:
+            if (method, path) not in WHO:
                 assert ask(at, method, path, headers, body(method)) in (400, 404, 405, 0), (method, path)
     assert heard(gw) == 0
 
@@ -145,8 +164,8 @@ def test_a_credential_comes_once_and_in_one_of_two_headers(gw: Gateway, roles: d
 @pytest.mark.parametrize("host", ["x/health?a=", "x/health", "/health", "node-1:11434", "x/api/tags#"])
 def test_the_host_header_opens_nothing(gw: Gateway, roles: dict[str, str], host: str) -> None:
     heard(gw)
-    for method, path in OWN:
-        if OWN[(method, path)] not in (Kind.HEALTH, Kind.LATER):
+    for (method, path), who in WHO.items():
+        if who in (NODE, FLEET):
             assert ask(port(gw.url), method, path, {"Host": host}, body(method)) in (400, 401), path
             assert ask(port(gw.edge), method, path, {"Host": host}, body(method)) in (400, 401), path
     for method, path in (("POST", "/api/pull"), ("GET", "/admin/keys")):
@@ -156,5 +175,6 @@ def test_the_host_header_opens_nothing(gw: Gateway, roles: dict[str, str], host:
 
 
 def test_the_matrix_knows_every_route() -> None:
-    assert len(OWN) == 18
-    assert all(re.fullmatch(r"/[a-z0-9/_-]+", path) for _, path in OWN)
+    there = {(method.decode(), path.decode()) for method, path in route._ROUTES}
+    assert WHO.keys() == there | {("GET", "/v1/models/m")}
+    assert all(re.fullmatch(r"/[a-z0-9/_-]+", path) for _, path in WHO)
