@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -43,7 +44,7 @@ def command(follow: bool, lines: int, program: tuple[str, ...], as_json: bool, s
         if not begin and not follow and lines:
             click.echo(f"corral: nothing is in {', '.join(map(str, tails)) or folder} yet", err=True)
         while follow:
-            _look(folder, program, tails, 0)
+            _look(folder, program, tails, None)
             quiet = True
             for path, tail in tails.items():
                 for text in tail.fresh():
@@ -58,10 +59,11 @@ def command(follow: bool, lines: int, program: tuple[str, ...], as_json: bool, s
             tail.close()
 
 
-def _look(folder: Path, programs: tuple[str, ...], tails: dict[Path, Tail], lines: int) -> None:
+def _look(folder: Path, programs: tuple[str, ...], tails: dict[Path, Tail], lines: int | None) -> None:
     for path in sorted(folder.glob("*.log")):
         if path not in tails and (not programs or path.name.split(".")[0] in programs):
-            tails[path] = Tail(path, lines)
+            with contextlib.suppress(FileNotFoundError):  # rotated just now: it is there at the next look
+                tails[path] = Tail(path, lines)
 
 
 def _print(path: Path, line: str, as_json: bool) -> None:
@@ -80,12 +82,18 @@ def _print(path: Path, line: str, as_json: bool) -> None:
 
 
 class Tail:
-    """The end of a log file, and what is added to it; a rotated file is opened anew."""
+    """The end of a log file, and what is added to it; a rotated file is opened anew.
 
-    def __init__(self, path: Path, lines: int) -> None:
+    ``lines`` to begin with; None for a file that is new, of which all is still to be told.
+    """
+
+    def __init__(self, path: Path, lines: int | None) -> None:
         self._path = path
         self._rest = b""
+        self._last: list[str] = []
         self._file = path.open("rb")
+        if lines is None:
+            return
         size = os.fstat(self._file.fileno()).st_size
         start = max(0, size - _TAIL_BYTES)
         self._file.seek(start)
@@ -104,17 +112,19 @@ class Tail:
     def fresh(self) -> list[str]:
         """Complete lines written since."""
         data = self._file.read()
-        try:
+        # Of a file that is rotated just now there may be no new one yet.
+        with contextlib.suppress(FileNotFoundError):
             seen = os.stat(self._path)
             mine = os.fstat(self._file.fileno())
             if seen.st_ino != mine.st_ino:
-                self._file.close()
-                self._file = self._path.open("rb")
+                new = self._path.open("rb")
+                # What was written to the old one before it was put aside, behind what was read above.
                 data += self._file.read()
+                self._file.close()
+                self._file = new
+                data += new.read()
             elif seen.st_size < self._file.tell():
                 self._file.seek(0)
-        except FileNotFoundError:
-            return []
         complete, newline, self._rest = (self._rest + data).rpartition(b"\n")
         return complete.decode(errors="replace").splitlines() if newline else []
 
