@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from corral.node import service
-from corral.stack import nodes
+from corral.stack import binaries, nodes
 from corral.stack.state import StackError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,3 +54,12 @@ def test_the_folder_is_that_of_the_script() -> None:
     assert f"\nversion={nodes.TESTED}\n" in text
     assert nodes.TESTED == service.VERSION, "the embedded node speaks as that Ollama does"
     assert "\ncache=${XDG_CACHE_HOME:-$HOME/.cache}/corral/ollama-$version\nprogram=$cache/bin/ollama\n" in text
+
+
+def test_a_program_that_is_missing_is_got_from_the_checkout() -> None:
+    """No package of Corral's is in an index: a name there would be somebody else's."""
+    with pytest.raises(
+        StackError, match=r"not-there is not installed: use \./corral of the checkout, or .*'\.\["
+    ) as told:
+        binaries._find("CORRAL_NOT_THERE", "no_such_package", ("not-there",))
+    assert "corral[" not in str(told.value)

