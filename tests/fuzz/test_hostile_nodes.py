@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,40 @@ def gw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         yield started
 
 
+def events(path: str, answer: httpx.Response) -> list[Any]:
+    """A stream's events, as a client of its API reads them; ValueError where one is none."""
+    if path.startswith("/api/"):
+        return [json.loads(line) for line in answer.content.split(b"\n") if line.strip()]
+    found: list[Any] = []
+    for block in answer.content.decode().split("\n\n"):
+        fields = [line.partition(": ") for line in block.splitlines()]
+        if any(name not in ("event", "data") for name, _, _ in fields):
+            raise ValueError(block)
+        data = "\n".join(value for name, _, value in fields if name == "data")
+        if data:
+            found.append(data if data == "[DONE]" else json.loads(data))
+    return found
+
+
+def is_end(event: Any) -> bool:
+    """Whether an event ends a stream, in order or with an error."""
+    if not isinstance(event, dict):
+        return bool(event == "[DONE]")
+    return event.get("done") is True or "error" in event or event.get("type") == "message_stop"
+
+
+def check_form(path: str, stream: bool, answer: httpx.Response) -> None:
+    """What a caller gets is an answer of its API whatever the node sent: whole, with one end, or an error."""
+    if answer.status_code != 200:
+        error = answer.json()["error"]
+        assert isinstance(error, dict if path.startswith("/v1/") else str) and error
+    elif not stream or path in ("/api/embed", "/api/show"):
+        assert isinstance(answer.json(), dict)
+    else:
+        ends = [is_end(event) for event in events(path, answer)]
+        assert ends and ends[-1] and not any(ends[:-1]), answer.content
+
+
 def test_hostile_nodes(gw: Gateway) -> None:
     # A gateway closes after an error within a stream: a connection kept for the next request would race with that.
     client = httpx.Client(headers=gw.auth, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
@@ -58,9 +93,11 @@ def test_hostile_nodes(gw: Gateway) -> None:
         body = gw.chat(stream=stream) | {"prompt": said, "input": said, "max_tokens": 5}
         body["messages"] = [{"role": "user", "content": said}]
         try:
-            seen.add(client.post(gw.url + path, json=body).status_code)
+            told = client.post(gw.url + path, json=body)
         except httpx.RemoteProtocolError as cut:
             raise AssertionError("an answer without its end") from cut
+        seen.add(told.status_code)
+        check_form(path, stream, told)
         assert gw.process.alive
 
     picks = st.sampled_from([WHOLE, ERROR])
