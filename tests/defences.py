@@ -32,15 +32,19 @@ class Defence:
 
 ADMIN = "tests/integration/test_matrix_admin.py"
 AWAY = "tests/faults/test_keys_away.py"
+BUDGETS = "tests/unit/test_limits.py"
 COMPOSE = "tests/unit/test_compose_files.py"
 EDGE = "tests/integration/test_edge_callers.py"
 GATEWAY = "tests/integration/test_matrix_gateway.py"
 KEYS = "tests/integration/test_gateway_keys.py"
 LIMITS = "tests/unit/test_wire_limits.py"
+LISTEN = "tests/unit/test_listen.py"
 PULLS = "tests/integration/test_pulls.py"
 SMUGGLING = "tests/integration/test_smuggling.py"
 TENANTS = "tests/integration/test_tenants.py"
 VERIFY = "tests/unit/test_store_verify.py"
+
+KEPT = "    body.truncate = False\n    body.keep_alive = KEEP_ALIVE\n"
 
 DEFENCES = (
     Defence(
@@ -66,6 +70,8 @@ DEFENCES = (
     ),
     Defence(3, "wire/common.py", "for name in UPSTREAM_FIELDS]", "for name in ()]", LIMITS),
     Defence(3, "wire/native.py", 'if ":" in image[:64]:', "if False:", LIMITS),
+    Defence(3, "wire/openai.py", 'raise bad_request("invalid image input", "messages.content")', "return url", LIMITS),
+    Defence(3, "wire/anthropic.py", 'if kind != "base64" or not isinstance(data, str):', "if False:", LIMITS),
     Defence(4, "control/auth.py", "if not headers.host_fits():", "if False:", ADMIN),
     Defence(4, "config/haproxy_rules.py", 'f"{refuse} unless host_fit or hostless old",', "", EDGE),
     Defence(
@@ -84,6 +90,9 @@ DEFENCES = (
         "tests/integration/test_control_refusals.py",
     ),
     Defence(6, "control/scope.py", "if child.expires > maker.expires:", "if False:", "tests/unit/test_scope.py"),
+    Defence(
+        6, "control/scope.py", "if not admin and child.weight > maker.weight:", "if False:", "tests/unit/test_scope.py"
+    ),
     Defence(
         6,
         "control/keys.py",
@@ -126,20 +135,38 @@ DEFENCES = (
         SMUGGLING,
     ),
     Defence(10, "wire/native.py", "if images > caps.images:", "if False:", LIMITS),
+    Defence(10, "wire/native.py", "if len(messages) > caps.messages:", "if False:", LIMITS),
+    Defence(10, "wire/native.py", "if body.tools and len(body.tools) > caps.tools:", "if False:", LIMITS),
+    Defence(10, "wire/native.py", "if isinstance(given, list) and len(given) > caps.inputs:", "if False:", LIMITS),
+    Defence(10, "wire/options.py", "if len(value) > stop_max:", "if False:", LIMITS),
+    Defence(10, "wire/common.py", "if depth > most:", "if False:", LIMITS),
+    Defence(
+        10,
+        "gateway/listen.py",
+        "if length is not None and len(length) >= self.gateway.max_body_digits and int(length)",
+        "if False and int(length or 0)",
+        LISTEN,
+    ),
+    Defence(10, "gateway/listen.py", "if len(data) + self._body_bytes > self.gateway.max_body:", "if False:", LISTEN),
+    Defence(10, "gateway/listen.py", "if self._head_bytes > HEADER_BYTES:", "if False:", LISTEN),
+    Defence(10, "gateway/listen.py", "if self._head_bytes + self._fed > HEADER_BYTES:", "if False:", LISTEN),
+    Defence(10, "gateway/listen.py", "if len(headers) > HEADER_COUNT:", "if False:", LISTEN),
+    Defence(11, "gateway/listen.py", "if gateway.unfinished > BODIES_MAX and gateway.", "if gateway.", LISTEN),
+    Defence(11, "gateway/listen.py", "if self._body_bytes > BODY_KNOWN and not known:", "if False:", LISTEN),
     Defence(
         11,
         "gateway/listen.py",
         "self._body_since + BODY_DEADLINE",
         "time.monotonic() + BODY_DEADLINE",
-        "tests/unit/test_listen.py",
+        LISTEN,
     ),
-    Defence(11, "gateway/listen.py", "if not self._head_bytes:", "if True:", "tests/unit/test_listen.py"),
+    Defence(11, "gateway/listen.py", "if not self._head_bytes:", "if True:", LISTEN),
     Defence(
         11,
         "gateway/listen.py",
         "self.stalled_since and now - self.stalled_since > WRITE_DEADLINE",
         "False",
-        "tests/unit/test_listen.py",
+        LISTEN,
     ),
     Defence(
         12,
@@ -158,12 +185,62 @@ DEFENCES = (
     Defence(12, "config/haproxy_rules.py", '        "    option http-restrict-req-hdr-names reject",\n', "", EDGE),
     Defence(13, "wire/options.py", "if name in RELOADING:", "if False:", LIMITS),
     Defence(13, "wire/options.py", "checked.update(policy.pinned)", "pass", LIMITS),
+    Defence(13, "wire/options.py", "if name in policy.refused:", "if False:", LIMITS),
+    Defence(13, "wire/options.py", "if policy.clamped:", "if False:", LIMITS),
+    Defence(13, "wire/options.py", "if policy.num_ctx is not None:", "if False:", LIMITS),
+    Defence(13, "wire/native.py", KEPT, KEPT.replace("    body.keep_alive = KEEP_ALIVE\n", ""), LIMITS),
+    Defence(13, "wire/native.py", KEPT, KEPT.replace("    body.truncate = False\n", ""), "tests/unit/test_wire.py"),
+    Defence(13, "store/scripts/admit.lua", "if after - now > MINUTE then", "if false then", BUDGETS),
+    Defence(
+        13,
+        "store/scripts/reserve.lua",
+        "    if after > 0 then refuse(base + 1, after) end\n",
+        "",
+        BUDGETS,
+    ),
+    Defence(
+        13,
+        "store/scripts/admit.lua",
+        "if concurrency > 0 then\n  if redis.call('ZSCORE'",
+        "if false then\n  if redis.call('ZSCORE'",
+        "tests/unit/test_limits_wait.py",
+    ),
+    Defence(
+        13,
+        "store/scripts/reserve.lua",
+        "if scope.concurrency > 0 and redis.call('ZCARD', scope.leases) >= scope.concurrency then",
+        "if false then",
+        "tests/unit/test_limits_wait.py",
+    ),
+    Defence(13, "store/scripts/reserve.lua", "if scope.tpm > 0 and (window(use)", "if false and (window(use)", BUDGETS),
+    Defence(
+        13,
+        "store/scripts/reserve.lua",
+        "if scope.monthly > 0 and use[4] + cost > scope.monthly then",
+        "if false then",
+        BUDGETS,
+    ),
+    Defence(
+        13,
+        "store/budget.py",
+        "return [self] if self.tenant is None else [self, self.tenant]",
+        "return [self]",
+        BUDGETS,
+    ),
+    Defence(
+        13,
+        "store/limits.py",
+        "if self._denied and any(scope.limits()[limit] for limit in self._denied):",
+        "if False:",
+        "tests/unit/test_limits_denied.py",
+    ),
+    Defence(13, "store/sharing.py", "self.names = sorted({*self.names, *names})", "pass", "tests/unit/test_feed.py"),
     Defence(
         13,
         "store/scripts/reserve.lua",
         "if scope.daily > 0 and use[2] + cost > scope.daily then",
         "if false then",
-        "tests/unit/test_limits.py",
+        BUDGETS,
     ),
     Defence(
         13,
@@ -213,6 +290,14 @@ DEFENCES = (
         "tests/integration/test_control_refusals.py",
     ),
     Defence(15, "gateway/authenticate.py", "wall >= key.expires:", "False:", KEYS),
+    Defence(
+        15,
+        "gateway/authenticate.py",
+        "if key.patterns is not None and not key.may_use(canonical_name(model)):",
+        "if False:",
+        "tests/unit/test_keys.py",
+    ),
+    Defence(15, "gateway/feed.py", "os.O_TRUNC, 0o600)", "os.O_TRUNC, 0o644)", "tests/unit/test_feed.py"),
     Defence(15, "gateway/authenticate.py", "if end is not None and wall >= end:", "if False:", KEYS),
     Defence(15, "gateway/authenticate.py", "if lasts and bearer", "if bearer", KEYS),
     Defence(

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corral.gateway.authenticate import authorize, build_key
 from corral.store import keys
+from corral.wire.errors import ApiError
 
 
 def test_a_generated_key_parses_to_its_id() -> None:
@@ -76,3 +78,28 @@ def test_an_address_in_other_clothes_counts_as_what_it_is() -> None:
     assert not keys.allows([ip_network("::/0")], "::ffff:10.2.3.4")
     assert not keys.allows([ip_network("0.0.0.0/0"), ip_network("::/0")], "10.1.1.1, 10.1.1.2")
     assert not keys.allows([ip_network("0.0.0.0/0"), ip_network("::/0")], "")
+
+
+@pytest.mark.parametrize(
+    ("globs", "model", "may"),
+    [
+        (None, "any", True),
+        (["*"], "any", True),
+        (["llama*"], "llama3.2:3b", True),
+        (["llama*"], "LLAMA3.2:3b", False),
+        (["llama*"], "my-llama", False),
+        (["m"], "m:latest", True),
+        (["m:latest"], "m", True),
+        (["m"], "m:other", False),
+        (["a", "m:*"], "m:other", True),
+        (["library/m"], "m", False),
+    ],
+)
+def test_a_key_is_for_the_models_that_its_globs_match(globs: list[str] | None, model: str, may: bool) -> None:
+    key = build_key({"id": "k", "verifiers": [], "models": globs}, {})
+    if may:
+        authorize(key, model)
+        return
+    with pytest.raises(ApiError, match=f"model '{model}' not found") as refused:
+        authorize(key, model)
+    assert refused.value.status == 404, "as one that nobody has"

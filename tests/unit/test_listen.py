@@ -156,3 +156,40 @@ def test_a_body_that_is_whole_counts_no_more() -> None:
     for _ in range(10):
         stage.connection.data_received(bytes(100_000))
     assert (stage.started, stage.gateway.unfinished, stage.checked) == ([b"/a"], 0, 1)
+
+
+WITH_KEY = b"POST /a HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer k\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [WITH_KEY + b"Content-Length: 1001\r\n\r\n"],
+        [WITH_KEY + b"Transfer-Encoding: chunked\r\n\r\n", b"3e9\r\n" + bytes(1001)],
+        [WITH_KEY + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1f4\r\n" + bytes(500) + b"\r\n"] * 3],
+    ],
+    ids=["by its length", "in one piece", "in many pieces"],
+)
+def test_a_body_has_a_cap(sent: list[bytes]) -> None:
+    stage = Stage()
+    stage.gateway.max_body, stage.gateway.max_body_digits = 1000, 4
+    for piece in sent:
+        stage.connection.data_received(piece)
+    assert b"HTTP/1.1 413 " in stage.written and stage.closed and not stage.started
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [b"GET /" + b"a" * listen.HEADER_BYTES + b" HTTP/1.1\r\nHost: a\r\n\r\n"],
+        [b"GET /a HTTP/1.1\r\nHost: a\r\nX: ", *[bytes(1000).replace(b"\0", b"x")] * 40],
+        [b"GET /a HTTP/1.1\r\nHost: a\r\n" + b"X: " + b"x" * listen.HEADER_BYTES + b"\r\n\r\n"],
+        [b"GET /a HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X%d: x\r\n" % at for at in range(100)) + b"\r\n"],
+    ],
+    ids=["a target", "in pieces", "in one piece", "many fields"],
+)
+def test_a_head_has_a_cap(sent: list[bytes]) -> None:
+    stage = Stage()
+    for piece in sent:
+        stage.connection.data_received(piece)
+    assert b"HTTP/1.1 431 " in stage.written and stage.closed and not stage.started
