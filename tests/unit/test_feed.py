@@ -68,6 +68,10 @@ def test_a_gateway_that_starts_knows_with_whom_it_shares_the_limits(snapshot: Sn
     sharing.said(["g", "h", "i"])
     assert not asks(feed, "1", **{"x-corral-gateways": "f"})
     assert (sharing.names, sharing.count) == (["g", "h", "i"], 3), "the store knows best"
+    kept = (tmp_path / "gateways.json").stat().st_mtime_ns
+    sharing.said(["i", "g", "h"])
+    asks(feed, "1")
+    assert (tmp_path / "gateways.json").stat().st_mtime_ns == kept, "it is not written again for nothing"
     again = Sharing("g")
     feed = Feed(snapshot, "http://control", "token", "g", tmp_path, again)
     feed.load()
