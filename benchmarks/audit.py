@@ -1,12 +1,13 @@
 """The audit trail's own figures: ingest, checkpoints, verification and retention, on SQLite or PostgreSQL.
 
-    benchmarks/audit verify [--records 1000000] [--postgresql] [--api]
+    benchmarks/audit verify [--records 1000000] [--checkpoints 6400] [--postgresql] [--api]
     benchmarks/audit retention [--records 5000000] [--postgresql]
     benchmarks/audit reads [--records 5000000] [--postgresql]
 
 ``verify`` enters records as control does, signs them, and checks every one as `corral audit verify` does, without the
 way over HTTP; with ``--api`` a control signs them, and that command itself checks them over its API. More than a minute
-for it is a failure. ``retention`` makes rows by one statement of the database's own, and deletes the older half as
+for it is a failure. ``--checkpoints`` signs so many, as records come in over days: one for each 200,000 by default.
+``retention`` makes rows by one statement of the database's own, and deletes the older half as
 control does, while another writer enters records: it prints the plan of the statement, rows a second, and how long that
 other writer waited. ``reads`` makes such rows too, without the index of requests' ids, enters some more before and
 after it builds that as its migration does, and asks a control for them as commands do: it prints what each took. More
@@ -100,13 +101,18 @@ def frame(first: int, count: int) -> bytes:
     return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def fill(database: Database, records: int) -> None:
-    """Enter records as a gateway's spool comes in."""
-    bar, offset = Bar("entered", "records"), 0
-    for first in range(0, records, GROUP):
-        data = frame(first, min(GROUP, records - first))
+def fill(database: Database, records: int, ledger: Ledger, checkpoints: int) -> None:
+    """Enter records as a gateway's spool comes in, and sign them so many times meanwhile."""
+    bar, offset, first = Bar("entered", "records"), 0, 0
+    part = max(1, records // checkpoints) if checkpoints else records
+    while first < records:
+        count = min(GROUP, records - first, part - first % part)
+        data = frame(first, count)
         offset = database.write_now(ingest, "gateway-1", "0000000000000001.seg", offset, data).watermark
-        bar.show(min(first + GROUP, records), records)
+        first += count
+        bar.show(first, records)
+        if checkpoints and not first % part:
+            asyncio.run(ledger.sign())
 
 
 ROWS = """
@@ -149,15 +155,16 @@ def make(database: Database, ledger: Ledger, records: int) -> None:
         connection.execute(text("ANALYZE"))
 
 
-def verified(database: Database, ledger: Ledger, records: int) -> int:
+def verified(database: Database, ledger: Ledger, records: int, checkpoints: int) -> int:
     """Enter, sign and check; the exit status."""
-    fill(database, records)
+    fill(database, records, ledger, checkpoints)
     begun = time.monotonic()
     asyncio.run(ledger.sign())
     print(f"signed in {time.monotonic() - begun:.1f} s: {ledger.number} checkpoints")
     begun = time.monotonic()
     lines = ledger.path.read_bytes().splitlines()
-    report = verify(Direct(database), lines, [ledger.signer.public], Bar("verified", "records").show)
+    checked, bar = Bar("checked", "checkpoints"), Bar("verified", "records")
+    report = verify(Direct(database), lines, [ledger.signer.public], bar.show, checked.show)
     seconds = time.monotonic() - begun
     print(f"{database.dialect}: {report.records} records verified in {seconds:.1f} s, {len(report.problems)} problems")
     return 0 if report.records == records and not report.problems and seconds <= BAR else 1
@@ -190,9 +197,9 @@ def corral(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([*COMMAND, *arguments], stdout=subprocess.PIPE)
 
 
-def verified_by_command(database: Database, state: Path, records: int) -> int:
+def verified_by_command(database: Database, ledger: Ledger, state: Path, records: int, checkpoints: int) -> int:
     """Enter, let a control sign, and check by the command, as one does; the exit status."""
-    fill(database, records)
+    fill(database, records, ledger, checkpoints)
     with serving(database, state) as (control, admin):
         until(lambda: is_signed(admin), "all is signed", 600, every=1.0)
         begun, spent, theirs = time.monotonic(), os.times(), cpu_of(control.pid)
@@ -342,6 +349,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("verify", "retention", "reads"))
     parser.add_argument("--records", type=int)
+    parser.add_argument("--checkpoints", type=int, default=0, help="sign so many times while records come in")
     parser.add_argument("--postgresql", action="store_true", help="on a server of its own, without fsync")
     parser.add_argument("--api", action="store_true", help="verify by the command, over the API of a control")
     given = parser.parse_args()
@@ -356,13 +364,15 @@ def main() -> int:
             if given.what == "reads":
                 for _, name, _ in AHEAD:
                     database.write_now(lambda c, one=name: c.execute(text(f"DROP INDEX {one}")))
-            if given.what == "verify" and given.api:
-                return verified_by_command(database, state, records)
             settings = AuditSettings(retention="1d")
             ledger = Ledger(database, settings, state, 1800.0)
+            if given.what == "verify" and given.api:
+                return verified_by_command(database, ledger, state, records, given.checkpoints)
+            if given.what == "verify":
+                return verified(database, ledger, records, given.checkpoints)
             if given.what == "reads":
                 return read(database, ledger, state, records)
-            return (verified if given.what == "verify" else forgotten)(database, ledger, records)
+            return forgotten(database, ledger, records)
         finally:
             database.close()
 

@@ -24,6 +24,9 @@ from corral.store.chain import Signer
 from corral.store.verify import Head, State, verify
 
 PAGE = 1000
+CHECKPOINTS = 5000
+"""Checkpoints of a page."""
+
 WRITTEN = 5.0
 """Within this many seconds control has written a checkpoint to its file."""
 
@@ -77,9 +80,9 @@ def verify_records(as_json: bool, state: str | None, checkpoints: str | None, pu
     own = Path(checkpoints).read_bytes().splitlines() if checkpoints else None
     source, signed = _signed(admin, own)
     publics = [_public(one) for one in public_key] or [source.public_key]
-    bar = Bar("verified", "records")
     begun = time.monotonic()
-    report = verify(source, signed, publics, bar.show)
+    checked, verified = Bar("checked", "checkpoints"), Bar("verified", "records")
+    report = verify(source, signed, publics, verified.show, checked.show)
     if own is not None and len(signed) > len(own):
         report.notes.append(f"{len(signed) - len(own)} checkpoints are newer than {checkpoints} and control's own")
     seconds = time.monotonic() - begun
@@ -197,16 +200,32 @@ def _signed(admin: Admin, own: list[bytes] | None) -> tuple[_Api, list[bytes]]:
     They are read before the chain's end, so that none of them is passed over, and again where it says that more was
     signed meanwhile: control writes its file after its database.
     """
-    known = admin.raw("/audit/checkpoints").splitlines() if own is None else own
+    known = _checkpoints(admin, 0) if own is None else own
     source = _Api(admin)
-    told, until = known, time.monotonic() + WRITTEN
-    while len(told) < source.checkpoint:
-        told = admin.raw("/audit/checkpoints").splitlines()
-        if time.monotonic() > until:
-            break
+    # A copy is compared with what control has from the first one on.
+    told = known if own is None or len(own) >= source.checkpoint else _checkpoints(admin, 0)
+    until = time.monotonic() + WRITTEN
+    while len(told) < source.checkpoint and time.monotonic() < until:
         time.sleep(0.1)
+        told = told + _checkpoints(admin, len(told))
     # Later ones seal records behind the end that was told.
     return source, told[: max(len(known), source.checkpoint)] if told[: len(known)] == known else known
+
+
+def _checkpoints(admin: Admin, after: int) -> list[bytes]:
+    """The checkpoints behind the first `after`, fetched page by page."""
+    found: list[bytes] = []
+    bar, total = Bar("fetched", "checkpoints"), -1
+    while True:
+        query = urlencode({"after": after + len(found), "limit": CHECKPOINTS})
+        some = admin.raw(f"/audit/checkpoints?{query}").splitlines()
+        found += some
+        if len(some) == CHECKPOINTS and total < 0:
+            total = max(0, int(admin("GET", "/status")["audit"]["checkpoint"]) - after)
+        if total >= 0:
+            bar.show(len(found), max(total, len(found)))
+        if len(some) < CHECKPOINTS:
+            return found
 
 
 class _Api:
@@ -245,7 +264,7 @@ class _Api:
         return listed
 
     def checkpoints(self, after: int) -> list[bytes]:
-        return self._admin.raw("/audit/checkpoints?" + urlencode({"after": after})).splitlines()
+        return _checkpoints(self._admin, after)
 
 
 def _records(stream: str, after: int, limit: int) -> str:

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from corral.config.record import AuditSettings
+from corral.control.checkpoints import Lines
 from corral.control.reserved import Reserved
 from corral.control.webhook import Webhook
 from corral.store import progress, recovery, seal
@@ -65,9 +66,9 @@ class AnotherKey(Exception):
 class Ledger:
     """Keeps the record. ``signed_at``: epoch seconds of the last round after which all there was had its checkpoint.
 
-    ``number``: the last checkpoint in the file; ``stranger``: the id of the last checkpoint's key where this control
-    may not sign behind it; ``recovered``: requests settled here. `shipped` says what gateways have shipped
-    (`Hub.shipped`); `reserved` tells the store of limits what those requests used.
+    ``number``: the last checkpoint in the file, of which ``lines`` has pages; ``stranger``: the id of the last
+    checkpoint's key where this control may not sign behind it; ``recovered``: requests settled here. `shipped` says
+    what gateways have shipped (`Hub.shipped`); `reserved` tells the store of limits what those requests used.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Ledger:
         self._database, self._settings, self._longest, self._shipped = database, settings, longest, shipped
         self._reserved = reserved
         self.path = state / settings.checkpoints
+        self.lines = Lines(self.path)
         self._key = state / settings.signing_key_file
         self.signer = Signer(self._key.read_text(encoding="ascii"))
         self.signed_at = time.time()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from base64 import b64encode
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, RowMapping, select
 
@@ -19,12 +17,12 @@ from corral.config.record import AuditSettings
 from corral.config.values import duration_text
 from corral.control.audit import moment, of_key, record
 from corral.control.auth import Caller, Principal
+from corral.control.checkpoints import page, pages
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.control.ledger import whole_lines
 from corral.store import seal, usage
-from corral.store.chain import FIELDS, read_checkpoint
-from corral.store.checkpoints import last_checkpoint, lines_after
+from corral.store.chain import FIELDS
+from corral.store.checkpoints import last_checkpoint
 from corral.store.content import Hashes
 from corral.store.tables import audit, audit_content, keys
 from corral.store.trail import named
@@ -35,6 +33,7 @@ MONTH = 30 * 86400.0
 SAME_ID_MAX = 1000
 """Records of one request id, which is the caller's to choose, that are compared."""
 
+NDJSON = "application/x-ndjson"
 REQUEST = r"^[A-Za-z0-9._-]+$"
 
 router = APIRouter()
@@ -198,32 +197,17 @@ def _leaf(row: dict[str, Any]) -> str | None:
 
 @router.get("/admin/audit/checkpoints", tags=["audit"])
 async def checkpoints(
-    control: Here, after: Annotated[int, Query(ge=0, lt=2**63, description="Behind the first so many.")] = 0
+    control: Here,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Behind the first so many.")] = 0,
+    limit: Annotated[int | None, Query(ge=1, le=PAGE, description="Checkpoints at most; all by default.")] = None,
 ) -> Response:
-    """The file of checkpoints, a signed checkpoint a line, and what the database has behind its end.
-
-    Another control, or this one just now, may have signed what is not in the file yet.
-    """
-    lines = await asyncio.to_thread(_lines_of, control.ledger.path)
-    lines += await control.database.read(_lines_behind, lines)
-    return Response(b"".join(lines[after:]), media_type="application/x-ndjson")
-
-
-def _lines_of(path: Path) -> list[bytes]:
-    data = path.read_bytes() if path.exists() else b""
-    return data[: whole_lines(data)].splitlines(keepends=True)
-
-
-def _lines_behind(connection: Connection, lines: list[bytes]) -> list[bytes]:
-    """The checkpoints behind the last of these; none where it is not one."""
-    try:
-        last = read_checkpoint(lines[-1]).checkpoint.number if lines else 0
-    except ValueError:
-        return []
-    found: list[str] = []
-    while some := lines_after(connection, last + len(found), PAGE):
-        found += some
-    return [line.encode() + b"\n" for line in found]
+    """The file of checkpoints, a signed checkpoint a line, and what the database has behind its end."""
+    lines = control.ledger.lines
+    # The first of them before the answer begins: then it may still be an error.
+    some = await page(lines, control.database, after, limit)
+    if limit is not None:
+        return Response(b"".join(some), media_type=NDJSON)
+    return StreamingResponse(pages(lines, control.database, after, some), media_type=NDJSON)
 
 
 @router.get("/admin/usage", tags=["usage"])

@@ -13,6 +13,7 @@ the order of their numbers (``seq``), which stand in their content as ``pos``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -186,11 +187,15 @@ def key_id(public: str) -> str:
     return sha256(bytes.fromhex(public)).hexdigest()[:32]
 
 
+@lru_cache(maxsize=16)
+def _key_of(public: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+
+
 def signed_by(signed: Signed, public: str) -> bool:
     """Whether a checkpoint is signed by the key of these public bytes (hex)."""
     try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        key.verify(bytes.fromhex(signed.signature), _encode_sorted(signed.checkpoint))
+        _key_of(public).verify(bytes.fromhex(signed.signature), _encode_sorted(signed.checkpoint))
     except (InvalidSignature, ValueError):
         return False
     return True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from corral.store.chain import ZERO, Older, Signed, key_id, read_checkpoint, signed_by
+
+SAY = 500
+"""After so many checkpoints somebody hears of them: a second's work at most."""
 
 
 class Records(Protocol):
@@ -28,11 +31,13 @@ class Checkpoints:
         self._problems = problems
         self._lines = 0
 
-    def take(self, lines: Iterable[bytes]) -> list[Signed]:
-        """Read the next ones; those that are signed as they should be."""
+    def take(self, lines: Iterable[bytes], say: Callable[[int], None] = lambda done: None) -> list[Signed]:
+        """Read the next ones; those that are signed as they should be. `say` hears now and then how many were read."""
         good: list[Signed] = []
         for line in lines:
             self._lines += 1
+            if not self._lines % SAY:
+                say(self._lines)
             try:
                 signed = read_checkpoint(line)
             except ValueError:

@@ -77,16 +77,24 @@ class Report:
 
 
 Say = Callable[[int, int], None]
-"""Hears how many records are checked, of how many."""
+"""Hears how many are checked, of how many."""
+
+
+def _silent(done: int, total: int) -> None:
+    """Nobody hears it."""
 
 
 def verify(
-    source: Source, lines: Iterable[bytes], publics: Sequence[str], say: Say = lambda done, total: None
+    source: Source, lines: Sequence[bytes], publics: Sequence[str], say: Say = _silent, say_signed: Say = _silent
 ) -> Report:
-    """Check everything. `lines` are the checkpoints as they were signed, `publics` the keys (hex) that may sign."""
+    """Check everything. `lines` are the checkpoints as they were signed, `publics` the keys (hex) that may sign.
+
+    `say_signed` hears of the checkpoints, which come first, `say` of the records.
+    """
     report = Report()
     checkpoints = Checkpoints(publics, report.problems)
-    good = checkpoints.take(lines)
+    good = checkpoints.take(lines, lambda done: say_signed(done, len(lines)))
+    say_signed(len(lines), len(lines))
     report.checkpoints = len(good)
     beside = Beside(source, checkpoints)
     state = source.state()
