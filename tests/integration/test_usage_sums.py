@@ -274,7 +274,8 @@ def check(
     # Left with a batch at a node, which nobody has counted, behind one that was.
     assert by_route[EMBED, "client_gone"] > 5 and by_route[EMBEDDINGS, "client_gone"] > 5
     left = [row for row in rows if row["outcome"] == "client_gone" and row["route"] in (EMBED, EMBEDDINGS)]
-    assert all(row["estimated"] for row in left)
+    # Who leaves between two of them pays for those that were counted.
+    assert sum(row["estimated"] for row in left) > 5
     outcomes = Counter(row["outcome"] for row in rows)
     went_on = Counter(row["outcome"] for row in rows if row["continued"])
     measured = {
