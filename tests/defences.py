@@ -151,7 +151,13 @@ DEFENCES = (
     Defence(10, "gateway/listen.py", "if self._head_bytes > HEADER_BYTES:", "if False:", LISTEN),
     Defence(10, "gateway/listen.py", "if self._head_bytes + self._fed > HEADER_BYTES:", "if False:", LISTEN),
     Defence(10, "gateway/listen.py", "if len(headers) > HEADER_COUNT:", "if False:", LISTEN),
-    Defence(11, "gateway/listen.py", "if gateway.unfinished > BODIES_MAX and gateway.", "if gateway.", LISTEN),
+    Defence(
+        11,
+        "gateway/listen.py",
+        "if gateway.unfinished > BODIES_MAX and gateway.unfinished > gateway.max_body:",
+        "if False:",
+        LISTEN,
+    ),
     Defence(11, "gateway/listen.py", "if self._body_bytes > BODY_KNOWN and not known:", "if False:", LISTEN),
     Defence(
         11,
