@@ -147,7 +147,7 @@ DEFENCES = (
         "if False and int(length or 0)",
         LISTEN,
     ),
-    Defence(10, "gateway/listen.py", "if len(data) + self._body_bytes > self.gateway.max_body:", "if False:", LISTEN),
+    Defence(10, "gateway/listen.py", "if size > self.gateway.max_body:", "if False:", LISTEN),
     Defence(10, "gateway/listen.py", "if self._head_bytes > HEADER_BYTES:", "if False:", LISTEN),
     Defence(10, "gateway/listen.py", "if self._head_bytes + self._fed > HEADER_BYTES:", "if False:", LISTEN),
     Defence(10, "gateway/listen.py", "if len(headers) > HEADER_COUNT:", "if False:", LISTEN),
