@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Connection, event, insert, select, text, update
+from sqlalchemy import event, insert, select, update
 
 from corral.store import progress, recovery, usage
 from corral.store.chain import ZERO, Merkle, content, leaf_of, link_after
@@ -366,18 +366,6 @@ def test_no_request_is_over_before_each_gateway_has_shipped_what_it_wrote_by_the
     assert ago() == pytest.approx(most + 5)
     told(database, "gateway-5", now, now + progress.AHEAD + 1)
     assert ago() == float("inf"), "a clock that is ahead of every other says nothing"
-
-
-def test_open_requests_are_found_by_an_index(database: Database) -> None:
-    query = "SELECT id FROM audit WHERE gw = 'g' AND pos IS NULL AND outcome IS NULL AND ts < 1"
-
-    def plan(connection: Connection) -> str:
-        if connection.dialect.name == "sqlite":
-            return str(connection.execute(text("EXPLAIN QUERY PLAN " + query)).all())
-        connection.execute(text("SET LOCAL enable_seqscan = off"))
-        return str(connection.execute(text("EXPLAIN " + query)).all())
-
-    assert "ix_audit_gw_pos" in database.read_now(plan)
 
 
 def test_a_round_looks_up_the_few_holders_and_not_all_that_was_settled(tmp_path: Path) -> None:
