@@ -94,7 +94,8 @@ def verify(
     report = Report()
     checkpoints = Checkpoints(publics, report.problems)
     good = checkpoints.take(lines, lambda done: say_signed(done, len(lines)))
-    say_signed(len(lines), len(lines))
+    if lines:
+        say_signed(len(lines), len(lines))
     report.checkpoints = len(good)
     beside = Beside(source, checkpoints)
     state = source.state()
