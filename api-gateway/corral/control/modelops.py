@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from corral.config.settings import MirrorSettings
-from corral.control.catalogue import Catalogue
+from corral.control.catalogue import Catalogue, view
 from corral.control.ollama import NodeFailed, Ollama
 from corral.control.operations import Operation, StepFailed, Work
 from corral.control.prober import Fleet, Member
@@ -69,14 +69,14 @@ class Worker:
         """What its nodes have of its models, as they said last: by node and model its digest and whether it is in
         memory, None for one that is not there. No more than SEEN_MAX; `left_out` counts the others."""
         wanted = list(dict.fromkeys((work.step.node, work.step.model) for work in operation.works))
+        members = [self._fleet.members.get(node) for node in operation.nodes]
+        there = {member.name: (view(member).held, set(member.resident)) for member in members if member is not None}
         found: dict[str, dict[str, Any]] = {}
         for node, model in wanted[:SEEN_MAX]:
-            member = self._fleet.members.get(node)
-            entry = next((tag for tag in member.tags if tag["name"] == model), None) if member is not None else None
-            here = None
-            if member is not None and entry is not None:
-                here = {"digest": digest_of(str(entry.get("digest"))), "resident": model in member.resident}
-            found.setdefault(node, {})[model] = here
+            held, resident = there.get(node, ({}, set()))
+            here = held.get(model)
+            told = None if here is None else {"digest": here.digest, "resident": model in resident}
+            found.setdefault(node, {})[model] = told
         more = len(wanted) - SEEN_MAX
         return {"models": found} | ({"left_out": more} if more > 0 else {})
 
