@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 from support.clock import Clock, jumping
 from support.fleet import MODEL, QUICK, Fleet
@@ -35,9 +34,7 @@ def jumpy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Clo
 
 def wall(fleet: Fleet) -> float:
     """How far control's clock is from ours, by what it says of when it heard a gateway last."""
-    headers = {"Authorization": f"Bearer {fleet.stack.admin_key}"}
-    told = httpx.get(fleet.stack.url + "/admin/status", headers=headers, timeout=10).json()
-    return float(told["gateways"][0]["last_seen"]) - time.time()
+    return float(fleet.stack.admin("status")["gateways"][0]["last_seen"]) - time.time()
 
 
 def admitted(fleet: Fleet, key: str, count: int) -> int:

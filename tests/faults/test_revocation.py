@@ -138,9 +138,8 @@ def test_a_gateway_that_cannot_hear_is_named(fleet: Fleet) -> None:
 
         def silent() -> bool:
             # By control's own word: the command says of a gateway on this machine whether it answers.
-            headers = {"Authorization": f"Bearer {fleet.stack.admin_key}"}
-            told = httpx.get(f"{fleet.stack.url}/admin/status", headers=headers, timeout=10, trust_env=False).json()
-            return {one["name"]: one["state"] for one in told["gateways"]}["gateway-2"] == "down"
+            told = fleet.stack.admin("status")["gateways"]
+            return {one["name"]: one["state"] for one in told}["gateway-2"] == "down"
 
         until(silent, "control has not heard of it for a while", 30, every=0.2)
         # It may serve for minutes yet, if it is only the network that is cut.

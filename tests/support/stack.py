@@ -33,12 +33,15 @@ class Stack:
         """Run a command with --json against this stack; what it prints."""
         return json.loads(corral(*arguments, "--json", "--state", str(self.state), timeout=timeout))
 
-    def listed(self, what: str, **query: str | int) -> list[dict[str, Any]]:
-        """The rows of a list of the admin API, as `corral WHAT list` has them, without the start of a process: for what
-        is asked again and again."""
+    def admin(self, path: str, **query: str | int) -> Any:
+        """What the admin API answers to a GET, without the start of a process: for what is asked again and again."""
         headers = {"Authorization": f"Bearer {self.admin_key}"}
-        answer = httpx.get(f"{self.url}/admin/{what}", params=query, headers=headers, timeout=30)
-        rows: list[dict[str, Any]] = answer.raise_for_status().json()[what]
+        answer = httpx.get(f"{self.url}/admin/{path}", params=query, headers=headers, timeout=30, trust_env=False)
+        return answer.raise_for_status().json()
+
+    def listed(self, what: str, **query: str | int) -> list[dict[str, Any]]:
+        """The rows of a list of the admin API, as `corral WHAT list` has them."""
+        rows: list[dict[str, Any]] = self.admin(what, **query)[what]
         return rows
 
     def headers(self) -> dict[str, str]:
@@ -61,9 +64,7 @@ class Stack:
             return {listed.get(name) for name in models or listed} == {"passed"}
 
         def known() -> bool:
-            headers = {"Authorization": f"Bearer {self.admin_key}"}
-            told = httpx.get(f"{self.url}/admin/status", headers=headers, timeout=10).json()
-            return all(gateway["current"] for gateway in told["gateways"])
+            return all(gateway["current"] for gateway in self.admin("status")["gateways"])
 
         until(passed, "control has tried the models", seconds, every=0.3)
         until(known, "the gateways have heard of it")

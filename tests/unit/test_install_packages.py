@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.programs import program
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ALL = ("unit", "fuzz", "integration", "conformance", "faults", "monitoring", "deploy")
@@ -17,13 +18,6 @@ PROGRAMS = {
     "docker-registry": "docker-registry", "dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap",
     "iptables": "iptables", "prometheus": "prometheus", "prometheus-alertmanager": "prometheus-alertmanager",
 }  # fmt: skip
-
-
-def program(path: Path, text: str) -> Path:
-    path.unlink(missing_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 class Machine:
