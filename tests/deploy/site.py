@@ -159,8 +159,8 @@ class Site:
         return [model["name"] for model in answer.json().get("models", [])] if answer.status_code == 200 else []
 
     def load(self, name: str, clients: int = 3, tokens: Sequence[int] = (12, 24), think: float = 1.5) -> Load:
-        """Light load at the edge, by all three APIs."""
-        return Load(self.url(), self.key, MODEL, clients=clients, tokens=tokens, name=name, think=think)
+        """Light load at the edge, by all three APIs, whose callers wait for as long as some answers may take here."""
+        return Load(self.url(), self.key, MODEL, clients, tokens=tokens, name=name, think=think, timeout=SLOW)
 
     def gateway(self, name: str) -> dict[str, str]:
         """What HAProxy counts of a gateway (or, for BACKEND, of all): its row of the statistics."""
