@@ -23,7 +23,7 @@ FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 NETWORKS = "base=10.213.0.0/16,size=24"
 
 
-def run(*argv: str, timeout: float = 60.0, env: Mapping[str, str] | None = None, given: bytes | None = None) -> str:
+def run(*argv: str, timeout: float = 120.0, env: Mapping[str, str] | None = None, given: bytes | None = None) -> str:
     """Standard output of a command. AssertionError with what it said where it fails."""
     done = subprocess.run(
         argv,
@@ -46,7 +46,7 @@ class Docker:
         # The classic builder: BuildKit would need a plugin that Debian does not have.
         self.env = {"DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(config), "DOCKER_BUILDKIT": "0"}
 
-    def __call__(self, *arguments: str, timeout: float = 60.0, given: bytes | None = None) -> str:
+    def __call__(self, *arguments: str, timeout: float = 120.0, given: bytes | None = None) -> str:
         return run("docker", *arguments, timeout=timeout, env=self.env, given=given)
 
     def inspect(self, container: str) -> dict[str, Any]:

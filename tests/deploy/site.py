@@ -61,7 +61,7 @@ class Site:
 
     # -- commands, as an operator gives them
 
-    def shell(self, command: str, timeout: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    def shell(self, command: str, timeout: float = 120.0, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command line in the folder, with these variables set; how it ended."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(("CORRAL_", "COMPOSE_"))}
         return subprocess.run(
@@ -74,7 +74,7 @@ class Site:
             timeout=timeout,
         )
 
-    def do(self, command: str, timeout: float = 60.0, **variables: str) -> str:
+    def do(self, command: str, timeout: float = 120.0, **variables: str) -> str:
         """Standard output of a command line that has to succeed."""
         done = self.shell(command, timeout, **variables)
         assert done.returncode == 0, (
@@ -195,7 +195,7 @@ class Site:
                 return found
             after = page[-1]["seq"]
 
-    def recorded(self, ended: Sequence[str], admitted: Sequence[str] = (), seconds: float = 30.0) -> None:
+    def recorded(self, ended: Sequence[str], admitted: Sequence[str] = (), seconds: float = 60.0) -> None:
         """Wait until these requests are on record, with their ends or at least their beginnings."""
 
         def there() -> bool:

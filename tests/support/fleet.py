@@ -257,11 +257,11 @@ class Fleet:
 
         until(asked, f"the canary asks {node}", 60, every=0.2)
 
-    def records(self, *request_ids: str, seconds: float = 30.0) -> list[dict[str, Any]]:
+    def records(self, *request_ids: str, seconds: float = 60.0) -> list[dict[str, Any]]:
         """The audit records of requests once all of them have ended, in this order."""
         return self._listed(request_ids, seconds, ended=True)
 
-    def admitted(self, *request_ids: str, seconds: float = 30.0) -> list[dict[str, Any]]:
+    def admitted(self, *request_ids: str, seconds: float = 60.0) -> list[dict[str, Any]]:
         """The same, of requests that may never have ended."""
         return self._listed(request_ids, seconds, ended=False)
 

@@ -85,14 +85,14 @@ async def gateways(
                 await task
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until a condition holds."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 (what it waits for has no event)
             await asyncio.sleep(0.02)
 
 
-async def granting(made: list[Gateway], seconds: float = 30.0) -> None:
+async def granting(made: list[Gateway], seconds: float = 60.0) -> None:
     """Wait until the store grants, and every gateway is counted."""
     async with asyncio.timeout(seconds):
         while True:

@@ -128,7 +128,7 @@ def body_of(path: str, model: str, tokens: int, prompt: str = PROMPT, stream: bo
 class Client:
     """One caller with one connection, which it keeps as long as it can."""
 
-    def __init__(self, url: str, key: str, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, key: str, timeout: float = 60.0) -> None:
         self._address = urlsplit(url).netloc
         self._key, self._timeout = key, timeout
         self._connection: http.client.HTTPConnection | None = None
@@ -226,7 +226,7 @@ class Load:
         fresh: bool = False,
         think: float = 0.0,
         prompts: Sequence[str] = (PROMPT,),
-        timeout: float = 30.0,
+        timeout: float = 60.0,
     ) -> None:
         self.answers: list[Answer] = []
         self.streaming: dict[str, Answer] = {}
@@ -269,12 +269,12 @@ class Load:
         for thread in self._threads:
             thread.join(self._timeout + 10)
 
-    def until(self, condition: Callable[[list[Answer]], object], what: str, seconds: float = 30.0) -> float:
+    def until(self, condition: Callable[[list[Answer]], object], what: str, seconds: float = 60.0) -> float:
         """Wait until a condition on the answers so far holds; the time at which it did."""
         until(lambda: condition(list(self.answers)), what, seconds, every=0.02)
         return time.monotonic()
 
-    def more(self, count: int, node: str = "", seconds: float = 30.0) -> float:
+    def more(self, count: int, node: str = "", seconds: float = 60.0) -> float:
         """Wait for ``count`` whole answers that were asked for from now on (by ``node``); the time then."""
         since = time.monotonic()
         what = f"{count} more answers" + (f" by {node}" if node else "")

@@ -61,7 +61,7 @@ def free_port() -> int:
     return port
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 30.0, every: float = 0.05) -> None:
+def until(condition: Callable[[], object], what: str, seconds: float = 60.0, every: float = 0.05) -> None:
     """Wait for ``condition`` to be true. NotReady with ``what`` and the last exception after ``seconds``.
 
     Nobody who listens yet, or answers in time, is no error but a reason to ask again.

@@ -71,7 +71,7 @@ async def gateways(
             await one.kill()
 
 
-async def granting(gateway: Gateway, seconds: float = 30.0) -> None:
+async def granting(gateway: Gateway, seconds: float = 60.0) -> None:
     """Wait until the store grants."""
     async with asyncio.timeout(seconds):
         while True:
@@ -81,7 +81,7 @@ async def granting(gateway: Gateway, seconds: float = 30.0) -> None:
             await asyncio.sleep(0.02)
 
 
-async def usable(made: list[Gateway], seconds: float = 30.0) -> None:
+async def usable(made: list[Gateway], seconds: float = 60.0) -> None:
     """Wait until each of them may ask for slots."""
     async with asyncio.timeout(seconds):
         while not all(one.slots.usable for one in made):  # noqa: ASYNC110
