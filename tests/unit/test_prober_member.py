@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from corral.control.prober import Fleet, Member
+from corral.control.reached import TIMEOUT
 from corral.fleet.catalogue import aside
 
 
@@ -49,6 +51,33 @@ def test_a_node_says_why_it_is_down_in_the_system_s_words() -> None:
     refused, unknown = (node.describe() for node in nodes)
     assert (refused["state"], refused["reason"]) == ("down", "no connection: connection refused")
     assert unknown["state"] == "down" and unknown["reason"].startswith(("no connection: ", "no answer within"))
+
+
+def test_a_node_that_is_far_away_is_no_node_that_is_down() -> None:
+    """Its answers take long, each less than a probe waits for one, and all together more."""
+    body = {"/api/ps": b'{"models":[]}', "/api/tags": b'{"models":[]}', "/api/version": b'{"version":"1"}'}
+    asked: list[str] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                asked.append(head.split()[1].decode())
+                await asyncio.sleep(TIMEOUT * 0.4)
+                said = body[asked[-1]]
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+
+    async def probe() -> Member:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            far = Member("n1", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            fleet = Fleet()
+            await fleet.start([far])
+            await fleet.close()
+        return far
+
+    far = asyncio.run(probe())
+    assert asked == list(body)
+    assert (far.state, far.reason, far.version) == ("ready", None, "1")
 
 
 def test_a_node_whose_canary_fails_says_so_while_it_is_up() -> None:

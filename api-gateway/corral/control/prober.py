@@ -316,16 +316,15 @@ class Fleet:
 
     async def _probe(self, member: Member, fresh: bool) -> None:
         try:
-            async with asyncio.timeout(TIMEOUT):
-                ps = await self._models(member, "/api/ps")
-                names = {entry["name"] for entry in ps}
-                now = time.monotonic()
-                stale = fresh or not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
-                if stale or names != {entry["name"] for entry in member.ps}:
-                    tags = await self._models(member, "/api/tags")
-                    # A node that was away may come back as another version.
-                    version = member.version if member.up and member.version else await self._version(member)
-                    member.tags, member.version, member.tags_at = tags, version, now
+            ps = await self._models(member, "/api/ps")
+            names = {entry["name"] for entry in ps}
+            now = time.monotonic()
+            stale = fresh or not member.up or now - member.tags_at >= TAGS_INTERVAL or not member.tags_at
+            if stale or names != {entry["name"] for entry in member.ps}:
+                tags = await self._models(member, "/api/tags")
+                # A node that was away may come back as another version.
+                version = member.version if member.up and member.version else await self._version(member)
+                member.tags, member.version, member.tags_at = tags, version, now
         except Exception as error:
             if not isinstance(error, httpx.HTTPError | TimeoutError | ValueError):
                 self._tell(member, error)
@@ -368,7 +367,9 @@ class Fleet:
 
     async def _get(self, member: Member, path: str, read: Callable[[bytes], T]) -> T:
         try:
-            status, body = await answers.fetch(self.client, "GET", member.url + path, timeout=TIMEOUT)
+            # Each question has its own time: over a long way all of them together, and the connection, would be late.
+            async with asyncio.timeout(TIMEOUT):
+                status, body = await answers.fetch(self.client, "GET", member.url + path, timeout=TIMEOUT)
             if status != 200:
                 raise ValueError(f"status {status}")
             return read(body)

@@ -7,7 +7,7 @@ import os
 import httpx
 
 TIMEOUT = 2.0
-"""How long a probe waits for an answer (seconds)."""
+"""How long a probe waits for each answer (seconds)."""
 UNREACHED = (httpx.NetworkError, httpx.TimeoutException, TimeoutError)
 
 
