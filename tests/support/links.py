@@ -1,21 +1,28 @@
-"""Links between Corral and a node that a test may break: a network namespace with packet filters, or a slow relay."""
+"""Links between Corral and a node that a test may break: network namespaces, with packet filters or a slow link."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import fcntl
 import itertools
 import os
 import random
+import select
+import struct
 import subprocess
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from support.fleet import SimulatedNode
-from support.process import Process, free_port
+from support.process import Process
 from support.servers import answers, python_env
+
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+"""linux/if_tun.h"""
 
 _numbers = itertools.count(os.getpid() % 60 * 4)
 
@@ -28,12 +35,16 @@ class Namespace:
         self.name, self._link = f"corral-{os.getpid()}-{number}", f"crl{os.getpid() % 10000}n{number}"
         self.address = f"10.231.{number}.2"
         _run("ip", "netns", "add", self.name)
-        _run("ip", "link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        self._connect()
         _run("ip", "addr", "add", f"10.231.{number}.1/30", "dev", self._link)
         _run("ip", "link", "set", self._link, "up")
         self.inside("ip", "addr", "add", f"{self.address}/30", "dev", "eth0")
         self.inside("ip", "link", "set", "eth0", "up")
         self.inside("ip", "link", "set", "lo", "up")
+
+    def _connect(self) -> None:
+        """Make the two ends of the link: `_link` here, eth0 in it."""
+        _run("ip", "link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
 
     def inside(self, *command: str) -> None:
         """Run a command in it."""
@@ -80,65 +91,87 @@ class RemoteNode(SimulatedNode):
         self.process.wait_until(lambda: answers(self.url + "/api/version"))
 
 
-class SlowNode(SimulatedNode):
-    """A simulated node behind a relay that delays each piece, and one in twenty by a retransmission more.
+class SlowNamespace(Namespace):
+    """A network whose link may be slow and lose packets, as the kernel's netem makes one where that is built in: here a
+    thread carries them between two TUN devices.
 
-    That is what a link with a delay of 300 ms and a loss of 5% is to TCP; not every kernel can have one (netem).
+    While it is slow, each packet takes ``delay`` seconds, and of those that the far end ``sent`` a share of ``loss``
+    is ``lost``, by chance.
     """
 
-    delay, loss, retransmission = 0.3, 0.05, 0.6
+    delay, loss = 0.3, 0.05
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.near = free_port()
-        super().__init__(name, folder)
-        self._direct, self.url = self.url, f"http://127.0.0.1:{self.near}"
-        ready = threading.Event()
-        threading.Thread(target=lambda: asyncio.run(self._relay(ready)), daemon=True).start()
-        assert ready.wait(30)
+    def __init__(self) -> None:
+        self.sent = self.lost = 0
+        self._slow = False
+        self._wake, self._over = os.pipe()
+        super().__init__()
+        self._thread = threading.Thread(target=self._carry, daemon=True)
+        self._thread.start()
 
-    async def _relay(self, ready: threading.Event) -> None:
-        server = await asyncio.start_server(self._join, "127.0.0.1", self.near)
-        ready.set()
-        async with server:
-            await server.serve_forever()
+    def _connect(self) -> None:
+        inner = f"{self._link}i"
+        self._near, self._far = _tun(self._link), _tun(inner)
+        _run("ip", "link", "set", inner, "netns", self.name, "name", "eth0")
 
-    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self.port)
-        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+    def worsen(self) -> None:
+        """From now on the link is slow, and loses packets; ``sent`` and ``lost`` begin again."""
+        self.sent = self.lost = 0
+        self._slow = True
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+    def mend(self) -> None:
+        self._slow = False
+        super().mend()
 
-        async def send() -> None:
-            while True:
-                due, data = await queue.get()
-                await asyncio.sleep(due - loop.time())
-                if not data:
-                    break
-                writer.write(data)
+    def _carry(self) -> None:
+        across = {self._near: self._far, self._far: self._near}
+        # When it is due, at which end, and the packet; none overtakes another.
+        under_way: deque[tuple[float, int, bytes]] = deque()
+        while True:
+            wait = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+            ready, _, _ = select.select([*across, self._wake], [], [], wait)
+            if self._wake in ready:
+                return
+            for end in ready:
+                packet = os.read(end, 65536)
+                slow = self._slow
+                if slow and end == self._far:
+                    self.sent += 1
+                    if random.random() < self.loss:
+                        self.lost += 1
+                        continue
+                under_way.append((time.monotonic() + self.delay * slow, across[end], packet))
+            while under_way and under_way[0][0] <= time.monotonic():
+                _, end, packet = under_way.popleft()
+                os.write(end, packet)
 
-        sender = asyncio.create_task(send())
-        last = 0.0
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1400):
-                lost = self.retransmission if random.random() < self.loss else 0.0
-                last = max(last, loop.time() + self.delay + lost)
-                queue.put_nowait((last, data))
-        queue.put_nowait((max(last, loop.time()), b""))
-        await sender
-        with contextlib.suppress(OSError):
-            writer.close()
+    def close(self) -> None:
+        """Have it be gone; what runs in it has ended."""
+        os.close(self._over)
+        self._thread.join()
+        for end in (self._near, self._far, self._wake):
+            os.close(end)
+        super().close()
+
+
+N = TypeVar("N", bound=Namespace)
 
 
 @contextmanager
-def namespace() -> Iterator[Namespace]:
+def namespace(kind: type[N] = Namespace) -> Iterator[N]:  # type: ignore[assignment]
     """A namespace, gone with the block."""
-    made = Namespace()
+    made = kind()
     try:
         yield made
     finally:
         made.close()
+
+
+def _tun(name: str) -> int:
+    """A new device of this name, whose packets are read and written here; gone with its file descriptor."""
+    end = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
+    return end
 
 
 def _run(*command: str) -> None:
