@@ -16,7 +16,7 @@ import pytest
 from support.gateway import END, HEAD, LAST, LINE, Behaviour, Gateway, chunk, gateway, says, well
 from support.held import leading, placed, queueing
 from support.leader import Leader
-from support.load import EMBED, EMBEDDINGS, GENERATE, body_of
+from support.load import EMBED, EMBEDDINGS, GENERATE, LEGACY, body_of
 from support.mixed import WRITTEN
 from support.process import until
 
@@ -92,7 +92,7 @@ def listened(gw: Gateway, path: str, heard: threading.Event) -> tuple[bytes, htt
 @pytest.mark.parametrize("path", WRITTEN)
 def test_of_a_stream_whose_node_fails_all_that_came_before_is_sent_and_counts(gw: Gateway, path: str) -> None:
     heard = threading.Event()
-    line = (COMPLETED if path == GENERATE else WORDS).removeprefix(HEAD)
+    line = (COMPLETED if path in (GENERATE, LEGACY) else WORDS).removeprefix(HEAD)
 
     def fails(connection: socket.socket) -> None:
         connection.sendall(HEAD + line)
@@ -111,7 +111,7 @@ def test_of_a_stream_whose_node_fails_all_that_came_before_is_sent_and_counts(gw
 @pytest.mark.parametrize("path", WRITTEN)
 def test_what_came_with_nonsense_is_not_sent_and_does_not_count(gw: Gateway, path: str) -> None:
     heard = threading.Event()
-    line = (COMPLETED if path == GENERATE else WORDS).removeprefix(HEAD)
+    line = (COMPLETED if path in (GENERATE, LEGACY) else WORDS).removeprefix(HEAD)
 
     def raves(connection: socket.socket) -> None:
         connection.sendall(HEAD + line)
@@ -143,7 +143,7 @@ def test_who_leaves_pays_for_what_was_made_for_him_until_then(shared: Gateway, p
     said, killed = threading.Event(), threading.Event()
 
     def speaks(connection: socket.socket) -> None:
-        connection.sendall(COMPLETED if path == GENERATE else WORDS)
+        connection.sendall(COMPLETED if path in (GENERATE, LEGACY) else WORDS)
         said.set()
         gw.nodes[0].wait_for_close(connection)
         killed.set()

@@ -15,6 +15,7 @@ from support.load import (
     EMBED,
     EMBEDDINGS,
     GENERATE,
+    LEGACY,
     MESSAGES,
     PROMPT,
     Answer,
@@ -37,12 +38,12 @@ class Way:
     def body(self, model: str, tokens: int, prompt: str = PROMPT) -> bytes:
         """What it sends."""
         body = body_of(self.path, model, tokens, prompt, self.stream)
-        if self.path == COMPLETIONS and self.stream:
+        if self.path in (COMPLETIONS, LEGACY) and self.stream:
             body = json.dumps(json.loads(body) | {"stream_options": {"include_usage": True}}).encode()
         return body
 
 
-WRITTEN = (*APIS, GENERATE)
+WRITTEN = (*APIS, GENERATE, LEGACY)
 """What writes an answer."""
 EMBEDDED = (EMBED, EMBEDDINGS)
 WAYS = (*(Way(path, stream) for path in WRITTEN for stream in (True, False)), *(Way(path, False) for path in EMBEDDED))
@@ -59,7 +60,8 @@ def counts(answer: Answer) -> tuple[int, int]:
     if answer.path.startswith("/api/"):
         last = json_of(lines[-1])
         return last["prompt_eval_count"], last.get("eval_count", 0)
-    (usage,) = [told for told in map(_usage, lines) if told]
+    # Each event of LEGACY has a usage; all but the last have zeros, as Ollama's have.
+    (usage,) = [told for told in map(_usage, lines) if any(told.values())]
     if answer.path == MESSAGES:
         return usage["input_tokens"], usage["output_tokens"]
     return usage["prompt_tokens"], usage.get("completion_tokens", 0)
@@ -77,6 +79,7 @@ def pieces(answer: Answer) -> int:
         choice = (value.get("choices") or [{}])[0]
         message, delta = value.get("message") or {}, choice.get("delta") or value.get("delta") or {}
         said = value.get("response") or message.get("content") or delta.get("content") or delta.get("text")
+        said = said or choice.get("text")
         seen += bool(said)
     return seen
 
