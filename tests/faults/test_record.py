@@ -21,7 +21,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.fleet import MODEL, QUICK, SimulatedNode
-from support.load import LEFT, REFUSED, TOLD, WHOLE
+from support.load import LEFT, REFUSED, TOLD, WHOLE, Answer
 from support.mixed import WAYS, Mixed, counts, leaving, pieces
 from support.postgres import Postgres
 from support.postgres import postgres as run_postgres
@@ -68,6 +68,20 @@ def kill(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def beyond(one: Answer, asked: int, prompt: int, tokens: int, outcome: str, estimated: bool) -> str:
+    """What is wrong with the tokens that are counted of an answer that did not come whole; empty where nothing is.
+
+    Who was cut off has used what he saw at least; what a node wrote meanwhile may have come or not. Of a gateway that
+    was killed only what it had recorded by then is known.
+    """
+    least = 0 if outcome == "interrupted" else pieces(one)
+    # A guess is a token for four bytes of the body, or up to four times as many (docs/audit.md).
+    known = one.sent // 4 <= prompt <= one.sent if estimated and prompt else bool(prompt or not least)
+    if least <= tokens <= asked and known:
+        return ""
+    return f"{one}: {prompt} and {tokens} tokens of {asked}, {outcome}, after {pieces(one)} were seen"
 
 
 @pytest.mark.slow
@@ -161,15 +175,22 @@ def test_every_answer_is_recorded_and_counted_once(
         (of_usage,) = rows("SELECT sum(requests), sum(prompt_tokens), sum(tokens) FROM usage")
         assert tuple(map(int, of_usage)) == tuple(map(int, of_records))
         told_by = {one.request_id: counts(one) for one in whole}
-        booked = {row[0]: row[1:] for row in rows(f"SELECT request_id, prompt_tokens, tokens, outcome {INFERENCE}")}
+        # None are known of who had run for less than a second when his gateway was killed.
+        fields = "request_id, coalesce(prompt_tokens, 0), coalesce(tokens, 0), outcome, estimated"
+        booked = {row[0]: row[1:] for row in rows(f"SELECT {fields} {INFERENCE}")}
         assert [
             (str(one), booked[one.request_id]) for one in whole if booked[one.request_id][:2] != told_by[one.request_id]
         ] == []
         assert {(one.path, one.stream) for one in whole} == {(way.path, way.stream) for way in WAYS}
-        # Who leaves has used what he saw at least; what a node wrote while he left may have come or not.
-        left = [one for one in answers if one.fate == LEFT and booked.get(one.request_id, ("",))[-1] == "client_gone"]
-        assert [(str(one), booked[one.request_id]) for one in left if booked[one.request_id][1] < pieces(one)] == []
+        asked = {name: tokens for load in loads for name, tokens in load.asked.items()}
+        cut = [one for one in answers if one.fate != WHOLE and one.request_id in booked]
+        assert [wrong for one in cut if (wrong := beyond(one, asked[one.request_id], *booked[one.request_id]))] == []
+        wrote = sum(node.work(model)["tokens"] for node in nodes for model in (QUICK, MODEL))
+        assert of_usage[2] <= wrote, "more is counted than the nodes wrote"
+        left = [one for one in cut if one.fate == LEFT and booked[one.request_id][2] == "client_gone"]
         assert len(left) > len(WAYS) and any(map(pieces, left))
+        ends = Counter(booked[one.request_id][2] for one in cut if booked[one.request_id][1])
+        print(f"cut with tokens: {dict(ends)}; {of_usage[2]} tokens counted of {wrote}", file=sys.stderr)
         measured = f"{sum(killed.values())} kills, {len(begun)} begun: each one record, sums of usage equal"
         matrix("gateways, control, PostgreSQL killed (-9)", "each answer recorded once", measured)
         assert outcomes["interrupted"] > 0, "none was killed in the middle of an answer"

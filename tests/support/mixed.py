@@ -85,12 +85,16 @@ def pieces(answer: Answer) -> int:
 
 
 class Mixed(Load):
-    """Callers of whom each asks in all ``ways``, one after the other, again and again, while the block runs."""
+    """Callers of whom each asks in all ``ways``, one after the other, again and again, while the block runs.
+
+    ``asked``: how many tokens each request is for at most, by its id.
+    """
 
     def __init__(
         self, url: str, key: str, model: str, ways: Sequence[Way], clients: int, tokens: Sequence[int], name: str
     ) -> None:
         super().__init__(url, key, model, clients, [way.path for way in ways], tokens, name)
+        self.asked: dict[str, int] = {}
         self._ways, self._seed = ways, name  # not what its requests are called, which is new in each load
 
     def _run(self, number: int, path: str, tokens: int, prompt: str) -> None:
@@ -101,5 +105,6 @@ class Mixed(Load):
                 break
             body, stays = way.body(self._model, tokens, prompt), dice.uniform(0.01, way.leaves) if way.leaves else 0.0
             request_id = f"{self._name}-{number}-{count}"
+            self.asked[request_id] = tokens
             self.answers.append(client.ask(way.path, body, request_id, None, way.stream, stays))
         client.close()
