@@ -99,3 +99,32 @@ def test_the_last_bytes_leave_once_the_record_is_there(tmp_path: Path, durabilit
             caller.settimeout(20)
             while b'"done":true' not in heard or not (heard.endswith(END) or not stream):
                 heard += caller.recv(65536)
+
+
+@pytest.mark.parametrize("durability", ["written", "synced"])
+def test_no_answer_of_the_gateway_itself_leaves_before_its_record_is_there(tmp_path: Path, durability: str) -> None:
+    with gateway(tmp_path, audit={"durability": durability}) as gw:
+        hold, entered = restarted(gw, durability)
+        key = f"Authorization: Bearer {gw.key}\r\n"
+        answers = {
+            f"GET /api/tags HTTP/1.1\r\n{key}": b"200",
+            f"GET /api/nothing HTTP/1.1\r\n{key}": b"404",
+            f"POST /api/chat HTTP/1.1\r\n{key}Content-Length: 2\r\n": b"400",
+            "GET /api/tags HTTP/1.1\r\n": b"401",
+        }
+        for head, status in answers.items():
+            with socket.create_connection(("127.0.0.1", gw.port), 20) as caller:
+                hold.touch()
+                try:
+                    caller.sendall(f"{head}Host: x\r\n\r\n".encode() + b"{}" * ("POST" in head))
+                    until(entered.exists, f"the record of {head} waits for the disk")
+                    way_and_back(gw)
+                    caller.setblocking(False)
+                    with pytest.raises(BlockingIOError):
+                        caller.recv(65536)
+                finally:
+                    hold.unlink()
+                caller.settimeout(20)
+                assert caller.recv(65536).split(b" ")[1] == status
+            entered.unlink()
+        assert [node.requests for node in gw.nodes] == [[], []]
