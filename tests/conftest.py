@@ -46,6 +46,11 @@ def _context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ss
 
 httpx._transports.default.create_ssl_context = _context
 
+# Who asks without a time-out of its own would give up after httpx's five seconds, which a busy machine may take. Here
+# these are only tests: what is tested states its own (`corral.store.asking`).
+PATIENCE = 30.0
+httpx._config.DEFAULT_TIMEOUT_CONFIG.__init__(PATIENCE)  # type: ignore[misc]
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The tamper table, where a run had it."""

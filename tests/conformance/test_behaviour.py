@@ -196,8 +196,11 @@ def _leave_whole(target: Target) -> None:
 def test_client_that_leaves_frees_its_slot(target: Target, leave: Any) -> None:
     """All slots are taken by callers who leave: 3,000 tokens each would take several times the bound on any core."""
     generate(target, stream=False)
+    started = time.monotonic()
+    generate(target, stream=False)
+    alone = time.monotonic() - started
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(leave, [target] * 4))
     started = time.monotonic()
     assert generate(target, stream=False).status == 200
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 10 + alone

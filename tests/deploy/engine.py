@@ -23,7 +23,7 @@ FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 NETWORKS = "base=10.213.0.0/16,size=24"
 
 
-def run(*argv: str, timeout: float = 120.0, env: Mapping[str, str] | None = None, given: bytes | None = None) -> str:
+def run(*argv: str, timeout: float = 240.0, env: Mapping[str, str] | None = None, given: bytes | None = None) -> str:
     """Standard output of a command. AssertionError with what it said where it fails."""
     done = subprocess.run(
         argv,
@@ -46,7 +46,7 @@ class Docker:
         # The classic builder: BuildKit would need a plugin that Debian does not have.
         self.env = {"DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(config), "DOCKER_BUILDKIT": "0"}
 
-    def __call__(self, *arguments: str, timeout: float = 120.0, given: bytes | None = None) -> str:
+    def __call__(self, *arguments: str, timeout: float = 240.0, given: bytes | None = None) -> str:
         return run("docker", *arguments, timeout=timeout, env=self.env, given=given)
 
     def inspect(self, container: str) -> dict[str, Any]:
@@ -86,12 +86,12 @@ def engine(folder: Path, compose: str) -> Iterator[Docker]:
         folder / "dockerd.log",
     )
     try:
-        daemon.wait_until(lambda: _answers(docker), 60)
+        daemon.wait_until(lambda: _answers(docker), 240)
         _clean(docker)
         yield docker
         _clean(docker)
     finally:
-        daemon.end(seconds=60)
+        daemon.end(seconds=240)
         _end_left(folder)
         for namespace in (folder / "exec/netns").glob("*"):
             run("umount", str(namespace))
@@ -109,10 +109,10 @@ def _answers(docker: Docker) -> bool:
 def _clean(docker: Docker) -> None:
     """Remove the containers, networks and volumes of this run, or of one that was killed."""
     if containers := docker("ps", "-aq").split():
-        docker("rm", "-f", "-v", *containers, timeout=120)
+        docker("rm", "-f", "-v", *containers)
     docker("network", "prune", "-f")
     if volumes := docker("volume", "ls", "-q").split():
-        docker("volume", "rm", "-f", *volumes, timeout=120)
+        docker("volume", "rm", "-f", *volumes)
 
 
 Tables = dict[str, tuple[dict[str, str], list[str]]]
@@ -173,4 +173,4 @@ def _end_left(folder: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    until(lambda: not left(), "nothing of the engine is left", 20)
+    until(lambda: not left(), "nothing of the engine is left")

@@ -36,6 +36,8 @@ MODEL = "smollm2:135m"
 SLOW = 240.0
 """Seconds that some answers may take where models share two cores with other tests."""
 MESSAGES = [{"role": "user", "content": "Say hi."}]
+PATIENCE = 900.0
+"""Seconds that one procedure may take there: it starts and stops many containers, or builds an image."""
 PROJECT = "corral"
 SERVICES = (
     *("ollama-1", "ollama-2", "haproxy", "api-gateway-1", "api-gateway-2", "control", "redis", "postgres"),
@@ -61,7 +63,7 @@ class Site:
 
     # -- commands, as an operator gives them
 
-    def shell(self, command: str, timeout: float = 120.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    def shell(self, command: str, timeout: float = SLOW, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command line in the folder, with these variables set; how it ended."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(("CORRAL_", "COMPOSE_"))}
         return subprocess.run(
@@ -74,7 +76,7 @@ class Site:
             timeout=timeout,
         )
 
-    def do(self, command: str, timeout: float = 120.0, **variables: str) -> str:
+    def do(self, command: str, timeout: float = SLOW, **variables: str) -> str:
         """Standard output of a command line that has to succeed."""
         done = self.shell(command, timeout, **variables)
         assert done.returncode == 0, (
@@ -84,7 +86,7 @@ class Site:
 
     def block(self, block: str, **variables: str) -> str:
         """What a block of a document prints, run as it stands there; each line of it has to succeed."""
-        return self.do(f"set -euo pipefail\n{block}", 240, **variables)
+        return self.do(f"set -euo pipefail\n{block}", PATIENCE, **variables)
 
     def corral(self, arguments: str) -> Any:
         """A `corral` command with --json, in control's container."""
@@ -103,7 +105,7 @@ class Site:
     def up(self, more: str = "") -> float:
         """docker compose up -d --wait; seconds that it took."""
         began = time.monotonic()
-        done = self.shell(f"docker compose {more} up -d --wait", 240)
+        done = self.shell(f"docker compose {more} up -d --wait", PATIENCE)
         if done.returncode != 0:
             logs = self.shell("docker compose ps -a; docker compose logs --tail 20").stdout
             raise AssertionError(f"up: status {done.returncode}\n{done.stderr[-3000:]}\n{logs[-8000:]}")
@@ -150,12 +152,12 @@ class Site:
             listed = {node["name"]: node for node in self.corral("status")["nodes"]}
             return all(listed[name]["state"] == "ready" and MODEL in listed[name]["models"] for name in nodes)
 
-        until(there, f"{nodes} are ready with the model", 30, every=0.5)
-        until(lambda: MODEL in self.tags(), "the gateways know the model", every=0.2)
+        until(there, f"{nodes} are ready with the model", SLOW, every=0.5)
+        until(lambda: MODEL in self.tags(), "the gateways know the model", SLOW, every=0.2)
 
     def tags(self) -> list[str]:
         """The models that the edge lists."""
-        answer = httpx.get(self.url() + "/api/tags", headers=self.headers(), timeout=5)
+        answer = httpx.get(self.url() + "/api/tags", headers=self.headers(), timeout=30)
         return [model["name"] for model in answer.json().get("models", [])] if answer.status_code == 200 else []
 
     def load(self, name: str, clients: int = 3, tokens: Sequence[int] = (12, 24), think: float = 1.5) -> Load:
@@ -164,7 +166,7 @@ class Site:
 
     def gateway(self, name: str) -> dict[str, str]:
         """What HAProxy counts of a gateway (or, for BACKEND, of all): its row of the statistics."""
-        answer = httpx.get(self.url("CORRAL_STATS_PORT") + "/;csv", timeout=5)
+        answer = httpx.get(self.url("CORRAL_STATS_PORT") + "/;csv", timeout=30)
         rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
         return next(row for row in rows if (row["pxname"], row["svname"]) == ("gateways", name))
 
@@ -179,7 +181,7 @@ class Site:
             state = self.container(service)["State"]
             return bool(state["Pid"] not in (0, pid) and state["Health"]["Status"] == "healthy")
 
-        until(healthy, f"{service} is back", 180, every=0.1)
+        until(healthy, f"{service} is back", SLOW, every=0.1)
 
     def audit(self) -> dict[str, dict[str, Any]]:
         """The audit records by request id, but for reads of the admin API."""
@@ -187,7 +189,7 @@ class Site:
         after = 0
         headers = {"Authorization": f"Bearer {self.admin_key}"}
         while True:
-            answer = httpx.get(f"{self.url()}/admin/audit?limit=1000&after={after}", headers=headers, timeout=10)
+            answer = httpx.get(f"{self.url()}/admin/audit?limit=1000&after={after}", headers=headers, timeout=60)
             page = answer.raise_for_status().json()["audit"]
             found |= {row["request_id"]: row for row in page if (row["api"], row["method"]) != ("admin", "GET")}
             # Each of these reads is a record too: a page that is not full is the last one.
@@ -195,7 +197,7 @@ class Site:
                 return found
             after = page[-1]["seq"]
 
-    def recorded(self, ended: Sequence[str], admitted: Sequence[str] = (), seconds: float = 60.0) -> None:
+    def recorded(self, ended: Sequence[str], admitted: Sequence[str] = (), seconds: float = SLOW) -> None:
         """Wait until these requests are on record, with their ends or at least their beginnings."""
 
         def there() -> bool:
@@ -217,20 +219,20 @@ class Site:
             found.update(self.audit())
             return all(row["outcome"] is not None for row in found.values())
 
-        until(ended, "each record has its end", 180, every=0.5)
+        until(ended, "each record has its end", SLOW, every=0.5)
         return found
 
     def end(self) -> None:
         """Take it all down, volumes too."""
-        self.shell("docker compose --profile '*' down -v -t 3 --remove-orphans", 120)
+        self.shell("docker compose --profile '*' down -v -t 3 --remove-orphans")
 
 
 def ask(site: Site, key: str | None = None) -> httpx.Response:
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4}
     headers = {"Authorization": f"Bearer {key or site.key}"}
-    return httpx.post(site.url() + COMPLETIONS, json=body, headers=headers, timeout=60)
+    return httpx.post(site.url() + COMPLETIONS, json=body, headers=headers, timeout=SLOW / 2)
 
 
 def serves(site: Site) -> None:
     """It answers, in the end through each gateway."""
-    until(lambda: ask(site).status_code == 200, "it serves", 180, every=0.5)
+    until(lambda: ask(site).status_code == 200, "it serves", SLOW, every=0.5)

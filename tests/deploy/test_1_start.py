@@ -91,7 +91,7 @@ def _tls(site: Site) -> ssl.SSLContext:
 @pytest.mark.parametrize(("variable", "scheme"), [("CORRAL_HTTP_PORT", "http"), ("CORRAL_HTTPS_PORT", "https")])
 def test_the_official_clients_get_tokens(site: Site, variable: str, scheme: str) -> None:
     url = site.url(variable, scheme)
-    client = ollama.Client(host=url, headers=site.headers(), verify=_tls(site), timeout=60)
+    client = ollama.Client(host=url, headers=site.headers(), verify=_tls(site), timeout=SLOW)
     parts = list(client.chat(MODEL, MESSAGES, options={"num_predict": 8}, stream=True))
     assert parts[-1].done and "".join(part.message.content or "" for part in parts)
     client._client.close()
@@ -121,7 +121,7 @@ def test_both_nodes_and_both_gateways_take_part(site: Site) -> None:
 def test_the_front_end_for_other_programs_balances_and_lets_through_inference_alone(site: Site) -> None:
     url = site.url("CORRAL_OLLAMA_PORT")
     body: dict[str, Any] = {"model": MODEL, "prompt": "a", "stream": False, "options": {"num_predict": 2}}
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=SLOW) as client:
         assert client.get("/api/tags").json()["models"][0]["name"] == MODEL
         assert client.post("/api/generate", json=body).json()["done"]
         for path in ("/api/pull", "/api/delete", "/api/create", "/api/copy", "/api/push", "/api/../api/pull"):

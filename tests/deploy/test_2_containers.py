@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from deploy.site import PORTS, PROJECT, SERVICES, Site
+from deploy.site import PORTS, PROJECT, SERVICES, SLOW, Site
 from support.process import until
 
 
@@ -106,11 +106,11 @@ def test_valkey_has_a_password_that_no_inspection_shows(site: Site) -> None:
     assert site.do(asked.format(given)).strip() == "PONG"
     # Those who use it have it: its INFO reaches Prometheus through control.
     until(lambda: site.corral("status")["store"]["valkey"]["state"] == "ready", "control has it", every=0.5)
-    until(lambda: _value(site, "corral_valkey_clients") > 0, "Prometheus has its INFO", 60, every=1.0)
+    until(lambda: _value(site, "corral_valkey_clients") > 0, "Prometheus has its INFO", SLOW, every=1.0)
 
 
 def _value(site: Site, name: str) -> float:
-    answer = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/query", params={"query": name}, timeout=5).json()
+    answer = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/query", params={"query": name}, timeout=30).json()
     return max((float(row["value"][1]) for row in answer["data"]["result"]), default=0.0)
 
 
@@ -128,17 +128,17 @@ def test_what_needs_no_way_out_has_none(site: Site) -> None:
 
 def test_monitoring_finds_everything_it_is_told_of(site: Site) -> None:
     def up() -> set[tuple[str, str]]:
-        answer = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/targets", timeout=5).json()
+        answer = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/targets", timeout=30).json()
         return {(target["labels"]["job"], target["health"]) for target in answer["data"]["activeTargets"]}
 
     jobs = {"ollama", "api-gateway", "haproxy", "control", "redis", "postgres"}
-    until(lambda: up() == {(job, "up") for job in jobs}, "every job is scraped", 60, every=1.0)
-    rules = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/rules", timeout=5).json()["data"]["groups"]
+    until(lambda: up() == {(job, "up") for job in jobs}, "every job is scraped", SLOW, every=1.0)
+    rules = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/rules", timeout=SLOW).json()["data"]["groups"]
     assert rules
-    managers = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/alertmanagers", timeout=5).json()["data"]
+    managers = httpx.get(site.url("PROMETHEUS_PORT") + "/api/v1/alertmanagers", timeout=SLOW).json()["data"]
     assert [manager["url"] for manager in managers["activeAlertmanagers"]] == ["http://alertmanager:9093/api/v2/alerts"]
     password = (site.folder / "secrets/grafana-admin-password").read_text().strip()
     for given, status in ((password, 200), ("admin", 401)):
-        answer = httpx.get(site.url("GRAFANA_PORT") + "/api/datasources", auth=("admin", given), timeout=5)
+        answer = httpx.get(site.url("GRAFANA_PORT") + "/api/datasources", auth=("admin", given), timeout=SLOW)
         assert answer.status_code == status
-    assert "haproxy_process" in httpx.get(site.url("CORRAL_STATS_PORT") + "/metrics", timeout=5).text
+    assert "haproxy_process" in httpx.get(site.url("CORRAL_STATS_PORT") + "/metrics", timeout=SLOW).text

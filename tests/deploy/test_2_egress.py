@@ -43,7 +43,7 @@ class Canary:
 
     def hits(self) -> list[str]:
         """The addresses where somebody came, as often as somebody did: all until now, as this comes after them."""
-        with socket.create_connection((self.addresses[0], self.port), 5) as connection:
+        with socket.create_connection((self.addresses[0], self.port), 60) as connection:
             own = f"hit {self.addresses[0]} {connection.getsockname()[1]}"
             until(lambda: own in self._said(), "the canary counts")
         self._own.add(own)
@@ -77,7 +77,7 @@ def node(site: Site, host: Canary, setting: str = "") -> Iterator[None]:
     env.write_text((site.folder / ".env").read_text() + setting + "\n")
     compose = f"docker compose -p {PROJECT} --env-file {env.name}"
     try:
-        site.do(f"{compose} up -d --no-deps ollama-1", 120)
+        site.do(f"{compose} up -d --no-deps ollama-1")
         # Sooner than `--wait`, which hears of it by a check each 10 s.
         until(lambda: site.shell(f"docker exec {NODE} ollama list").returncode == 0, "the node serves", every=0.2)
         networks = site.docker.inspect(NODE)["NetworkSettings"]["Networks"]
@@ -86,7 +86,7 @@ def node(site: Site, host: Canary, setting: str = "") -> Iterator[None]:
         host.addresses[1:] = [site.docker("network", "inspect", "-f", gateway, name).strip() for name in networks]
         yield
     finally:
-        site.do(f"{compose} down -v -t 3", 60)
+        site.do(f"{compose} down -v -t 3")
 
 
 def reached(site: Site, canaries: list[Canary], command: str) -> set[str]:

@@ -37,7 +37,7 @@ def test_containers_are_replaced_one_after_another_and_nothing_is_cut(site: Site
         load.more(3, seconds=SLOW)
         began = time.monotonic()
         for service in replaced:
-            site.do(f"docker compose up -d --wait --no-deps --force-recreate {service}", 120)
+            site.do(f"docker compose up -d --wait --no-deps --force-recreate {service}")
         seconds = time.monotonic() - began
         load.more(6, seconds=SLOW)
     assert load.unlike(WHOLE) == []
@@ -64,7 +64,7 @@ def _shown(site: Site) -> bytes:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with (
-        socket.create_connection(("127.0.0.1", site.ports["CORRAL_HTTPS_PORT"]), 5) as plain,
+        socket.create_connection(("127.0.0.1", site.ports["CORRAL_HTTPS_PORT"]), 60) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secured,
     ):
         assert secured.version() == "TLSv1.3"
@@ -77,7 +77,7 @@ def test_down_and_up_keeps_keys_audit_and_models(site: Site, say: list[str]) -> 
     keys = {key["id"]: key["name"] for key in site.corral("keys list")}
     audit = site.all_recorded()
     assert audit
-    site.do("docker compose --profile ollama-3 down", 180)
+    site.do("docker compose --profile ollama-3 down")
     assert site.docker("ps", "-aq").split() == []
     say.append(f"docker compose down and up again: {site.up('--profile ollama-3'):.1f} s to come back")
     assert {key["id"]: key["name"] for key in site.corral("keys list")} == keys
@@ -90,7 +90,7 @@ def test_down_and_up_keeps_keys_audit_and_models(site: Site, say: list[str]) -> 
         site.url() + COMPLETIONS,
         json={"model": MODEL, "messages": MESSAGES, "max_tokens": 4},
         headers=site.headers(),
-        timeout=60,
+        timeout=SLOW,
     )
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
 

@@ -160,12 +160,12 @@ def test_a_gateway_is_removed_and_none_of_its_records_is_lost(site: Site) -> Non
     ids = [ask(site).raise_for_status().headers["x-request-id"] for _ in range(8)]
     assert int(site.gateway("api-gateway-2")["stot"]) > served
     site.do("docker compose kill api-gateway-2")
-    site.do("docker compose up -d --wait --no-deps control", 120)
+    site.do("docker compose up -d --wait --no-deps control")
     site.block(block(SCALING, "Remove a gateway"))
     assert f"{PROJECT}-api-gateway-2-1" not in site.docker("ps", "-a", "--format", "{{.Names}}").split()
     assert f"{PROJECT}_api-gateway-2-spool" not in site.docker("volume", "ls", "-q").split()
     site.recorded(ids)
-    site.do("docker compose up -d --wait --no-deps api-gateway-2", 120)
+    site.do("docker compose up -d --wait --no-deps api-gateway-2")
     serves(site)
     site.knows("ollama-1", "ollama-2")
 
@@ -236,7 +236,7 @@ def test_a_client_s_key_is_rotated(site: Site, shim: dict[str, str]) -> None:
     made = site.corral("keys create rotated")
     fresh = anywhere(site, shim, MAINTENANCE, "Rotate a client's key", ID=made["id"]).split()[0]
     assert fresh.startswith("crl_") and fresh != made["key"]
-    until(lambda: ask(site, fresh).status_code == 200, "the new secret works", 10)
+    until(lambda: ask(site, fresh).status_code == 200, "the new secret works")
     assert ask(site, made["key"]).status_code == 200, "and the old one still does"
 
 
@@ -270,7 +270,7 @@ def test_the_password_of_the_database_is_changed(site: Site) -> None:
     fresh = secrets.token_hex(16)
     site.block(block(MAINTENANCE, "Change PostgreSQL's password"), NEW=fresh)
     # Control is made to connect anew: with the old password it could not.
-    site.do("docker compose restart control && docker compose up -d --wait control", 120)
+    site.do("docker compose restart control && docker compose up -d --wait control")
     until(lambda: site.corral("status")["store"]["database"]["state"] == "ready", "control has it", every=0.5)
     site.do("scripts/compose-init")
     assert (site.folder / "secrets/postgres-password").stat().st_mode & 0o777 == 0o444
@@ -278,7 +278,7 @@ def test_the_password_of_the_database_is_changed(site: Site) -> None:
 
 def _has_limits(site: Site, gateway: str) -> bool:
     """Whether a gateway reaches Valkey, by its own metrics, which control's container may ask for."""
-    read = f"import urllib.request as r; print(r.urlopen('http://{gateway}:9101/metrics', timeout=5).read().decode())"
+    read = f"import urllib.request as r; print(r.urlopen('http://{gateway}:9101/metrics', timeout=30).read().decode())"
     return "corral_limit_store_up 1" in site.do(f'docker compose exec -T control python -c "{read}"')
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from deploy.site import MODEL, PROJECT, Site
+from deploy.site import MODEL, PROJECT, SLOW, Site
 from support.load import COMPLETIONS
 from support.process import until
 from support.runbook import sections
@@ -29,7 +29,7 @@ def _left(site: Site) -> list[str]:
 
 def _ask(site: Site, key: str) -> httpx.Response:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 4}
-    return httpx.post(site.url() + COMPLETIONS, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return httpx.post(site.url() + COMPLETIONS, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=SLOW / 2)
 
 
 def test_a_lost_machine_is_restored_from_its_backup(
@@ -51,7 +51,7 @@ def test_a_lost_machine_is_restored_from_its_backup(
     assert made, "a new one beside those of before"
     backup = Path(shutil.copy(max(made), away))
     backup.chmod(0o600)
-    site.do("docker compose --profile '*' down -v", 180)
+    site.do("docker compose --profile '*' down -v")
     assert _left(site) == []
 
     other = Site(site.docker, tmp_path_factory.mktemp("other"))
@@ -83,13 +83,13 @@ def test_a_lost_machine_is_restored_from_its_backup(
             f"restored from a backup of {backup.stat().st_size} bytes into an empty stack in {seconds:.1f} s: "
             f"{len(keys)} keys, {len(old_audit)} audit records"
         )
-        other.do("docker compose down -v", 180)
+        other.do("docker compose down -v")
         assert _left(other) == []
         # The same where nothing was started before.
         other.block("".join(sections(LOST[0], KIND)[LOST[1]]), BACKUP=str(backup), **given)
         listed = {key["id"]: key["name"] for key in other.corral("keys list")}
         assert keys.items() <= listed.items()
-        other.do("docker compose down -v", 180)
+        other.do("docker compose down -v")
         assert _left(other) == []
     finally:
         other.end()
@@ -108,8 +108,8 @@ def _refusals(site: Site, backup: Path, passphrase: Path, away: Path) -> None:
         ("", passphrase, "holds an installation"),
         ("--replace", passphrase, "corral backup extract"),  # the pepper is another one
     ):
-        done = site.shell(f"{restore} {options} --passphrase-file /dev/stdin < {secret}", 120)
+        done = site.shell(f"{restore} {options} --passphrase-file /dev/stdin < {secret}")
         said = [line for line in done.stderr.splitlines() if line.startswith("corral: ")]
         assert done.returncode == 1 and len(said) == 1 and reason in said[0], done.stderr
-    site.do("docker compose start control && docker compose up -d --wait control", 120)
+    site.do("docker compose start control && docker compose up -d --wait control")
     assert site.corral("keys list")

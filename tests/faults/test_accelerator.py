@@ -36,7 +36,7 @@ def on_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 def heard_of(fleet: Fleet, load: Load, said: float) -> None:
     """Wait until gateways have heard what was said: within half a second control puts it into what it tells them."""
-    load.until(lambda _: time.monotonic() > said + 1.5 and fleet.heard(), "gateways have heard", 10)
+    load.until(lambda _: time.monotonic() > said + 1.5 and fleet.heard(), "gateways have heard", 60)
 
 
 def test_a_node_that_falls_back_to_its_cpu_is_said_and_avoided(
@@ -65,7 +65,7 @@ def test_a_node_that_falls_back_to_its_cpu_is_said_and_avoided(
     assert load.unlike(WHOLE) == []
     assert {a.node for a in load.answers if settled < a.began < avoided} == {"node-2"}
     assert (states["node-1"], "runs on its CPU" in reasons["node-1"]) == ("ready", True)
-    until(lambda: on_gpus.node_says("node-1", FALLBACK) == 0, "it is over", 10)
+    until(lambda: on_gpus.node_says("node-1", FALLBACK) == 0, "it is over")
     measured = f"in {said:.1f} s, then 0 of {sum(settled < a.began < avoided for a in load.answers)} requests on it"
     matrix("GPU lost, node goes on with its CPU", "<= 1 scrape (15 s), traffic to others", measured)
 
@@ -76,7 +76,7 @@ def test_a_node_that_says_nothing_of_its_cpu_is_known_by_its_speed(
     node = on_gpus.nodes["node-1"]
     for each in on_gpus.nodes.values():
         httpx.post(each.url + "/api/generate", json={"model": LIAR, "keep_alive": -1}).raise_for_status()
-    until(lambda: on_gpus.residents(LIAR) == {"node-1", "node-2"}, "both have it", 10)
+    until(lambda: on_gpus.residents(LIAR) == {"node-1", "node-2"}, "both have it")
     with on_gpus.load(LIAR, clients=3, paths=[CHAT], tokens=[SAMPLE_MIN + 1], name="liar", fresh=True) as load:
         load.more(5 * SAMPLES, "node-1")
         node.fault(kind="slow", delay=0.3, model=LIAR)

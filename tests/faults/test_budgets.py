@@ -92,10 +92,10 @@ def test_what_a_killed_gateway_had_reserved_is_what_its_record_says(fleet: Fleet
     assert record["outcome"] == "interrupted"
     used = record["prompt_tokens"] + record["tokens"]
     assert 0 < used < 1500
-    until(lambda: left() == 100_000 - used, "the guess is no longer counted", 20, every=0.2)
+    until(lambda: left() == 100_000 - used, "the guess is no longer counted", every=0.2)
     # The tenant's sum too: the key's limit is the one with less left, as long as that is 10,000.
     fleet.stack.corral("tenants", "limit", cut, "--monthly-tokens", "10000")
-    until(lambda: left() == 10_000 - used, "nor for its tenant", 10, every=0.2)
+    until(lambda: left() == 10_000 - used, "nor for its tenant", every=0.2)
 
 
 def _ready(url: str) -> bool:

@@ -36,7 +36,7 @@ def test_a_node_dies_while_control_is_away(fleet: Fleet, matrix: Callable[[str, 
         with fleet.unsupervised(), fleet.load(name="leaderless", fresh=True) as load:
             load.more(20, "node-1")
             os.kill(control, signal.SIGKILL)
-            load.until(lambda _: store.ask(b"GET", LEADER) is None, "nobody is believed to lead", 10)
+            load.until(lambda _: store.ask(b"GET", LEADER) is None, "nobody is believed to lead", 60)
             alone = load.more(20, "node-1")
             node.kill()
             killed = time.monotonic()
@@ -79,15 +79,15 @@ def test_a_node_comes_back_while_control_is_away(fleet: Fleet, matrix: Callable[
     control = fleet.stack.corral("status")["control"]["pid"]
     back.kill()
     try:
-        until(lambda: fleet.states()["node-1"] == "down", "control calls it down", 30, every=0.3)
+        until(lambda: fleet.states()["node-1"] == "down", "control calls it down", every=0.3)
         with fleet.unsupervised():
             os.kill(control, signal.SIGKILL)
-            until(lambda: store.ask(b"GET", LEADER) is None, "nobody is believed to lead", 10)
+            until(lambda: store.ask(b"GET", LEADER) is None, "nobody is believed to lead")
             back.start()
             other.kill()
             began = time.monotonic()
             client = fleet.client()
-            until(lambda: client.ask(CHAT, body_of(CHAT, MODEL, 1), "back").fate == WHOLE, "it is used again", 30)
+            until(lambda: client.ask(CHAT, body_of(CHAT, MODEL, 1), "back").fate == WHOLE, "it is used again")
             found = time.monotonic() - began
             client.close()
             with fleet.load(name="alone", fresh=True) as load:

@@ -47,7 +47,7 @@ def test_answers_that_have_begun_end_before_their_nodes_do(
             works = [httpx.get(url + "/simulated/work").json()["models"].values() for url in urls]
             return len(begun) == 2 and sum(of["running"] for models in works for of in models) + len(ended) >= 3
 
-        until(all_run, "all run", 30)
+        until(all_run, "all run")
         known, asked = (up.state.stack() or {})["ports"], time.monotonic()
         assert up.stop(signal.SIGTERM) == 0
         took = time.monotonic() - asked
@@ -60,7 +60,9 @@ def test_answers_that_have_begun_end_before_their_nodes_do(
         }, [str(answer) for answer in ended]  # fmt: skip
         for answer in ended[1:]:
             assert "is being stopped" in json.loads(answer.body.splitlines()[-1])["error"], answer
-        assert 25 < took < 35
+        # What is left then is told at once; how long the processes take to end is the machine's.
+        last = max(answer.ended for answer in ended) - asked
+        assert 25 < last < 35
         nothing_left(up.state, known)
         with closing(sqlite3.connect(up.state.root / "corral.db")) as database:
             recorded = "SELECT request_id, outcome FROM audit WHERE request_id LIKE 't-%'"
@@ -68,4 +70,5 @@ def test_answers_that_have_begun_end_before_their_nodes_do(
         assert found == {name: "ok" if fate == WHOLE else "interrupted" for name, (_, fate) in fates.items()}
     finally:
         up.stop()
-    matrix("`corral down` under streams", "whole, or told after 25 s", f"stopped after {took:.1f} s")
+    measured = f"told after {last:.1f} s, stopped after {took:.1f} s"
+    matrix("`corral down` under streams", "whole, or told after 25 s", measured)

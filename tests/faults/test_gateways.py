@@ -102,7 +102,7 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(contende
         lost.killed(gateway["name"])
         os.kill(gateway["pid"], signal.SIGKILL)
         killed = time.monotonic()
-        until(lambda: not os.path.exists(f"/proc/{gateway['pid']}") and ready(gateway), "the gateway is back", 30)
+        until(lambda: not os.path.exists(f"/proc/{gateway['pid']}") and ready(gateway), "the gateway is back")
         back = time.monotonic() - killed
         lost.back(gateway["name"])
         assert back < bound

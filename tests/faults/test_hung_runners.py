@@ -43,16 +43,16 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
         hung = time.monotonic()
         until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
         ejected = time.monotonic()
-        until(lambda: patient.states()["node-1"] == "suspect", "control has heard", 5)
+        until(lambda: patient.states()["node-1"] == "suspect", "control has heard")
         listed = patient.states()["node-1"], patient.reasons()["node-1"]
         # One that had no stream there sends it some once those of the other have left, and sees it by these.
-        load.until(lambda _: patient.sum_of(EJECTED) >= before + gateways, "both gateways have seen it", 20)
+        load.until(lambda _: patient.sum_of(EJECTED) >= before + gateways, "both gateways have seen it", 60)
         seen = time.monotonic()
         load.more(8)
         well = time.monotonic()
         node.well()
         with patient.load(clients=8, paths=[CHAT], tokens=[4], name="back", fresh=True) as other:
-            other.more(8, "node-1", seconds=20)
+            other.more(8, "node-1", seconds=60)
         back = time.monotonic()
     assert listed[0] == "suspect" and f"{MODEL} gives no tokens there, says gateway-" in listed[1]
     assert load.unlike(WHOLE) == []
@@ -60,7 +60,7 @@ def test_a_hung_runner_is_ejected_and_its_streams_go_elsewhere(
     assert other.unlike(WHOLE) == []
     late = [a for a in load.answers if seen < a.began < well and a.ended < well]
     assert late and {answer.node for answer in late} == {"node-2"}
-    until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 5)
+    until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more")
     took = ejected - hung
     assert took < BUDGET + EJECTED_WITHIN
     measured = f"{took:.1f} s, {len(load.answers)} answers, 0 lost, back after a token in {back - well:.1f} s"
@@ -91,9 +91,9 @@ def test_a_hung_runner_is_ejected_though_its_callers_wait_for_less_than_its_budg
             hung = time.monotonic()
             until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
             ejected = time.monotonic()
-            until(lambda: patient.sum_of(EJECTED) >= before + gateways, "each gateway has seen it", 20, every=0.2)
+            until(lambda: patient.sum_of(EJECTED) >= before + gateways, "each gateway has seen it", every=0.2)
             seen = time.monotonic()
-            until(lambda: sum(a.began > seen for a in list(answers)) > 50, "they are answered elsewhere", 20)
+            until(lambda: sum(a.began > seen for a in list(answers)) > 50, "they are answered elsewhere")
             over.set()
             # Who was on his way when it is well again may be sent there.
             for one in asked:
@@ -105,7 +105,7 @@ def test_a_hung_runner_is_ejected_though_its_callers_wait_for_less_than_its_budg
     assert left, "nobody left"
     assert max(answer.ended - answer.began for answer in left) < BUDGET, "somebody waited"
     assert {(answer.fate, answer.node) for answer in answers if answer.began > seen} == {(WHOLE, "node-2")}
-    until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 5)
+    until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more")
     measured = f"{ejected - hung:.1f} s, {len(left)} left after {waits:g} s each"
     matrix("runner hung, callers wait for 3 s", "ejected <= 10 s after its budget (5 s)", measured)
 
@@ -128,14 +128,14 @@ def test_a_hung_runner_that_only_embeds_is_ejected_and_its_work_goes_elsewhere(
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(calls, number) for number in range(8)]
         try:
-            until(lambda: {nodes_of(one) for one in list(answers)} >= {"node-1", "node-2"}, "both are used", 20)
+            until(lambda: {nodes_of(one) for one in list(answers)} >= {"node-1", "node-2"}, "both are used")
             node.fault(kind="hang", model=MODEL)
             hung = time.monotonic()
             until(lambda: patient.sum_of(EJECTED) > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.2)
             ejected = time.monotonic() - hung
-            until(lambda: patient.states()["node-1"] == "suspect", "control has heard", 5)
+            until(lambda: patient.states()["node-1"] == "suspect", "control has heard")
             node.well()
-            until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more", 20)
+            until(lambda: set(patient.states().values()) == {"ready"}, "it is suspect no more")
         finally:
             over.set()
             node.well()
@@ -292,7 +292,7 @@ def test_the_last_runner_of_a_model_is_not_ejected(patient: Fleet, matrix: Calla
     first, other = patient.nodes["node-1"], patient.nodes["node-2"]
     httpx.request("DELETE", other.url + "/api/delete", json={"model": SINGLE}).raise_for_status()
     try:
-        until(lambda: patient.holders(SINGLE) == {"node-1"}, "it is known to be on one node alone", 20)
+        until(lambda: patient.holders(SINGLE) == {"node-1"}, "it is known to be on one node alone")
         before, frozen = patient.sum_of(EJECTED), patient.sum_of(FROZEN)
         client = patient.client()
         with ThreadPoolExecutor(1) as pool:

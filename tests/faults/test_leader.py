@@ -44,7 +44,7 @@ class Look:
         self._thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(timeout=10) as client:
+        with httpx.Client(timeout=60) as client:
             while not self._over.wait(EVERY):
                 used, at = self._store.used(self._model), time.monotonic()
                 for name, node in self._fleet.nodes.items():

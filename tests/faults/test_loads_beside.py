@@ -64,7 +64,7 @@ def test_a_runner_that_hangs_beside_a_load_is_ejected_once_that_excuses_it_no_mo
         # Refused or answered: the leader loads it either way.
         loads = pool.submit(clients[0].ask, CHAT, body_of(CHAT, huge, 2), "loads")
         try:
-            until(lambda: node.work(huge)["loads"], "it loads", 20, every=0.05)
+            until(lambda: node.work(huge)["loads"], "it loads", every=0.05)
             node.fault(kind="hang", model=MODEL)
             began = time.monotonic()
             # Each its own prompt: where all begin alike, one node may have all of them.
@@ -72,7 +72,7 @@ def test_a_runner_that_hangs_beside_a_load_is_ejected_once_that_excuses_it_no_mo
                 pool.submit(each.ask, CHAT, body_of(CHAT, MODEL, 8, f"{at} horses"), f"hangs-{at}")
                 for at, each in enumerate(clients[1:])
             ]
-            until(lambda: node.work()["running"], "it has work", 10, every=0.05)
+            until(lambda: node.work()["running"], "it has work", every=0.05)
             until(lambda: starved.sum_of(EJECTED) > before, "it is ejected", most, every=0.2)
             took = time.monotonic() - began
             answers = [each.result() for each in asked]
@@ -84,5 +84,5 @@ def test_a_runner_that_hangs_beside_a_load_is_ejected_once_that_excuses_it_no_mo
     assert [str(answer) for answer in answers if answer.fate != WHOLE] == []
     assert LOADS + BUDGET < took < most
     until(lambda: starved.residents(huge) == {"node-1"}, "it is loaded", 60)
-    until(lambda: set(starved.states().values()) == {"ready"}, "it is suspect no more", 20)
+    until(lambda: set(starved.states().values()) == {"ready"}, "it is suspect no more")
     matrix("runner hung beside a load", "ejected <= 10 s after its budget (5 s) and the load's (15 s)", f"{took:.1f} s")

@@ -95,7 +95,7 @@ def test_800_requests_under_node_kills_lose_none(fleet: Fleet, matrix: Callable[
             load.until(lambda _, at=killed: time.monotonic() > at + 1.5, "the fleet has settled")  # type: ignore[misc]
             fleet.nodes[name].start()
             fleet.warm()
-            load.more(8, name, seconds=20)
+            load.more(8, name, seconds=60)
     no_request_is_lost(load)
     assert kills >= 3
     moved = sum(answer.attempts > 1 for answer in load.answers)
@@ -149,9 +149,9 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
         load.more(20, "node-1")
         node.fault(**fault)
         failing = time.monotonic()
-        load.until(lambda _: fleet.sum_of(EJECTIONS) >= before + 2, "both gateways have ejected it", 20)
+        load.until(lambda _: fleet.sum_of(EJECTIONS) >= before + 2, "both gateways have ejected it", 60)
         ejected = time.monotonic()
-        until(lambda: "gateway-1, gateway-2" in fleet.reasons()["node-1"], "control has heard of both", 5)
+        until(lambda: "gateway-1, gateway-2" in fleet.reasons()["node-1"], "control has heard of both")
         listed = fleet.states()["node-1"], fleet.reasons()["node-1"]
         load.until(lambda _: time.monotonic() > ejected + 3, "it has failed for a while")
         well = time.monotonic()
@@ -166,6 +166,6 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
     assert len(met) <= max(len(during) // 100, CALLERS * FAILED), f"{len(met)} of {len(during)}"
     late = [answer for answer in during if answer.began > ejected]
     assert {(answer.node, answer.attempts) for answer in late} == {("node-2", 1)}
-    until(lambda: set(fleet.states().values()) == {"ready"}, "it is suspect no more", 5)
+    until(lambda: set(fleet.states().values()) == {"ready"}, "it is suspect no more")
     seen = f"{len(met)} of {len(during)} met it, each answered elsewhere; ejected after {ejected - failing:.1f} s"
     matrix(f"a node {what}", f"ejected; <= 1% of requests, or {FAILED} of each caller's, see it", seen)

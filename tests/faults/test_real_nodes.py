@@ -143,7 +143,7 @@ def test_a_caller_that_leaves_has_the_runner_stop(single: Pair, matrix: Matrix) 
         rows.update({row["request_id"]: row for row in single.stack.corral("audit", "list")})
         return rows.get("left-in-mid-stream", {}).get("outcome") is not None
 
-    until(recorded, "its record", 30, every=0.3)
+    until(recorded, "its record", every=0.3)
     record = rows["left-in-mid-stream"]
     assert (record["outcome"], record["status"], record["estimated"]) == ("client_gone", 499, True)
     assert pieces <= record["tokens"] <= pieces + speed * CANCELLED_WITHIN
@@ -152,9 +152,9 @@ def test_a_caller_that_leaves_has_the_runner_stop(single: Pair, matrix: Matrix) 
 
 
 def test_a_caller_that_leaves_while_its_prompt_is_read_keeps_its_slot_for_a_while(single: Pair, matrix: Matrix) -> None:
-    until(single.all_ready, "both nodes are in service", 30, every=0.3)
+    until(single.all_ready, "both nodes are in service", every=0.3)
     store = single.store()
-    until(lambda: store.counts(MODEL) == (0, 0), "nothing is held", 10)
+    until(lambda: store.counts(MODEL) == (0, 0), "nothing is held")
     other: dict[str, Any] = {"model": MODEL, "prompt": "a", "raw": True, "stream": False}
     other["options"] = {"num_predict": 1}
     for server in single.servers.values():
@@ -214,7 +214,7 @@ def asked(url: str, body: dict[str, Any]) -> float:
 
 
 def test_a_full_queue_of_real_nodes_that_run_one_at_a_time_ejects_nothing(single: Pair, matrix: Matrix) -> None:
-    until(single.all_ready, "both nodes are in service", 30, every=0.3)
+    until(single.all_ready, "both nodes are in service", every=0.3)
     ejections = single.ejections()
     states: list[set[str]] = []
     count = 28

@@ -194,7 +194,7 @@ def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, 
             until(lambda: pair.ejections() > before, "it is ejected", BUDGET + EJECTED_WITHIN, every=0.1)
             ejected = time.monotonic() - at
             told = asked.result()
-        until(lambda: pair.states()[node] == "suspect", "control has heard", 5)
+        until(lambda: pair.states()[node] == "suspect", "control has heard")
         state = pair.states()[node]
     finally:
         for _, _, victims in stopped:
@@ -205,7 +205,7 @@ def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, 
     assert state == "suspect"
     assert ejected < BUDGET + EJECTED_WITHIN
     # It has no stream that could go on: one token that is asked of it clears it.
-    until(pair.all_ready, "it is suspect no more", 30, every=0.3)
+    until(pair.all_ready, "it is suspect no more", every=0.3)
     with Load(pair.stack.url, pair.stack.key, MODEL, 8, [CHAT], [4], fresh=True, timeout=90) as load:
         load.more(4, node, seconds=60)
     assert load.unlike(WHOLE) == []
@@ -221,13 +221,13 @@ def test_a_killed_servers_answer_is_the_undisturbed_one(pair: Pair, matrix: Matr
         assert told.nodes == [told.node, "node-2" if told.node == "node-1" else "node-1"]
         assert (told.text, told.usage, told.reason) == (undisturbed.text, undisturbed.usage, undisturbed.reason)
         pair.start(told.node)
-        until(pair.all_ready, "the node is back", 30, every=0.3)
+        until(pair.all_ready, "the node is back", every=0.3)
     matrix("real node killed in mid-stream", "whole answer exact", "2 of 2 exact")
 
 
 def test_a_prompt_that_runners_crash_under_is_refused(pair: Pair, matrix: Matrix) -> None:
     """The runner is killed each time that the prompt arrives: after two crashes it is not tried again."""
-    until(pair.all_ready, "both nodes are in service", 30, every=0.3)
+    until(pair.all_ready, "both nodes are in service", every=0.3)
     body = {"model": MODEL, "messages": [{"role": "user", "content": "poison " * 600}], "stream": False}
     body["options"] = {"num_predict": 4}
     other = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello."}], "stream": False}
@@ -260,7 +260,7 @@ def test_a_prompt_that_runners_crash_under_is_refused(pair: Pair, matrix: Matrix
 def test_a_prompt_that_runners_crash_under_is_refused_though_it_is_never_alone(pair: Pair, matrix: Matrix) -> None:
     """The runner is killed in mid-answer each time, others' answers beside it; none of them can be gone on with."""
     beside = 3  # on two nodes: one of them is where it is
-    until(pair.all_ready, "both nodes are in service", 30, every=0.3)
+    until(pair.all_ready, "both nodes are in service", every=0.3)
     url, headers = pair.stack.url + GENERATE, pair.stack.headers()
     others = [f"{900 + number}. {PROMPTS[MODEL]}" for number in range(beside * 2)]
 

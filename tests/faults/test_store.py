@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import signal
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
 from support.fleet import MODEL, QUICK, Fleet
+from support.late import lateness
 from support.load import CHAT, WHOLE, Answer, body_of
 from support.process import until
 from support.servers import valkey
@@ -56,26 +55,6 @@ def burst(fleet: Fleet, key: str, count: int, tokens: int = 1, model: str = QUIC
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, range(count)))
-
-
-@contextmanager
-def lateness() -> Iterator[list[float]]:
-    """How late this process is woken (seconds): what the machine adds, not the gateway."""
-    late, over = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            due = time.monotonic() + 0.005
-            time.sleep(0.005)
-            late.append(time.monotonic() - due)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield late
-    finally:
-        over.set()
-        thread.join()
 
 
 def admitted(answers: list[Answer]) -> int:

@@ -94,7 +94,7 @@ def test_rolling_restarts_cut_none_of_200_streams(kept: Fleet, matrix: Matrix) -
             node.start()
             warm(kept)
             kept.stack.corral("nodes", "resume", name)
-            until(lambda name=name: kept.states()[name] == "ready", f"{name} serves", 20)  # type: ignore[misc]
+            until(lambda name=name: kept.states()[name] == "ready", f"{name} serves")  # type: ignore[misc]
         ended["nodes restarted"] = time.monotonic()
         lasted = {}
         for gateway in kept.stack.corral("status")["gateways"]:
@@ -126,7 +126,7 @@ def outlasted(fleet: Fleet, gateway: dict[str, object]) -> float:
             pool.submit(each.ask, CHAT, body_of(CHAT, LONG, ENDURING), f"enduring-{turn}-{at}", begun.append)
             for at, each in enumerate(clients)
         ]
-        until(lambda: len(begun) == count, "they have begun", 30)
+        until(lambda: len(begun) == count, "they have begun")
         told = time.monotonic()
         restart(gateway)
         answers = [each.result() for each in asked]
@@ -182,7 +182,7 @@ def test_a_big_model_loads_for_long(usual: Fleet, matrix: Matrix) -> None:
         load.until(lambda _: loads(usual) > 0, "it is in memory", LOAD + 10)
         for node in usual.nodes.values():
             httpx.post(node.url + "/api/generate", json={"model": BIG, "keep_alive": 0})
-        load.until(lambda _: not placed(usual, BIG), "it is gone again, and gateways are given no slot of it", 20)
+        load.until(lambda _: not placed(usual, BIG), "it is gone again, and gateways are given no slot of it", 60)
         # By now it is known how long.
         second = ask_at_once(usual, "again")
     answers = first.result()

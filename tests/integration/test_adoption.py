@@ -99,10 +99,10 @@ def test_who_shares_the_folder_ships_what_a_gateway_left_and_its_open_request_is
     try:
         # Whoever writes waits: what the gateway records from now on stays in its spool.
         with database.engine.connect().execution_options(corral_write=True) as held, held.begin():
-            done = httpx.post(url + "/api/chat", json=body(QUICK, 3), headers=site.auth, timeout=20)
+            done = httpx.post(url + "/api/chat", json=body(QUICK, 3), headers=site.auth, timeout=60)
             assert done.status_code == 200
             # Its model is to be loaded: a caller who gives up is no gateway that is killed.
-            asked: dict[str, Any] = {"json": body(SINGLE, 2000), "headers": site.auth, "timeout": 30}
+            asked: dict[str, Any] = {"json": body(SINGLE, 2000), "headers": site.auth, "timeout": 60}
             with pytest.raises(httpx.HTTPError), httpx.stream("POST", url + "/api/chat", **asked) as response:
                 lines = response.iter_lines()
                 next(lines)

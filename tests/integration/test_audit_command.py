@@ -155,7 +155,7 @@ def test_the_tamper_table_by_the_command(control: Running, tmp_path: Path) -> No
     env = {"CORRAL_URL": control.url, "CORRAL_ADMIN_KEY": (control.state / "admin.key").read_text().strip()}
 
     def verified() -> tuple[int, list[str]]:
-        done = subprocess.run(argv, env=os.environ | python_env() | env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, env=os.environ | python_env() | env, capture_output=True, text=True, timeout=240)
         return done.returncode, json.loads(done.stdout)["problems"]
 
     records = Records(Database(resolve(control.settings.store.database, control.state)))

@@ -139,7 +139,7 @@ def test_a_restore_whose_end_only_the_database_knows_waits_for_it(tmp_path: Path
     with pytest.raises(ReplaceError, match="its end is not known"):
         finish(target.root)
     argv = [sys.executable, "-P", "-m", "corral", "serve", "control", "--state", str(target.root)]
-    done = subprocess.run(argv, capture_output=True, text=True, env=python_env(), cwd=tmp_path, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, env=python_env(), cwd=tmp_path, timeout=240)
     assert (done.returncode, "its end is not known" in done.stderr) == (1, True), done.stderr
 
 

@@ -120,7 +120,7 @@ def test_a_runner_that_gives_no_token(node: Node, fault: str) -> None:
     release = threading.Event()
 
     def silent(path: str) -> tuple[int, dict[str, Any]]:
-        release.wait(20)
+        release.wait(60)
         return 200, DONE
 
     node.answer = {
@@ -139,7 +139,7 @@ def test_one_that_is_late_beside_another_controls_load_does_not_hang(node: Node)
     release = threading.Event()
 
     def silent(path: str) -> tuple[int, dict[str, Any]]:
-        release.wait(20)
+        release.wait(60)
         return 200, DONE
 
     node.answer = silent

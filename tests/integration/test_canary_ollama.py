@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ollama
 
 
 def ps(url: str) -> list[dict[str, Any]]:
-    listed: list[dict[str, Any]] = httpx.get(url + "/api/ps", timeout=10).json()["models"]
+    listed: list[dict[str, Any]] = httpx.get(url + "/api/ps", timeout=60).json()["models"]
     return listed
 
 

@@ -124,7 +124,7 @@ def test_no_cut_leaves_half_of_what_is_redacted(tmp_path: Path) -> None:
             connection.sendall(HEAD)
             for number in range(101):
                 connection.sendall(chunk(LINE % b"w%d " % number))
-                assert heard.acquire(timeout=30)
+                assert heard.acquire(timeout=60)
             connection.sendall(chunk(LAST % 101) + END)
 
         for node in gw.nodes:

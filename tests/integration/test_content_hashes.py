@@ -30,7 +30,7 @@ def expected(gw: Gateway, body: bytes, said: str) -> tuple[str, str]:
 
 
 def ask(gw: Gateway, path: str, body: bytes) -> httpx.Response:
-    return httpx.post(gw.url + path, content=body, headers=gw.auth, timeout=20)
+    return httpx.post(gw.url + path, content=body, headers=gw.auth, timeout=60)
 
 
 def generated(connection: socket.socket) -> None:

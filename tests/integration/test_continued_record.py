@@ -112,7 +112,7 @@ class Stage:
 
 def ask(stage: Stage, path: str) -> tuple[httpx.Response, bytes]:
     body = json.dumps({"model": "m", "stream": True, **BODIES[path]}).encode()
-    return httpx.post(stage.gw.url + path, content=body, headers=stage.headers, timeout=30), body
+    return httpx.post(stage.gw.url + path, content=body, headers=stage.headers, timeout=60), body
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -143,14 +143,14 @@ def test_what_came_in_one_piece_with_the_error_of_its_node_is_sent_once(tmp_path
 
     def dies(connection: socket.socket) -> None:
         connection.sendall(HEAD + lines(["one "], chat))
-        assert heard.wait(20)
+        assert heard.wait(60)
         died = {"error": "an error was encountered while running the model: unexpected EOF"}
         connection.sendall(lines(["two "], chat) + chunk(json.dumps(died).encode() + b"\n") + END)
 
     with gateway(tmp_path, audit=FULL) as gw:
         stage = Stage(gw, [dies, renders, counts(7), counts(9), says(["three ", "four"], 9)])
         body, got = json.dumps({"model": "m", "stream": True, **BODIES[path]}).encode(), b""
-        with httpx.stream("POST", gw.url + path, content=body, headers=stage.headers, timeout=30) as answer:
+        with httpx.stream("POST", gw.url + path, content=body, headers=stage.headers, timeout=60) as answer:
             for piece in answer.iter_raw():
                 heard.set()
                 got += piece
@@ -164,7 +164,7 @@ def dies(words: list[str], chat: bool, heard: threading.Event) -> Behaviour:
 
     def behaviour(connection: socket.socket) -> None:
         connection.sendall(HEAD + lines(words, chat))
-        assert heard.wait(20)
+        assert heard.wait(60)
         died = {"error": "an error was encountered while running the model: unexpected EOF"}
         connection.sendall(chunk(json.dumps(died).encode() + b"\n") + END)
 
@@ -176,14 +176,14 @@ def test_a_prompt_that_crashes_who_goes_on_too_is_refused_though_it_was_counted_
     with gateway(tmp_path, audit=FULL) as gw:
         stage = Stage(gw, [dies(["one "], True, first), renders, counts(7), counts(8), dies(["two "], False, second)])
         body, got = {"model": "m", "stream": True, "messages": MESSAGES}, b""
-        with httpx.stream("POST", gw.url + "/api/chat", json=body, headers=stage.headers, timeout=30) as answer:
+        with httpx.stream("POST", gw.url + "/api/chat", json=body, headers=stage.headers, timeout=60) as answer:
             for piece in answer.iter_raw():
                 got += piece
                 for word, heard in ((b"one ", first), (b"two ", second)):
                     if word in got:
                         heard.set()
         assert "error" in json.loads(got.splitlines()[-1]), got
-        again = httpx.post(gw.url + "/api/chat", json=body, headers=stage.headers, timeout=30)
+        again = httpx.post(gw.url + "/api/chat", json=body, headers=stage.headers, timeout=60)
         assert (again.status_code, "present at 2 crashes" in again.text) == (400, True), again.text
 
 
@@ -192,7 +192,7 @@ def test_an_answer_whose_end_came_with_nonsense_is_not_begun_anew(tmp_path: Path
 
     def ends(connection: socket.socket) -> None:
         connection.sendall(HEAD + lines(["one "], True))
-        assert heard.wait(20)
+        assert heard.wait(60)
         end = b"".join(json.dumps(one).encode() + b"\n" for one in (LAST_LINE, {"model": "m"}))
         connection.sendall(chunk(end) + END)
 
@@ -200,7 +200,7 @@ def test_an_answer_whose_end_came_with_nonsense_is_not_begun_anew(tmp_path: Path
         stage = Stage(gw, [ends, renders, counts(7), counts(8), says(["two "], 8)])
         got = b""
         body = {"model": "m", "stream": True, "messages": MESSAGES}
-        with httpx.stream("POST", gw.url + "/api/chat", json=body, headers=stage.headers, timeout=30) as answer:
+        with httpx.stream("POST", gw.url + "/api/chat", json=body, headers=stage.headers, timeout=60) as answer:
             for piece in answer.iter_raw():
                 heard.set()
                 got += piece
@@ -253,7 +253,7 @@ def test_where_the_caller_leaves_while_it_goes_on_it_is_of_what_was_sent(tmp_pat
         stage = Stage(gw, [cut(["one ", "two "], True), renders, counts(7), counts(9), never_ends])
         body = json.dumps({"model": "m", "stream": True, **BODIES["/api/chat"]}).encode()
         got = b""
-        with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=30) as answer:
+        with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=60) as answer:
             for piece in answer.iter_bytes():
                 got += piece
                 if b"three" in got:
@@ -272,7 +272,7 @@ def test_no_node_goes_on_whose_file_of_the_model_is_another_one(tmp_path: Path, 
 
         def leaves(connection: socket.socket) -> None:
             connection.sendall(HEAD + lines(["one ", "two "], True))
-            assert ready.wait(20)
+            assert ready.wait(60)
             connection.sendall(chunk(b'{"model":"m","message":{"content":"never sent'))
             connection.close()
 
@@ -281,7 +281,7 @@ def test_no_node_goes_on_whose_file_of_the_model_is_another_one(tmp_path: Path, 
         gw.states[other.name] = "down"
         gw.publish(tags=[stage.tag])
         body, got = json.dumps({"model": "m", "stream": True, **BODIES["/api/chat"]}).encode(), b""
-        with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=30) as answer:
+        with httpx.stream("POST", gw.url + "/api/chat", content=body, headers=stage.headers, timeout=60) as answer:
             for piece in answer.iter_raw():
                 if not got:
                     states = {first.name: "down" if first_is == "down" else "ready", other.name: "ready"}

@@ -174,7 +174,7 @@ def test_a_call_that_outlives_the_close_keeps_no_connection(tmp_path: Path, post
     def ask(connection: Connection) -> None:
         connection.execute(text("SELECT 1"))
         begun.set()
-        assert released.wait(30)
+        assert released.wait(60)
 
     async def leave() -> None:
         asked = asyncio.create_task(database.read(ask))
@@ -205,4 +205,4 @@ def test_control_waits_for_a_database_that_is_not_there_yet(tmp_path: Path, own:
         until("it serves", lambda: f"control listens on 127.0.0.1:{port}" in log.read_text())
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)

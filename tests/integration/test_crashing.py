@@ -61,7 +61,7 @@ class Runner:
         if what in (HOLDS, KILLS_LATE):
             connection.sendall(HEAD + chunk(LINE % b"w0"))
         if what in (KILLS, KILLS_LATE):
-            go_on.wait(20)
+            go_on.wait(60)
             with self._lock:
                 self.running = []  # all that this one had
                 self._gone, self._loaded = threading.Event(), time.monotonic() + LOAD
@@ -107,7 +107,7 @@ class Site:
         body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "format": "json"}
         url = (url or self.gw.url) + "/api/chat"
         lines = []
-        with httpx.stream("POST", url, json=body, headers=self.gw.auth, timeout=30) as answer:
+        with httpx.stream("POST", url, json=body, headers=self.gw.auth, timeout=60) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 if begun is not None:
@@ -177,7 +177,7 @@ def test_a_killer_is_refused_though_it_is_never_alone_and_those_beside_it_are_no
         assert all(status == 200 and "unexpected EOF" in line for status, line in told)
     assert site.runner.crashes == 2
     for url in (site.gw.url, site.second.url):
-        until(lambda url=url: is_refused(site.post(killer, url)), "each gateway refuses it", 5)  # type: ignore[misc]
+        until(lambda url=url: is_refused(site.post(killer, url)), "each gateway refuses it")  # type: ignore[misc]
     assert site.runner.crashes == 2, "it was tried a third time"
     for beside in ("b", "c"):
         asked = site.ask(f"{HOLDS}: {beside}", site.second.url)
@@ -195,7 +195,7 @@ def test_an_innocent_prompt_that_is_alone_at_its_gateway_is_not_blamed(site: Sit
     # It has come to its end: so it was the other one. Its gateway does not wait for that to be told before it answers.
     until(lambda: prompts(site.gw, "refused") == 1, "the store has it")
     for url in (site.gw.url, site.second.url):
-        until(lambda url=url: is_refused(site.post(killer, url)), "each gateway refuses it", 5)  # type: ignore[misc]
+        until(lambda url=url: is_refused(site.post(killer, url)), "each gateway refuses it")  # type: ignore[misc]
     assert site.runner.crashes == 2
 
 
@@ -257,7 +257,7 @@ def test_a_batch_that_crashes_it_is_known_by_the_whole_of_its_request(site: Site
 
     def ask() -> httpx.Response:
         body = {"model": "m", "input": [str(number) for number in range(100)]}
-        return httpx.post(site.gw.url + "/api/embed", json=body, headers=site.gw.auth, timeout=30)
+        return httpx.post(site.gw.url + "/api/embed", json=body, headers=site.gw.auth, timeout=60)
 
     node.script = [embeds, crashes, crashes, embeds, embeds]
     assert ask().status_code == 502
@@ -281,7 +281,7 @@ def test_an_attempt_that_is_over_has_its_runner_no_longer(tmp_path: Path) -> Non
             elif len(asked) == 2:
                 connection.close()
             elif len(asked) == 3:
-                assert go_on.wait(20)
+                assert go_on.wait(60)
                 connection.sendall(HEAD + chunk(LINE % b"w0") + chunk(LAST % 1) + END)
 
         return behaviour
@@ -290,7 +290,7 @@ def test_an_attempt_that_is_over_has_its_runner_no_longer(tmp_path: Path) -> Non
         node.script = [act(node)] * 3
     with gateway(tmp_path, nodes) as gw, ThreadPoolExecutor(1) as pool:
         body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
-        answer = pool.submit(httpx.post, gw.url + "/api/chat", json=body, headers=gw.auth, timeout=30)
+        answer = pool.submit(httpx.post, gw.url + "/api/chat", json=body, headers=gw.auth, timeout=60)
         until(lambda: len(asked) == 3, "a third node is asked")
         held = trials(gw)
         go_on.set()

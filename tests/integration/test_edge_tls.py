@@ -41,7 +41,7 @@ def test_tls_is_of_today_and_speaks_http_1_alone(edge: tuple[Stack, int, int], p
     for newest, version in ((ssl.TLSVersion.TLSv1_3, "TLSv1.3"), (ssl.TLSVersion.TLSv1_2, "TLSv1.2")):
         trusting.maximum_version = newest
         with (
-            socket.create_connection(("127.0.0.1", tls), 5) as plain,
+            socket.create_connection(("127.0.0.1", tls), 60) as plain,
             trusting.wrap_socket(plain, server_hostname="localhost") as secured,
         ):
             assert (secured.version(), secured.selected_alpn_protocol()) == (version, "http/1.1")
@@ -56,14 +56,14 @@ def test_tls_of_yesterday_is_refused(edge: tuple[Stack, int, int]) -> None:
     old.options &= ~(ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1)
     with pytest.warns(DeprecationWarning):
         old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
-    with socket.create_connection(("127.0.0.1", edge[1]), 5) as plain, pytest.raises((ssl.SSLError, ConnectionError)):
+    with socket.create_connection(("127.0.0.1", edge[1]), 60) as plain, pytest.raises((ssl.SSLError, ConnectionError)):
         old.wrap_socket(plain)
 
 
 def test_the_front_end_for_other_programs_asks_no_key_and_lets_through_inference_alone(
     edge: tuple[Stack, int, int],
 ) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{edge[2]}", timeout=20) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{edge[2]}", timeout=60) as client:
         model = client.get("/api/tags").json()["models"][0]["name"]
         body = {"model": model, "prompt": "a", "stream": False, "options": {"num_predict": 2}}
         assert client.post("/api/generate", json=body).json()["done"]
@@ -85,13 +85,13 @@ def test_a_drained_node_gets_nothing_by_it_either(edge: tuple[Stack, int, int]) 
     stack, _, port = edge
 
     def served() -> dict[str, int]:
-        answer = httpx.get(stack.corral("status")["stats_url"] + "/;csv", timeout=5)
+        answer = httpx.get(stack.corral("status")["stats_url"] + "/;csv", timeout=60)
         rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
         return {row["svname"]: int(row["stot"]) for row in rows if row["pxname"] == "ollama" and row["stot"]}
 
     def ask() -> None:
         for _ in range(6):
-            assert httpx.get(f"http://127.0.0.1:{port}/api/version", timeout=5).status_code == 200
+            assert httpx.get(f"http://127.0.0.1:{port}/api/version", timeout=60).status_code == 200
 
     ask()
     assert served()["node-1"] > 0

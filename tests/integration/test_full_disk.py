@@ -53,7 +53,7 @@ class Small:
         self._filler = self.state / "filler"
         self.key = (self.state / "admin.key").read_text().strip()
         self.client = httpx.Client(
-            base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, trust_env=False, timeout=20
+            base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, trust_env=False, timeout=60
         )
 
     def _up(self) -> bool:
@@ -125,7 +125,7 @@ class Gateway:
         token = (small.state / "internal.token").read_text().strip()
         self.told: list[str] = []
         self._client = httpx.Client(
-            base_url=small.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=20
+            base_url=small.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=60
         )
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)

@@ -101,7 +101,7 @@ def test_no_record_is_lost_or_taken_twice(tmp_path: Path, server: Postgres, node
 
     with run_stack(tmp_path / "state", "--config", str(tmp_path / "corral.yaml"), f"--attach={node.url}") as up:
         watched = Watched(up)
-        admin = httpx.Client(base_url=up.url, headers={"Authorization": f"Bearer {up.admin_key}"}, timeout=30)
+        admin = httpx.Client(base_url=up.url, headers={"Authorization": f"Bearer {up.admin_key}"}, timeout=60)
         made: list[int] = []
 
         def refused() -> bool:

@@ -38,7 +38,7 @@ def asked(gw: Gateway) -> int:
 
 def from_address(address: str, url: str, gw: Gateway, key: str, **headers: str) -> httpx.Response:
     """Chat from one of this machine's own addresses."""
-    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=20) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=60) as client:
         sent = {"Authorization": f"Bearer {key}", **headers}
         return client.post(url + "/api/chat", json=gw.chat(stream=False), headers=sent)
 

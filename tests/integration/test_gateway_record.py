@@ -35,14 +35,14 @@ def test_a_killed_gateway_leaves_how_far_its_streams_were_and_says_that_it_began
 
         def slowly(connection: socket.socket) -> None:
             connection.sendall(HEAD + chunk(LINE % b"one") + chunk(LINE % b"two"))
-            held.wait(20)
+            held.wait(60)
 
         for node in gw.nodes:
             node.script = [slowly]
         until(lambda: [note["t"] for note in gw.control.notes] == ["begin"], "it says that it began")
         with (
             pytest.raises(httpx.HTTPError),
-            httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=20) as response,
+            httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=60) as response,
         ):
             lines = response.iter_lines()
             next(lines)

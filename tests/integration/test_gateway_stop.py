@@ -21,7 +21,7 @@ def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
 
         def slowly(connection: socket.socket) -> None:
             connection.sendall(HEAD + chunk(LINE % b"one"))
-            assert held.wait(10)
+            assert held.wait(60)
             connection.sendall(chunk(LAST % 1) + END)
 
         for node in gw.nodes:
@@ -124,7 +124,7 @@ def test_what_is_on_its_way_when_a_gateway_is_stopped_arrives_and_is_answered(tm
         body = json.dumps(gw.chat(stream=False, messages=[{"role": "user", "content": "a " * 100_000}])).encode()
         head = f"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {gw.key}\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", gw.port), timeout=10) as caller:
+        with socket.create_connection(("127.0.0.1", gw.port), timeout=60) as caller:
             caller.sendall(head.encode() + body[:100_000])
             gw.post()  # what came before it was read
             os.kill(gw.process.pid, signal.SIGTERM)

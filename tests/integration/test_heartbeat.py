@@ -292,7 +292,7 @@ def test_who_leaves_after_the_head_is_noticed(
     assert runs.result().status_code == 200
     with streamed(url, gw, CHAT, **{"X-Request-ID": "runs"}) as (_, lines):
         beats(lines, 1)
-    assert node.ended.wait(10), "its node has stopped"
+    assert node.ended.wait(60), "its node has stopped"
     for name, attempts in (("queued", 0), ("runs", 1)):
         record = gw.control.settled(name)
         assert (record["status"], record["outcome"], record["attempts"]) == (499, "client_gone", attempts)

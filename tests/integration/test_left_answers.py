@@ -79,7 +79,7 @@ def test_what_came_of_a_stream_that_was_left_counts_to_the_token(real: Stack, pa
     client.close()
     exact = record(real, whole.request_id)
     assert counts(whole) == (exact["prompt_tokens"], tokens) and exact["estimated"] is False
-    tags = httpx.get(real.url + "/api/tags", headers=real.headers(), timeout=30).json()["models"]
+    tags = httpx.get(real.url + "/api/tags", headers=real.headers(), timeout=60).json()["models"]
     assert [exact["model_digest"]] == [tag["digest"] for tag in tags if tag["name"] == MODEL] == [cut["model_digest"]]
     # The same text: a token more or less would have another.
     assert whole.text.startswith(left.text) and exact["answer_hash"] == cut["answer_hash"]

@@ -60,7 +60,7 @@ class Watched:
     def ask(self, model: str) -> dict[str, Any]:
         body = {"model": model, "prompt": "a b c", "options": {"num_predict": TOKENS}}
         headers = self.stack.headers()
-        answer = httpx.post(self.stack.url + "/api/generate", json=body, headers=headers, timeout=30)
+        answer = httpx.post(self.stack.url + "/api/generate", json=body, headers=headers, timeout=60)
         return dict(json.loads(answer.text.splitlines()[-1]))
 
     def key_page(self) -> Page:
@@ -310,6 +310,6 @@ def test_monitoring_without_its_programs_names_the_packages(tmp_path: Path, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("prometheus") is None
     started = Up(tmp_path / "state", "--monitoring", "--detach")
-    assert started.process.wait(120) == 1
+    assert started.process.wait(240) == 1
     assert "apt-get install prometheus prometheus-alertmanager" in started.said
     assert "Traceback" not in started.said

@@ -162,7 +162,7 @@ def test_control_does_not_start_on_a_newer_database_and_says_both_versions(tmp_p
         (tmp_path / "corral.yaml").write_text(settings)
         argv = [sys.executable, "-P", "-m", "corral", "serve", "control", "--config", str(tmp_path / "corral.yaml")]
         argv += ["--state", str(state), "--listen", f"127.0.0.1:{free_port()}"]
-        done = subprocess.run(argv, env=python_env(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, env=python_env(), cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
         assert line.startswith("corral: the database ")

@@ -71,11 +71,11 @@ def test_it_is_that_of_the_version_that_answered_where_it_is_replaced_meanwhile(
 
     def slowly(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk(LINE % b"one"))
-        assert replaced.wait(20)
+        assert replaced.wait(60)
         connection.sendall(chunk(LAST % 1) + END)
 
     gw.nodes[0].script = [slowly]
-    with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=30) as answer:
+    with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         hold(gw, NEW, NEW, ready="node-1")

@@ -123,7 +123,7 @@ def test_preload_models(place: Place) -> None:
     def script(*arguments: str) -> subprocess.CompletedProcess[str]:
         argv = [str(REPOSITORY / "scripts/preload-models"), *arguments, "--state", str(place.stack.state)]
         env = {key: value for key, value in os.environ.items() if not key.startswith("CORRAL_")}
-        return subprocess.run(argv, capture_output=True, text=True, timeout=120, env=env)
+        return subprocess.run(argv, capture_output=True, text=True, timeout=240, env=env)
 
     done = script()
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

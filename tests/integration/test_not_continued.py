@@ -86,7 +86,7 @@ def asked(gw: Gateway, path: str, more: dict[str, Any]) -> tuple[Answer, int]:
     gw.forget()
     for node in gw.nodes:
         node.script = [cut] * 9
-    got = httpx.post(gw.url + path, json=body_of(path, more), headers=gw.auth, timeout=30)
+    got = httpx.post(gw.url + path, json=body_of(path, more), headers=gw.auth, timeout=60)
     requests = sum(len(node.requests) for node in gw.nodes)
     gw.forget()
     return Answer(path, "", status=got.status_code, headers=dict(got.headers), body=got.content), requests

@@ -94,7 +94,7 @@ def test_of_nodes_that_die_together_a_request_loses_but_two(tmp_path: Path) -> N
             node.script = [ends] * 9
         answer = pool.submit(gw.post)
         for _ in range(2):
-            assert ended.acquire(timeout=20)
+            assert ended.acquire(timeout=60)
         assert not ended.acquire(timeout=0.5), "it goes on at once"
         for node in gw.nodes[:5]:
             node.stop()

@@ -43,7 +43,7 @@ def blocks(page: str, heading: str) -> str:
 def ask(operator: Operator, key: str | None = None, path: str = "/api/generate") -> httpx.Response:
     body = {"model": MODEL, "prompt": "Hello", "stream": False, "options": {"num_predict": 4}}
     headers = {"Authorization": f"Bearer {key or operator.key}"}
-    return httpx.post(operator.env["URL"] + path, json=body, headers=headers, timeout=30, trust_env=False)
+    return httpx.post(operator.env["URL"] + path, json=body, headers=headers, timeout=60, trust_env=False)
 
 
 def pid_of(operator: Operator, find: Callable[[Any], Any]) -> int | None:

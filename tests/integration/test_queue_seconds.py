@@ -197,7 +197,7 @@ def test_a_second_wait_before_a_continuation_is_no_time_of_nodes(gw: Gateway, ca
         says(200, {"done": True, "prompt_eval_count": 7}),
         lambda connection: connection.sendall(HEAD + chunk(rest) + chunk(LAST % 1) + END),
     ]
-    asked = callers.submit(httpx.post, gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=30)
+    asked = callers.submit(httpx.post, gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=60)
     ran, waits = waited(gw, leader, fails, holds)
     answer = asked.result()
     assert other.result().status_code == 200 and b"three" in answer.content

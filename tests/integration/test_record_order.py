@@ -69,7 +69,7 @@ def test_the_last_bytes_leave_once_the_record_is_there(tmp_path: Path, durabilit
     def slowly(connection: socket.socket) -> None:
         connection.sendall(HEAD + chunk(LINE % b"one"))
         begun.set()
-        assert free.wait(20)
+        assert free.wait(60)
         connection.sendall(chunk(LAST % 1) + END)
 
     with gateway(tmp_path, audit={"durability": durability}) as gw:
@@ -78,9 +78,9 @@ def test_the_last_bytes_leave_once_the_record_is_there(tmp_path: Path, durabilit
             node.script = [slowly]
         body = json.dumps(gw.chat(stream=stream)).encode()
         head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gw.key}\r\nContent-Length: {len(body)}"
-        with socket.create_connection(("127.0.0.1", gw.port), 20) as caller:
+        with socket.create_connection(("127.0.0.1", gw.port), 60) as caller:
             caller.sendall(head.encode() + b"\r\n\r\n" + body)
-            assert begun.wait(20)
+            assert begun.wait(60)
             heard = b""
             while stream and b"one" not in heard:
                 heard += caller.recv(65536)

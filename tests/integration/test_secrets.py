@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self._socket = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=10)
+        self._socket = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
         self.heard = b""
         self._thread: threading.Thread | None = None
 
@@ -67,7 +67,7 @@ def use(url: str, text: str) -> list[httpx.Response]:
     """Every API with a key, well and badly sent."""
     chat = {"model": QUICK, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
     answers = []
-    client = httpx.Client(base_url=url, timeout=20, trust_env=False)
+    client = httpx.Client(base_url=url, timeout=60, trust_env=False)
     for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
         for body in ({**chat, "stream": False}, {**chat, "stream": True}, {**chat, "model": "none"}, {"model": 1}):
             for headers in (

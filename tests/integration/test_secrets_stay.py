@@ -108,12 +108,12 @@ class Site:
         self.seen.append(httpx.get(f"{self.stack.url}/v1/models/{key}", headers=bearer).content)
         self.seen.append(httpx.get(self.stack.url + "/admin/keys", headers=bearer).content)
         broken = b"POST /api/chat HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\nContent-Length: x\r\n\r\n%b"
-        with socket.create_connection(("127.0.0.1", urlsplit(self.stack.url).port or 0), 5) as connection:
+        with socket.create_connection(("127.0.0.1", urlsplit(self.stack.url).port or 0), 60) as connection:
             connection.sendall(broken % (key.encode(), raw))
             self.seen.append(connection.recv(65536))
 
     def _post(self, path: str, headers: dict[str, str], **more: Any) -> httpx.Response:
-        answer = httpx.post(self.stack.url + path, headers=headers, timeout=20, **more)
+        answer = httpx.post(self.stack.url + path, headers=headers, timeout=60, **more)
         if answer.status_code != 200:
             self.seen.append(answer.content + str(answer.headers.raw).encode())
         return answer

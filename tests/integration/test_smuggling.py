@@ -50,7 +50,7 @@ def bystander(gw: Gateway, url: str) -> str:
     """Somebody else's request right after: its answer is its own, over whatever connections were left. Its id."""
     request_id = f"bystander-{next(_numbers)}"
     headers = gw.auth | {"X-Request-ID": request_id}
-    answer = httpx.post(url + "/api/chat", content=body("bystander"), headers=headers, timeout=10)
+    answer = httpx.post(url + "/api/chat", content=body("bystander"), headers=headers, timeout=60)
     assert (answer.status_code, answer.headers["X-Request-ID"]) == (200, request_id)
     assert "w0 w1 w2" in answer.text
     return request_id
@@ -129,10 +129,10 @@ def test_a_coded_body_is_a_415_before_it_is_read(gw: Gateway, coding: str, throu
     for _ in range(3):
         try:
             headers = gw.auth | {"Content-Encoding": coding}
-            answer = httpx.post(url + "/api/chat", content=bomb(), headers=headers, timeout=10)
+            answer = httpx.post(url + "/api/chat", content=bomb(), headers=headers, timeout=60)
             assert answer.status_code == 415
         except httpx.TransportError:
             pass  # closed while more came: it was not read
     small: dict[str, Any] = {"headers": gw.auth | {"Content-Encoding": coding}, "content": b"\x1f\x8b" * 100}
-    assert httpx.post(url + "/api/chat", timeout=10, **small).status_code == 415
+    assert httpx.post(url + "/api/chat", timeout=60, **small).status_code == 415
     assert rss(gw) - before < 64 << 10

@@ -91,7 +91,7 @@ class Rig:
     def ask(
         self, path: str = "/", headers: dict[str, str] | None = None, body: bytes | None = None, port: int = 0
     ) -> tuple[HTTPResponse, bytes]:
-        connection = HTTPConnection("127.0.0.1", port or self.plan.edge_port, timeout=10)
+        connection = HTTPConnection("127.0.0.1", port or self.plan.edge_port, timeout=60)
         try:
             connection.request("POST" if body is not None else "GET", path, body=body, headers=headers or {})
             response = connection.getresponse()
@@ -233,7 +233,7 @@ def reloaded(process: Process) -> None:
 def test_a_reload_closes_no_connection_that_a_caller_keeps(rig: Rig, front_end: str, used: bool) -> None:
     assert rig.plan.ollama is not None
     ports = {"edge": rig.plan.edge_port, "ollama": rig.plan.ollama[1]}
-    connection = HTTPConnection("127.0.0.1", ports[front_end], timeout=10)
+    connection = HTTPConnection("127.0.0.1", ports[front_end], timeout=60)
     with contextlib.closing(connection):
         connection.connect()
         if used:
@@ -324,7 +324,7 @@ def test_what_is_no_http_goes_no_further(rig: Rig) -> None:
     """HAProxy answers it before a stream exists, in its own words: the one error that cannot be marked."""
     for gateway in rig.gateways:
         gateway.requests.clear()
-    with socket.create_connection(("127.0.0.1", rig.plan.edge_port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", rig.plan.edge_port), timeout=60) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 400")
     assert not any(gateway.requests for gateway in rig.gateways)

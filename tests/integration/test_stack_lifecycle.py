@@ -35,7 +35,7 @@ def up(folder: Path) -> Iterator[Up]:
 def test_it_says_what_works(up: Up) -> None:
     told = up.ready()
     assert told["url"] == up.url
-    done = subprocess.run(["bash", "-c", str(told["curl"]) + " -sS"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", str(told["curl"]) + " -sS"], capture_output=True, text=True, timeout=240)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[-1]["done"] is True, done.stdout
 
@@ -65,7 +65,7 @@ def test_a_second_up_says_that_it_runs_already(up: Up) -> None:
 
 def test_the_port_of_another_stack_is_refused_with_what_to_do(up: Up, folder: Path) -> None:
     second = Up(folder / "other", "--detach", port=up.port)
-    assert second.process.wait(120) == 1
+    assert second.process.wait(240) == 1
     assert f"port {up.port} is taken by the Corral with the state folder {up.state.root}" in second.said
     assert f"corral down --state {up.state.root}" in second.said
     assert "--port N" in second.said
@@ -77,7 +77,7 @@ def test_of_two_that_start_at_once_on_one_port_one_is_refused(folder: Path) -> N
     port = free_port()
     both = [Up(folder / name, "--detach", port=port) for name in ("one", "two")]
     try:
-        assert sorted(started.process.wait(120) for started in both) == [0, 1], [started.said for started in both]
+        assert sorted(started.process.wait(240) for started in both) == [0, 1], [started.said for started in both]
         refused = next(started for started in both if started.process.returncode == 1)
         assert f"port {port} is taken by" in refused.said
         assert "--port N" in refused.said
@@ -88,14 +88,14 @@ def test_of_two_that_start_at_once_on_one_port_one_is_refused(folder: Path) -> N
 
 def test_without_a_node_it_comes_up_and_says_so(folder: Path) -> None:
     first = Up(folder / "empty", "--detach", "--nodes", "1")
-    assert first.process.wait(120) == 0, first.said
+    assert first.process.wait(240) == 0, first.said
     url = json.loads(corral("nodes", "list", "--json", state=first.state.root).stdout)[0]["url"]
     assert corral("nodes", "remove", "node-1", state=first.state.root).returncode == 0
     assert json.loads(corral("status", "--json", state=first.state.root).stdout)["nodes"] == []
     assert corral("down", state=first.state.root).returncode == 0
     again = Up(folder / "empty", "--detach", "--nodes", "1", port=first.port)
     try:
-        assert again.process.wait(60) == 0, again.said
+        assert again.process.wait(240) == 0, again.said
         note = str(again.ready_already()["note"])
         assert "no request is served: the fleet has no node" in note
         assert f"`corral nodes add {url}` (node-1)" in note
@@ -158,7 +158,7 @@ def test_a_key_lives_and_ends(up: Up) -> None:
 def test_a_request_is_in_the_audit_trail_and_the_log(up: Up) -> None:
     body = {"model": "smollm2:135m", "prompt": "hello", "stream": False}
     key = str(up.ready().get("key"))
-    answer = http.request(up.url, "POST", "/api/generate", body=body, key=key, timeout=30)
+    answer = http.request(up.url, "POST", "/api/generate", body=body, key=key, timeout=60)
     request_id = answer.headers["x-request-id"]
 
     def recorded() -> bool:
@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_nothing_and_the_next_start_keeps_the_state(folder: Path) 
     assert again["key"] is None, "a key is shown once"
     assert http.request(second.url, "GET", "/api/tags", key=str(told["key"])).status == 200
     assert corral("down", state=second.state.root).returncode == 0
-    assert second.process.wait(120) == 0
+    assert second.process.wait(240) == 0
     nothing_left(second.state, {**known, "edge": first.port})
 
 
@@ -194,10 +194,10 @@ def test_even_a_killed_parent_leaves_no_process(folder: Path, victim: str) -> No
     started.ready()
     stack = started.state.stack() or {}
     os.kill(stack["pid"] if victim == "up" else stack["supervisor"], signal.SIGKILL)
-    started.process.wait(60)
+    started.process.wait(240)
     until(lambda: guard.left_behind(str(started.state.root)) == [], "every process has ended")
     again = Up(folder / victim, "--detach", port=started.port)
-    assert again.process.wait(120) == 0, again.said
+    assert again.process.wait(240) == 0, again.said
     assert corral("status", state=again.state.root).returncode == 0
     assert corral("down", state=again.state.root).returncode == 0
     nothing_left(again.state, {"edge": started.port})
@@ -206,7 +206,7 @@ def test_even_a_killed_parent_leaves_no_process(folder: Path, victim: str) -> No
 def test_a_deep_state_folder_has_its_sockets_elsewhere(tmp_path: Path) -> None:
     state = tmp_path / ("deep" * 20) / "a folder with 100%"
     started = Up(state, "--detach")
-    assert started.process.wait(120) == 0, started.said
+    assert started.process.wait(240) == 0, started.said
     socket_folder = started.state.socket("haproxy.sock").parent
     assert socket_folder.stat().st_mode & 0o777 == 0o700
     with socket.socket(socket.AF_UNIX) as connection:
@@ -218,11 +218,11 @@ def test_a_deep_state_folder_has_its_sockets_elsewhere(tmp_path: Path) -> None:
 def test_a_program_that_does_not_start_is_named_with_its_words(tmp_path: Path) -> None:
     state = tmp_path / "state"
     first = Up(state, "--detach")
-    assert first.process.wait(120) == 0, first.said
+    assert first.process.wait(240) == 0, first.said
     corral("down", state=state)
     (state / "corral.db").write_bytes(b"not a database" * 1000)
     second = Up(state, "--detach")
-    assert second.process.wait(120) == 1
+    assert second.process.wait(240) == 1
     assert "Traceback" not in second.said
     assert "database" in second.said
     nothing_left(second.state, {"edge": second.port})

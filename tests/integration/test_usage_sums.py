@@ -198,7 +198,7 @@ def asked_of(path: str, number: int, stream: bool) -> bytes:
 def ask(gw: Gateway, key: str, callers: dict[bytes, socket.socket], number: int, stream: bool) -> int:
     """One request on a connection of its own, left when the answer says so; its status."""
     path = PATHS[number % len(PATHS)] if number % 10 else "/api/nothing"
-    connection = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=60)
     name = f"{number}-{stream}"
     try:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "X-Request-ID": name}

@@ -32,7 +32,7 @@ RUNBOOK = "https://runbooks.example/NodeDown.md"
 def amtool(*arguments: str | Path) -> str:
     """What amtool prints; its words where it fails."""
     done = subprocess.run(
-        [program("amtool"), *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False
+        [program("amtool"), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -89,7 +89,7 @@ def test_provisioning_finds_the_dashboards_and_they_find_their_data() -> None:
 def loaded(whole_stage: Stage) -> Stage:
     """The stage after some work: answers to two keys, limits that were met, a model that was loaded anew."""
     stage = whole_stage
-    until(stage.quiet, "nothing is wrong", 60, every=0.3)
+    until(stage.quiet, "nothing is wrong", 120, every=0.3)
     few = stage.key("few", "--rpm", "2", "--tenant", "team-a", "--new-tenant")
     many = stage.key("many", "--tenant", "team-b", "--new-tenant")
     # By control: its canary would be on its way to a model that leaves by itself, and bring it back.
@@ -130,7 +130,7 @@ def test_every_query_has_data(loaded: Stage) -> None:
         return not empty
 
     try:
-        until(asked, "every query has data", 60, every=0.5)
+        until(asked, "every query has data", 120, every=0.5)
     except NotReady as error:
         raise NotReady(
             f"{error}\n" + "\n".join(f"{where}: {expression}" for where, expression in empty.items())

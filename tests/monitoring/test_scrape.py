@@ -40,7 +40,7 @@ class Watched:
         return found
 
     def get(self, path: str) -> Any:
-        return httpx.get(self.prometheus + path, timeout=10).json()["data"]
+        return httpx.get(self.prometheus + path, timeout=60).json()["data"]
 
     def nodes(self) -> dict[str, str]:
         """Node → whether its page is scraped: up, down, unknown."""

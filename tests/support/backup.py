@@ -105,4 +105,4 @@ def rows_in(path: Path, secrets: Secrets = FOR_ME) -> Rows:
 def cli(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A `corral backup` command."""
     argv = [sys.executable, "-P", "-m", "corral", "backup", *map(str, arguments)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120, env={**python_env(), **(env or {})})
+    return subprocess.run(argv, capture_output=True, text=True, timeout=240, env={**python_env(), **(env or {})})

@@ -47,7 +47,7 @@ class Counted:
 
     def __enter__(self) -> Self:
         self._store = self._fleet.valkey_client()
-        self._client = httpx.Client(timeout=10)
+        self._client = httpx.Client(timeout=60)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -216,7 +216,7 @@ class Fleet:
 
     def _status(self) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.stack.admin_key}"}
-        return httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=10)
+        return httpx.get(self.stack.url + "/admin/status", headers=headers, timeout=30)
 
     def _in_use(self) -> bool:
         answer = self._status()
@@ -241,7 +241,7 @@ class Fleet:
 
     def _servers(self) -> list[dict[str, str]]:
         """What HAProxy counts of each server."""
-        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=10)
+        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=30)
         return [row for row in csv.DictReader(answer.text.lstrip("# ").splitlines()) if row["type"] == "2"]
 
     def _parts(self) -> dict[str, Any]:
@@ -293,7 +293,7 @@ class Fleet:
     def valkey_client(self) -> socket.socket:
         """A connection to the store."""
         address = urlsplit(self.valkey.url)
-        return socket.create_connection((address.hostname, address.port), timeout=1)
+        return socket.create_connection((address.hostname, address.port), timeout=10)
 
     def enter(self, manager: AbstractContextManager[Server]) -> Server:
         """Start something that ends with the fleet."""

@@ -323,7 +323,7 @@ class Gateway:
 
     def post(self, path: str = "/api/chat", body: Any = None, **more: Any) -> httpx.Response:
         """POST to the gateway itself."""
-        headers, timeout = self.auth | more.pop("headers", {}), more.pop("timeout", 20)
+        headers, timeout = self.auth | more.pop("headers", {}), more.pop("timeout", 60)
         return httpx.post(
             self.url + path, json=body or self.chat(stream=False), headers=headers, timeout=timeout, **more
         )

@@ -85,7 +85,7 @@ def line(port: int) -> Iterator[Line]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(60)
         yield made
     finally:
         loops[0].call_soon_threadsafe(over.set)

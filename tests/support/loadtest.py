@@ -30,7 +30,7 @@ def run(url: str, folder: Path, *arguments: str, key: str = "") -> tuple[Result,
     words = [*arguments, "--json", "--output", str(folder)] + ([] if key else ["--no-key"])
     env = environment({"CORRAL_KEY": key} if key else {})
     done = subprocess.run(
-        command(url, *words), env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+        command(url, *words), env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.stdout.endswith("}\n"), f"status {done.returncode}: {done.stdout[-200:]}\n{done.stderr}"
     found = msgspec.json.decode(done.stdout.encode(), type=Result)

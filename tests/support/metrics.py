@@ -58,7 +58,7 @@ class Page:
 
 def page(url: str) -> Page:
     """What an address says now."""
-    response = httpx.get(url, timeout=10, trust_env=False)
+    response = httpx.get(url, timeout=30, trust_env=False)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     return Page(response.text)

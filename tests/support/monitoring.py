@@ -109,7 +109,7 @@ def alertmanager(folder: Path, config: str) -> Iterator[Server]:
 
 def query(url: str, expression: str) -> list[dict[str, Any]]:
     """The series that a Prometheus has now for an expression: labels (``metric``) and ``value``."""
-    answer = httpx.post(url + "/api/v1/query", data={"query": expression}, timeout=10)
+    answer = httpx.post(url + "/api/v1/query", data={"query": expression}, timeout=30)
     assert answer.status_code == 200, f"{expression}\n{answer.text}"
     result: Any = answer.json()["data"]["result"]
     assert isinstance(result, list), f"{expression}: not series but {result}"

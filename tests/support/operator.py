@@ -41,7 +41,7 @@ class Operator:
             self.run("corral up --detach")
             made = self.run("corral keys create client --json")
             self.key = str(json.loads(made)["key"])
-            until(self.works, "the gateway knows the key", 5)
+            until(self.works, "the gateway knows the key")
             self.run('corral backup create --output "$BACKUP"')
         except BaseException:
             self.attempt("corral down")  # nobody has an operator to end yet
@@ -50,7 +50,7 @@ class Operator:
     def run(self, script: str, status: int = 0) -> str:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
-            env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL,
+            env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == status, f"{script}\n{done.stdout}\n{done.stderr}"
         return done.stdout + (done.stderr if status else "")
@@ -65,7 +65,7 @@ class Operator:
     def works(self) -> bool:
         """Whether the client's key is still good."""
         headers = {"Authorization": f"Bearer {self.key}"}
-        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/tags", headers=headers, timeout=10, trust_env=False)
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/tags", headers=headers, timeout=30, trust_env=False)
         return answer.status_code == 200
 
     def end(self) -> None:

@@ -112,7 +112,7 @@ class Pair:
     def _file(self, name: str, model: str) -> str:
         """The name of a model's file, which is its digest: the same on every node, for as long as these run."""
         if model not in self._files:
-            shown = httpx.post(self.servers[name].url + "/api/show", json={"model": model}, timeout=10).json()
+            shown = httpx.post(self.servers[name].url + "/api/show", json={"model": model}, timeout=60).json()
             source = next(line for line in shown["modelfile"].splitlines() if line.startswith("FROM /"))
             self._files[model] = Path(source.removeprefix("FROM ")).name
         return self._files[model]
@@ -147,7 +147,7 @@ class Pair:
 
     def running(self) -> dict[str, int]:
         """How many requests HAProxy has with each node, by the nodes' names."""
-        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=10)
+        answer = httpx.get(self._parts()["stats_url"] + "/;csv", timeout=30)
         rows = csv.DictReader(answer.text.lstrip("# ").splitlines())
         return {row["svname"]: int(row["scur"]) for row in rows if row["type"] == "2" and row["svname"] in self.servers}
 

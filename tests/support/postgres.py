@@ -81,7 +81,7 @@ class Postgres:
         argv += ["-k", self.folder, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=50"]
         argv += ["-c", "restart_after_crash=off"] if self.small else []
         self._process = Process(argv, self.folder / "postgres.log")
-        self._process.wait_until(self._answers, 30)
+        self._process.wait_until(self._answers)
 
     @property
     def alive(self) -> bool:
@@ -152,7 +152,7 @@ class Postgres:
     def connect(self, database: str) -> psycopg.Connection[tuple[object, ...]]:
         """A session of its own; each statement is a transaction."""
         address = {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": database}
-        return psycopg.connect(**address, password=PASSWORD, autocommit=True, connect_timeout=5)
+        return psycopg.connect(**address, password=PASSWORD, autocommit=True, connect_timeout=30)
 
     def _answers(self) -> bool:
         try:

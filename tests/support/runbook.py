@@ -60,7 +60,7 @@ class Shell:
         """What a block prints; AssertionError where a line of it fails."""
         argv = ["bash", "-euo", "pipefail", "-c", block]
         done = subprocess.run(
-            argv, cwd=self._folder, env={**self.env, **variables}, capture_output=True, text=True, timeout=120
+            argv, cwd=self._folder, env={**self.env, **variables}, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr

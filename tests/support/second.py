@@ -67,4 +67,4 @@ class Second:
         """POST to it."""
         gw = self._gw
         headers = gw.auth | headers
-        return httpx.post(self.url + "/api/chat", json=body or gw.chat(stream=False), headers=headers, timeout=20)
+        return httpx.post(self.url + "/api/chat", json=body or gw.chat(stream=False), headers=headers, timeout=60)

@@ -51,7 +51,7 @@ def answers(url: str) -> bool:
 
 
 def _accepts(port: int) -> bool:
-    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"PING\r\n")
         return connection.recv(16).startswith(b"+PONG")
 
@@ -165,7 +165,7 @@ def embedded_node(
         cpu = 0
     process = Process(argv, folder / "node.log", python_env(), cpu)
     try:
-        process.wait_until(lambda: answers(url + "/api/version"), 30)
+        process.wait_until(lambda: answers(url + "/api/version"))
         yield Server(url, process)
     finally:
         process.end()

@@ -135,7 +135,7 @@ def corpus(auth: bytes) -> list[Case]:
     return cases
 
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 def exchange(port: int, raw: bytes, whole: Callable[[bytes], object], quiet: float = 0.25) -> bytes:

@@ -29,7 +29,7 @@ class Stack:
     admin_key: str
     state: Path
 
-    def corral(self, *arguments: str, timeout: float = 60.0) -> Any:
+    def corral(self, *arguments: str, timeout: float = 240.0) -> Any:
         """Run a command with --json against this stack; what it prints."""
         return json.loads(corral(*arguments, "--json", "--state", str(self.state), timeout=timeout))
 
@@ -70,7 +70,7 @@ class Stack:
         until(known, "the gateways have heard of it")
 
 
-def corral(*arguments: str, timeout: float = 120.0) -> str:
+def corral(*arguments: str, timeout: float = 240.0) -> str:
     """Standard output of a `corral` command; AssertionError with its words where it fails."""
     # What the operator of this machine has set for a stack of their own must not steer a test's.
     env = {name: value for name, value in os.environ.items() if not name.startswith("CORRAL_")}
@@ -92,7 +92,7 @@ def stack(state: Path, *arguments: str) -> Iterator[Stack]:
     """`corral up --detach` with ``arguments`` on a free port and the state folder ``state``."""
     port = free_port()
     where = ["--state", str(state)]
-    made = json.loads(corral("up", "--detach", "--json", "--port", str(port), *where, *arguments, timeout=180))
+    made = json.loads(corral("up", "--detach", "--json", "--port", str(port), *where, *arguments, timeout=240))
     try:
         admin_key = (state / "admin.key").read_text().strip()
         yield Stack(made["url"].rstrip("/"), made["key"], admin_key, state)

@@ -219,7 +219,7 @@ class Stage:
 
     def _valkey(self, command: str) -> str:
         at = urlsplit(self.valkey.url)
-        with socket.create_connection((at.hostname, at.port), timeout=5) as store:
+        with socket.create_connection((at.hostname, at.port), timeout=60) as store:
             store.sendall(f"{command}\r\nQUIT\r\n".encode())
             return b"".join(iter(lambda: store.recv(65536), b"")).decode()
 
@@ -227,14 +227,14 @@ class Stage:
         """Ask a node itself for more models than it holds."""
         for name in SMALL:
             body = {"model": name, "prompt": "a", "stream": False, "options": {"num_predict": 1}}
-            httpx.post(f"{self.nodes[node].url}/api/generate", json=body, timeout=10).raise_for_status()
+            httpx.post(f"{self.nodes[node].url}/api/generate", json=body, timeout=60).raise_for_status()
 
     def gpu_node(self) -> None:
         """Add a node that is said to have a GPU, and computes in main memory."""
         self.nodes["gpu"] = node = SimulatedNode("gpu", self.folder, SIMULATION)
         self.exits.callback(lambda: node.process.end(signal.SIGKILL))
         body = {"model": MODEL, "prompt": "a", "stream": False, "keep_alive": -1, "options": {"num_predict": 1}}
-        httpx.post(f"{node.url}/api/generate", json=body, timeout=20).raise_for_status()
+        httpx.post(f"{node.url}/api/generate", json=body, timeout=60).raise_for_status()
         self._admin("POST", "/admin/nodes", {"url": node.url, "name": "gpu", "accelerator": "gpu"})
 
     def no_gpu_node(self) -> None:
@@ -245,7 +245,7 @@ class Stage:
     def record(self, count: int) -> None:
         """Have gateways write records: of requests for a model that there is not."""
         headers = {"Authorization": f"Bearer {self.stack.key}"}
-        with httpx.Client(headers=headers, timeout=10) as client:
+        with httpx.Client(headers=headers, timeout=30) as client:
             for _ in range(count):
                 client.post(self.stack.url + CHAT, json={"model": "none", "messages": []})
 

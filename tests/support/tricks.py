@@ -49,7 +49,7 @@ def ask(port: int, method: str, target: str, headers: Mapping[str, str], body: o
     sent = b"" if body is None else json.dumps(body).encode()
     lines = [f"{method} {target} HTTP/1.1", f"Content-Length: {len(sent)}", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in ({"Host": "corral"} | dict(headers)).items()]
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + sent)
         answer = b""
         try:

@@ -40,7 +40,7 @@ class Up:
             assert self.process.poll() is None, self.said
             return '"curl"' in self.said
 
-        until(said, "the stack is ready", 100)
+        until(said, "the stack is ready", 240)
         return self.ready_already()
 
     def ready_already(self) -> dict[str, object]:
@@ -55,7 +55,7 @@ class Up:
     def stop(self, number: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(90)
+        return self.process.wait(240)
 
 
 def environment() -> dict[str, str]:
@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 
 def corral(*arguments: str, state: Path) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-P", "-m", "corral", *arguments, "--state", str(state)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment(), cwd=REPOSITORY)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=240, env=environment(), cwd=REPOSITORY)
 
 
 def nothing_left(state: StateFolder, known_ports: dict[str, int]) -> None:
