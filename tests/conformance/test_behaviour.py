@@ -109,7 +109,7 @@ def test_load_is_seen_in_ps(target: Target) -> None:
         found[:] = [model for model in send(target, "GET", "/api/ps").last["models"] if model["name"] == MODEL]
         return bool(found)
 
-    until(listed, f"{MODEL} in /api/ps", 30)
+    until(listed, f"{MODEL} in /api/ps")
     (model,) = found
     expected = {"name", "model", "size", "digest", "details", "expires_at", "size_vram", "context_length"}
     assert set(model) == expected
@@ -131,7 +131,7 @@ def _unloads(target: Target, **fields: Any) -> None:
             chat(target, stream=False, **fields)
         return not models
 
-    until(unloaded, f"nothing is loaded after {fields}", 30)
+    until(unloaded, f"nothing is loaded after {fields}")
 
 
 def test_unload_and_the_next_request_loads(bare: Target) -> None:

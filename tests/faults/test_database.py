@@ -48,14 +48,14 @@ def test_requests_go_on_and_every_record_arrives(
             server.start()
             after = list(pool.map(ask, range(40, 50)))
         assert {*before, *during, *after} == {200}
-        until(lambda: status() == "ready", "the database is back", 60)
+        until(lambda: status() == "ready", "the database is back", 120)
 
         def settled() -> set[str]:
             answer = httpx.get(f"{up.url}/admin/audit", params={"limit": 1000}, headers=admin)
             rows = answer.json()["audit"] if answer.status_code == 200 else []
             return {row["request_id"] for row in rows if row["outcome"] == "ok"}
 
-        until(lambda: {f"away-{number}" for number in range(50)} <= settled(), "every record is there", 60)
+        until(lambda: {f"away-{number}" for number in range(50)} <= settled(), "every record is there", 120)
         made = httpx.post(f"{up.url}/admin/keys", json={"name": "k"}, headers=admin)
         assert made.status_code == 201
         measured = f"0 of {len(before + during + after)} lost, {len(during)} of them while it was away, each on record"

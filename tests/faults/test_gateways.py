@@ -203,7 +203,7 @@ def test_what_a_killed_gateway_had_of_a_keys_concurrency_returns_with_its_lease(
             answers.append(streams.enter_context(stream).iter_lines())
             next(answers[-1])
         # Not at once where a machine that halts has one of them miss the store.
-        until(lambda: status() == 429, "the store has heard of both", 5, every=EVERY)
+        until(lambda: status() == 429, "the store has heard of both", every=EVERY)
         lost = Lost(contended, other["name"])
         os.kill(dead["pid"], signal.SIGKILL)
         killed = time.monotonic()

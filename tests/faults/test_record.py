@@ -151,7 +151,7 @@ def test_every_answer_is_recorded_and_counted_once(
             return not opened and found >= owed
 
         with suppress(NotReady):  # the verdict says what is missing
-            until(settled, "all are there and settled", 90, 0.5)
+            until(settled, "all are there and settled", 180, 0.5)
         recorded = Counter(row[0] for row in rows(f"SELECT request_id {INFERENCE}"))
         outcomes = Counter(dict(rows(f"SELECT outcome, count(*) {INFERENCE} GROUP BY outcome")))
         fates = Counter(f"{answer.fate} {answer.status or ''}".strip() for answer in answers)

@@ -46,7 +46,7 @@ async def canaries(url: str, count: int) -> Member:
     await fleet.start([member])
     task = asyncio.create_task(Canary(fleet, CanarySettings(interval=0.2, timeout=30.0), {}, nobody).run())
     try:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(240):
             await enough.wait()
     finally:
         task.cancel()

@@ -66,7 +66,7 @@ def test_a_request_that_is_refused_as_the_spool_is_full_adds_nothing_to_it(tmp_p
     with gateway(tmp_path, audit=FULL, gateway={"spool_max": "20KB"}) as gw:
         wants = {"Authorization": f"Bearer {gw.new_key(content=True)}"}
         gw.control.busy = True
-        until(lambda: gw.post(headers=wants).status_code == 503, "requests are shed", 30)
+        until(lambda: gw.post(headers=wants).status_code == 503, "requests are shed")
         held = gw.spooled()
         for _ in range(20):
             assert gw.post(headers=wants).status_code == 503

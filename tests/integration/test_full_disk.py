@@ -70,7 +70,7 @@ class Small:
                     while True:
                         file.write(b"x" * size)
         # What is left in the database's own journal is used up by what is recorded until it is full.
-        until(lambda: all(self.client.get("/admin/keys").status_code == 503 for _ in range(5)), "it is full", 30)
+        until(lambda: all(self.client.get("/admin/keys").status_code == 503 for _ in range(5)), "it is full")
 
     def refuse(self) -> None:
         """Have the database take all but records: what is written apart from its record would be done."""
@@ -284,7 +284,7 @@ def test_what_cannot_be_recorded_does_not_happen(
             assert "cancel" not in gateway.told
         finally:
             small.free()
-        until(lambda: client.get("/admin/keys").status_code == 200, "it works again", 30)
+        until(lambda: client.get("/admin/keys").status_code == 200, "it works again")
         after = state(small, nodes)
         assert {name: after[name] for name in after if after[name] != before.get(name)} == {}
         new = [row for row in small.rows() if row["id"] not in known]

@@ -116,10 +116,10 @@ def test_no_record_is_lost_or_taken_twice(tmp_path: Path, server: Postgres, node
             until(lambda: rows(f"SELECT count(*) {INFERENCE} AND outcome = 'ok'") >= [(20,)], "records are taken")
             disk.fill()
             try:
-                until(lambda: disk.fill() or watched.lag > LAG, "the records wait", 90)
+                until(lambda: disk.fill() or watched.lag > LAG, "the records wait", 180)
                 if server.small == DATA:
-                    until(lambda: fill_log(server), "it has no room for its log, and ends", 60)
-                until(refused, "what cannot be recorded is not done", 60)
+                    until(lambda: fill_log(server), "it has no room for its log, and ends", 120)
+                until(refused, "what cannot be recorded is not done", 120)
                 # One that ended is seen by both alerts, and one that answers by that of the records alone.
                 until(lambda: watched.database == server.alive, "whether it answers")
                 log = (up.state / "logs/control.log").read_text()
@@ -132,9 +132,9 @@ def test_no_record_is_lost_or_taken_twice(tmp_path: Path, server: Postgres, node
                 if not server.alive:
                     server.start()
             load.more(50)
-            until(lambda: admin.post("/admin/keys", json={"name": "room"}).status_code == 201, "there is room", 60)
+            until(lambda: admin.post("/admin/keys", json={"name": "room"}).status_code == 201, "there is room", 120)
         assert load.unlike(WHOLE) == [], "requests do not wait for the database"
-        until(lambda: (watched.waiting, watched.lag) == (0, 0), "every record is taken", 60)
+        until(lambda: (watched.waiting, watched.lag) == (0, 0), "every record is taken", 120)
         answers = {answer.request_id: counts(answer) for answer in load.answers}
         # One more is of the stack itself: at its start it asks for the models.
         recorded = rows(f"SELECT request_id, outcome, prompt_tokens, tokens {INFERENCE} AND request_id LIKE 'load%'")

@@ -135,11 +135,11 @@ def test_without_the_store_a_gateway_goes_on_with_its_share_and_tells_it_later(
         until(lambda: held.running == 8, "another one")
     finally:
         gw.valkey.process.send(signal.SIGCONT)
-    until(lambda: sum(leader.used().values()) == 8 and leader.waiting() == 1, "the store knows of all", 10)
+    until(lambda: sum(leader.used().values()) == 8 and leader.waiting() == 1, "the store knows of all")
     held.release(12)
     assert [one.result().status_code for one in asked] == [200] * 11
     assert held.most == 8
-    until(lambda: not leader.used() and not leader.waiting(), "nothing is held", 10)
+    until(lambda: not leader.used() and not leader.waiting(), "nothing is held")
 
 
 def test_a_key_that_is_revoked_waits_no_more(gw: Gateway, leader: Leader, callers: ThreadPoolExecutor) -> None:
@@ -345,7 +345,7 @@ def test_a_model_that_no_node_has_the_memory_for(gw: Gateway, leader: Leader) ->
 def test_without_a_leader_nodes_load_by_themselves(gw: Gateway, leader: Leader) -> None:
     leader.place("node-1", MODEL, 1, "absent")
     leader.leaves()
-    until(lambda: gw.post().status_code == 200, "it is served where nobody says that it stands", 10)
+    until(lambda: gw.post().status_code == 200, "it is served where nobody says that it stands")
 
 
 def test_a_tenant_s_nodes_are_counted_apart(gw: Gateway, leader: Leader) -> None:

@@ -100,7 +100,7 @@ def test_a_full_spool_sheds_requests_and_takes_them_again(tmp_path: Path) -> Non
                 alerted.append(firing)
             return shed
 
-        until(is_shed_at_last, "requests are shed", 30)
+        until(is_shed_at_last, "requests are shed")
         assert alerted[0] is False and alerted[-1] is True, "SpoolFilling rises while requests are still taken"
         asked = [len(node.requests) for node in gw.nodes]
         shed = value(gw, "corral_spool_shed_total")

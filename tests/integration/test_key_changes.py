@@ -98,7 +98,9 @@ def test_limits_and_models_of_a_key_on_the_command_line(control: Running) -> Non
 def test_a_limit_that_is_changed_holds_at_the_gateway_and_what_was_used_counts(tmp_path: Path) -> None:
     with gateway(tmp_path) as gw:
         key = {"Authorization": f"Bearer {gw.new_key(rpm=1)}"}
-        assert [gw.post(headers=key).status_code for _ in range(2)] == [200, 429]
+        assert gw.post(headers=key).status_code == 200
+        # One that misses the store for 50 ms is admitted on the gateway's share.
+        until(lambda: gw.post(headers=key).status_code == 429, "its limit is reached")
         gw.control.snapshot["keys"][-1]["rpm"] = 60
         gw.publish()
         until(lambda: gw.post(headers=key).status_code == 200, "a second is over, not a minute", 30)

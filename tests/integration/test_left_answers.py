@@ -54,7 +54,7 @@ def record(real: Stack, request_id: str) -> dict[str, Any]:
         found[:] = [row for row in real.corral("audit", "list", "--request", request_id) if row["outcome"]]
         return bool(found)
 
-    until(ended, "it is recorded", 30, every=0.3)
+    until(ended, "it is recorded", every=0.3)
     return found[0]
 
 

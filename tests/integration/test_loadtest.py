@@ -291,7 +291,7 @@ def test_ctrl_c_leaves_a_report(node: str, tmp_path: Path, loop: tuple[str, str]
     )
     assert process.stderr is not None
     # The first line of progress says that answers came.
-    until(lambda: b"done" in process.stderr.read1(4096), "progress", 30)  # type: ignore[union-attr]
+    until(lambda: b"done" in process.stderr.read1(4096), "progress")  # type: ignore[union-attr]
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1

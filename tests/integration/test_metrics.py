@@ -262,7 +262,7 @@ def test_a_hung_runner_fails_its_canary_and_recovers(watched: Watched) -> None:
         models = watched.stack.corral("models", "list")
         return all(model["continuation"] for model in models if model["resident"])
 
-    until(tried, "control's own requests have ended, which would hang too and keep their slot", 30, every=0.3)
+    until(tried, "control's own requests have ended, which would hang too and keep their slot", 120, every=0.3)
     until(lambda: watched.node(node.name).value("corral_node_canary_success") == 1, "the canary lives")
     loads = watched.node(node.name).value("corral_node_loads_total")
     node.fault(kind="hang")

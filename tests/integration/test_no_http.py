@@ -112,7 +112,7 @@ def test_a_node_that_sends_no_http_is_ejected(tmp_path: Path, script: list[Behav
             answers.extend(pool.map(lambda body: gw.post(body=body), bodies))
             return gw.metric(EJECTIONS) == 1
 
-        until(ejected, "it is ejected", 30)
+        until(ejected, "it is ejected")
         assert {(answer.status_code, answer.headers["X-Corral-Node"]) for answer in answers} == {(200, "node-2")}
         assert "2" in {answer.headers["X-Corral-Attempts"] for answer in answers}, "nobody met it"
         node.requests.clear()

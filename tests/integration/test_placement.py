@@ -103,7 +103,7 @@ async def served(gateway: Gateway, fleet: Fleet, name: str, model: str) -> str:
     answer, more = await gateway.ask(Wanted(name, model))
     if not answer.node:
         assert answer.position >= 1
-        answer = await asyncio.wait_for(more, 30)
+        answer = await asyncio.wait_for(more, 120)
     async with httpx.AsyncClient() as client:
         found = (await client.get(fleet.members[answer.node].url + "/api/ps")).json()["models"]
         assert model in [entry["name"] for entry in found], f"a slot on {answer.node}, which has {found}"
@@ -146,12 +146,12 @@ def test_models_come_and_go_with_who_waits_for_them(nodes: list[Server], store: 
     async def work() -> None:
         async with led(nodes, store) as (fleet, leader, gateway):
             asked = (served(gateway, fleet, f"r{number}", MODELS[number % 3]) for number in range(30))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 assert set(await asyncio.gather(*asked)) == {"n0", "n1"}
             reasons = [text for model in MODELS for _, text in leader.placement.why(model)]
             assert any("load on" in text for text in reasons)
             assert any("makes room" in text for text in reasons), reasons
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while True:  # its next look at the store: nobody waits any more
                     told = [leader.placement.about(model, time.monotonic()) for model in MODELS]
                     if {one["waits"] for one in told} == {None}:
@@ -166,7 +166,7 @@ def test_models_come_and_go_with_who_waits_for_them(nodes: list[Server], store: 
 def test_a_new_leader_goes_on_and_a_flushed_store_is_told(nodes: list[Server], store: Server) -> None:
     async def work() -> None:
         async with led(nodes, store) as (fleet, leader, gateway):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 where = await served(gateway, fleet, "r1", MODELS[0])
             await leader.end()
             await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
@@ -176,19 +176,19 @@ def test_a_new_leader_goes_on_and_a_flushed_store_is_told(nodes: list[Server], s
             assert not more.done(), "nobody has told where it is"
             second = Leader(store.url, fleet, 2)
             try:
-                assert (await asyncio.wait_for(more, 30)).node == where
+                assert (await asyncio.wait_for(more, 120)).node == where
                 assert not any("load on" in text for _, text in second.placement.why(MODELS[0]))
                 # A leader that stays tells a store that forgets, too.
                 gateway.slots.end("r2")
                 await flush(int(store.url.rpartition(":")[2].partition("/")[0]))
                 await granting(gateway)
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(120):
                     assert await served(gateway, fleet, "r3", MODELS[0]) == where
                 # What the first one says now is heard no more.
                 first = await generation(second.store, 1)
                 assert not await keeper.place(second.store, where, MODELS[0], "absent", first, 1, 1e6)
             finally:
-                leader.task = leader.connection = asyncio.create_task(asyncio.sleep(60))
+                leader.task = leader.connection = asyncio.create_task(asyncio.sleep(600))
                 leader.client = httpx.AsyncClient()
                 await second.end()
 
@@ -198,14 +198,14 @@ def test_a_new_leader_goes_on_and_a_flushed_store_is_told(nodes: list[Server], s
 def test_a_node_that_goes_has_no_slots(nodes: list[Server], store: Server) -> None:
     async def work() -> None:
         async with led(nodes, store) as (fleet, leader, gateway):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 where = await served(gateway, fleet, "r1", MODELS[0])
             member = fleet.members[where]
             await fleet.remove(where)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while (where, MODELS[0]) in leader.placement.spots:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 assert await served(gateway, fleet, "r2", MODELS[0]) != where
             await fleet.add(member)
 
@@ -221,7 +221,7 @@ def test_a_copy_that_does_not_answer_control_spares_nobody_a_load(nodes: list[Se
             wanted = Wanted("r2", "a:latest", PICKY, preferred=(NEVER + first,))
             answer, more = await gateway.ask(wanted)
             assert not answer.node
-            answer = await asyncio.wait_for(more, 30)
+            answer = await asyncio.wait_for(more, 120)
             assert answer.node in fleet.members.keys() - {first}
 
     asyncio.run(work())
@@ -251,7 +251,7 @@ def test_what_a_probe_found_before_a_load_or_an_unload_undoes_neither() -> None:
 
 async def stands(fleet: Fleet, leader: Leader, model: str, *names: str) -> None:
     """Wait until a model is resident on just these nodes, as they say and as the leader has it."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while True:
             said = {name for name, member in fleet.members.items() if model in member.resident}
             spots = leader.placement.spots.items()
@@ -287,7 +287,7 @@ def test_least_copies_come_back(nodes: list[Server], store: Server, monkeypatch:
             await stands(fleet, leader, MODELS[0])
             await asyncio.sleep(1.5)
             await stands(fleet, leader, MODELS[0])
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 assert await served(gateway, fleet, "r1", MODELS[0]) in ("n0", "n1")
 
     asyncio.run(work())
@@ -300,15 +300,15 @@ def test_an_unload_that_gets_no_turn_is_given_up_and_tried_again(
 
     async def work() -> None:
         async with led(nodes[:1], store) as (fleet, leader, gateway):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 assert await served(gateway, fleet, "r1", MODELS[0]) == "n0"
             await fleet.members["n0"].loads.acquire()  # somebody loads or unloads there, and does not end
             asked = asyncio.create_task(served(gateway, fleet, "r2", MODELS[1]))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while not any("did not unload it" in text for _, text in leader.placement.why(MODELS[0])):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             fleet.members["n0"].loads.release()
-            assert await asyncio.wait_for(asked, 30) == "n0"
+            assert await asyncio.wait_for(asked, 120) == "n0"
 
     asyncio.run(work())
 
@@ -319,12 +319,12 @@ def test_a_leader_puts_right_what_gateways_said_while_nobody_led(nodes: list[Ser
 
     async def work() -> None:
         async with led(nodes, store) as (fleet, leader, gateway):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 where = await served(gateway, fleet, "r1", MODELS[0])
             gateway.slots.stand(MODELS[0], [("n0", 2), ("n1", 2)])
             gateway.slots.stand(MODELS[1], [("n0", 2)])
             total = PREFIX + b"total:"
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(120):
                 while True:
                     counts = await gateway.store.request(b"MGET", *(total + name.encode() for name in MODELS[:2]))
                     if [int(count or 0) for count in counts] == [2, 0]:
@@ -337,7 +337,7 @@ def test_a_leader_puts_right_what_gateways_said_while_nobody_led(nodes: list[Ser
             # Flushed between the two calls that say something, the store has a generation beyond its new counter.
             await gateway.store.request(b"DEL", PREFIX + b"generation:1")
             leader.placement.spots[where, MODELS[0]].told = ""
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(120):
                 while leader.placement.spots[where, MODELS[0]].told != "resident":  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             assert leader.placement.spots[where, MODELS[0]].generation > (1 << TERM_BITS) + 1

@@ -69,7 +69,7 @@ def test_an_added_node_gets_its_models_before_it_takes_traffic(here: Site, sourc
     assert len(resident(second.url)) == 1, "loaded before it was used again"
 
     second.kill()
-    until(lambda: states(control)["node-2"] == "down", "it is down", 20)
+    until(lambda: states(control)["node-2"] == "down", "it is down")
     second.start()
     ready(control, "node-2")
     assert len(resident(second.url)) == 1, "loaded before it was used again"

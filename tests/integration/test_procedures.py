@@ -205,8 +205,8 @@ def test_a_gateway_is_restarted(operator: Operator) -> None:
     pid = pid_of(operator, lambda seen: seen["gateways"][0])
     operator.env["GATEWAY_PID"] = str(pid)
     operator.run(blocks(MAINTENANCE, "Restart a gateway"))
-    until(lambda: pid_of(operator, lambda seen: seen["gateways"][0]) not in (None, pid), "the next one is there", 30)
-    until(lambda: ask_or_none(operator) == 200, "it serves", 30)
+    until(lambda: pid_of(operator, lambda seen: seen["gateways"][0]) not in (None, pid), "the next one is there")
+    until(lambda: ask_or_none(operator) == 200, "it serves")
 
 
 def test_a_client_s_key_is_rotated_without_a_gap(operator: Operator) -> None:

@@ -70,7 +70,7 @@ def ask(control: Running, route: str, *names: str) -> tuple[int, str]:
         found = control.admin.get(f"/admin/operations/{told['id']}").json()
         return found if found["state"] not in ("queued", "running") else None
 
-    return 202, str(until("the operation ends", ended, 30))
+    return 202, str(until("the operation ends", ended))
 
 
 def test_a_pull_goes_nowhere_that_is_not_listed(tmp_path: Path, node: OllamaNode, canary: Canary) -> None:

@@ -96,7 +96,7 @@ def test_the_last_bytes_leave_once_the_record_is_there(tmp_path: Path, durabilit
                 assert stream or not heard
             finally:
                 hold.unlink()
-            caller.settimeout(20)
+            caller.settimeout(60)
             while b'"done":true' not in heard or not (heard.endswith(END) or not stream):
                 heard += caller.recv(65536)
 

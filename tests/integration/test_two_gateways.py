@@ -69,7 +69,7 @@ def test_a_store_that_was_flushed_grants_what_is_free_and_no_gateway_does_meanwh
         leader.leads()
         until(lambda: bool(leader.ask(b"EXISTS", b"corral:1:slots-grant")), "it grants again")
         leader.place("node-1", MODEL, 4)
-        until(lambda turn=turn: others_wait(held, leader, 4 + turn * 2), "the others wait", 10)  # type: ignore[misc]
+        until(lambda turn=turn: others_wait(held, leader, 4 + turn * 2), "the others wait")  # type: ignore[misc]
     ends(held, asked)
     assert held.most == 4 or second.connections() > connections
     until(lambda: leader.counts() == (0, 0) and not leader.waiting(), "nothing is held")

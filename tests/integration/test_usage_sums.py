@@ -270,7 +270,7 @@ def check(
                 node.script.streams = stream  # type: ignore[attr-defined]
             numbers = range(REQUESTS // 2)
             statuses.update(pool.map(lambda number, how=stream: ask(gw, made["key"], callers, number, how), numbers))
-    until(lambda: sum(row["requests"] for row in used("day")) == REQUESTS, "all are recorded", 60)
+    until(lambda: sum(row["requests"] for row in used("day")) == REQUESTS, "all are recorded", 120)
     assert statuses[200] > REQUESTS * 0.6 and statuses[404] == REQUESTS // 10
     (sums,) = (row for row in used("key") if row["key"] == made["id"])
     database = Database(resolve(control.settings.store.database, control.state))

@@ -24,7 +24,7 @@ from corral.control.main import server
 from corral.store.actions import COMMAND
 from support.process import free_port
 
-WITHIN = 30.0
+WITHIN = 60.0
 
 
 def until(what: str, holds: Callable[[], Any], within: float = WITHIN) -> Any:

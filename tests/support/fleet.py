@@ -208,7 +208,7 @@ class Fleet:
 
     def all_ready(self) -> None:
         """Wait until each node and gateway is in use: by control, by both gateways, and by HAProxy's own checks."""
-        until(self._in_use, "every node and gateway is in use", 60, every=0.1)
+        until(self._in_use, "every node and gateway is in use", 120, every=0.1)
 
     def heard(self) -> bool:
         """Whether every gateway has what control tells now."""
@@ -255,7 +255,7 @@ class Fleet:
             seen = page(f"{url}/nodes/{node}")
             return seen.has(name) and time.time() - seen.value(name) < 3
 
-        until(asked, f"the canary asks {node}", 60, every=0.2)
+        until(asked, f"the canary asks {node}", 120, every=0.2)
 
     def records(self, *request_ids: str, seconds: float = 60.0) -> list[dict[str, Any]]:
         """The audit records of requests once all of them have ended, in this order."""

@@ -74,7 +74,7 @@ class Leader:
         store = Valkey(self.url, scripts=keeper.SCRIPTS, timeout=5.0)
         running = asyncio.create_task(store.run())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not store.connected:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
             return await work(store)

@@ -366,5 +366,5 @@ def stage(folder: Path) -> Iterator[Stage]:
         whole.backup(age=60)
         whole.backup(age=60, record="drill")
         whole.ask(8)
-        until(lambda: len(whole.query("up == 1")) == 8, "Prometheus has every target", 30, every=0.3)
+        until(lambda: len(whole.query("up == 1")) == 8, "Prometheus has every target", 120, every=0.3)
         yield whole

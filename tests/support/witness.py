@@ -112,7 +112,7 @@ class Witness:
         self._mark = b"mark %d" % (int(self._mark[5:]) + 1)
         self._marked.clear()
         await self.do((b"ECHO", self._mark))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await self._marked.wait()
             shown = dict(self._shown)
             # MONITOR may be ahead of the replies, which come by other connections.
@@ -231,7 +231,7 @@ class Witness:
     async def close(self) -> None:
         """All gateways have gone: wait until the store knows. What it did stays to be read."""
         self._server.close()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asyncio.gather(*self._works)
             await self.seen()
 
