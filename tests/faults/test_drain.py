@@ -21,7 +21,7 @@ def a_long_one_began(load: Load, node: str = "") -> None:
         numbers = [int(answer.request_id.split("-")[1]) for answer in fresh if not node or answer.node == node]
         return any(LENGTHS[number % len(LENGTHS)] > SHORT for number in numbers)
 
-    load.until(found, f"a long stream begins on {node or 'any node'}", 60)
+    load.until(found, f"a long stream begins on {node or 'any node'}")
 
 
 def span(answers: list[Answer], moment: float) -> list[Answer]:

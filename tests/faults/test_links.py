@@ -42,12 +42,12 @@ def test_a_black_hole_costs_nobody_an_answer(far: Far, matrix: Matrix) -> None:
         link.drop()
         cut = time.monotonic()
         try:
-            load.until(lambda _: fleet.states()["node-1"] == "down" and fleet.heard(), "it is known to be gone", 20)
+            load.until(lambda _: fleet.states()["node-1"] == "down" and fleet.heard(), "it is known to be gone")
             known = time.monotonic()
             gone = load.more(16, "node-2")
         finally:
             link.mend()
-        load.more(8, "node-1", seconds=20)
+        load.more(8, "node-1")
     assert load.unlike(WHOLE) == []
     assert len({answer.text for answer in load.answers}) == 1
     # Nobody waits for a connection that does not come for longer than the two seconds of its deadline.
@@ -73,7 +73,7 @@ def test_connections_that_are_reset_end_no_answer(far: Far, matrix: Matrix) -> N
             load.more(16, "node-2")
         finally:
             link.mend()
-        load.more(8, "node-1", seconds=20)
+        load.more(8, "node-1")
     assert load.unlike(WHOLE) == []
     assert len({answer.text for answer in load.answers}) == 1
     matrix("connections reset", "0 silent truncations", f"0 of {len(load.answers)}, all whole")

@@ -95,7 +95,7 @@ def test_800_requests_under_node_kills_lose_none(fleet: Fleet, matrix: Callable[
             load.until(lambda _, at=killed: time.monotonic() > at + 1.5, "the fleet has settled")  # type: ignore[misc]
             fleet.nodes[name].start()
             fleet.warm()
-            load.more(8, name, seconds=60)
+            load.more(8, name)
     no_request_is_lost(load)
     assert kills >= 3
     moved = sum(answer.attempts > 1 for answer in load.answers)
@@ -149,7 +149,7 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
         load.more(20, "node-1")
         node.fault(**fault)
         failing = time.monotonic()
-        load.until(lambda _: fleet.sum_of(EJECTIONS) >= before + 2, "both gateways have ejected it", 60)
+        load.until(lambda _: fleet.sum_of(EJECTIONS) >= before + 2, "both gateways have ejected it")
         ejected = time.monotonic()
         until(lambda: "gateway-1, gateway-2" in fleet.reasons()["node-1"], "control has heard of both")
         listed = fleet.states()["node-1"], fleet.reasons()["node-1"]

@@ -55,7 +55,7 @@ def test_the_prober_s_own_network_is_gone(four: tuple[Fleet, Namespace], matrix:
         for path in ASKED:
             network.drop_asked(path, *ports)
         try:
-            load.until(missed, "control does not hear them", 60)
+            load.until(missed, "control does not hear them")
             since = time.monotonic()
             while time.monotonic() < since + 3:
                 seen |= set(fleet.states().values())
@@ -64,7 +64,7 @@ def test_the_prober_s_own_network_is_gone(four: tuple[Fleet, Namespace], matrix:
             used = load.more(40)
         finally:
             network.mend()
-        load.until(lambda _: fleet.control_says(SPARED) == 0, "control hears them again", 60)
+        load.until(lambda _: fleet.control_says(SPARED) == 0, "control hears them again")
     fleet.all_ready()
     assert load.unlike(WHOLE) == []
     assert [str(answer) for answer in load.answers if answer.attempts != 1] == []
@@ -97,7 +97,7 @@ def kill_at_once(fleet: Fleet, count: int, matrix: Matrix) -> None:
         for node in killed:
             node.kill()
         at = time.monotonic() + 0.5
-        load.until(lambda _: list(fleet.states().values()).count("down") == 2, "half of them are down", 60)
+        load.until(lambda _: list(fleet.states().values()).count("down") == 2, "half of them are down")
         # HAProxy has its word too by now.
         while time.monotonic() < at + 6:
             most = max(most, list(fleet.states().values()).count("down"))

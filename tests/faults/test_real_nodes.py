@@ -59,13 +59,13 @@ def callers(pair: Pair, clients: int, tokens: int) -> Load:
 
 def test_a_killed_ollama_loses_nothing_and_is_used_again(pair: Pair) -> None:
     with Load(pair.stack.url, pair.stack.key, MODEL, clients=8, tokens=[24], timeout=90) as load:
-        load.more(8, "node-1", seconds=60)
+        load.more(8, "node-1")
         pair.kill("node-1")
         killed = time.monotonic()
         load.until(lambda _: time.monotonic() > killed + 5, "the fleet has settled")
-        load.more(8, "node-2", seconds=60)
+        load.more(8, "node-2")
         pair.start("node-1", warm=False)
-        load.more(4, "node-1", seconds=60)
+        load.more(4, "node-1")
     assert load.unlike(WHOLE, TOLD) == []
     assert [str(a) for a in load.answers if a.fate == TOLD and not a.text] == []
     assert load.fates[TOLD] <= 8
@@ -78,7 +78,7 @@ def test_a_model_that_leaves_the_memory_under_load_is_there_for_the_next_request
     times = 2
     with callers(pair, 2, 8) as load:
         for _ in range(times):
-            load.more(2, "node-1", seconds=60)
+            load.more(2, "node-1")
             old = set(pair.runners("node-1", MODEL))
             assert old
 
@@ -88,7 +88,7 @@ def test_a_model_that_leaves_the_memory_under_load_is_there_for_the_next_request
                 return not old & set(pair.runners("node-1", MODEL))
 
             until(left, "its runner has ended", 60, every=0.1)
-            load.more(4, "node-1", seconds=60)
+            load.more(4, "node-1")
     assert load.unlike(WHOLE) == []
     retried = sum(answer.attempts > 1 for answer in load.answers)
     measured = f"{len(load.answers)} answers, 0 lost, {retried} retried, used again {times} times"
@@ -104,7 +104,7 @@ def test_a_runner_that_is_killed_while_idle_is_replaced_for_the_next_request(pai
     until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in killed), "their servers have buried them")
     with callers(pair, 8, 8) as load:
         for name in pair.servers:
-            load.more(4, name, seconds=60)
+            load.more(4, name)
     assert load.unlike(WHOLE) == []
     retried = sum(answer.attempts > 1 for answer in load.answers)
     measured = f"{len(load.answers)} answers by both, 0 lost, {retried} retried"

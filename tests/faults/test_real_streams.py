@@ -207,7 +207,7 @@ def test_a_stopped_runner_is_ejected_and_used_again_when_it_goes_on(pair: Pair, 
     # It has no stream that could go on: one token that is asked of it clears it.
     until(pair.all_ready, "it is suspect no more", every=0.3)
     with Load(pair.stack.url, pair.stack.key, MODEL, 8, [CHAT], [4], fresh=True, timeout=90) as load:
-        load.more(4, node, seconds=60)
+        load.more(4, node)
     assert load.unlike(WHOLE) == []
     assert pair.runners(node, MODEL) == pids, "it is another runner that is used again"
     measured = f"{ejected:.1f} s, the answer exact, the same runner used again"

@@ -113,7 +113,7 @@ def test_every_answer_is_recorded_and_counted_once(
         late = up.corral("keys", "create", "late", "--deadline", "100ms")
         loads.append(Mixed(up.url, late["key"], MODEL, WAYS, 2, (16,), "late"))
         with loads[0], loads[1], loads[2], loads[3]:
-            loads[0].more(20, seconds=60)
+            loads[0].more(20)
             while to_kill:
                 time.sleep(dice.uniform(*BETWEEN))
                 victim = dice.choice(to_kill)
@@ -127,12 +127,14 @@ def test_every_answer_is_recorded_and_counted_once(
                     continue  # it is not back from the last time
                 to_kill.remove(victim)
                 killed[victim] += 1
-            loads[0].more(50, seconds=60)
+            loads[0].more(50)
             gone = {(way.path, way.stream) for way in WAYS}
             loads[2].until(
-                lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "each was left", 60
+                lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "each was left", 120
             )
-            loads[2].until(lambda seen: any(one.fate == LEFT and pieces(one) > 1 for one in seen[-20:]), "a stream", 60)
+            loads[2].until(
+                lambda seen: any(one.fate == LEFT and pieces(one) > 1 for one in seen[-20:]), "a stream was left", 120
+            )
         answers = [answer for load in loads for answer in load.answers]
 
         def rows(what: str) -> list[tuple[Any, ...]]:

@@ -68,7 +68,7 @@ def warm(fleet: Fleet) -> None:
 
 def all_stream(load: Load) -> None:
     """Wait until nearly every caller is being answered."""
-    load.until(lambda _: len(load.streaming) > STREAMS * 0.9, f"{STREAMS} streams run", 60)
+    load.until(lambda _: len(load.streaming) > STREAMS * 0.9, f"{STREAMS} streams run")
 
 
 def test_rolling_restarts_cut_none_of_200_streams(kept: Fleet, matrix: Matrix) -> None:
@@ -182,7 +182,7 @@ def test_a_big_model_loads_for_long(usual: Fleet, matrix: Matrix) -> None:
         load.until(lambda _: loads(usual) > 0, "it is in memory", LOAD + 10)
         for node in usual.nodes.values():
             httpx.post(node.url + "/api/generate", json={"model": BIG, "keep_alive": 0})
-        load.until(lambda _: not placed(usual, BIG), "it is gone again, and gateways are given no slot of it", 60)
+        load.until(lambda _: not placed(usual, BIG), "it is gone again, and gateways are given no slot of it")
         # By now it is known how long.
         second = ask_at_once(usual, "again")
     answers = first.result()

@@ -158,7 +158,7 @@ def test_a_backup_that_is_killed_leaves_no_half_file(tmp_path: Path) -> None:
         known = set(folder.glob(".*"))
         quiet = subprocess.DEVNULL
         process = subprocess.Popen([*map(str, argv)], stderr=quiet, stdout=quiet, env=python_env())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not set(folder.glob(".*")) - known and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(number * 0.003)  # at another place each time

@@ -301,7 +301,7 @@ def test_one_that_is_stopped_leaves_nothing_or_the_next_removes_it(
     script = [sys.executable, "-P", "-c", HELD, tmp_path / "reached", *argv]
     running = Process([*map(str, script)], tmp_path / "drill.log", python_env())
     try:
-        running.wait_until(lambda: (tmp_path / "reached").exists(), 60)
+        running.wait_until(lambda: (tmp_path / "reached").exists(), 240)
         assert len(files()) > len(there)
         if scratch(request, source):
             with pytest.raises(BackupError, match="another drill uses"):

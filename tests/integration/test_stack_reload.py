@@ -37,7 +37,7 @@ def test_a_changed_file_is_applied_as_far_as_that_goes(tmp_path: Path) -> None:
             done = running.corral("config", "reload")
             assert sorted(line.split()[-1] for line in done["applied"]) == ["added", "removed"]
             assert done["restart"] == ["limits.default.rpm"]
-            assert nodes() == {second.url: "ready", third.url: "ready"}
+            until(lambda: nodes() == {second.url: "ready", third.url: "ready"}, "both are in service")
             assert [node["url"] for node in running.corral("status")["nodes"]] == [second.url, third.url]
             effective = yaml.safe_load((running.state / "corral.yaml").read_text())
             assert [node["url"] for node in effective["nodes"]] == [second.url, third.url]

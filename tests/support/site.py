@@ -21,7 +21,7 @@ from support.process import Process, free_port, until
 from support.registry import Registry, registry
 from support.servers import MODEL, REPOSITORY, answers, ollama, ollama_program, python_env
 
-SECONDS = 120.0
+SECONDS = 240.0
 """For what pulls a model, checks and loads it, on one processor that others use as well: some seconds, alone."""
 
 
