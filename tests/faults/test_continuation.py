@@ -99,7 +99,9 @@ def ready(fleet: Fleet) -> Iterator[Fleet]:
         node.well()
     # Each gateway leaves it alone for two seconds after it failed there.
     until(
-        lambda: all(ask(fleet, ROUTES[0], body(ROUTES[0], 1), "s").node == "node-1" for _ in range(6)), "it is used", 120
+        lambda: all(ask(fleet, ROUTES[0], body(ROUTES[0], 1), "s").node == "node-1" for _ in range(6)),
+        "it is used",
+        120,
     )
 
 
