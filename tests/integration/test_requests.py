@@ -68,7 +68,7 @@ def say(
     """An answer of some minutes, read to its end."""
     body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "stream": stream}
     body |= {"max_tokens": tokens} if path.startswith("/v1") else {"options": {"num_predict": tokens}}
-    return httpx.post(site.url + path, json=body, headers=site.headers() | headers, timeout=60)
+    return httpx.post(site.url + path, json=body, headers=site.headers() | headers, timeout=240)
 
 
 def listed(site: Stack) -> list[dict[str, Any]]:
