@@ -20,7 +20,9 @@ from support.process import until
 
 CHAT, COMPLETIONS, MESSAGES = "/api/chat", "/v1/chat/completions", "/v1/messages"
 APIS = (CHAT, COMPLETIONS, MESSAGES)
-GENERATE, EMBED, EMBEDDINGS = "/api/generate", "/api/embed", "/v1/embeddings"
+GENERATE, LEGACY = "/api/generate", "/v1/completions"
+"""What goes on with a prompt, not with a chat."""
+EMBED, EMBEDDINGS = "/api/embed", "/v1/embeddings"
 PROMPT = "Tell me of the horses behind the river, of their names, and of the colours that they had in winter."
 
 WHOLE, TOLD, REFUSED, CUT, SILENT, LEFT = "whole", "told", "refused", "cut", "silent", "left"
@@ -86,10 +88,10 @@ class Answer:
         """What the model said."""
         said = []
         for value in whole_lines(self.body):
-            message = value.get("message") or {}
-            delta = (value.get("choices") or [{}])[0].get("delta") or {}
+            message, choice = value.get("message") or {}, (value.get("choices") or [{}])[0]
+            delta = choice.get("delta") or {}
             said += [message.get("content") or delta.get("content") or value.get("response") or ""]
-            said += [(value.get("delta") or {}).get("text") or ""]
+            said += [(value.get("delta") or choice).get("text") or ""]
         return "".join(part for part in said if isinstance(part, str))
 
     def __str__(self) -> str:
@@ -120,7 +122,7 @@ def body_of(path: str, model: str, tokens: int, prompt: str = PROMPT, stream: bo
     if path in (EMBED, EMBEDDINGS):
         return json.dumps(body | {"input": prompt}).encode()
     body |= {"stream": stream}
-    body |= {"prompt": prompt} if path == GENERATE else {"messages": [{"role": "user", "content": prompt}]}
+    body |= {"prompt": prompt} if path in (GENERATE, LEGACY) else {"messages": [{"role": "user", "content": prompt}]}
     body |= {"options": {"num_predict": tokens}} if path in (CHAT, GENERATE) else {"max_tokens": tokens}
     return json.dumps(body).encode()
 
@@ -128,7 +130,7 @@ def body_of(path: str, model: str, tokens: int, prompt: str = PROMPT, stream: bo
 class Client:
     """One caller with one connection, which it keeps as long as it can."""
 
-    def __init__(self, url: str, key: str, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, key: str, timeout: float = 60.0) -> None:
         self._address = urlsplit(url).netloc
         self._key, self._timeout = key, timeout
         self._connection: http.client.HTTPConnection | None = None
@@ -226,7 +228,7 @@ class Load:
         fresh: bool = False,
         think: float = 0.0,
         prompts: Sequence[str] = (PROMPT,),
-        timeout: float = 30.0,
+        timeout: float = 60.0,
     ) -> None:
         self.answers: list[Answer] = []
         self.streaming: dict[str, Answer] = {}
