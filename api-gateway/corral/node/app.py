@@ -81,7 +81,7 @@ def _probed(operation: Any) -> Any:
 
     async def run(node: Node, request: Request, body: bytes, reply: Reply) -> None:
         if isinstance(node.backend, SimulatedBackend):
-            await node.backend.meet()
+            await node.backend.meet(request.url.path)
         await operation(node, request, body, reply)
 
     return run

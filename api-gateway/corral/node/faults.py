@@ -11,6 +11,9 @@ from typing import Any
 from corral.node.errors import NodeError
 
 KINDS = ("hang", "fail", "reset", "slow", "nonsense", "no_done", "cut_after", "no_http", "endless_head", "cpu")
+SCOPES = ("inference", "all", "listings")
+GETS = ("hang", "fail", "reset", "slow")
+LISTINGS = ("/api/ps", "/api/tags")
 
 
 @dataclass(slots=True)
@@ -20,7 +23,7 @@ class Fault:
     - hang: nothing comes any more, until the client leaves or the fault is removed
     - fail: HTTP ``status`` with ``message`` before the first token, Ollama's error line after it
     - reset: the connection is reset (RST)
-    - slow: each token, and each probe with scope "all", takes ``delay`` seconds more
+    - slow: each token, or each GET route of its scope, takes ``delay`` seconds more
     - nonsense: a line that is no JSON
     - no_done: the answer ends well-formed but without its last line
     - cut_after: the connection is closed in the middle of the answer
@@ -28,7 +31,8 @@ class Fault:
     - endless_head: one header after the other, ``delay`` seconds apart, until the client leaves
     - cpu: the model is in main memory, by /api/ps, and each token takes ``delay`` seconds more
 
-    ``model`` limits it to one model; ``scope`` "all" has hang, fail, reset and slow meet GET routes too.
+    ``model`` limits it to one model. ``scope`` "all" has hang, fail, reset and slow meet GET routes too, "listings" those
+    alone that list models, which are not what HAProxy asks a node for.
     """
 
     id: int
@@ -61,8 +65,8 @@ class Faults:
                 raise NodeError(400, f"unknown field {name}")
             if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
                 raise NodeError(400, f"{name} has the wrong type")
-        if request.get("scope", "inference") not in ("inference", "all"):
-            raise NodeError(400, "scope must be inference or all")
+        if request.get("scope", SCOPES[0]) not in SCOPES:
+            raise NodeError(400, f"scope must be one of {', '.join(SCOPES)}")
         fault = Fault(next(self._ids), **{k: v for k, v in request.items() if v is not None})
         if fault.kind in ("cut_after", "no_done", "nonsense") and "after_tokens" not in request:
             fault.after_tokens = 1
@@ -78,12 +82,14 @@ class Faults:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def take(self, model: str | None) -> Fault | None:
-        """The fault that a request meets now, counted down; ``model`` None is a GET route."""
+    def take(self, model: str | None, path: str = "") -> Fault | None:
+        """The fault that a request meets now, counted down; ``model`` None is a GET route, of this ``path``."""
         for fault in list(self._active.values()):
-            if model is None and (fault.scope != "all" or fault.kind not in ("hang", "fail", "reset", "slow")):
-                continue
-            if model is not None and fault.model not in (None, model):
+            if model is None:
+                meets = fault.scope == "all" or (fault.scope == "listings" and path in LISTINGS)
+                if not meets or fault.kind not in GETS:
+                    continue
+            elif fault.scope == "listings" or fault.model not in (None, model):
                 continue
             if fault.count is not None:
                 fault.count -= 1

@@ -207,9 +207,9 @@ class SimulatedBackend:
         shared = self.faults, self.work, self._stall
         return SimulatedRunner(model, profile, options.num_ctx, slots, *shared, self._gpu)
 
-    async def meet(self) -> None:
-        """What a GET route meets: the faults whose scope is "all"."""
-        if fault := self.faults.take(None):
+    async def meet(self, path: str) -> None:
+        """What a GET route meets: the faults of a scope that it belongs to."""
+        if fault := self.faults.take(None, path):
             await show(fault, self.faults)
 
     def close(self) -> None:
