@@ -93,7 +93,7 @@ def test_a_leader_that_is_killed_in_mid_load(
     seen = (
         f"{len(answers)} answered, loads by node {loads()}, no slot in {believed:g} s, the next leads after {led:.1f} s"
     )
-    bar = "nobody answered, or given a slot, before it is there; a greater term"
+    bar = "nobody answered before it is there, no slot while the leader is believed in; a greater term"
     matrix("leader killed (-9) in mid-load", bar, f"{seen}, term {before} -> {term}")
     assert [at for at in early if at < believed] == []
     # One ended with the leader that had begun it.

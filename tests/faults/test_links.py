@@ -20,6 +20,7 @@ Far = tuple[Fleet, SlowNamespace]
 CONNECT = 2.0
 """Seconds that a connection to a node may take to be made."""
 ANSWERS = 30
+DELAY, LOSS = SlowNamespace.delay, SlowNamespace.loss
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_a_slow_link_is_no_fault(far: Far, matrix: Matrix) -> None:
     assert link.lost > 0
     over = [answer for answer in load.answers if answer.began > since]
     again = sum(answer.attempts > 1 for answer in over)
-    fault = f"slow link ({link.delay * 1e3:g} ms each way, {link.loss:.0%} of the node's packets lost)"
+    fault = f"slow link ({DELAY * 1e3:g} ms each way, {LOSS:.0%} of the node's packets lost)"
     packets = f"{link.lost} of {link.sent} packets lost"
     served = len(after(over, since, "node-1"))
     matrix(fault, "0 ejections", f"{ejected:g}; {served} answers over it, all whole, {again} asked twice; {packets}")
