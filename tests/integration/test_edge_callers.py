@@ -178,7 +178,7 @@ def test_on_loopback_local_names_are_served(gw: Gateway, host: str) -> None:
     assert httpx.get(gw.edge + "/api/tags", headers=gw.auth | {"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/api/tags", "/health", "/admin/keys", "/console/", "/docs"])
+@pytest.mark.parametrize("path", ["/api/tags", "/health", "/admin/keys", "/docs"])
 @pytest.mark.parametrize("host", FOREIGN)
 def test_on_loopback_no_other_name_is(gw: Gateway, host: str, path: str) -> None:
     answer = httpx.get(gw.edge + path, headers=gw.auth | {"Host": host})

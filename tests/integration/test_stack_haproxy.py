@@ -192,7 +192,7 @@ def test_what_is_internal_is_not_on_the_edge(rig: Rig, path: str) -> None:
     assert rig.control.requests == []
 
 
-@pytest.mark.parametrize("path", ["/admin/keys", "/docs", "/openapi.json", "/console/"])
+@pytest.mark.parametrize("path", ["/admin/keys", "/docs", "/openapi.json"])
 def test_control_has_its_own_paths(rig: Rig, path: str) -> None:
     assert rig.ask(path)[0].status == 200
     assert rig.control.requests

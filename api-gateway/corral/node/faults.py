@@ -31,8 +31,8 @@ class Fault:
     - endless_head: one header after the other, ``delay`` seconds apart, until the client leaves
     - cpu: the model is in main memory, by /api/ps, and each token takes ``delay`` seconds more
 
-    ``model`` limits it to one model. ``scope`` "all" has hang, fail, reset and slow meet GET routes too, "listings" only
-    those that list models, which are not what HAProxy asks a node for.
+    ``model`` limits it to one model. ``scope`` "all" has hang, fail, reset and slow meet GET routes too; "listings" has
+    them meet those alone that list models, which are not what HAProxy asks a node for.
     """
 
     id: int
