@@ -118,7 +118,7 @@ async def heard(gateway: Gateway) -> None:
     """Have a gateway hear what the store has told by now."""
     marks = gateway.marks
     await gateway.store.request(b"PUBLISH", CHANNEL, b"mark")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while gateway.marks == marks:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -244,7 +244,7 @@ def test_a_gateway_that_comes_later_hears_what_holds(store: Server) -> None:
         await one.crash("innocent", monotonic(), "node-3")
         for late in (Gateway(store.url), other):
             late.suspects.missed()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not late.suspects.known:
                     late.suspects.sweep(monotonic())
                     await asyncio.sleep(0.01)

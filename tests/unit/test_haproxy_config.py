@@ -20,7 +20,7 @@ COMMITTED = Path(__file__).resolve().parents[2] / "load-balancer/haproxy.cfg"
 def check(haproxy: str, folder: Path, plan: HaproxyPlan) -> str:
     path = folder / "haproxy.cfg"
     path.write_text(render(plan))
-    done = subprocess.run([haproxy, "-c", "-f", path], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([haproxy, "-c", "-f", path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -93,7 +93,7 @@ def test_the_store_gives_what_the_ledger_gives(store: Server, steps: list[tuple[
                 await seen.seen()
                 for told in twin.follow(seen.calls()):
                     for _, id, node, _ in told.grants:
-                        async with asyncio.timeout(5):
+                        async with asyncio.timeout(8):
                             assert (await late.pop(id)).node == node
                         given[id] = node
                 # What nobody was to hear of was not given.

@@ -38,13 +38,13 @@ def test_a_flushed_store_gives_nothing_until_all_have_told(store: Server) -> Non
             answer, _ = await made[2].ask(Wanted("late", "a"))
             assert not answer.node and answer.position >= 2, "both run, and who waited is ahead"
             made[0].slots.end("r0")
-            assert (await asyncio.wait_for(waits, 5)).node == "n1"
-            async with asyncio.timeout(5):
+            assert (await asyncio.wait_for(waits, 8)).node == "n1"
+            async with asyncio.timeout(8):
                 while made[2].slots.early:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             await settled(made, {"r1": "g2", "waits": "g3", "early": "g3", "late": "g3"})
             made[1].slots.end("r1")
-            assert (await asyncio.wait_for(early, 5)).node == "n1"
+            assert (await asyncio.wait_for(early, 8)).node == "n1"
 
     asyncio.run(work())
 
@@ -84,7 +84,7 @@ def test_what_a_gateway_gave_while_it_could_not_tell_is_counted_where_it_runs(st
             for id in ("r1", "r2", "r3"):
                 cut.slots.end(id)
             cut.slots.claim(ticket, "n2")
-            assert (await asyncio.wait_for(more, 5)).node == "n1"
+            assert (await asyncio.wait_for(more, 8)).node == "n1"
             await settled(made, {"r3": "g1", "r4": "g2"})
             assert await request_of(other, "g1", "r3") == [b"g", b"a", b"0", b"n2", b"1", b"0"]
             # The same of what the store runs late, of a connection that was given up: it is put right by a renewal.
@@ -131,7 +131,7 @@ def test_a_prompt_that_was_read_while_the_store_was_away_holds_up_no_other(store
             assert answer.position == 1
             cut.store.lose()
             cut.slots.read("r1")
-            assert (await asyncio.wait_for(more, 5)).node == "n1"
+            assert (await asyncio.wait_for(more, 8)).node == "n1"
 
     asyncio.run(work())
 
@@ -148,7 +148,7 @@ def test_a_flushed_store_hears_what_a_ticket_avoids(store: Server) -> None:
             await keeper.renew(one.slots)
             assert not more.done()
             await place(one, "n2", "a", "resident", 2, 1)
-            assert (await asyncio.wait_for(more, 5)).node == "n2"
+            assert (await asyncio.wait_for(more, 8)).node == "n2"
 
     asyncio.run(work())
 

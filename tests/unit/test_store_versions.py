@@ -39,7 +39,7 @@ async def works(url: str, first: Gateway, second: Gateway, generation: int) -> N
     answer, turn = await second.ask(Wanted("r2", "a", kind=1))
     assert answer.position == 1
     first.slots.end("r0")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert (await turn).node == "n1"
     second.slots.read("r2")
     first.slots.claim(Wanted("r3", "a"), "n2")
