@@ -184,10 +184,15 @@ class Script(list[Behaviour]):
         return behave
 
 
+def model_of(number: int) -> str:
+    """The model that a request asks for: of each path each is asked for."""
+    return MODELS[number // len(PATHS) % len(MODELS)]
+
+
 def asked_of(path: str, number: int, stream: bool) -> bytes:
-    """The body of a request: of each path each model is asked for."""
+    """The body of a request."""
     # A prompt of its own: one that was alone with two nodes that cut it is refused from then on.
-    prompt, model = f"Which number is {number}, {stream}?", MODELS[number // len(PATHS) % len(MODELS)]
+    prompt, model = f"Which number is {number}, {stream}?", model_of(number)
     if path == OLDER:
         return json.dumps({"model": model, "prompt": prompt}).encode()
     if path in (EMBED, EMBEDDINGS):
@@ -196,7 +201,7 @@ def asked_of(path: str, number: int, stream: bool) -> bytes:
 
 
 def ask(gw: Gateway, key: str, callers: dict[bytes, socket.socket], number: int, stream: bool) -> int:
-    """One request on a connection of its own, left when the answer says so; its status."""
+    """One request on a connection of its own, left when the answer says so; its status, of an error within it too."""
     path = PATHS[number % len(PATHS)] if number % 10 else "/api/nothing"
     connection = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=60)
     name = f"{number}-{stream}"
@@ -211,7 +216,7 @@ def ask(gw: Gateway, key: str, callers: dict[bytes, socket.socket], number: int,
             seen += data
             if stream and LEAVE in seen:
                 break
-        return response.status
+        return 502 if b'"error"' in seen and response.status == 200 else response.status
     except (http.client.HTTPException, OSError):
         return 0
     finally:
@@ -278,7 +283,16 @@ def check(
     database.close()
     wrong = [dict(row) for row in rows if row["tokens"] != counted.tokens[row["request_id"]]]
     assert not wrong, [(row, counted.tokens[row["request_id"]]) for row in wrong[:3]]
-    assert sum(row["tokens"] for row in used("key,model")) == sums["tokens"] == counted.tokens.total()
+    by_model: Counter[str] = Counter()
+    for name, tokens in counted.tokens.items():
+        by_model[model_of(int(name.partition("-")[0]))] += tokens
+    assert {row["model"]: row["tokens"] for row in used("model") if row["model"]} == by_model
+    assert sums["tokens"] == counted.tokens.total()
+    # Who was told of an error is counted as one that failed, or that was refused.
+    assert sums["failed"] == sum(count for status, count in statuses.items() if status >= 500)
+    assert sum(row["refused"] for row in used("day")) == sum(statuses[one] for one in statuses if 400 <= one < 500)
+    spent = sum(max(row["ms"] if row["attempts"] else 0.0, row["queue_ms"]) for row in rows) / 1e3
+    assert sum(row["queue_seconds"] + row["node_seconds"] for row in used("day")) == pytest.approx(spent)
     # Who was sent nothing of an answer, and did not leave it, pays for no batch of it.
     told = {row["request_id"]: counted.prompts[row["request_id"]] for row in rows if row["outcome"] in PAID}
     guessed = {row["request_id"]: to_guess(row, counted) for row in rows}
