@@ -1,4 +1,4 @@
-"""A key's secret and a prompt are in nothing that the platform writes, shows or keeps."""
+"""A key's secret, a prompt and its answer are in nothing that the platform writes, shows or keeps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import httpx
 import pytest
 import yaml
 from support.backup import IDENTITY, cli
+from support.load import Answer
 from support.process import read_all, until
 from support.servers import valkey
 from support.stack import Stack, stack
 
 PROMPT = "Zanzibar-canary-of-a-prompt"
+WORDS = 8
+"""Of an answer: so many stand nowhere else one behind the other."""
 SECRET_FILES = frozenset(("admin.key", "pepper", "internal.token"))
 """What is secret and kept on purpose, with mode 600."""
 
@@ -45,6 +48,15 @@ class Monitor:
         self._connection.close()
 
 
+def said(path: str, stream: bool, body: bytes) -> str:
+    """The text of a whole answer."""
+    if stream:
+        return Answer(path, "", body=body).text
+    told = json.loads(body)
+    one = (told.get("choices") or told.get("content") or [told])[0]
+    return str(one.get("message", {}).get("content") or one.get("response") or one.get("text"))
+
+
 class Site:
     """A stack that has met keys and prompts of all kinds. ``seen``: the bodies of its errors and its headers."""
 
@@ -66,20 +78,26 @@ class Site:
         broken = self.made["key"][:-1] + ("0" if self.made["key"][-1] != "0" else "1")
         self.texts = [*self.keys, broken]
         self.seen: list[bytes] = []
+        self.answers: list[tuple[str, bool, bytes]] = []
         self.model = httpx.get(self.stack.url + "/api/tags", headers=self.stack.headers()).json()["models"][0]["name"]
         for key in self.texts:
             self._ask(key)
 
     @property
     def canaries(self) -> list[bytes]:
-        """What must stand nowhere: the prompt, whole keys, and their secrets alone."""
+        """What must stand nowhere: the prompt, what was answered, whole keys, and their secrets alone."""
         secrets = [key.split("_", 2)[2] for key in self.texts]
-        return [text.encode() for text in (PROMPT, *self.texts, *(secret[:20] for secret in secrets))]
+        return [text.encode() for text in (PROMPT, *self.said, *self.texts, *(secret[:20] for secret in secrets))]
+
+    @property
+    def said(self) -> list[str]:
+        """The answers' texts."""
+        return sorted({said(path, stream, body) for path, stream, body in self.answers})
 
     def _ask(self, key: str) -> None:
         messages = [{"role": "user", "content": PROMPT}]
         body: dict[str, Any] = {"model": self.model, "messages": messages, "prompt": PROMPT, "input": PROMPT}
-        body |= {"max_tokens": 3, "options": {"num_predict": 3}}
+        body |= {"max_tokens": WORDS, "options": {"num_predict": WORDS}}
         bearer, anthropic = {"Authorization": f"Bearer {key}"}, {"x-api-key": key}
         paths = ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/api/embed")
         for path in paths:
@@ -87,6 +105,8 @@ class Site:
                 answer = self._post(path, anthropic if "messages" in path else bearer, json=body | {"stream": stream})
                 if answer.status_code == 200:
                     assert PROMPT not in str(answer.headers)
+                    if path != "/api/embed":
+                        self.answers.append((path, stream, answer.content))
         raw = json.dumps(body).encode()
         for headers, content in (
             (bearer, raw[:-2]),  # no JSON
@@ -135,6 +155,12 @@ class Site:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with ExitStack() as exits:
         yield Site(tmp_path_factory.mktemp("secrets"), exits)
+
+
+def test_all_that_was_answered_is_looked_for(site: Site) -> None:
+    asked = {(path, stream) for path, stream, _ in site.answers}
+    assert len(asked) == 10
+    assert all(len(text.split()) == WORDS for text in site.said), site.said
 
 
 def test_errors_repeat_neither_keys_nor_prompts(site: Site) -> None:
