@@ -1,7 +1,7 @@
 """`kill -9` of gateways (and with them their shippers), control and PostgreSQL at random moments under load.
 
 Each request that a client saw answered has its record and is counted once, and so has each that a gateway refused;
-none is twice, and none stays open.
+none is twice, and none stays open. What an operator changes meanwhile is recorded as often as it is done.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -39,6 +41,7 @@ VICTIMS = ("gateway-1", "gateway-2", "control", "postgres")
 BETWEEN = 0.1, 1.2
 """Seconds from one kill to the next."""
 
+UNCHANGED = 1_000_000
 INFERENCE = "FROM audit WHERE api <> 'admin'"
 
 
@@ -68,6 +71,37 @@ def kill(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class Changes:
+    """An operator who changes a key again and again while the block runs, to another limit each time.
+
+    ``done``: the limits that control said it has now; ``asked``: how many it was asked for.
+    """
+
+    def __init__(self, url: str, admin_key: str, key: str) -> None:
+        self.done: list[int] = []
+        self.asked = 0
+        self._url, self._headers = f"{url}/admin/keys/{key}", {"Authorization": f"Bearer {admin_key}"}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):
+            self.asked += 1
+            headers = self._headers | {"X-Request-ID": f"change-{self.asked}"}
+            with suppress(httpx.TransportError):
+                answer = httpx.patch(self._url, json={"rpm": self.asked}, headers=headers, timeout=30)
+                if answer.status_code == 200:
+                    self.done.append(answer.json()["rpm"])
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(40)
 
 
 def beyond(one: Answer, asked: int, prompt: int, tokens: int, outcome: str, estimated: bool) -> str:
@@ -112,7 +146,9 @@ def test_every_answer_is_recorded_and_counted_once(
         # What these ask for takes longer than their key's requests may: a gateway refuses them, after work of nodes.
         late = up.corral("keys", "create", "late", "--deadline", "100ms")
         loads.append(Mixed(up.url, late["key"], MODEL, WAYS, 2, (16,), "late"))
-        with loads[0], loads[1], loads[2], loads[3]:
+        changed = up.corral("keys", "create", "changed", "--rpm", str(UNCHANGED))["id"]
+        changes = Changes(up.url, up.admin_key, changed)
+        with loads[0], loads[1], loads[2], loads[3], changes:
             loads[0].more(20)
             while to_kill:
                 time.sleep(dice.uniform(*BETWEEN))
@@ -128,6 +164,8 @@ def test_every_answer_is_recorded_and_counted_once(
                 to_kill.remove(victim)
                 killed[victim] += 1
             loads[0].more(50)
+            before = len(changes.done)
+            until(lambda: len(changes.done) > before, "control does what it is told", 120)
             gone = {(way.path, way.stream) for way in WAYS}
             loads[2].until(
                 lambda seen: {(one.path, one.stream) for one in seen if one.fate == LEFT} >= gone, "each was left", 120
@@ -193,6 +231,15 @@ def test_every_answer_is_recorded_and_counted_once(
         assert len(left) > len(WAYS) and any(map(pieces, left))
         ends = Counter(booked[one.request_id][2] for one in cut if booked[one.request_id][1])
         print(f"cut with tokens: {dict(ends)}; {of_usage[2]} tokens counted of {wrote}", file=sys.stderr)
+        what = "request_id, \"before\" ->> 'rpm', \"after\" ->> 'rpm'"
+        steps = rows(f"SELECT {what} FROM audit WHERE api = 'admin' AND method = 'PATCH' AND status = 200 ORDER BY seq")
+        print(f"{len(changes.done)} of {changes.asked} changes answered, {len(steps)} recorded", file=sys.stderr)
+        # Each was made of what the one before it left: none is missing, none was recorded that was not done.
+        left_by = [str(UNCHANGED), *(after for _, _, after in steps)]
+        assert [before for _, before, _ in steps] == left_by[:-1]
+        assert rows(f"SELECT rpm FROM keys WHERE id = '{changed}'") == [(int(left_by[-1]),)]
+        assert [request for request, _, _ in steps] == [f"change-{after}" for after in left_by[1:]]
+        assert len(set(left_by)) == len(left_by) and {str(limit) for limit in changes.done} <= set(left_by)
         measured = f"{sum(killed.values())} kills, {len(begun)} begun: each one record, sums of usage equal"
         matrix("gateways, control, PostgreSQL killed (-9)", "each answer recorded once", measured)
         assert outcomes["interrupted"] > 0, "none was killed in the middle of an answer"
