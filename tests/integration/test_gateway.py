@@ -107,7 +107,7 @@ def test_each_request_is_one_line_of_the_access_log(gw: Gateway) -> None:
         )
         assert (line["method"], line["node"], line["attempts"]) == ("POST", got.headers["X-Corral-Node"], 1)
         assert (line["prompt_tokens"], line["tokens"], line["estimated"]) == (7, 3, False)
-        assert line["resp_bytes"] >= len(got.content) and line["req_bytes"] == len(got.request.content)
+        assert (line["resp_bytes"], line["req_bytes"]) == (len(got.content), len(got.request.content))
         assert 0 <= line["queue_ms"] <= line["ttft_ms"] <= line["ms"]
     text = log.read_text()
     assert "Guten" not in text and gw.key not in text and "crl_nonsense" not in text

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from msgspec.json import encode
 from support.fakecontrol import FakeControl
-from support.gateway import END, HEAD, LAST, LINE, Gateway, chunk, gateway
+from support.gateway import END, HEAD, LAST, LINE, Behaviour, Gateway, chunk, gateway, well
 from support.held import Held, leading, placed
 from support.metrics import page
 from support.process import until
@@ -61,6 +61,42 @@ def test_a_killed_gateway_leaves_how_far_its_streams_were_and_says_that_it_began
         gw.start()
         until(lambda: gw.control.notes[-1]["t"] == "begin", "the next life says so too")
         assert not [record for record in gw.control.records if record["t"] == "settle"]
+
+
+def test_bytes_are_those_of_the_bodies_however_they_were_sent(tmp_path: Path) -> None:
+    heard = threading.Event()
+
+    def in_pieces(connection: socket.socket) -> None:
+        connection.sendall(HEAD + chunk(LINE % b"one"))
+        assert heard.wait(20)
+        connection.sendall(chunk(LINE % b"two"))
+        connection.sendall(chunk(LAST % 2) + END)
+
+    def cut(connection: socket.socket) -> None:
+        connection.sendall(HEAD + chunk(LINE % b"one"))
+        assert heard.wait(20)
+        connection.shutdown(socket.SHUT_RDWR)
+
+    answers: list[tuple[str, Behaviour, dict[str, object]]] = [
+        ("whole", well, {"stream": False}),
+        ("at-once", well, {}),
+        ("in-pieces", in_pieces, {}),
+        ("cut", cut, {}),
+        ("refused", well, {"model": "nobody-has-it"}),
+    ]
+    with gateway(tmp_path) as gw:
+        for name, behaviour, asked in answers:
+            heard.clear()
+            for node in gw.nodes:
+                node.script = [behaviour]
+            sent, got = json.dumps(gw.chat(**asked)).encode(), b""
+            headers = {**gw.auth, "Content-Type": "application/json", "X-Request-ID": name}
+            with httpx.stream("POST", gw.url + "/api/chat", content=sent, headers=headers, timeout=20) as answer:
+                for data in answer.iter_raw():
+                    heard.set()
+                    got += data
+            record = gw.control.settled(name)
+            assert (record["req_bytes"], record["resp_bytes"]) == (len(sent), len(got)), name
 
 
 def value(gw: Gateway, name: str) -> float:

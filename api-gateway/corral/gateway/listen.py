@@ -38,7 +38,7 @@ _ONCE: Final = frozenset(
 
 
 class ClientConnection:
-    """A caller's connection, made by the edge."""
+    """A caller's connection, made by the edge. ``sent``: bytes of a streamed answer's body so far, without its end."""
 
     __slots__ = (
         "_body",
@@ -341,6 +341,7 @@ class ClientConnection:
     def begin(self, headers: bytes, first: bytes, keep_alive: bool, modern: bool) -> None:
         """The head of a streamed answer with its first bytes."""
         self._modern = modern
+        self.sent += len(first)
         if modern:
             framing = b"Transfer-Encoding: chunked\r\n" + (b"" if keep_alive else b"Connection: close\r\n")
             first = http1.chunk(first)
@@ -355,6 +356,7 @@ class ClientConnection:
 
     def send(self, data: bytes) -> None:
         """More of a streamed answer; not empty."""
+        self.sent += len(data)
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._modern else data)
 
     def end(self, data: bytes, keep_alive: bool) -> None:
@@ -367,7 +369,6 @@ class ClientConnection:
 
     def _write(self, data: bytes) -> None:
         if self.transport is not None:
-            self.sent += len(data)
             self.transport.write(data)
 
     def _finish(self, keep_alive: bool) -> None:

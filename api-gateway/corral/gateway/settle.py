@@ -146,7 +146,7 @@ def learn(density: float, guessed: int, counted: int) -> float:
 
 
 def settled(exchange: Exchange, status: int, outcome: str, sent: int, now: float) -> Settled:
-    """The last record of a request. `sent` is bytes of answer, `now` monotonic seconds."""
+    """The last record of a request. `sent` is bytes of the answer's body, `now` monotonic seconds."""
     arrived = exchange.arrived
     first = exchange.first_token
     prompt_tokens, tokens, estimated = usage(exchange, outcome)
