@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from conformance.exchange import Answer
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -16,6 +18,8 @@ class Difference:
 
 _OPTION = Difference("a caller's error is a 400; Ollama says 500", 400)
 _PATH = Difference("routes are an allow-list; whatever is not on it does not exist", 404)
+_N = Difference("one answer a request is all there is, and who asks for another number is told", 400)
+_NAME = Difference("a name that cannot be is a caller's error; Ollama says 500", 400)
 _MODEL = Difference("a body without a model is bad input, whatever the route", 400)
 
 DIFFERENCES: dict[str, Difference] = {
@@ -30,6 +34,13 @@ DIFFERENCES: dict[str, Difference] = {
     "embed-no-model": _MODEL,
     "v1-completion-no-model": _MODEL,
     "v1-embeddings-no-model": _MODEL,
+    "show-bad-name": _NAME,
+    "show-no-tag": Difference("nobody holds a model of such a name; Ollama says 500", 404),
+    "v1-chat-n-two": _N,
+    "v1-chat-n-two-stream": _N,
+    "v1-chat-n-zero": _N,
+    "v1-completion-n-two": _N,
+    "v1-completion-n-zero": _N,
     "v1-embeddings-empty": Difference("an empty input is a caller's error, not the runner's", 400),
     "path-unknown": _PATH,
     "path-wrong-method": _PATH,
@@ -39,6 +50,15 @@ DIFFERENCES: dict[str, Difference] = {
 
 OVER_LONG_STATUS = 400
 """An over-long prompt is refused by name on every route, not cut without a word."""
+
+ERROR_TYPE = "application/json"
+"""The Content-Type of all a gateway's errors, where Ollama has a charset behind some; JSON has no such parameter."""
+
+
+def content_type(expected: Answer) -> str:
+    """What a gateway has as Content-Type of an answer that Ollama gives so."""
+    return ERROR_TYPE if expected.status >= 400 else expected.content_type
+
 
 MANAGEMENT = [
     ("POST", "/api/pull"),

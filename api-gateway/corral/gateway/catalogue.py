@@ -59,7 +59,8 @@ def serve(exchange: Exchange) -> None:
     except ApiError as error:
         exchange.refuse(error)
         return
-    exchange.finish_whole(200, heads.own(exchange.request_id, exchange.own_headers), body)
+    content_type = heads.NATIVE_JSON if exchange.path.startswith("/api/") else heads.JSON
+    exchange.finish_whole(200, heads.own(exchange.request_id, exchange.own_headers, content_type), body)
 
 
 def readiness(snapshot: Snapshot, now: float, stale_after: float) -> tuple[int, bytes]:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from corral.gateway.state import State
 
 JSON: Final = b"Content-Type: application/json\r\n"
+NATIVE_JSON: Final = b"Content-Type: application/json; charset=utf-8\r\n"
+"""Of an answer on Ollama's own routes, as Ollama has it."""
 
 
 def relayed(exchange: State, content_type: str) -> bytes:
