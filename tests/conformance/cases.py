@@ -25,7 +25,7 @@ class Case:
     """One request. ``equal``: paths of the last event whose values, not only types, are Ollama's.
 
     ``words``: an error's text is Ollama's own on the embedded node. ``bare``: not asked of a gateway, which does not
-    take the option it is about.
+    take the option, or have the route, that it is about.
     """
 
     name: str
@@ -56,14 +56,14 @@ def _embed(name: str, equal: tuple[str, ...] = ("prompt_eval_count",), words: bo
     return Case(f"embed-{name}", "POST", "/api/embed", {"model": MODEL} | fields, equal=equal, words=words)
 
 
-def _v1(name: str, equal: tuple[str, ...] = USAGE, **fields: Any) -> Case:
+def _v1(name: str, equal: tuple[str, ...] = USAGE, words: bool = False, **fields: Any) -> Case:
     body = {"model": MODEL, "messages": _user(), "temperature": 0, "seed": 0, "max_tokens": 4} | fields
-    return Case(f"v1-chat-{name}", "POST", "/v1/chat/completions", body, equal=equal)
+    return Case(f"v1-chat-{name}", "POST", "/v1/chat/completions", body, equal=equal, words=words)
 
 
-def _completion(name: str, equal: tuple[str, ...] = USAGE, **fields: Any) -> Case:
+def _completion(name: str, equal: tuple[str, ...] = USAGE, words: bool = False, **fields: Any) -> Case:
     body = {"model": MODEL, "prompt": "Say hi.", "temperature": 0, "seed": 0, "max_tokens": 4} | fields
-    return Case(f"v1-completion-{name}", "POST", "/v1/completions", body, equal=equal)
+    return Case(f"v1-completion-{name}", "POST", "/v1/completions", body, equal=equal, words=words)
 
 
 def _message(name: str, equal: tuple[str, ...] = (), **fields: Any) -> Case:
@@ -88,6 +88,9 @@ NATIVE = [
     _generate("unknown-option", options=GREEDY | {"nonsense": 1}),
     _generate("json", equal=(), format="json", options=GREEDY | {"num_predict": 24}),
     _generate("logprobs", logprobs=True, top_logprobs=2),
+    _generate("logprobs-too-many", equal=(), words=True, logprobs=True, top_logprobs=21),
+    _generate("logprobs-negative", equal=(), words=True, logprobs=True, top_logprobs=-1, stream=True),
+    _generate("no-bound-of-repeats", options=GREEDY | {"repeat_last_n": -1, "num_keep": -2}),
     _generate("render-only", equal=("_debug_info.rendered_template",), _debug_render_only=True),
     _generate("load", equal=("done_reason", "response"), prompt=""),
     _generate("load-stream", equal=("done_reason", "response"), prompt="", stream=True),
@@ -103,6 +106,8 @@ NATIVE = [
     _chat("turns", messages=[*_user(), {"role": "assistant", "content": "hi"}, *_user("Again.")]),
     _chat("logprobs", logprobs=True, top_logprobs=2),
     _chat("logprobs-stream", logprobs=True, stream=True),
+    _chat("logprobs-too-many", equal=(), words=True, logprobs=True, top_logprobs=21, stream=True),
+    _chat("logprobs-negative", equal=(), words=True, top_logprobs=-1),
     _chat("render-only", equal=("_debug_info.rendered_template",), _debug_render_only=True),
     _chat("load", equal=("done_reason", "message"), messages=[]),
     _chat("unload", equal=("message",), messages=[], keep_alive=0),
@@ -136,6 +141,64 @@ CUT = [
     )
 ]
 
+# Contexts that are soon full: the row goes on whatever the kernels round, so that all targets write as much.
+_ROW = {"raw": True, "prompt": "row, " * 6 + "row,"}
+_FULL = GREEDY | {"num_ctx": 64, "num_predict": 80, "repeat_penalty": 1.0}
+_COUNTING = _user("Count from one to ninety in digits, with commas.")
+_TURNS = [*_user("word " * 30), {"role": "assistant", "content": "yes " * 20}, *_user("and " * 20)]
+SMALL = [
+    Case(
+        f"{name}-small",
+        "POST",
+        path,
+        {"model": MODEL, "stream": False} | fields,
+        equal=equal,
+        words=not equal,
+        bare=True,
+    )
+    for name, path, equal, fields in (
+        ("generate-full", "/api/generate", COUNTS, {**_ROW, "options": _FULL}),
+        ("generate-full-unshifted", "/api/generate", COUNTS, {**_ROW, "options": _FULL, "shift": False}),
+        ("chat-full-unshifted", "/api/chat", COUNTS, {"messages": _COUNTING, "options": _FULL, "shift": False}),
+        (
+            "chat-full-unshifted-stream",
+            "/api/chat",
+            COUNTS,
+            {"messages": _COUNTING, "options": _FULL, "shift": False, "stream": True},
+        ),
+        (
+            "chat-turns-dropped",
+            "/api/chat",
+            COUNTS[1:2],
+            {"messages": _TURNS, "options": _FULL | {"num_predict": 1}, "shift": False},
+        ),
+        ("chat-turns-refused", "/api/chat", (), {"messages": _TURNS, "options": _FULL, "truncate": False}),
+        (
+            "chat-turns-refused-stream",
+            "/api/chat",
+            (),
+            {"messages": _TURNS, "options": _FULL, "truncate": False, "stream": True},
+        ),
+        *(
+            (f"embed-{name}", "/api/embed", equal, {"input": given, "options": {"num_ctx": 64}} | fields)
+            for given in (["word " * 100, "hello"],)
+            for name, equal, fields in (
+                ("too-long", ("prompt_eval_count",), {}),
+                ("too-long-cut", ("prompt_eval_count",), {"truncate": True}),
+                ("too-long-refused", (), {"truncate": False}),
+            )
+        ),
+        ("embed-fits", "/api/embed", ("prompt_eval_count",), {"input": "word " * 63, "options": {"num_ctx": 64}}),
+        (
+            "embed-one-too-many",
+            "/api/embed",
+            (),
+            {"input": "word " * 64, "options": {"num_ctx": 64}, "truncate": False},
+        ),
+        ("embeddings-too-long", "/api/embeddings", (), {"prompt": "word " * 100, "options": {"num_ctx": 64}}),
+    )
+]
+
 OPENAI = [
     _v1("whole", equal=(*USAGE, "choices.0.finish_reason", "object", "system_fingerprint")),
     _v1("stream", equal=(), stream=True),
@@ -144,11 +207,22 @@ OPENAI = [
     _v1("schema", equal=(), response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}),
     _v1("parts", messages=[{"role": "user", "content": [{"type": "text", "text": "Say hi."}]}]),
     _v1("logprobs", logprobs=True, top_logprobs=1),
+    _v1("logprobs-too-many", equal=(), words=True, logprobs=True, top_logprobs=21),
+    _v1("logprobs-too-many-unasked", equal=(), words=True, top_logprobs=21),
+    _v1("logprobs-negative", equal=(), words=True, logprobs=True, top_logprobs=-1, stream=True),
+    _v1("n-one", n=1),
+    _v1("n-two", n=2),
+    _v1("n-two-stream", equal=(), n=2, stream=True),
+    _v1("n-zero", n=0),
     _v1("no-messages", equal=(), messages=[]),
     _v1("tools-unsupported", equal=(), tools=[TOOL]),
     _completion("whole", equal=(*USAGE, "choices.0.finish_reason", "object")),
     _completion("stream", equal=(), stream=True),
     _completion("stream-usage", equal=("usage",), stream=True, stream_options={"include_usage": True}),
+    _completion("logprobs-too-many", equal=(), words=True, logprobs=21),
+    _completion("logprobs-negative", logprobs=-1),
+    _completion("n-two", n=2),
+    _completion("n-zero", n=0),
     Case("v1-embeddings", "POST", "/v1/embeddings", {"model": MODEL, "input": ["a", "b"]}, equal=("usage", "model")),
     Case("v1-embeddings-base64", "POST", "/v1/embeddings", {"model": MODEL, "input": "a", "encoding_format": "base64"}),
     Case("v1-embeddings-empty", "POST", "/v1/embeddings", {"model": MODEL, "input": ""}),
@@ -194,6 +268,72 @@ def _wrong(name: str, path: str) -> list[Case]:
     ]
 
 
+_NOT_STREAMED = {"model": "made", "stream": False}
+_UNKNOWN_BLOB = {"x.bin": "sha256:" + "0" * 64}
+MANAGEMENT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "copy": (
+        "POST",
+        "/api/copy",
+        {
+            "empty": {},
+            "unknown": {"source": "nope", "destination": "made"},
+            "bad-source": {"source": "a b", "destination": "made"},
+            "quoted-source": {"source": 'a"b\\', "destination": "made"},
+            "no-destination": {"source": MODEL},
+            "bad-destination": {"source": MODEL, "destination": "../made"},
+            "of-wrong-type": {"source": 5},
+        },
+    ),
+    "delete": (
+        "DELETE",
+        "/api/delete",
+        {
+            "empty": {},
+            "unknown": {"model": "nope"},
+            "unknown-name": {"name": "nope"},
+            "bad-name": {"model": "a b"},
+            "quoted-name": {"model": 'a"b'},
+            "of-wrong-type": {"model": 5},
+        },
+    ),
+    "create": (
+        "POST",
+        "/api/create",
+        {
+            "empty": {},
+            "bad-name": {"model": "a b"},
+            "of-wrong-type": {"model": 5},
+            "of-nothing": {"model": "made"},
+            "of-nothing-whole": _NOT_STREAMED,
+            "of-no-files": {"model": "made", "files": {}},
+            "of-bad-name": {"model": "made", "from": "a b"},
+            "of-bad-name-whole": _NOT_STREAMED | {"from": "a b"},
+            "of-absolute-path": {"model": "made", "files": {"/x.gguf": "sha256:0"}},
+            "of-path-not-clean": {"model": "made", "files": {"./x.gguf": "sha256:0"}},
+            "of-bad-digest": {"model": "made", "files": {"x.gguf": "nonsense"}},
+            "of-bad-digest-whole": _NOT_STREAMED | {"files": {"x.gguf": "nonsense"}},
+            "of-no-type": _NOT_STREAMED | {"files": {"x.bin": "nonsense"}},
+            "of-unknown-type": _NOT_STREAMED | {"files": _UNKNOWN_BLOB},
+            "with-bad-template": {"model": "made", "from": MODEL, "template": "{{ .Bad"},
+            "with-bad-template-whole": _NOT_STREAMED | {"from": MODEL, "template": "{{ .Bad"},
+        },
+    ),
+}
+
+
+def _managed(name: str, method: str, path: str, bodies: dict[str, Any]) -> list[Case]:
+    return [
+        Case(f"{name}-no-body", method, path, words=True, bare=True),
+        Case(f"{name}-bad-json", method, path, raw=b"{nope", words=True, bare=True),
+        *(Case(f"{name}-{what}", method, path, body, words=True, bare=True) for what, body in bodies.items()),
+    ]
+
+
+MANAGED = [case for name, (method, path, bodies) in MANAGEMENT.items() for case in _managed(name, method, path, bodies)]
+SHOWN = [
+    Case(f"show-{what}", "POST", "/api/show", {"model": name}, words=True)
+    for what, name in (("empty-name", ""), ("bad-name", "a b"), ("no-tag", "nope:"), ("unknown-name", "nope/nope"))
+]
 WRONG = [case for name, path in POSTS.items() for case in _wrong(name, path)]
 PATHS = [
     Case("path-unknown", "GET", "/api/nope"),
@@ -202,4 +342,4 @@ PATHS = [
     Case("path-root", "GET", "/"),
 ]
 
-CASES = NATIVE + CUT + OPENAI + ANTHROPIC + WRONG + PATHS
+CASES = NATIVE + CUT + SMALL + OPENAI + ANTHROPIC + WRONG + MANAGED + SHOWN + PATHS

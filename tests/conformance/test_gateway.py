@@ -27,9 +27,11 @@ def test_over_long_prompt_is_refused(gateway: Target, route: str, stream: bool) 
     assert "context length" in (error if isinstance(error, str) else error["message"])
 
 
-def test_truncate_by_a_caller_is_not_taken(gateway: Target) -> None:
-    body = {"model": MODEL, "messages": MESSAGES, "truncate": True, "stream": False, "options": GREEDY}
-    assert send(gateway, "POST", "/api/chat", body).status == OVER_LONG_STATUS
+@pytest.mark.parametrize("route", ["generate", "chat", "embed"])
+def test_truncate_by_a_caller_is_not_taken(gateway: Target, route: str) -> None:
+    body: dict[str, Any] = {"model": MODEL, "truncate": True, "stream": False, "options": GREEDY}
+    body |= {"prompt": TOO_LONG, "messages": MESSAGES, "input": ["hello", TOO_LONG]}
+    assert send(gateway, "POST", POSTS[route], body).status == OVER_LONG_STATUS
 
 
 def test_context_size_by_a_caller_is_not_taken(gateway: Target) -> None:
@@ -44,8 +46,10 @@ def test_management_is_not_there(gateway: Target, target_of: Callable[[str], Tar
     # By the node itself: what a gateway lists may be five seconds old.
     node = target_of(gateway.name.removeprefix("gateway-"))
     before = send(node, "GET", "/api/tags")
-    answer = send(gateway, method, path, {"model": MODEL, "name": MODEL, "source": MODEL, "destination": "copy"})
-    assert answer.status == 404
+    whole = {"model": MODEL, "name": MODEL, "source": MODEL, "destination": "copy"}
+    # A body that a node would refuse is not looked at either.
+    for body in (whole, {}, None):
+        assert send(gateway, method, path, body).status == 404
     assert send(node, "GET", "/api/tags") == before
 
 

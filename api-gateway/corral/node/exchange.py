@@ -41,7 +41,7 @@ class Reply:
         self._send = send
         self._stream: tuple[str, dict[str, str]] | None = None
         self.started = False
-        self.translated = False  # on /v1 Ollama's content types are slightly different
+        self.translated = False  # Ollama's content types are slightly different on /v1, and of what reports progress
 
     async def json(self, value: Any, status: int = 200, content_type: str = JSON) -> None:
         await self.send(encode(value), status, content_type)

@@ -181,14 +181,14 @@ def _completion_body(request: Completion, tokens: list[int], context: int) -> di
         "return_progress": True,  # writes during prompt processing are how llama.cpp notices a client that left
         "cache_prompt": True,
         "n_predict": limit,
-        "n_keep": options.num_keep,
+        "n_keep": max(-1, options.num_keep),
         "seed": options.seed,
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,
         "min_p": options.min_p,
         "typical_p": options.typical_p,
-        "repeat_last_n": options.repeat_last_n,
+        "repeat_last_n": max(0, options.repeat_last_n),  # -1 is none to Ollama's runner, whatever its documents say
         "repeat_penalty": options.repeat_penalty,
         "presence_penalty": options.presence_penalty,
         "frequency_penalty": options.frequency_penalty,

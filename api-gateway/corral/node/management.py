@@ -99,15 +99,20 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if text.startswith(" ") or text.endswith(" ") else text
 
 
+def _go(text: str) -> str:
+    """``text`` as Go's %q quotes it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 async def post_copy(node: Node, _: Request, body: bytes, reply: Reply) -> None:
     request = decode.body(body, "api.CopyRequest", decode.COPY)
     source, target = request.get("source", ""), request.get("destination", "")
     for label, text in (("source", source), ("destination", target)):
         if not names.parse(text).valid:
-            raise NodeError(400, f'{label} "{text}" is invalid')
+            raise NodeError(400, f"{label} {_go(text)} is invalid")
     model = node.store.find(source)
     if model is None or not node.store.copy(model.name, names.parse(target)):
-        raise NodeError(404, f'model "{source}" not found')
+        raise NodeError(404, f"model {_go(source)} not found")
     await reply.send()
 
 
@@ -115,7 +120,7 @@ async def delete_model(node: Node, _: Request, body: bytes, reply: Reply) -> Non
     request = decode.body(body, "api.DeleteRequest", decode.DELETE)
     text = request.get("model") or request.get("name", "")
     if not names.parse(text).valid:
-        raise NodeError(400, f'name "{text}" is invalid')
+        raise NodeError(400, f"name {_go(text)} is invalid")
     model = node.store.find(text)
     if model is None or not await run_in_threadpool(node.store.delete, model.name):
         raise model_not_found(text)
@@ -155,12 +160,14 @@ async def post_create(node: Node, _: Request, body: bytes, reply: Reply) -> None
     request = decode.body(body, "api.CreateRequest", decode.CREATE)
     registry = _registry(node)
     for path in request.get("files", {}):
-        if path.startswith("/") or ".." in path.split("/"):
+        # As Go's fs.ValidPath.
+        if path != "." and not {"", ".", ".."}.isdisjoint(path.split("/")):
             raise NodeError(400, "file path must be relative")
     name = names.parse(request.get("model") or request.get("name", ""))
     if not name.valid:
         raise NodeError(400, "invalid model name")
     stream = request.get("stream", True)
+    reply.translated = True
     if stream:
         reply.stream(NDJSON)
     status = ""
@@ -213,9 +220,10 @@ def _only_gguf(registry: Registry, files: dict[str, str]) -> None:
             raise NodeError(501, "the embedded node cannot convert safetensors")
         if path.endswith(".gguf"):
             return
-        blob = registry.path(digest)
-        if blob.exists() and is_gguf(blob):
-            return
+        with contextlib.suppress(NodeError):
+            blob = registry.path(digest)
+            if blob.exists() and is_gguf(blob):
+                return
     raise NodeError(400, "unknown type")
 
 

@@ -217,7 +217,7 @@ async def post_completion(node: Node, _: Request, body: bytes, reply: Reply) -> 
         "options": options,
         "stream": request.get("stream", False),
         "logprobs": request.get("logprobs", 0) > 0,
-        "top_logprobs": request.get("logprobs", 0),
+        "top_logprobs": max(0, request.get("logprobs", 0)),
         "_debug_render_only": request.get("_debug_render_only", False),
     }
     await _send(reply, generate(node, native), request, "text_completion", "cmpl", _completion_choice)

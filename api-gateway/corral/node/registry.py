@@ -182,7 +182,10 @@ class Registry:
 
         Raises NodeError with Ollama's texts if the blob is missing or is no GGUF.
         """
-        path = self.path(digest)
+        try:
+            path = self.path(digest)
+        except NodeError as error:
+            raise NodeError(500, error.message) from None
         if not path.exists():
             raise NodeError(500, f"open {path}: no such file or directory")
         try:

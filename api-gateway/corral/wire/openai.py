@@ -1,7 +1,7 @@
 """OpenAI's `/v1` as Ollama serves it: bodies become native ones, answers are translated back.
 
 The defaults, the ids and each field of the answers are those of Ollama's own `/v1` (0.17.4), compared field by field
-in tests/conformance. One difference is meant: `n` above 1 is refused, where Ollama answers once without a word.
+in tests/conformance. One difference is meant: `n` is 1 or refused, where Ollama answers once without a word.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def decode_chat(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = C
         chat.think = False if effort == "none" else effort
     if body.logprobs:
         chat.logprobs = True
-        chat.top_logprobs = body.top_logprobs or 0
+    if body.top_logprobs:
+        chat.top_logprobs = body.top_logprobs  # without logprobs too: the node refuses what is out of its range
     estimate = native.check_chat(chat, raw, caps)
     max_tokens = native.prepare(chat, policy_of, caps)
     usage = body.stream_options is not None and body.stream_options.include_usage
@@ -298,7 +299,7 @@ def decode_completion(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Ca
     generate = bodies.Generate(model=model, prompt=body.prompt, options=options)
     if body.suffix:
         generate.suffix = body.suffix
-    if body.logprobs:
+    if body.logprobs is not None and body.logprobs > 0:
         generate.logprobs = True
         generate.top_logprobs = body.logprobs
     max_tokens = native.prepare(generate, policy_of, caps)
