@@ -41,6 +41,22 @@ def test_context_size_by_a_caller_is_not_taken(gateway: Target) -> None:
     assert answer.status == 200 and answer.last["prompt_eval_count"] >= 400
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/api/generate", {"options": {"repeat_penalty": 0}}),
+        ("/api/chat", {"options": {"temperature": 1e-39}}),
+        ("/v1/chat/completions", {"presence_penalty": -3e38}),
+        ("/v1/completions", {"frequency_penalty": -3e38}),
+    ],
+)
+def test_option_that_ends_a_runner_does_not_reach_it(gateway: Target, path: str, fields: dict[str, Any]) -> None:
+    """Each of them, sent to Ollama 0.17.4 itself, is the end of the model's runner, and of all answers it gives."""
+    body = {"model": MODEL, "prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    answer = send(gateway, "POST", path, body | fields)
+    assert answer.status == 400 and "is out of range" in str(answer.last["error"])
+
+
 @pytest.mark.parametrize(("method", "path"), MANAGEMENT)
 def test_management_is_not_there(gateway: Target, target_of: Callable[[str], Target], method: str, path: str) -> None:
     # By the node itself: what a gateway lists may be five seconds old.

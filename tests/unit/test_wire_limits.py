@@ -186,7 +186,8 @@ def test_a_policy_holds_whatever_is_asked(rules: dict[str, Any], asked: dict[str
     except ApiError as error:
         assert error.status == 400 and error.param is not None
         name = error.param.removeprefix("options.")
-        assert rules.get(name) == "refuse" or abs(asked[name]) > 2**31 - 1
+        tiny = name == "temperature" and 0 < asked[name] < 1e-20
+        assert rules.get(name) == "refuse" or abs(asked[name]) > 2**31 - 1 or tiny
         return
     assert sent["num_ctx"] == 512
     json.dumps(sent)
@@ -234,6 +235,49 @@ def test_every_caller_has_the_same_runner(policy: ModelPolicy | None) -> None:
 def test_a_whole_number_that_no_runner_can_hold_is_refused(name: str, value: float, policy: ModelPolicy | None) -> None:
     with pytest.raises(ApiError, match=f'"{name}" is out of range'):
         decode("/api/chat", small("/api/chat") | {"options": {name: value}}, policy)
+
+
+@pytest.mark.parametrize("policy", [None, ModelPolicy(num_ctx=1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("repeat_penalty", value) for value in (0, 0.0, 1e-40, -0.5, 1e9)),
+        *((name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-3e38, 3e38, 10**6)),
+        ("temperature", 1e-39),
+    ],
+)
+def test_an_option_that_ends_a_runner_is_refused(name: str, value: float, policy: ModelPolicy | None) -> None:
+    with pytest.raises(ApiError, match=f'"{name}" is out of range') as refused:
+        decode("/api/chat", small("/api/chat") | {"options": {name: value}}, policy)
+    assert (refused.value.status, refused.value.param) == (400, f"options.{name}")
+    if name != "repeat_penalty":
+        with pytest.raises(ApiError, match="is out of range"):
+            decode("/v1/chat/completions", small("/v1/chat/completions") | {name: value}, policy)
+
+
+def test_options_at_their_bounds_are_taken() -> None:
+    for options in (
+        {"repeat_penalty": 1e-3, "presence_penalty": -1e3, "frequency_penalty": -1e3, "temperature": 1e-20},
+        {"repeat_penalty": 1e3, "presence_penalty": 1e3, "frequency_penalty": 1e3, "temperature": 1e9},
+        {"repeat_penalty": 1, "temperature": 0.0},
+        {"temperature": -1.0, "repeat_last_n": -1},
+    ):
+        made = decode("/api/chat", small("/api/chat") | {"options": options})
+        assert json.loads(made.body)["options"] == options
+
+
+def test_log_probabilities_are_asked_for_as_ollama_asks_for_them() -> None:
+    def asked(route: str, **more: Any) -> dict[str, Any]:
+        body = json.loads(decode(route, small(route) | more).body)
+        return {name: body[name] for name in ("logprobs", "top_logprobs") if body.get(name)}
+
+    chat, completion = "/v1/chat/completions", "/v1/completions"
+    assert asked(chat, logprobs=True, top_logprobs=3) == {"logprobs": True, "top_logprobs": 3}
+    # What is out of range is the node's to refuse, whether probabilities are wanted or not.
+    assert asked(chat, top_logprobs=21) == {"top_logprobs": 21}
+    assert asked(chat, logprobs=False, top_logprobs=-1) == {"top_logprobs": -1}
+    assert asked(completion, logprobs=3) == {"logprobs": True, "top_logprobs": 3}
+    assert asked(completion, logprobs=-1) == asked(completion, logprobs=0) == {}
 
 
 def test_a_seed_may_be_as_large_as_json_counts() -> None:

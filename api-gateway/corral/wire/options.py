@@ -15,12 +15,21 @@ INT_MAX: Final = 2_147_483_647
 SEED_MAX: Final = 1 << 53
 FLOAT_MAX: Final = 3.4e38
 
-_PLAIN: Final[dict[str, Any]] = {
-    name: {INT: int, FLOAT: float}[kind]
+BOUNDS: Final = {
+    "repeat_penalty": (1e-3, 1e3),
+    "presence_penalty": (-1e3, 1e3),
+    "frequency_penalty": (-1e3, 1e3),
+}
+TEMPERATURE_MIN: Final = 1e-20
+"""Beyond these a token's score is no number, and the runner of all callers of the model ends (Ollama 0.17.4). A
+temperature of 0 or less is none."""
+
+_PLAIN: Final[dict[str, tuple[Any, float, float]]] = {
+    name: ({INT: int, FLOAT: float}[kind], *BOUNDS.get(name, (-INT_MAX, INT_MAX)))
     for name, kind in TYPES.items()
     if kind in (INT, FLOAT) and name not in RELOADING
 }
-"""Options that need no closer look where their value has exactly this type."""
+"""Options that need no closer look where their value has exactly this type, and is within these bounds."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,7 +99,10 @@ def check(options: dict[str, Any], policy: ModelPolicy, stop_max: int = STOP_MAX
 def _plain(options: dict[str, Any]) -> bool:
     value: Any
     for name, value in options.items():
-        if type(value) is not _PLAIN.get(name) or value > INT_MAX or value < -INT_MAX:
+        plain = _PLAIN.get(name)
+        if plain is None or type(value) is not plain[0] or not plain[1] <= value <= plain[2]:
+            return False
+        if 0 < value < TEMPERATURE_MIN:
             return False
     return True
 
@@ -118,6 +130,7 @@ def _fits(name: str, kind: str, value: Any, stop_max: int) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     most = FLOAT_MAX if kind is FLOAT else SEED_MAX if name == "seed" else INT_MAX
-    if not -most <= value <= most:
+    lowest, highest = BOUNDS.get(name, (-most, most))
+    if not lowest <= value <= highest or (name == "temperature" and 0 < value < TEMPERATURE_MIN):
         raise bad_request(f'option "{name}" is out of range', f"options.{name}")
     return True
