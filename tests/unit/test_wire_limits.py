@@ -280,6 +280,53 @@ def test_log_probabilities_are_asked_for_as_ollama_asks_for_them() -> None:
     assert asked(completion, logprobs=-1) == asked(completion, logprobs=0) == {}
 
 
+SCHEMAS = [
+    {"type": "string", "maxLength": 2001},
+    {"type": "string", "minLength": -1},
+    {"type": "string", "maxLength": 5000.0},
+    {"type": "string", "minLength": 5, "maxLength": 3},
+    {"type": "array", "minItems": 10**30},
+    {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "array", "maxItems": 3000}]}},
+    {"type": "string", "pattern": "^a{3000}$"},
+    {"type": "string", "pattern": "^(b{2}|a{0,3000})$"},
+    {"type": "string", "pattern": "^a{ +0000000003000}$"},
+    {"type": "string", "pattern": r"^\\{3000}$"},
+    {"type": "string", "pattern": "^a{" + "9" * 5000 + ",}$"},
+    {"type": "object", "properties": {"enum": {"type": "string", "maxLength": 5000}}},
+    {"$defs": {"default": {"type": "string", "maxLength": 5000}}},
+]
+FINE = [
+    {"type": "string", "minLength": 0, "maxLength": 2000, "pattern": r"^a{2,2000}b{3}c{1,}\{3000\}$"},
+    {"type": "array", "minItems": 2000, "maxItems": 2000, "items": {"type": "integer", "maximum": 10**9}},
+    {"type": "object", "properties": {"maxLength": {"type": "integer"}, "pattern": {"enum": [5000, True]}}},
+]
+
+
+def schema_bodies(schema: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Bodies of each route that takes a schema."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    chat, openai = "/api/chat", "/v1/chat/completions"
+    return [
+        (chat, small(chat) | {"format": schema}),
+        ("/api/generate", {"model": "m", "prompt": "p", "format": schema}),
+        (openai, small(openai) | {"response_format": form}),
+    ]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+def test_a_schema_that_ends_a_runner_is_refused(schema: dict[str, Any]) -> None:
+    for route, body in schema_bodies(schema):
+        with pytest.raises(ApiError, match=r"^format: ") as refused:
+            decode(route, body)
+        assert (refused.value.status, refused.value.param) == (400, "format")
+
+
+@pytest.mark.parametrize("schema", FINE, ids=range(len(FINE)))
+def test_a_schema_within_its_bounds_goes_to_the_node_as_it_is(schema: dict[str, Any]) -> None:
+    for route, body in schema_bodies(schema):
+        assert json.loads(decode(route, body).body)["format"] == schema
+
+
 def test_a_seed_may_be_as_large_as_json_counts() -> None:
     made = decode("/v1/chat/completions", small("/v1/chat/completions") | {"seed": 2**53})
     assert json.loads(made.body)["options"]["seed"] == 2**53

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from corral.wire import options as opts
@@ -27,6 +28,14 @@ TOKENS_PER_IMAGE: Final = 256
 EMBED_BATCH: Final = 64
 """How many inputs of an embedding request go to a node at once: others have their turn between them."""
 
+REPEATS_MAX: Final = 2000
+"""How often a schema may have a part repeated. By more, or by less than nothing, Ollama's runner crashes (0.17.4), and
+where no number of them fits it gives no answer."""
+_REPEATS: Final = (("minLength", "maxLength"), ("minItems", "maxItems"))
+_ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
+_BRACES: Final = re.compile(r"\{([^{}]*)\}")
+_DIGITS: Final = re.compile(r"[0-9]+")
+
 _chat: Final = Reader(Chat)
 _generate: Final = Reader(Generate)
 _embed: Final = Reader(Embed)
@@ -43,11 +52,43 @@ def decode_show(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps = C
 
 
 def check_format(form: Any) -> None:
-    """`format` is "json" or a schema. Raises ApiError with Ollama's words."""
-    if form is UNSET or form is None or form in ("", "json") or isinstance(form, dict):
+    """`format` is "json" or a schema, nested no deeper than `Caps.nesting`. Raises ApiError with Ollama's words."""
+    if isinstance(form, dict):
+        _check_schema(form)
+        return
+    if form is UNSET or form is None or form in ("", "json"):
         return
     shown = encode(form).decode()[:80]
     raise bad_request(f'invalid format: {shown}; expected "json" or a valid JSON Schema object', "format")
+
+
+def _check_schema(part: Any) -> None:
+    # Data such as an enum's is looked at as if it were a schema too: a property may be called "enum".
+    if isinstance(part, list):
+        for item in part:
+            _check_schema(item)
+    if not isinstance(part, dict):
+        return
+    for names in _REPEATS:
+        least, most = (_repeats(name, part.get(name)) for name in names)
+        if least is not None and most is not None and least > most:
+            raise bad_request(f"format: {names[0]} is more than {names[1]}", "format")
+    pattern = part.get("pattern")
+    if isinstance(pattern, str):
+        for braces in _BRACES.findall(_ESCAPED.sub("", pattern)):
+            for digits in _DIGITS.findall(braces):
+                # Not all of its digits: int() refuses thousands of them.
+                _repeats("a repetition in pattern", int(digits.lstrip("0")[:9] or "0"))
+    for item in part.values():
+        _check_schema(item)
+
+
+def _repeats(name: str, value: Any) -> int | float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not 0 <= value <= REPEATS_MAX:
+        raise bad_request(f"format: {name} must be from 0 to {REPEATS_MAX}", "format")
+    return value
 
 
 def prepare(body: Chat | Generate, policy_of: PolicyOf, caps: Caps) -> int | None:
