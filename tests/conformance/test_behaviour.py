@@ -106,7 +106,9 @@ def test_load_is_seen_in_ps(target: Target) -> None:
     found: list[dict[str, Any]] = []
 
     def listed() -> bool:
-        found[:] = [model for model in send(target, "GET", "/api/ps").last["models"] if model["name"] == MODEL]
+        answer = send(target, "GET", "/api/ps")
+        assert answer.content_type == "application/json; charset=utf-8"
+        found[:] = [model for model in answer.last["models"] if model["name"] == MODEL]
         return bool(found)
 
     until(listed, f"{MODEL} in /api/ps")

@@ -26,12 +26,14 @@ def clean(bare: Target) -> Iterator[Target]:
 
 
 def test_copy_and_delete(clean: Target) -> None:
-    assert send(clean, "POST", "/api/copy", {"source": MODEL, "destination": "made"}).status == 200
+    copied = send(clean, "POST", "/api/copy", {"source": MODEL, "destination": "made"})
+    assert (copied.status, copied.content_type, copied.text) == (200, "", "")
     assert "made:latest" in names(clean)
     body = {"model": "made", "prompt": "hi", "stream": False, "options": GREEDY}
     answer = send(clean, "POST", "/api/generate", body)
     assert answer.last["model"] == "made" and answer.last["eval_count"] == 4
-    assert send(clean, "DELETE", "/api/delete", {"model": "made"}).status == 200
+    deleted = send(clean, "DELETE", "/api/delete", {"model": "made"})
+    assert (deleted.status, deleted.content_type, deleted.text) == (200, "", "")
     assert "made:latest" not in names(clean)
     assert MODEL in names(clean)
     assert send(clean, "POST", "/api/generate", body).status == 404
@@ -60,11 +62,15 @@ def test_create_from_gguf(clean: Target, stream: bool) -> None:
     with clean.client() as client:
         assert client.post(f"/api/blobs/{digest}", content=content).status_code in (200, 201)
         assert client.head(f"/api/blobs/{digest}").status_code == 200
-        assert client.post("/api/blobs/sha256:" + "0" * 64, content=b"other").status_code == 400
+        other = client.post("/api/blobs/sha256:" + "0" * 64, content=b"other")
+        assert (other.status_code, other.headers["content-type"]) == (400, "application/json; charset=utf-8")
+        for method in ("HEAD", "POST"):
+            assert client.request(method, "/api/blobs/nonsense", content=b"x").status_code == 400
     body = {"model": "made:q4", "files": {"model.gguf": digest}, "parameters": {"num_predict": 3, "num_thread": 1}}
     body |= {"template": "{{ .Prompt }}", "system": "Be brief.", "stream": stream}
     answer = send(clean, "POST", "/api/create", body)
     assert answer.status == 200 and answer.last == {"status": "success"}
+    assert answer.content_type == ("application/x-ndjson" if stream else "application/json")
     if stream:
         assert all(isinstance(event.data["status"], str) for event in answer.events)
     shown = send(clean, "POST", "/api/show", {"model": "made:q4"}).last
