@@ -13,19 +13,25 @@ from support.stack import Stack
 TARGETS = ("ollama", "node", "gateway-ollama", "gateway-node")
 BARE = TARGETS[:2]
 GATEWAYS = TARGETS[2:]
+VOCABULARY = 49_152
 
 TargetOf = Callable[[str], Target]
 
 
 @pytest.fixture(scope="session")
-def target_of(request: pytest.FixtureRequest, start_stack: Callable[..., Stack]) -> TargetOf:
+def target_of(
+    request: pytest.FixtureRequest, start_stack: Callable[..., Stack], tmp_path_factory: pytest.TempPathFactory
+) -> TargetOf:
     """A target by its name; what it needs is started at its first use."""
     made: dict[str, Target] = {}
     failed: dict[str, str] = {}
 
     def make(name: str) -> Target:
         if name.startswith("gateway-"):
-            stack = start_stack("--attach", make_once(name.removeprefix("gateway-")).url)
+            # Which tokens the model of these tests has, so that `context` is taken.
+            config = tmp_path_factory.mktemp(name) / "corral.yaml"
+            config.write_text(f"gateway: {{request: {{token_ids: {VOCABULARY}}}}}\n")
+            stack = start_stack("--config", str(config), "--attach", make_once(name.removeprefix("gateway-")).url)
             return Target(name, stack.url, stack.key)
         server: Server = request.getfixturevalue({"ollama": "ollama", "node": "embedded_node"}[name])
         return Target(name, server.url)

@@ -268,8 +268,8 @@ def test_a_prompt_that_runners_crash_under_is_refused_though_it_is_never_alone(p
         prompt: str, tokens: int = 400, kills: bool = False, until_then: threading.Event | None = None
     ) -> list[str]:
         """An answer's lines; with `kills`, its node's runner is killed at the fourth."""
-        # Raw, and with the context of another: nobody could go on with it.
-        body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "context": [1, 2, 3]}
+        # With what each token might have been: nobody could go on with it.
+        body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "logprobs": True}
         body["options"] = {"temperature": 0, "num_predict": tokens}
         lines: list[str] = []
         with httpx.stream("POST", url, json=body, headers=headers, timeout=90) as answer:

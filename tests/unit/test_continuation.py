@@ -107,7 +107,7 @@ def test_a_stream_of_text_can_be_continued_and_nothing_else(route: str) -> None:
         unfit = [{"tools": [{"type": "function"}]}, {"think": True}, {"format": "json"}, {"logprobs": True}]
     elif route == "/api/generate":
         unfit = [{"suffix": "x"}, {"think": True}, {"format": "json"}, {"logprobs": True}, {"images": ["aGVsbG8="]}]
-        unfit += [{"context": [1]}, {"_debug_render_only": True}]
+        unfit += [{"_debug_render_only": True}]
     elif route == "/v1/chat/completions":
         unfit = [{"tools": [{"type": "function"}]}, {"reasoning_effort": "low"}, {"logprobs": True}]
         unfit += [{"response_format": {"type": "json_object"}}]

@@ -366,3 +366,27 @@ def test_a_policy_as_it_is_written() -> None:
     }
     with pytest.raises(ApiError, match=r'"num_gpu" is refused'):
         check({"num_gpu": 0}, policy)
+
+
+CONTEXT = {"model": "m", "prompt": "hello", "stream": True}
+
+
+@pytest.mark.parametrize("ids", [[1], [0, 2, 3], [-1], [1 << 40]])
+def test_a_context_is_not_taken(ids: list[int]) -> None:
+    with pytest.raises(ApiError, match="/api/chat") as refused:
+        decode("/api/generate", CONTEXT | {"context": ids})
+    assert (refused.value.status, refused.value.param) == (400, "context")
+
+
+def test_a_context_is_taken_whose_ids_are_below_what_corral_yaml_says() -> None:
+    caps = Caps(token_ids=100)
+    taken = decode("/api/generate", CONTEXT | {"context": [0, 99]}, caps=caps)
+    assert json.loads(taken.body)["context"] == [0, 99]
+    assert not taken.resumable, "nobody else could go on with it"
+    for ids in ([100], [5, -1], [1 << 40, 1]):
+        with pytest.raises(ApiError, match="from 0 to 99"):
+            decode("/api/generate", CONTEXT | {"context": ids}, caps=caps)
+
+
+def test_an_empty_context_is_none() -> None:
+    assert decode("/api/generate", CONTEXT | {"context": []}).resumable

@@ -130,6 +130,9 @@ class RequestSettings(Section):
     inputs: Whole = Field(2048, ge=1, description="Texts to embed.")
     stops: Whole = Field(16, ge=0, description="Stop strings.")
     nesting: Whole = Field(64, ge=8, le=256, description="Depth of arrays and objects in each other.")
+    token_ids: Whole = Field(
+        0, ge=0, description="Ids of `context` are below this, the least vocabulary (one beyond ends Ollama); 0: none."
+    )
 
 
 class GatewaySettings(Section):

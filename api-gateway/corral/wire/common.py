@@ -27,7 +27,8 @@ BRACKETS_MAX: Final = 100_000
 
 @dataclass(slots=True, frozen=True)
 class Caps:
-    """What one request may hold (``gateway.request`` of corral.yaml). ``nesting``: depth of arrays and objects."""
+    """What one request may hold (``gateway.request`` of corral.yaml). ``nesting``: depth of arrays and objects.
+    ``token_ids``: those of a ``context`` are lower; 0: none is taken."""
 
     messages: int = 2048
     images: int = 16
@@ -35,6 +36,7 @@ class Caps:
     inputs: int = 2048
     stops: int = 16
     nesting: int = 64
+    token_ids: int = 0
 
 
 CAPS: Final = Caps()

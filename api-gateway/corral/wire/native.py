@@ -174,6 +174,8 @@ def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps
         if len(body.images) > caps.images:
             raise bad_request(f"at most {caps.images} images", "images")
         estimate += len(body.images) * TOKENS_PER_IMAGE - check_images(body.images) // CHARS_PER_TOKEN
+    if body.context:
+        check_context(body.context, caps)
     if body.format is not UNSET:
         check_depth(raw, caps.nesting)
     stream = body.stream is not False
@@ -189,6 +191,17 @@ def decode_generate(raw: bytes, request_id: str, policy_of: PolicyOf, caps: Caps
         ignored=ignored,
         resumable=stream and not body.suffix and not body.context and not body.images and is_text(body),
     )
+
+
+def check_context(ids: list[int], caps: Caps) -> None:
+    """The ids of an earlier answer's tokens. By one that its model does not know, Ollama's whole server ends (0.17.4:
+    std::out_of_range as it makes text of them), and a gateway does not know the vocabularies. Raises ApiError."""
+    if not caps.token_ids:
+        raise bad_request(
+            '"context" is not taken: send the conversation to /api/chat (gateway.request.token_ids allows it)', "context"
+        )
+    if min(ids) < 0 or max(ids) >= caps.token_ids:
+        raise bad_request(f'"context" has ids of tokens from 0 to {caps.token_ids - 1}', "context")
 
 
 def check_inputs(given: str | list[str] | None, caps: Caps) -> None:
