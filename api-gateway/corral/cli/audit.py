@@ -34,7 +34,7 @@ DIGEST_SHOWN = 12
 """Digits of a model's digest in the table: as many as `ollama list` shows of it."""
 
 _COLUMNS = (
-    *("time", "request_id", "id", "key", "key_name", "addr", "method", "route", "model", "digest", "node", "status"),
+    *("time", "request_id", "key", "addr", "method", "route", "model", "digest", "node", "status"),
     *("outcome", "prompt_tokens", "tokens", "ms"),
 )
 
@@ -60,7 +60,7 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
     admin = Admin(common.folder(state))
     listed = rows(admin("GET", "/audit?" + urlencode(query)), "audit")
     names = {} if as_json or not listed else common.key_names(admin)
-    shown = [{**_shown(item), "key_name": names.get(item.get("key"))} for item in listed]
+    shown = [_shown(item, names) for item in listed]
     common.emit(listed, as_json, lambda: common.table(shown, _COLUMNS, "no records"))
 
 
@@ -283,7 +283,10 @@ def _public(text: str) -> str:
         raise StackError(f"{text}: expected a file, or the 64 hexadecimal digits of an Ed25519 public key") from None
 
 
-def _shown(record: dict[str, Any]) -> dict[str, Any]:
-    ts = record.get("ts")
-    shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ts)) if isinstance(ts, int | float) else ts
-    return {**record, "time": shown, "digest": (record.get("model_digest") or "")[:DIGEST_SHOWN]}
+def _shown(record: dict[str, Any], names: dict[Any, str]) -> dict[str, Any]:
+    """A record as a row, with one name for each thing: the others are in the JSON."""
+    ts, key = record.get("ts"), record.get("key")
+    # With its zone in each row: some may be of summer time, and some not.
+    shown = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(ts)) if isinstance(ts, int | float) else ts
+    one = {"request_id": record.get("request_id") or record.get("id"), "key": names.get(key, key)}
+    return {**record, **one, "time": shown, "digest": (record.get("model_digest") or "")[:DIGEST_SHOWN]}
