@@ -101,6 +101,9 @@ def test_a_key_in_a_path_is_not_repeated(target: bytes) -> None:
         (b"POST", b"/chat/completions", "no route POST /chat/completions: did you mean /v1/chat/completions? "),
         (b"GET", b"/models", "no route GET /models: did you mean /v1/models? "),
         (b"GET", b"/api/chat", "no route GET /api/chat: it takes POST"),
+        (b"GET", b"/", "no route GET /: /docs has those that there are"),
+        (b"POST", b"/api/pull", "no route POST /api/pull: models are the operator's: `corral models pull`"),
+        (b"DELETE", b"/api/delete", "no route DELETE /api/delete: models are the operator's: `corral models remove`"),
         (b"POST", b"/api/nothing", "no route POST /api/nothing"),
     ],
 )

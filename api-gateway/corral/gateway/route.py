@@ -51,6 +51,12 @@ _ROUTES: Final[dict[tuple[bytes, bytes], Route]] = {
         ("GET", "/health/ready", "native", Kind.HEALTH),
     ]
 }
+_INSTEAD: Final = {
+    (b"GET", b"/"): "/docs has those that there are",
+    (b"POST", b"/api/pull"): "models are the operator's: `corral models pull`",
+    (b"DELETE", b"/api/delete"): "models are the operator's: `corral models remove`",
+}
+"""What Ollama has and a gateway does not, with where that is to be had."""
 _MODEL: Final = Route("/v1/models/{id}", "openai", Kind.FLEET)
 
 
@@ -75,7 +81,10 @@ def resolve(method: bytes, target: bytes) -> Route:
 
 
 def _near(method: bytes, target: bytes) -> str:
-    """What was meant, where the method is wrong, or the base URL of an OpenAI client; the end of a complaint."""
+    """What was meant, where the method is wrong, or the base URL of an OpenAI client, or what there is instead; the end
+    of a complaint."""
+    if (method, target) in _INSTEAD:
+        return f": {_INSTEAD[method, target]}"
     if (method, b"/v1" + target) in _ROUTES:
         return f": did you mean /v1{target.decode()}? A base URL for OpenAI's clients ends in /v1"
     methods = [known.decode() for known, path in _ROUTES if path == target]
