@@ -87,6 +87,8 @@ def test_a_tenant_is_told_of_the_models_of_its_nodes_alone(snapshot: Snapshot) -
         }
         assert listed["key-red"] == {"m:latest", "own:latest"}
         assert listed["key-blue"] == {"m:latest", "x:latest"}
+    nothing = json.loads(catalogue.answer("/v1/models", "", snapshot, snapshot.keys["key-gone"]))
+    assert nothing == {"object": "list", "data": []}, "not null, which Ollama says, and OpenAI never"
     body = b'{"model": "own", "prompt": "a"}'
     route = resolve(b"POST", b"/api/generate")
     assert decode(route.path, body, "r", snapshot.keys["key-red"], snapshot).model

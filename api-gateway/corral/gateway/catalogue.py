@@ -39,7 +39,7 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     if path == "/api/tags":
         return _encode({"models": tags})
     if path == "/v1/models":
-        return _encode({"object": "list", "data": [_openai(tag) for tag in tags] or None})
+        return _encode({"object": "list", "data": [_openai(tag) for tag in tags]})
     wanted = canonical_name(name)
     for tag in tags:
         if tag["name"] == wanted:
