@@ -97,7 +97,9 @@ def _remove(connection: Connection, who: Principal, name: str) -> dict[str, Any]
     if name == store.DEFAULT:
         raise Problem(409, "default", "keys that name no tenant are of this one: it stays")
     if found["keys"]:
-        raise Problem(409, "in_use", f"{found['keys']} keys of {name!r} still work: revoke them first")
+        count = found["keys"]
+        said = f"{count} keys of {name!r} still work: revoke them first"
+        raise Problem(409, "in_use", f"1 key of {name!r} still works: revoke it first" if count == 1 else said)
     connection.execute(delete(tenants).where(tenants.c.name == name))
     record(connection, who, "DELETE", "/admin/tenants/" + name, found, None, tenant=name)
     return {"name": name, "removed": True}
