@@ -105,6 +105,22 @@ def test_the_command_makes_a_page_again_and_compares(made: result.Result, tmp_pa
     assert {row["figure"] for row in shown["comparison"]} >= {"requests a second", "time to first token, p95"}
 
 
+def test_the_folder_of_a_run_stands_for_its_result(made: result.Result, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_bytes(result.encode(made))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    done = CliRunner().invoke(cli, ["loadtest", "report", one])
+    assert done.output == f"report  {one}/report.html\n"
+    done = CliRunner().invoke(cli, ["loadtest", "report", one, "--compare", two])
+    assert done.output.endswith(f"report  {one}/comparison.html\n")
+    nothing = CliRunner().invoke(cli, ["loadtest", "report", str(tmp_path)])
+    assert (nothing.exit_code, nothing.stderr) == (
+        1,
+        f"corral: {tmp_path}/result.json cannot be read: No such file or directory\n",
+    )
+
+
 def test_the_command_prints_the_schema() -> None:
     done = CliRunner().invoke(cli, ["loadtest", "report", "--schema"])
     assert done.exit_code == 0

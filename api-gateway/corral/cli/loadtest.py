@@ -213,7 +213,7 @@ def _command() -> str:
 def report(
     result: Path | None, output: Path | None, compare: Path | None, schema: bool, as_json: bool, state: str | None
 ) -> None:
-    """Make the report of a result.json again, or of two side by side."""
+    """Make the report of a result.json (or of the folder with it) again, or of two side by side."""
     from corral.loadtest import comparison
     from corral.loadtest import report as pages
     from corral.loadtest import result as results
@@ -223,13 +223,13 @@ def report(
         click.echo(json.dumps(results.schema(), indent=2))
         return
     if result is None:
-        raise click.UsageError("name a result.json of `corral loadtest run`")
+        raise click.UsageError("name a result.json of `corral loadtest run`, or its folder")
     try:
         first = results.read(result)
         other = results.read(compare) if compare else None
     except LoadTestError as error:
         common.fail(str(error), as_json)
-    page = output or result.with_name("comparison.html" if other else "report.html")
+    page = output or results.place(result).with_name("comparison.html" if other else "report.html")
     try:
         page.write_text(pages.page(first, other), encoding="utf-8")
     except OSError as error:

@@ -24,7 +24,7 @@ KINDS = {
     BAD_ANSWER: "what came is no answer of the API",
     RATE_LIMITED: "status 429",
     UNAVAILABLE: "status 503",
-    HTTP_ERROR: "another status that is not 200",
+    HTTP_ERROR: "HTTP error",
     REDIRECT: "sent elsewhere, which is not followed",
     CONNECT: "no connection",
     LOST: "the connection ended before an answer",

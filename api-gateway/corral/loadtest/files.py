@@ -22,7 +22,7 @@ def folder(given: str | None) -> Path:
 
 def save(path: Path, found: Result) -> tuple[Path, Path]:
     """Write both; their paths."""
-    data, page = path / "result.json", path / "report.html"
+    data, page = path / result.FILE, path / "report.html"
     try:
         data.write_bytes(result.encode(found))
         page.write_text(report.page(found), encoding="utf-8")

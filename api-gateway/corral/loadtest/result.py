@@ -10,6 +10,7 @@ import msgspec
 from corral.loadtest.errors import LoadTestError
 
 VERSION = 1
+FILE = "result.json"
 MEASURES = {
     "ttft": "time to first token",
     "itl": "time between tokens",
@@ -167,8 +168,14 @@ def schema() -> dict[str, Any]:
     return msgspec.json.schema(Result)
 
 
+def place(path: Path) -> Path:
+    """The file of a result, where a folder of `corral loadtest run` is named too."""
+    return path / FILE if path.is_dir() else path
+
+
 def read(path: Path) -> Result:
-    """A result from its file. LoadTestError where it is none."""
+    """A result from its file, or from the folder of its run. LoadTestError where it is none."""
+    path = place(path)
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Result)
     except OSError as error:
