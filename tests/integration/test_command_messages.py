@@ -79,6 +79,19 @@ def test_the_last_copy_of_a_model_is_not_removed_unasked(control: Running, node:
     assert [step["node"] for step in begun["steps"]] == ["node-2"]
 
 
+def test_why_a_model_is_disabled_is_in_the_table(control: Running) -> None:
+    until("the node is known", lambda: control.node()["state"] == "ready")
+    assert run(control, "models", "disable", "m", "--reason", "it leaks").exit_code == 0
+    assert run(control, "models", "disable", "other").exit_code == 0
+    rows = run(control, "models", "list").stdout.splitlines()[1:]
+    assert [("yes: it leaks" in row, " yes " in row) for row in rows] == [(True, False), (False, True)], rows
+    listed = json.loads(run(control, "models", "list", "--json").stdout)
+    assert [one["disabled_reason"] for one in listed] == ["it leaks", None]
+    assert "leaks" not in control.snapshot().text, "it is for operators alone"
+    run(control, "models", "enable", "m")
+    assert "leaks" not in run(control, "models", "list").stdout
+
+
 # -- nodes
 
 

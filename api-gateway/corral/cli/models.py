@@ -41,7 +41,9 @@ def _shown(model: dict[str, Any]) -> dict[str, Any]:
     match = model.get("match")
     if match == "differs":
         match = f"differs on {','.join(model.get('differs') or [])}"
-    return {**model, "size": progress.size(size) if size else None, "digest": digest, "catalogue": match}
+    disabled = f"yes: {reason}" if (reason := model.get("disabled_reason")) else model.get("disabled")
+    shown = {"size": progress.size(size) if size else None, "digest": digest, "catalogue": match, "disabled": disabled}
+    return {**model, **shown}
 
 
 @command.command("why")

@@ -87,7 +87,7 @@ def _model(control: Control, name: str) -> dict[str, Any]:
         **{"name": name, "digest": None, "size": None, "details": None, "nodes": [], "resident": []},
         **{"catalogue": known, "pinned": wanted.pin, "copies": wanted.copies if known else None},
         **{"expected": wanted.digest, "stated": wanted.stated, "differs": []},
-        "disabled": name in control.hub.disabled,
+        **{"disabled": name in control.hub.disabled, "disabled_reason": control.hub.disabled.get(name)},
         "continuation": None,
     }
 

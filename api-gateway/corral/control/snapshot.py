@@ -92,7 +92,7 @@ class Gateway:
 class Hub:
     """Holds what the snapshot is made of and tells when it changes.
 
-    ``dedicated`` has the nodes of tenants that have some to themselves.
+    ``dedicated`` has the nodes of tenants that have some to themselves, ``disabled`` models with why, for operators.
     ``stale``: for so many seconds keys are believed that were not read again.
 
     The version is a hash of what matters: keys, nodes, their states and tags, and which models are resident,
@@ -120,7 +120,7 @@ class Hub:
         self._changes: int | None = None
         self._read_at = -math.inf
         self._tenants: list[dict[str, Any]] = []
-        self.disabled: list[str] = []
+        self.disabled: dict[str, str | None] = {}
         self.continuable: dict[str, str] = {}
         self._known: dict[str, tuple[dict[str, Any], list[tuple[str, float | None]]]] = {}
         self.number = 0
@@ -186,7 +186,7 @@ class Hub:
             ]
             for node in self._fleet.members.values()
         ]
-        matters += [self._catalogue, self._tenants, self.disabled, self._dedicated, self.continuable]
+        matters += [self._catalogue, self._tenants, list(self.disabled), self._dedicated, self.continuable]
         content = self._keys_digest + msgspec.json.encode(matters)
         version = hashlib.sha256(content).hexdigest()[:16]
         if version != self.version:
@@ -214,7 +214,7 @@ class Hub:
                 "tenants": self._tenants,
                 "nodes": nodes,
                 "models": self._catalogue,
-                "disabled": self.disabled,
+                "disabled": list(self.disabled),
                 "continuable": self.continuable,
                 "dedicated": self._dedicated,
             }
@@ -379,11 +379,11 @@ def _altered(connection: Connection, since: int) -> bool:
     return connection.execute(more).first() is not None
 
 
-def _read(connection: Connection) -> tuple[int | None, list[Any], list[dict[str, Any]], list[str]]:
-    """The number of changes, keys with their verifiers, tenants, and the names of disabled models."""
+def _read(connection: Connection) -> tuple[int | None, list[Any], list[dict[str, Any]], dict[str, str | None]]:
+    """The number of changes, keys with their verifiers, tenants, and disabled models by name with the reason."""
     owners = [dict(row) for row in connection.execute(select(tenants).order_by(tenants.c.name)).mappings()]
-    off = connection.execute(select(disabled_models.c.name).order_by(disabled_models.c.name)).scalars()
-    return _changes(connection), _read_keys(connection), owners, list(off)
+    off = connection.execute(select(disabled_models).order_by(disabled_models.c.name))
+    return _changes(connection), _read_keys(connection), owners, {row.name: row.reason for row in off}
 
 
 def _read_keys(connection: Connection) -> list[tuple[dict[str, Any], list[tuple[str, float | None]]]]:
