@@ -128,6 +128,30 @@ def test_wrong_usage_is_status_2(run: Runner, words: list[str]) -> None:
         (["keys", "create", "x", "--tpm", "0"], "'0': expected a whole number of at least 1"),
         (["keys", "create", "x", "--rpm", "1.5"], "'1.5': expected a whole number of at least 1"),
         (["tenants", "create", "x", "--rpm", "x"], "such as 1000, or none"),
+        (["tenants", "create", ""], "'': expected a name of 1 to 128 characters, such as my-app"),
+        (["keys", "create", ""], "'': expected a name of 1 to 128 characters, such as my-app"),
+        (["keys", "create", "a\n"], "'a\\n': expected a name"),
+        (["keys", "create", "a\tb"], "'a\\tb': expected a name"),
+        (["keys", "create", "x" * 129], "expected a name of 1 to 128 characters"),
+        (["keys", "create", "x", "--tenant", ""], "Invalid value for '--tenant': '': expected a name"),
+        (
+            ["keys", "create", "x", "--models", ""],
+            "'': expected models such as 'llama3.2:*,qwen3:8b'; leave it out for all",
+        ),
+        (
+            ["keys", "create", "x", "--networks", " ,"],
+            "expected networks such as 10.1.0.0/16; leave it out for anywhere",
+        ),
+        (["keys", "update", "x", "--models", ""], "'': expected models such as 'llama3.2:*,qwen3:8b'; '*' is all"),
+        (
+            ["keys", "create", "x", "--deadline", "0s"],
+            "'0s': expected more than nothing, such as 30s or 30d; leave it out",
+        ),
+        (
+            ["keys", "create", "x", "--expires", "0"],
+            "'0': expected more than nothing, such as 30s or 30d; leave it out",
+        ),
+        (["keys", "update", "x", "--deadline", "0s"], "'0s': expected more than nothing, such as 30s or 30d, or none"),
         (["backup", "list", "/nope"], "/nope is no folder"),
     ],
 )

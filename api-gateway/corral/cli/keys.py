@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ _COLUMNS = (
     *("id", "name", "role", "tenant", "models", "networks", "rpm", "concurrency", "class"),
     *("expires", "last_used", "revoked"),
 )
+NAME_MAX = 128
 WEIGHT = "Its share where keys wait for the same model; most have 1."
 
 
@@ -23,13 +25,13 @@ class Span(click.ParamType[float]):
     """A duration such as 30d, in seconds.
 
     With ``unit``, a bare number is refused: it is rarely meant as seconds. With ``none``, that word too, which is
-    infinity.
+    infinity. With ``some``, nothing is refused.
     """
 
     name = "duration"
 
-    def __init__(self, unit: bool = False, none: bool = False) -> None:
-        self._unit, self._none = unit, none
+    def __init__(self, unit: bool = False, none: bool = False, some: bool = False) -> None:
+        self._unit, self._none, self._some = unit, none, some
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if self._none and value == "none":
@@ -38,9 +40,43 @@ class Span(click.ParamType[float]):
             seconds = duration(value)
             if seconds and self._unit and (number := bare(value)):
                 raise ValueError(f"{number} of what? Write {number}s, {number}m, {number}h or {number}d")
+            if self._some and not seconds:
+                words = ", or none" if self._none else "; leave it out for none"
+                raise ValueError(f"{value!r}: expected more than nothing, such as 30s or 30d{words}")
             return seconds
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Named(click.ParamType[str]):
+    """The name of a key or a tenant, as the admin API takes one."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not re.fullmatch(rf"[^\x00-\x1f\x7f]{{1,{NAME_MAX}}}", text):
+            self.fail(f"{text!r}: expected a name of 1 to {NAME_MAX} characters, such as my-app", param, ctx)
+        return text
+
+
+class Parts(click.ParamType[list[str]]):
+    """A list with commas, of one part at least. ``words`` say what is expected."""
+
+    name = "list"
+
+    def __init__(self, words: str) -> None:
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        parts = [stripped for part in str(value).split(",") if (stripped := part.strip())]
+        if not parts:
+            self.fail(f"{value!r}: expected {self._words}", param, ctx)
+        return parts
+
+
+GLOBS = "models such as 'llama3.2:*,qwen3:8b'"
+NETWORKS = "networks such as 10.1.0.0/16; leave it out for anywhere"
 
 
 @click.group("keys")
@@ -49,17 +85,28 @@ def command() -> None:
 
 
 @command.command("create")
-@click.argument("name")
+@click.argument("name", type=Named())
 @click.option("--role", type=click.Choice(["inference", "operator", "admin"]), default="inference", show_default=True)
-@click.option("--models", metavar="GLOB,…", help="Models it may use.  [default: all]")
-@click.option("--networks", metavar="CIDR,…", help="Where it may be used from.  [default: anywhere]")
+@click.option(
+    "--models",
+    type=Parts(f"{GLOBS}; leave it out for all"),
+    metavar="GLOB,…",
+    help="Models it may use.  [default: all]",
+)
+@click.option(
+    "--networks", type=Parts(NETWORKS), metavar="CIDR,…", help="Where it may be used from.  [default: anywhere]"
+)
 @common.limits()
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
-@click.option("--expires", type=Span(unit=True), help="After how long it ends, such as 30d.")
+@click.option("--expires", type=Span(unit=True, some=True), help="After how long it ends, such as 30d.")
 @click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
-@click.option("--deadline", type=Span(unit=True), help="How long a request may take that does not say so: 30s, 5m.")
+@click.option(
+    "--deadline",
+    type=Span(unit=True, some=True),
+    help="How long a request may take that does not say so: 30s, 5m.",
+)
 @click.option("--weight", type=click.FloatRange(0.1, 100), metavar="W", help=WEIGHT)
-@click.option("--tenant", help="Whom it belongs to.  [default: that of the key that creates it]")
+@click.option("--tenant", type=Named(), help="Whom it belongs to.  [default: that of the key that creates it]")
 @click.option("--new-tenant", is_flag=True, help="Make the tenant where it is new; otherwise that is refused.")
 @common.options
 def create(as_json: bool, state: str | None, **given: Any) -> None:
@@ -71,9 +118,6 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
         body["class"] = given["class_"]
     if given["expires"] is not None:
         body["expires"] = time.time() + given["expires"]
-    for name in ("models", "networks"):
-        if given[name]:
-            body[name] = _parts(given[name])
     admin = Admin(common.folder(state))
     made = admin("POST", "/keys", body)
     _show_once(made, as_json, "")
@@ -101,10 +145,12 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 
 @command.command("update")
 @click.argument("id")
-@click.option("--models", metavar="GLOB,…", help="Models it may use.")
+@click.option("--models", type=Parts(f"{GLOBS}; '*' is all"), metavar="GLOB,…", help="Models it may use.")
 @common.limits(none=True)
 @click.option(
-    "--deadline", type=Span(unit=True, none=True), help="How long a request may take that does not say so, or none."
+    "--deadline",
+    type=Span(unit=True, none=True, some=True),
+    help="How long a request may take that does not say so, or none.",
 )
 @click.option("--weight", type=click.FloatRange(0.1, 100), metavar="W", help=WEIGHT)
 @common.options
@@ -113,7 +159,7 @@ def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
     models, deadline = given.pop("models"), given.pop("deadline")
     changes = common.given(given)
     if models is not None:
-        changes["models"] = _parts(models)
+        changes["models"] = models
     if deadline is not None:
         changes["deadline"] = deadline if math.isfinite(deadline) else None
     if not changes:
@@ -144,10 +190,6 @@ def revoke(id: str, as_json: bool, state: str | None) -> None:
     """End a key; every gateway knows within a second."""
     done = Admin(common.folder(state))("POST", f"/keys/{segment(id)}/revoke")
     common.emit(done, as_json, lambda: f"revoked {id}{common.late(done)}")
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _show_once(made: dict[str, Any], as_json: bool, more: str) -> None:

@@ -8,6 +8,7 @@ import click
 
 from corral.cli import common
 from corral.cli.common import Admin, rows, segment
+from corral.cli.keys import Named
 
 _COLUMNS = ("name", "keys", "rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
 _limits = common.limits(none=True, of=", of all its keys")
@@ -19,7 +20,7 @@ def command() -> None:
 
 
 @command.command("create")
-@click.argument("name")
+@click.argument("name", type=Named())
 @_limits
 @common.options
 def create(name: str, as_json: bool, state: str | None, **limits: int | None) -> None:
