@@ -201,18 +201,21 @@ def test_an_audit_record_is_a_row_with_one_name_for_each_thing(
     records = [
         {"id": "r1", "request_id": "q1", "ts": 1_700_000_000.0, "key": "k1"},
         {"id": "r2", "request_id": "", "ts": 1_720_000_000.0, "key": "gone"},
+        {"id": "r3", "request_id": "q3", "ts": 1_720_000_000.0, "key": "k3"},
     ]
-    told["/audit"], told["/keys"] = {"audit": records}, {"keys": [{"id": "k1", "name": "my-app"}]}
+    keys = [{"id": "k1", "name": "my-app"}, {"id": "k2", "name": "twin"}, {"id": "k3", "name": "twin"}]
+    told["/audit"], told["/keys"] = {"audit": records}, {"keys": keys}
     monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
     time.tzset()
     try:
-        head, first, second = (line.split() for line in run("audit", "list").stdout.splitlines())
+        head, first, second, third = (line.split() for line in run("audit", "list").stdout.splitlines())
     finally:
         monkeypatch.undo()
         time.tzset()
     assert head[:5] == ["TIME", "REQUEST", "ID", "KEY", "ADDR"]
     assert first[:5] == ["2023-11-14", "23:13:20", "CET", "q1", "my-app"]
     assert second[:5] == ["2024-07-03", "11:46:40", "CEST", "r2", "gone"], "what has no other name is shown by its id"
+    assert third[3:6] == ["q3", "twin", "(k3)"], "and a name that is another key's too is not enough"
 
 
 def test_an_audit_record_is_whole_in_the_json(run: Runner, told: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
@@ -59,7 +60,7 @@ def list_records(as_json: bool, state: str | None, since: float | None, **given:
         query["since"] = time.time() - since
     admin = Admin(common.folder(state))
     listed = rows(admin("GET", "/audit?" + urlencode(query)), "audit")
-    names = {} if as_json or not listed else common.key_names(admin)
+    names = {} if as_json or not listed else _told_apart(common.key_names(admin))
     shown = [_shown(item, names) for item in listed]
     common.emit(listed, as_json, lambda: common.table(shown, _COLUMNS, "no records"))
 
@@ -281,6 +282,12 @@ def _public(text: str) -> str:
         return Signer(found).public if path.name == "audit.key" else found
     except ValueError:
         raise StackError(f"{text}: expected a file, or the 64 hexadecimal digits of an Ed25519 public key") from None
+
+
+def _told_apart(names: dict[Any, str]) -> dict[Any, str]:
+    """Of keys by their ids, the names, with the id where another key has the same one."""
+    count = Counter(names.values())
+    return {id: name if count[name] == 1 else f"{name} ({id})" for id, name in names.items()}
 
 
 def _shown(record: dict[str, Any], names: dict[Any, str]) -> dict[str, Any]:
