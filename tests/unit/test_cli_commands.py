@@ -190,6 +190,16 @@ def test_a_key_is_shown_with_the_limits_in_force(run: Runner, told: dict[str, An
     assert json.loads(run("keys", "show", "x", "--json").stdout) == told["/keys/x"]
 
 
+def test_a_key_that_has_expired_is_marked(run: Runner, told: dict[str, Any]) -> None:
+    keys = [{"id": name, "expires": ends} for name, ends in (("old", 1e9), ("new", 3e10), ("ever", None))]
+    told["/keys"], told["/keys/old"] = {"keys": keys}, keys[0]
+    old, new, ever = run("keys", "list").stdout.splitlines()[1:]
+    assert "expired 2001-09-" in old
+    assert " 2920-0" in new and "expired" not in new + ever
+    assert "expired 2001-09-" in run("keys", "show", "old").stdout
+    assert json.loads(run("keys", "list", "--json").stdout) == keys
+
+
 def test_a_tenant_s_time_is_one_to_read(run: Runner, told: dict[str, Any]) -> None:
     told["/tenants/t"] = {"name": "t", "created": 1_700_000_000.5}
     assert "created  2023-11-1" in run("tenants", "show", "t").stdout

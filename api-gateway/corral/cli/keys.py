@@ -201,7 +201,10 @@ def _show_once(made: dict[str, Any], as_json: bool, more: str) -> None:
 
 def _shown(key: dict[str, Any]) -> dict[str, Any]:
     times = ("created", "expires", "last_used", "revoked_at", "rotating_until")
-    return {**key, **{name: common.moment(key[name]) for name in times if name in key}}
+    shown = {**key, **{name: common.moment(key[name]) for name in times if name in key}}
+    if (ends := key.get("expires")) is not None and ends <= time.time():
+        shown["expires"] = f"expired {shown['expires']}"
+    return shown
 
 
 def _in_force(shown: dict[str, Any]) -> dict[str, Any]:
