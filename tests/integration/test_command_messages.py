@@ -52,6 +52,21 @@ def test_a_tenant_that_is_not_there_is_made_only_where_that_is_said(control: Run
     assert run(control, "keys", "create", "x").exit_code == 0
 
 
+def test_usage_of_a_tenant_that_is_not_there_is_an_error(control: Running) -> None:
+    key = make_key(control, tenant="team")["id"]
+    ship(control, {"request_id": "r", "key": key, "status": 200})
+    for wrong, more in (
+        ("tean", "; did you mean 'team'?"),
+        ("x", ": `corral tenants list` shows those that there are"),
+    ):
+        unknown = run(control, "usage", "report", "--tenant", wrong)
+        assert (unknown.exit_code, unknown.stderr) == (1, f"corral: tenant: there is no tenant {wrong!r}{more}\n")
+    assert run(control, "usage", "report", "--tenant", "default").stdout == "nothing was used\n"
+    control.admin.post(f"/admin/keys/{key}/revoke").raise_for_status()
+    assert run(control, "tenants", "remove", "team").exit_code == 0
+    assert run(control, "usage", "report", "--tenant", "team").stdout.splitlines()[1:], "what it used stays"
+
+
 # -- models
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, RowMapping, select
 
+from corral.config.reader import hint
 from corral.config.record import AuditSettings
 from corral.config.values import duration_text
 from corral.control.audit import moment, of_key, record
@@ -20,11 +21,12 @@ from corral.control.auth import Caller, Principal
 from corral.control.checkpoints import page, pages
 from corral.control.context import Here
 from corral.control.errors import Problem
-from corral.store import seal, usage
+from corral.store import seal, tenants, usage
 from corral.store.chain import FIELDS
 from corral.store.checkpoints import last_checkpoint
 from corral.store.content import Hashes
 from corral.store.tables import audit, audit_content, keys
+from corral.store.tables import usage as sums
 from corral.store.trail import named
 from corral.store.usage import REFUSED
 from corral.store.verify import PAGE
@@ -232,6 +234,8 @@ async def report(
         if tenant not in (None, caller.bound):
             raise Problem(403, "forbidden", f"tenant: a key of tenant {caller.bound!r} sees that tenant alone")
         tenant = caller.bound
+    elif tenant is not None:
+        await control.database.read(_known_tenant, tenant)
     ids = None if key is None else await control.database.read(of_key, caller, key)
     only = {"tenant": tenant, "key": ids, "model": model}
     costs = control.settings.usage
@@ -241,3 +245,12 @@ async def report(
     rows = usage.priced(rows, columns, costs.price_of if costs.prices else None)
     told = {"usage": rows, "since": usage.day_of(begin), "until": usage.day_of(end), "by": columns}
     return told | ({"currency": costs.currency} if costs.prices else {})
+
+
+def _known_tenant(connection: Connection, name: str) -> None:
+    """Refuse a tenant that is not there and has not used anything: of one that was removed, its usage stays."""
+    used = select(sums.c.tenant).where(sums.c.tenant == name).limit(1)
+    if tenants.find(connection, name) is None and connection.execute(used).first() is None:
+        near = hint(name[:64], [one["name"] for one in tenants.listed(connection)])
+        more = near or ": `corral tenants list` shows those that there are"
+        raise Problem(404, "not_found", f"tenant: there is no tenant {name!r}{more}")
