@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from corral.control.haproxy import HaproxyError
-from corral.control.nodes import _drained
+from corral.control.nodes import _drained, list_nodes
+from corral.control.prober import Member
 
 
 class Haproxy:
@@ -46,3 +47,28 @@ def test_what_haproxy_said_last_counts_where_it_does_not_answer_just_now(
 ) -> None:
     control: Any = SimpleNamespace(hub=SimpleNamespace(number=1, acknowledged=acknowledged), haproxy=Haproxy(*answers))
     assert asyncio.run(_drained(control, "node-1", 2.0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "draining", "heard", "reason"),
+    [
+        (0, True, "v2", "drained"),
+        (1, True, "v2", "1 request still runs there"),
+        (2, True, "v2", "2 requests still run there"),
+        (None, True, "v2", None),
+        (0, True, "v1", None),
+        (0, False, "v2", None),
+    ],
+)
+def test_a_node_in_the_list_is_drained_once_nothing_runs_there_and_every_gateway_has_heard_of_it(
+    answer: int | None, draining: bool, heard: str, reason: str | None
+) -> None:
+    gateways = [SimpleNamespace(version="v2"), SimpleNamespace(version=heard)]
+    hub = SimpleNamespace(version="v2", present=lambda: gateways)
+    member = Member("node-1", "http://a", up=True, error=None, draining=draining)
+    down = Member("node-2", "http://b", error="no connection", draining=draining)
+    fleet = SimpleNamespace(members={"node-1": member, "node-2": down})
+    control: Any = SimpleNamespace(hub=hub, haproxy=Haproxy(answer), fleet=fleet)
+    first, second = asyncio.run(list_nodes(control))["nodes"]
+    assert first["reason"] == reason
+    assert second["reason"] == "; ".join(filter(None, (reason, "no connection")))

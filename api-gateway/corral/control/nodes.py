@@ -33,6 +33,8 @@ DRAIN = 30.0
 LONGEST = 3600.0
 ACKNOWLEDGE = 1.5
 POLL = 0.1
+SHOWN = 1.0
+"""How long a list of nodes waits for HAProxy (seconds)."""
 FIELDS = ("url", "slots", "memory", "max_models", "accelerator")
 
 log = logging.getLogger(__name__)
@@ -59,8 +61,10 @@ class NewNode(BaseModel):
 
 @router.get("/admin/nodes")
 async def list_nodes(control: Here) -> dict[str, Any]:
-    """All nodes as the prober sees them."""
-    return {"nodes": [node.describe() for node in control.fleet.members.values()]}
+    """All nodes as the prober sees them; of one that is drained, `reason` says whether something still runs there."""
+    members = list(control.fleet.members.values())
+    left = await asyncio.gather(*(_left(control, member) for member in members))
+    return {"nodes": [_with_left(member.describe(), said) for member, said in zip(members, left, strict=True)]}
 
 
 @router.post("/admin/nodes", status_code=201)
@@ -228,6 +232,23 @@ async def _drained(control: Control, name: str, wait: float) -> tuple[int | None
             # What it said a moment ago is more than that it does not answer just now.
             return known, reason if known is None else None
         await asyncio.sleep(POLL)
+
+
+async def _left(control: Control, member: Member) -> str | None:
+    """What still runs on a node that is drained, None where that is not known: a gateway may not have heard of it."""
+    if not member.draining or any(one.version != control.hub.version for one in control.hub.present()):
+        return None
+    try:
+        async with asyncio.timeout(SHOWN):
+            streams = await control.haproxy.streams(member.name)
+    except (HaproxyError, TimeoutError):
+        return None
+    running = "1 request still runs there" if streams == 1 else f"{streams} requests still run there"
+    return running if streams else "drained"
+
+
+def _with_left(node: dict[str, Any], left: str | None) -> dict[str, Any]:
+    return {**node, "reason": "; ".join(filter(None, (left, node["reason"]))) or None}
 
 
 def _pairs(control: Control) -> list[tuple[str, str]]:
