@@ -195,7 +195,7 @@ DEFENCES = (
     Defence(13, "wire/options.py", "if policy.clamped:", "if False:", LIMITS),
     Defence(13, "wire/options.py", "if policy.num_ctx is not None:", "if False:", LIMITS),
     Defence(13, "wire/native.py", "if not caps.token_ids:", "if False:", LIMITS),
-    Defence(13, "wire/native.py", "if min(ids) < 0 or max(ids) >= caps.token_ids:", "if False:", LIMITS),
+    Defence(13, "wire/native.py", "if not 0 <= min(ids) <= max(ids) < caps.token_ids:", "if False:", LIMITS),
     Defence(13, "wire/native.py", "if not 0 <= value <= REPEATS_MAX:", "if False:", LIMITS),
     Defence(13, "wire/native.py", KEPT, KEPT.replace("    body.keep_alive = KEEP_ALIVE\n", ""), LIMITS),
     Defence(13, "wire/native.py", KEPT, KEPT.replace("    body.truncate = False\n", ""), "tests/unit/test_wire.py"),

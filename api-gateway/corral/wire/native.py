@@ -200,7 +200,7 @@ def check_context(ids: list[int], caps: Caps) -> None:
         raise bad_request(
             '"context" is not taken: send the conversation to /api/chat (gateway.request.token_ids allows it)', "context"
         )
-    if min(ids) < 0 or max(ids) >= caps.token_ids:
+    if not 0 <= min(ids) <= max(ids) < caps.token_ids:
         raise bad_request(f'"context" has ids of tokens from 0 to {caps.token_ids - 1}', "context")
 
 
