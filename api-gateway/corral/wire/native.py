@@ -198,7 +198,7 @@ def check_context(ids: list[int], caps: Caps) -> None:
     std::out_of_range as it makes text of them), and a gateway does not know the vocabularies. Raises ApiError."""
     if not caps.token_ids:
         raise bad_request(
-            '"context" is not taken: send the conversation to /api/chat (gateway.request.token_ids allows it)', "context"
+            '"context" is not taken: send the conversation to /api/chat, or set gateway.request.token_ids', "context"
         )
     if not 0 <= min(ids) <= max(ids) < caps.token_ids:
         raise bad_request(f'"context" has ids of tokens from 0 to {caps.token_ids - 1}', "context")
