@@ -1,6 +1,9 @@
 """``python -m corral`` is the ``corral`` command."""
 
-from corral.cli.main import main
+try:
+    from corral.cli.main import main
+except KeyboardInterrupt:  # Ctrl-C in its first moments
+    raise SystemExit("corral: stopped before it was ready") from None
 
 if __name__ == "__main__":
     main()

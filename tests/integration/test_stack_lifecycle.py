@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -186,6 +187,28 @@ def test_ctrl_c_leaves_nothing_and_the_next_start_keeps_the_state(folder: Path) 
     assert corral("down", state=second.state.root).returncode == 0
     assert second.process.wait(240) == 0
     nothing_left(second.state, {**known, "edge": first.port})
+
+
+def test_ctrl_c_while_it_says_that_it_is_ready_leaves_nothing(folder: Path) -> None:
+    """Its reader takes nothing, so that it is at that for as long as one likes."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(1 << 12))
+    os.set_blocking(writer, True)
+    started = Up(folder / "unread", output=writer)
+    os.close(writer)
+    try:
+        until(lambda: (started.state.stack() or {}).get("state") == "running", "all that is left is to say so", 240)
+        known = (started.state.stack() or {})["ports"]
+        assert started.stop(signal.SIGINT) == 0
+        assert "Traceback" not in started.said
+        assert started.said.endswith("corral: stopped\n")
+        nothing_left(started.state, {**known, "edge": started.port})
+    finally:
+        started.stop()
+        os.close(reader)
 
 
 @pytest.mark.parametrize("victim", ["up", "supervisor"])

@@ -18,9 +18,9 @@ BACKEND = "simulated"
 
 
 class Up:
-    """A `corral up` in the foreground, with simulated nodes."""
+    """A `corral up` in the foreground, with simulated nodes. Its standard output goes to ``output``, else to `said`."""
 
-    def __init__(self, state: Path, *arguments: str, port: int = 0) -> None:
+    def __init__(self, state: Path, *arguments: str, port: int = 0, output: int | None = None) -> None:
         self.state = StateFolder(state)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -28,9 +28,14 @@ class Up:
         self._said = state.parent / f"{state.name}.up.{self.port}"
         argv = [sys.executable, "-P", "-m", "corral", "up", "--json", "--port", str(self.port)]
         argv += ["--node-backend", BACKEND, "--nodes", "2", "--state", str(state), *arguments]
-        with self._said.open("wb") as output:
+        with self._said.open("wb") as said:
             self.process = subprocess.Popen(
-                argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=REPOSITORY, env=environment()
+                argv,
+                stdout=said if output is None else output,
+                stderr=said,
+                stdin=subprocess.DEVNULL,
+                cwd=REPOSITORY,
+                env=environment(),
             )
 
     def ready(self) -> dict[str, object]:

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -359,3 +361,31 @@ def test_a_log_that_is_empty_is_said_to_be(run: Runner) -> None:
     told = {name: run("logs", "--program", name) for name in ("node-1", "gateway-1")}
     assert (told["node-1"].stdout, told["gateway-1"].stderr) == ("", "")
     assert f"nothing is in {logs / 'node-1.log'} yet" in told["node-1"].stderr
+
+
+_INTERRUPTED = """
+import signal, sys
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == {module!r}:
+        signal.raise_signal(signal.SIGINT)
+
+sys.addaudithook(interrupt)
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "corral.config.errors", "corral.stack.up"])
+def test_ctrl_c_while_modules_are_imported_leaves_a_sentence(tmp_path: Path, module: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_INTERRUPTED.format(module=module), encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    argv = [sys.executable, "-P", "-m", "corral", "up", "--config", str(tmp_path / "none")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (1, "corral: stopped before it was ready\n")
+
+
+def test_a_signal_while_a_restore_is_finished_leaves_a_sentence(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.state.mkdir()
+    monkeypatch.setattr("corral.store.replace.finish", lambda _state: signal.raise_signal(signal.SIGTERM))
+    done = run("up")
+    assert (done.exit_code, done.stderr) == (1, "corral: stopped before it was ready\n")
+    assert list(run.state.iterdir()) == []

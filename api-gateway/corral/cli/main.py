@@ -46,7 +46,11 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"corral.cli.{_COMMANDS[cmd_name]}")
+        try:
+            module = importlib.import_module(f"corral.cli.{_COMMANDS[cmd_name]}")
+        except KeyboardInterrupt:
+            click.echo("corral: stopped before it was ready", err=True)
+            raise SystemExit(1) from None
         command: click.Command = module.command
         return command
 

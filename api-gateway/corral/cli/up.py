@@ -12,6 +12,7 @@ import click
 
 from corral.cli import common
 from corral.config.settings import Settings
+from corral.stack.signals import Stopped, stopped_by_signals
 
 
 @click.command("up")
@@ -42,30 +43,32 @@ def command(
     state: str | None,
 ) -> None:
     """Start the whole stack on this machine; ready when it says so."""
-    from corral.config.values import base_url
-    from corral.stack import up as stack
+    try:
+        with stopped_by_signals():
+            from corral.config.values import base_url
+            from corral.stack import up as stack
 
-    if attach and (nodes or node_backend):
-        raise click.UsageError("--attach uses what runs already: it goes with neither --nodes nor --node-backend")
-    try:
-        urls = tuple(base_url(url) for url in attach)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--attach") from None
-    click.get_current_context().with_resource(stack.stopped_by_signals())
-    where = common.folder(state)
-    chosen = stack.Options(config, port, nodes, urls, node_backend, detach, monitoring)
-    _finish_restore(where.root)
-    click.echo("corral: starting", err=True)
-    try:
-        made = stack.up(where, chosen, os.environ, _progress, partial(_bootstrap, new_pepper=new_pepper))
-    except (stack.Stopped, KeyboardInterrupt):
+            if attach and (nodes or node_backend):
+                raise click.UsageError(
+                    "--attach uses what runs already: it goes with neither --nodes nor --node-backend"
+                )
+            try:
+                urls = tuple(base_url(url) for url in attach)
+            except ValueError as error:
+                raise click.BadParameter(str(error), param_hint="--attach") from None
+            where = common.folder(state)
+            chosen = stack.Options(config, port, nodes, urls, node_backend, detach, monitoring)
+            _finish_restore(where.root)
+            click.echo("corral: starting", err=True)
+            bootstrap = partial(_bootstrap, new_pepper=new_pepper)
+            announce = partial(_announce, as_json=as_json, detach=detach, option=where.option(os.environ))
+            status = stack.up(where, chosen, os.environ, _progress, bootstrap, announce)
+    except (Stopped, KeyboardInterrupt):
         click.echo("corral: stopped before it was ready", err=True)
         raise SystemExit(1) from None
-    click.echo(json.dumps(made) if as_json else _welcome(made, detach, where.option(os.environ)), nl=True)
     if not detach:
-        status = stack.stay(where)
         click.echo("corral: stopped", err=True)
-        raise SystemExit(status)
+    raise SystemExit(status)
 
 
 def _finish_restore(state: Path) -> None:
@@ -95,6 +98,10 @@ def _bootstrap(state: Path, settings: Settings, new_pepper: bool) -> None:
 
 def _progress(line: str) -> None:
     click.echo(f"  ready: {line}", err=True)
+
+
+def _announce(made: dict[str, Any], as_json: bool, detach: bool, option: str) -> None:
+    click.echo(json.dumps(made) if as_json else _welcome(made, detach, option))
 
 
 def _welcome(made: dict[str, Any], detach: bool, option: str) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from corral.config.settings import EdgeSettings, NodeSettings, Settings, load
@@ -21,6 +20,7 @@ from corral.config.values import host_port
 from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
+from corral.stack.signals import Stopped
 from corral.stack.state import STOPPING, Lock, StackError, StateFolder, running, write_private
 
 STOP_WITHIN = 120.0
@@ -28,10 +28,6 @@ STOP_WITHIN = 120.0
 
 TELL_AFTER = 4.0
 _WAITS = "corral: stopping; answers that have begun may end (25 s at most)"
-
-
-class Stopped(BaseException):
-    """The operator asked for the end."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,12 @@ def up(
     env: Mapping[str, str],
     progress: Progress,
     bootstrap: Callable[[Path, Settings], None],
-) -> dict[str, Any]:
-    """Start the stack and return what `corral up` prints; StackError where it cannot. The caller then waits.
+    announce: Callable[[dict[str, Any]], None],
+) -> int:
+    """Start the stack, then wait in the foreground until it is stopped or fails, and leave nothing. The exit status.
 
-    ``bootstrap`` makes secrets and database. With ``detach`` the stack runs on when this process ends.
+    ``bootstrap`` makes secrets and database, ``announce`` says what serves. With ``detach`` the stack runs on when this
+    returns. StackError where it cannot start, `Stopped` where the operator ended it before it served.
     """
     settings = configuration(options, env)
     fresh = not state.root.exists()
@@ -65,6 +63,8 @@ def up(
     if not lock.acquire() and not _released(lock, state):
         raise StackError(_already(state, state.option(env)))
     supervisor: subprocess.Popen[bytes] | None = None
+    serves = False
+    # One block from the first file to the last: an interrupt between two of them would end nothing in order.
     try:
         sweep(state)
         write_private(state.stack_file, json.dumps({"pid": os.getpid(), "state": "starting"}))
@@ -87,42 +87,39 @@ def up(
         note = ready.wait(made, state, supervisor, progress)
         described |= {**_welcome(made, state), "note": note}
         _save(state, {**made.describe(), **pids, "state": "running"})
-    except BaseException:
-        if supervisor is not None:
-            _end(supervisor)
-        clean(state)
-        lock.remove()
-        state.remove_empty(fresh)
-        raise
-    _lock_of[supervisor.pid] = lock
-    _running[state.root] = supervisor
-    if options.detach:
-        lock.close()
-    return described
-
-
-_lock_of: dict[int, Lock] = {}
-_running: dict[Path, subprocess.Popen[bytes]] = {}
-
-
-def stay(state: StateFolder) -> int:
-    """Wait in the foreground until the stack is stopped or fails; then leave nothing. The exit status."""
-    supervisor = _running.pop(state.root)
-    lock = _lock_of.pop(supervisor.pid)
-    try:
-        status = supervisor.wait()
-        asked = status in (0, -signal.SIGTERM)
-    except (Stopped, KeyboardInterrupt):
-        asked = True
-        _stopping(state)
-        print(f"{_WAITS}; Ctrl-C cuts them", file=sys.stderr, flush=True)
-        _end(supervisor)
-    finally:
-        clean(state)
-        lock.remove()
+        serves = not options.detach
+        announce(described)
+        if options.detach:
+            lock.close()
+            return 0
+        asked = supervisor.wait() in (0, -signal.SIGTERM)
+        _leave_nothing(state, lock)
+    except BaseException as error:
+        asked = serves and isinstance(error, Stopped | KeyboardInterrupt)
+        try:
+            if supervisor is not None:
+                with contextlib.suppress(Stopped, KeyboardInterrupt):  # a second one stops the waiting
+                    _stop(state, supervisor, serves)
+        finally:
+            _leave_nothing(state, lock)
+        if not asked:
+            state.remove_empty(fresh)
+            raise
     if not asked:
         print(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}", file=sys.stderr)
     return 0 if asked else 1
+
+
+def _stop(state: StateFolder, supervisor: subprocess.Popen[bytes], serves: bool) -> None:
+    if serves:
+        _stopping(state)
+        print(f"{_WAITS}; Ctrl-C cuts them", file=sys.stderr, flush=True)
+    _end(supervisor)
+
+
+def _leave_nothing(state: StateFolder, lock: Lock) -> None:
+    clean(state)
+    lock.remove()
 
 
 def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
@@ -223,22 +220,6 @@ def sweep(state: StateFolder) -> int:
             raise StackError(f"processes of an earlier stack do not end: {pids}")
         time.sleep(0.02)
     return len(ended)
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the foreground as Ctrl-C does, by `Stopped`, until the block ends."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # else it was none of Python's
-                signal.signal(number, handler)
 
 
 def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subprocess.Popen[bytes]:
