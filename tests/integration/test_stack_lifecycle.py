@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -209,6 +210,30 @@ def test_ctrl_c_while_it_says_that_it_is_ready_leaves_nothing(folder: Path) -> N
     finally:
         started.stop()
         os.close(reader)
+
+
+def test_ctrl_c_while_it_starts_waits_for_no_program_that_does_not_hear_it(folder: Path) -> None:
+    """Which is one that the supervisor tells to end before it leads a process group, or one that stands still."""
+    started = Up(folder / "deaf")
+    log = started.state.logs / "supervisord.log"
+    spawned = re.compile(r"spawned: 'gateway-1' with pid (\d+)")
+
+    def gateway() -> int:
+        found = spawned.search(log.read_text()) if log.exists() else None
+        return int(found[1]) if found else 0
+
+    try:
+        until(gateway, "the gateway is started", 240)
+        os.kill(gateway(), signal.SIGSTOP)
+        until(lambda: "supervisor" in (started.state.stack() or {}), "the supervisor is known", 240)
+        supervisor = (started.state.stack() or {})["supervisor"]
+        assert supervisor in guard.left_behind(str(started.state.root)), "nor is what it has only forked overlooked"
+        assert started.stop(signal.SIGINT) == 1
+        assert started.said.endswith("corral: stopping\ncorral: stopped before it was ready\n"), started.said
+        assert "with SIGKILL" not in log.read_text(), "so long only the supervisor waits"
+        nothing_left(started.state, {"edge": started.port})
+    finally:
+        started.stop()
 
 
 @pytest.mark.parametrize("victim", ["up", "supervisor"])

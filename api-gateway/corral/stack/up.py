@@ -20,11 +20,15 @@ from corral.config.values import host_port
 from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
-from corral.stack.signals import Stopped
+from corral.stack.signals import ENDING, Stopped
 from corral.stack.state import STOPPING, Lock, StackError, StateFolder, running, write_private
 
 STOP_WITHIN = 120.0
 """More than all programs take that have to be killed."""
+
+START_ENDS_WITHIN = 5.0
+"""What nobody was told of yet has no answers to wait for, and a program that did not hear its signal would take all of
+the time that it has for these."""
 
 TELL_AFTER = 4.0
 _WAITS = "corral: stopping; answers that have begun may end (25 s at most)"
@@ -114,7 +118,10 @@ def _stop(state: StateFolder, supervisor: subprocess.Popen[bytes], serves: bool)
     if serves:
         _stopping(state)
         print(f"{_WAITS}; Ctrl-C cuts them", file=sys.stderr, flush=True)
-    _end(supervisor)
+        _end(supervisor, STOP_WITHIN)
+    else:
+        print("corral: stopping", file=sys.stderr, flush=True)
+        _end(supervisor, START_ENDS_WITHIN)
 
 
 def _leave_nothing(state: StateFolder, lock: Lock) -> None:
@@ -224,29 +231,44 @@ def sweep(state: StateFolder) -> int:
 
 def _start_supervisor(state: StateFolder, lock: Lock, detach: bool) -> subprocess.Popen[bytes]:
     parent = os.getpid()
+    # An interrupt waits until the new process can be told by its environment: `sweep` would not find it before.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
-    def tie() -> None:
-        guard.die_with_parent(signal.SIGTERM, parent)
+    def prepare() -> None:
+        if not detach:
+            guard.die_with_parent(signal.SIGTERM, parent)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(state.run / "supervisord.conf")]
+    try:
+        return _spawned(argv, state, lock, prepare)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
+def _spawned(
+    argv: Sequence[str], state: StateFolder, lock: Lock, prepare: Callable[[], None]
+) -> subprocess.Popen[bytes]:
     with (state.logs / "supervisord.out").open("wb") as output:
         return subprocess.Popen(
             argv,
             cwd=state.run,
+            # Its children have this before they are programs of their own: what a killed one leaves is found by it.
+            env={**os.environ, guard.STACK: str(state.root)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for `up`, which stops them in order
             pass_fds=lock.fds,
-            preexec_fn=None if detach else tie,
+            preexec_fn=prepare,
         )
 
 
-def _end(supervisor: subprocess.Popen[bytes]) -> None:
-    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting."""
+def _end(supervisor: subprocess.Popen[bytes], within: float) -> None:
+    """Stop the supervisor and with it everything; a second Ctrl-C stops the waiting. `clean` ends what is left then."""
     supervisor.terminate()
     try:
-        supervisor.wait(STOP_WITHIN)
+        supervisor.wait(within)
     except (subprocess.TimeoutExpired, Stopped, KeyboardInterrupt):
         supervisor.kill()
         supervisor.wait()
