@@ -111,8 +111,8 @@ def test_who_has_no_corral_yaml_is_told_how_to_come_by_a_catalogue(up: Up) -> No
     """One command must not send to another that sends back."""
     for words in (["models", "plan"], ["models", "apply"], ["config", "reload"]):
         done = corral(*words, state=up.state.root)
-        assert "`corral up --config corral.yaml`" in done.stdout + done.stderr, words
-        assert "`corral down`" in done.stdout + done.stderr, words
+        assert f"`corral up --config corral.yaml --state {up.state.root}`" in done.stdout + done.stderr, words
+        assert f"`corral down --state {up.state.root}`" in done.stdout + done.stderr, words
     assert "corral config reload" not in corral("models", "apply", state=up.state.root).stderr
 
 

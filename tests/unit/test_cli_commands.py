@@ -389,3 +389,20 @@ def test_a_signal_while_a_restore_is_finished_leaves_a_sentence(run: Runner, mon
     done = run("up")
     assert (done.exit_code, done.stderr) == (1, "corral: stopped before it was ready\n")
     assert list(run.state.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor"],
+        ["status"],
+        ["config", "reload"],
+        ["loadtest", "run", "--closed", "1", "--model", "m", "--duration", "1s"],
+    ],
+)
+def test_what_starts_a_stack_says_which(run: Runner, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """Followed to the letter, `corral up` alone would start that of the default folder."""
+    monkeypatch.setenv("CORRAL_KEY", "crl_none")
+    assert f"`corral up --state {run.state}`" in run(*words).output
+    monkeypatch.setenv("CORRAL_STATE", str(run.state))
+    assert "`corral up`" in run(*words).output

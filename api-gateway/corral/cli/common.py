@@ -154,7 +154,8 @@ class Admin:
         if not self.url:
             stack = state.stack() or {}
             if not running(state) or "url" not in stack:
-                raise StackError(f"nothing runs with the state folder {state.root}: `corral up`, or set CORRAL_URL")
+                starts = f"`corral up{state.option(os.environ)}`"
+                raise StackError(f"nothing runs with the state folder {state.root}: {starts}, or set CORRAL_URL")
             self.url = str(stack["url"])
             self.key = self.key or _read_key(state.admin_key)
         if not self.key and (file := os.environ.get("CORRAL_ADMIN_KEY_FILE")):

@@ -74,18 +74,20 @@ def reload(as_json: bool, state: str | None) -> None:
         return common.Admin(folder)(method, path, body, timeout=90.0)
 
     done = stack.reload(folder, ask)
-    common.emit(done.as_dict(), as_json, lambda: _text(done))
+    common.emit(done.as_dict(), as_json, lambda: _text(done, folder.option(os.environ)))
 
 
-def _text(done: Reloaded) -> str:
+def _text(done: Reloaded, option: str) -> str:
     if done.file is None:
         return (
             "HAProxy has read its configuration again; the stack was started without a corral.yaml: to use one, "
-            "`corral down`, then `corral up --config corral.yaml`"
+            f"`corral down{option}`, then `corral up --config corral.yaml{option}`"
         )
     lines = [f"{done.file}: right; HAProxy has read its configuration again"]
     lines += [f"  applied   {what}" for what in done.applied]
-    lines += [f"  changed   {name}: in force after `corral down` and `corral up`" for name in done.restart]
+    lines += [
+        f"  changed   {name}: in force after `corral down{option}` and `corral up{option}`" for name in done.restart
+    ]
     return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing has changed"])
 
 

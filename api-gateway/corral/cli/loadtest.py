@@ -187,7 +187,8 @@ def _url(state: str | None) -> str:
     folder = common.folder(state)
     stack = folder.stack() or {}
     if not running(folder) or "url" not in stack:
-        raise StackError(f"nothing runs with the state folder {folder.root}: `corral up`, or give --url")
+        starts = f"`corral up{folder.option(os.environ)}`"
+        raise StackError(f"nothing runs with the state folder {folder.root}: {starts}, or give --url")
     return str(stack["url"])
 
 

@@ -79,9 +79,12 @@ def _no_catalogue(folder: StateFolder) -> str:
     none = "no catalogue: the nodes serve whatever they hold. To have one, name models in corral.yaml (models:), then"
     if os.environ.get("CORRAL_URL"):
         return f"{none} `corral config reload` where `corral up` runs with that file, or a restart of control"
+    option = folder.option(os.environ)
     if file := reload.file_of(folder):
-        return f"{none} `corral config reload` ({file})"
-    return f"{none} `corral down` and `corral up --config corral.yaml`: this stack was started without one"
+        return f"{none} `corral config reload{option}` ({file})"
+    return (
+        f"{none} `corral down{option}` and `corral up --config corral.yaml{option}`: this stack was started without one"
+    )
 
 
 def _plan(made: dict[str, Any]) -> str:

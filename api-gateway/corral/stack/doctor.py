@@ -67,8 +67,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _folder(state: StateFolder) -> Iterator[Finding]:
+    option = state.option(os.environ)
     if not state.root.is_dir():
-        yield Finding("state folder", "ok", f"{state.root} is not there yet: `corral up` makes it")
+        yield Finding("state folder", "ok", f"{state.root} is not there yet: `corral up{option}` makes it")
         return
     secret = [state.admin_key, state.pepper, state.internal_token, state.stack_file]
     open_to_others = [path for path in (state.root, *secret) if path.exists() and path.stat().st_mode & 0o077]
@@ -92,16 +93,19 @@ def _disk(state: StateFolder) -> Iterator[Finding]:
 
 
 def _not_running(state: StateFolder) -> Iterator[Finding]:
+    option = state.option(os.environ)
     if left := guard.left_behind(str(state.root)) if not running(state) else []:
-        yield Finding("processes", "warning", f"left by an earlier stack: {left}", "`corral down` ends them")
+        yield Finding("processes", "warning", f"left by an earlier stack: {left}", f"`corral down{option}` ends them")
     else:
-        yield Finding("processes", "ok", f"nothing runs with {state.root}: `corral up` starts it")
+        yield Finding("processes", "ok", f"nothing runs with {state.root}: `corral up{option}` starts it")
 
 
 def _processes(state: StateFolder) -> Iterator[Finding]:
     known = supervisor.processes(state)
     if not known:
-        yield Finding("supervisor", "problem", "it does not answer", "`corral down`, then `corral up`")
+        option = state.option(os.environ)
+        advice = f"`corral down{option}`, then `corral up{option}`"
+        yield Finding("supervisor", "problem", "it does not answer", advice)
     for name, process in sorted(known.items()):
         if process["statename"] == "RUNNING":
             seconds = int(process["now"] - process["start"])

@@ -87,7 +87,8 @@ def reload(state: StateFolder, ask: Ask) -> Reloaded:
         StackError: nothing runs, or a step failed; a second call goes on where the first one ended.
     """
     if not running(state):
-        raise StackError(f"nothing runs with the state folder {state.root}: `corral up` reads the configuration")
+        starts = f"`corral up{state.option(os.environ)}` reads the configuration"
+        raise StackError(f"nothing runs with the state folder {state.root}: {starts}")
     kept = read_json(state.given)
     done = Reloaded(None, [], [])
     if kept is not None and kept["file"]:
