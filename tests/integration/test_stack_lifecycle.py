@@ -179,6 +179,7 @@ def test_ctrl_c_leaves_nothing_and_the_next_start_keeps_the_state(folder: Path) 
     told = first.ready()
     known = (first.state.stack() or {})["ports"]
     assert first.stop(signal.SIGINT) == 0
+    assert "takes some seconds; any answers that have begun may end (25 s at most); Ctrl-C cuts them" in first.said
     nothing_left(first.state, {**known, "edge": first.port})
 
     second = Up(folder / "again", port=first.port)

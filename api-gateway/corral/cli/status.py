@@ -20,7 +20,7 @@ def command(as_json: bool, state: str | None) -> None:
     local = common.folder(state) if not os.environ.get("CORRAL_URL") else None
     known = status.status(admin.url, lambda: admin("GET", "/status"), local)
     if local is not None and local.stopping:
-        click.echo("corral: it is being stopped; answers that have begun may end", err=True)
+        click.echo("corral: it is being stopped; any answers that have begun may end", err=True)
     common.emit(known, as_json, lambda: _text(known))
 
 

@@ -31,7 +31,7 @@ START_ENDS_WITHIN = 5.0
 the time that it has for these."""
 
 TELL_AFTER = 4.0
-_WAITS = "corral: stopping; answers that have begun may end (25 s at most)"
+_WAITS = "corral: stopping, which takes some seconds; any answers that have begun may end (25 s at most)"
 
 
 @dataclass(frozen=True)
