@@ -18,6 +18,7 @@ from support.process import free_port
 
 from corral.cli.common import Admin
 from corral.cli.main import cli
+from corral.stack import up
 from corral.stack.state import StateFolder
 from corral.stack.status import runbook
 
@@ -406,3 +407,16 @@ def test_what_starts_a_stack_says_which(run: Runner, monkeypatch: pytest.MonkeyP
     assert f"`corral up --state {run.state}`" in run(*words).output
     monkeypatch.setenv("CORRAL_STATE", str(run.state))
     assert "`corral up`" in run(*words).output
+
+
+def test_a_second_signal_cuts_short_no_cleaning_up(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(state: StateFolder) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return clean(state)
+
+    clean = up.clean
+    monkeypatch.setattr(up, "clean", signalled)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("up", "--port", str(taken.getsockname()[1]), "--node-backend", "simulated")
+    assert (done.exit_code, "is taken by" in done.stderr) == (1, True)
+    assert not run.state.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,10 +21,23 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Stopped
 
-    before = {number: signal.signal(number, stop) for number in ENDING}
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """The block, a short one, is done whole: none of these signals is heard in it."""
+    with _handled(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in ENDING}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if handler is not None:  # else it was none of Python's
-                signal.signal(number, handler)
+        for number, earlier in before.items():
+            if earlier is not None:  # else it was none of Python's
+                signal.signal(number, earlier)

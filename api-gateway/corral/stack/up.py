@@ -20,7 +20,7 @@ from corral.config.values import host_port
 from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
-from corral.stack.signals import ENDING, Stopped
+from corral.stack.signals import ENDING, Stopped, unheard
 from corral.stack.state import STOPPING, Lock, StackError, StateFolder, running, write_private
 
 STOP_WITHIN = 120.0
@@ -125,8 +125,9 @@ def _stop(state: StateFolder, supervisor: subprocess.Popen[bytes], serves: bool)
 
 
 def _leave_nothing(state: StateFolder, lock: Lock) -> None:
-    clean(state)
-    lock.remove()
+    with unheard():  # a second Ctrl-C stops the waiting for programs, not this
+        clean(state)
+        lock.remove()
 
 
 def down(state: StateFolder, timeout: float = STOP_WITHIN) -> bool:
