@@ -68,7 +68,7 @@ def up(
         raise StackError(_already(state, state.option(env)))
     supervisor: subprocess.Popen[bytes] | None = None
     serves = False
-    # One block from the first file to the last: an interrupt between two of them would end nothing in order.
+    # One block for the start and the wait: an interrupt between two of them would end nothing in order.
     try:
         sweep(state)
         write_private(state.stack_file, json.dumps({"pid": os.getpid(), "state": "starting"}))
@@ -97,7 +97,6 @@ def up(
             lock.close()
             return 0
         asked = supervisor.wait() in (0, -signal.SIGTERM)
-        _leave_nothing(state, lock)
     except BaseException as error:
         asked = serves and isinstance(error, Stopped | KeyboardInterrupt)
         try:
@@ -109,6 +108,8 @@ def up(
         if not asked:
             state.remove_empty(fresh)
             raise
+    else:
+        _leave_nothing(state, lock)  # once: the folder may be another's from then on
     if not asked:
         print(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}", file=sys.stderr)
     return 0 if asked else 1
