@@ -6,18 +6,14 @@ none is twice, and none stays open. What an operator changes meanwhile is record
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
-import socket
-import statistics
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +23,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.fleet import MODEL, QUICK, SimulatedNode
-from support.gateway import END, HEAD, LAST, LINE, chunk, gateway
 from support.load import LEFT, REFUSED, TOLD, WHOLE, Answer
 from support.mixed import WAYS, Mixed, counts, leaving, pieces
 from support.postgres import Postgres
@@ -46,8 +41,6 @@ VICTIMS = ("gateway-1", "gateway-2", "control", "postgres")
 BETWEEN = 0.1, 1.2
 """Seconds from one kill to the next."""
 
-EACH = 1.0
-"""Seconds from one record of how far a stream is to the next: of so much a killed gateway leaves no trace."""
 UNCHANGED = 1_000_000
 INFERENCE = "FROM audit WHERE api <> 'admin'"
 
@@ -123,36 +116,6 @@ def beyond(one: Answer, asked: int, prompt: int, tokens: int, outcome: str, esti
     if least <= tokens <= asked and known:
         return ""
     return f"{one}: {prompt} and {tokens} tokens of {asked}, {outcome}, after {pieces(one)} were seen"
-
-
-def test_how_far_a_stream_is_is_recorded_each_second(tmp_path: Path, matrix: Callable[[str, str, str], None]) -> None:
-    ends = threading.Event()
-
-    def slowly(connection: socket.socket) -> None:
-        connection.sendall(HEAD + chunk(LINE % b"one"))
-        ends.wait(60)
-        connection.sendall(chunk(LAST % 1) + END)
-
-    with gateway(tmp_path, gateway={"between_tokens": "60s"}) as gw, ThreadPoolExecutor(1) as callers:
-        for node in gw.nodes:
-            node.script = [slowly]
-        try:
-            asked = callers.submit(gw.post, body=gw.chat(), timeout=60)
-
-            def at() -> list[float]:
-                """When it was recorded, in seconds since it came, by the gateway's clock."""
-                notes = [note for note in gw.control.notes if note["t"] == "progress"]
-                return [row[-1] / 1e3 for note in notes for row in note["rows"]]
-
-            until(lambda: len(at()) > 5, "it is recorded again and again", 60)
-        finally:
-            ends.set()
-        assert asked.result().status_code == 200
-    times = at()
-    # The median: a machine that halts makes one of them long.
-    apart = statistics.median(after - before for before, after in itertools.pairwise(times))
-    matrix("how far a stream is", f"recorded each {EACH:g} s", f"{apart:.2f} s apart, first after {times[0]:.2f} s")
-    assert EACH * 0.9 < apart < EACH * 1.5
 
 
 @pytest.mark.slow

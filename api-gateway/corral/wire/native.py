@@ -31,7 +31,7 @@ EMBED_BATCH: Final = 64
 REPEATS_MAX: Final = 2000
 """How often a schema may have a part repeated. By more, or by less than nothing, Ollama's runner crashes (0.17.4), and
 where no number of them fits it gives no answer."""
-_REPEATS: Final = (("minLength", "maxLength"), ("minItems", "maxItems"))
+_REPEATS: Final[tuple[tuple[str, str], ...]] = (("minLength", "maxLength"), ("minItems", "maxItems"))
 _ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _DIGITS: Final = re.compile(r"[0-9]+")
