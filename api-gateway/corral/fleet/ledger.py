@@ -5,7 +5,8 @@ by itself with what is its share. The tests hold both to the same model. No step
 given, and what a step gives away is what it returns.
 
 A slot is given in the order of tickets. A ticket further back is served first only where no one ahead of it may use the
-slot: a node takes one long prompt at a time beside other requests, and a share of embeddings.
+slot: a node takes one long prompt at a time beside other requests, more of them where it does nothing else, and a share
+of embeddings.
 """
 
 from __future__ import annotations
