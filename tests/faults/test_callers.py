@@ -15,7 +15,7 @@ import httpx
 import pytest
 from support.fleet import MODEL, SINGLE, Fleet
 from support.limits import unused
-from support.load import CHAT, PROMPT, body_of
+from support.load import CHAT, PROMPT, WHOLE, body_of
 from support.mixed import WRITTEN
 from support.process import until
 
