@@ -129,8 +129,8 @@ def test_a_killed_gateway_is_back_and_each_of_its_requests_is_on_record(contende
         # seconds and then settled by control.
         outcomes = ("ok",) if answer.fate == WHOLE else (None, "interrupted")
         assert record["outcome"] in outcomes, (str(answer), record)
-    bar = f"back <= {BACK_WITHIN:g} s and what imports take here, no slot leaks past its lease and a look "
-    bar += f"({LEASE:g} + {POLL:g} s) after its load, or counts twice"
+    bar = f"back <= {BACK_WITHIN:g} s and what imports take here, no slot leaks past its lease and two "
+    bar += f"looks ({SLOTS_BACK_WITHIN:g} s) after its load, or counts twice"
     seen = f"back in {back:.1f} s (imports {bound - BACK_WITHIN:.1f} s), {len(cut)} of {len(load.answers)} cut, "
     seen += f"none held after {returned:.0f} s"
     matrix("gateway killed (-9)", bar, f"{seen}, at most {max(ran)} of {SLOTS} slots a node in use")
@@ -180,7 +180,7 @@ def test_the_slots_of_a_killed_gateway_that_stays_away_return_with_its_lease(con
     assert [str(answer) for answer in cut if answer.began > killed] == []
     meanwhile = [answer for answer in after(load.answers, killed) if answer.ended < killed + returned]
     assert meanwhile, "others' requests wait for that"
-    bar = f"its slots return with its lease, within a look at it ({LEASE:g} + {POLL:g} s), none twice; "
+    bar = f"its slots return within its lease and two looks ({SLOTS_BACK_WITHIN:g} s), none twice; "
     bar += "others' requests go on"
     said = f"{kept} back after {returned:.1f} s, {len(meanwhile)} answered before that, {len(cut)} cut"
     matrix("gateway killed (-9), stays away", bar, f"{said}; nodes and store agreed at {slots.looks} looks")
@@ -210,7 +210,7 @@ def test_what_a_killed_gateway_had_of_a_keys_concurrency_returns_with_its_lease(
         until(lambda: status() == 200, "the key may ask again", SLOTS_BACK_WITHIN + 5, every=EVERY)
         free = time.monotonic() - killed
     until(lambda: ready(dead), "it is back")
-    bar = f"a key's concurrency returns with its lease ({LEASE:g} s)"
+    bar = f"a key's concurrency returns within the gateway's lease and two looks ({SLOTS_BACK_WITHIN:g} s)"
     matrix("gateway killed (-9) with all that a key may run", bar, f"after {free:.1f} s")
     assert free < SLOTS_BACK_WITHIN
     assert free > LEASE - 2 * RENEW or lost.count, "while it might have been alive"
