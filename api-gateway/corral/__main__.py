@@ -3,7 +3,7 @@
 try:
     from corral.cli.main import main
 except KeyboardInterrupt:  # Ctrl-C in its first moments
-    raise SystemExit("corral: stopped before it was ready") from None
+    raise SystemExit("corral: interrupted") from None
 
 if __name__ == "__main__":
     main()

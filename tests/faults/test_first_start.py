@@ -25,14 +25,26 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "
 
 def machine(home: Path) -> dict[str, str]:
     """The environment of who has an empty home and no Ollama; where packages come from is the machine's own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CORRAL_", "PYTHON", "OLLAMA_"))}
+    own = ("CORRAL_", "PYTHON", "OLLAMA_")
+    kept = {name: it for name, it in os.environ.items() if not name.startswith(own) or name == "CORRAL_PYTHON"}
     for file in (".config/pip/pip.conf", ".pip/pip.conf"):
         if (Path.home() / file).exists():
             kept.setdefault("PIP_CONFIG_FILE", str(Path.home() / file))
-    folders = [folder for folder in kept["PATH"].split(os.pathsep) if not (Path(folder) / "ollama").exists()]
     for name in ("VIRTUAL_ENV", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
         kept.pop(name, None)
-    return kept | {"HOME": str(home), "PATH": os.pathsep.join(folders)}
+    folders = [_without_ollama(Path(folder), home / f"bin-{at}") for at, folder in enumerate(kept["PATH"].split(":"))]
+    return kept | {"HOME": str(home), "PATH": ":".join(map(str, folders))}
+
+
+def _without_ollama(folder: Path, copy: Path) -> Path:
+    """A folder of programs, or one of links to all of them but Ollama where that is among them."""
+    if not (folder / "ollama").exists():
+        return folder
+    copy.mkdir()
+    for program in folder.iterdir():
+        if program.name != "ollama":
+            (copy / program.name).symlink_to(program)
+    return copy
 
 
 def test_from_the_sources_to_the_first_token(
@@ -45,7 +57,9 @@ def test_from_the_sources_to_the_first_token(
 
     def run(*arguments: str) -> str:
         argv = ["./corral", *arguments]
-        said = subprocess.run(argv, cwd=copy, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        said = subprocess.run(
+            argv, cwd=copy, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=FIRST * 2
+        )
         assert said.returncode == 0, f"{argv}: status {said.returncode}\n{said.stderr[-3000:]}\n{said.stdout[-3000:]}"
         return said.stdout
 
@@ -70,7 +84,7 @@ def test_from_the_sources_to_the_first_token(
         nothing_left(state, known["ports"])
         second, _ = start(key)
     finally:
-        run("down")
+        subprocess.run(["./corral", "down"], cwd=copy, env=env, capture_output=True, timeout=FIRST * 2)
     bar = f"first token <= {FIRST:g} s, of the second start <= {SECOND:g} s"
     matrix("nothing is installed, an empty home, no Ollama", bar, f"{first:.0f} s, {second:.1f} s")
     assert first <= FIRST

@@ -9,10 +9,13 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.load import CHAT, WHOLE, Client, body_of
 from support.process import free_port, until
 from support.up import Up, corral, nothing_left, pids
 
@@ -211,6 +214,28 @@ def test_ctrl_c_while_it_says_that_it_is_ready_leaves_nothing(folder: Path) -> N
     finally:
         started.stop()
         os.close(reader)
+
+
+def test_a_terminal_that_is_closed_ends_it_in_order(folder: Path) -> None:
+    """SIGHUP, and nobody who reads what is said: answers that have begun end all the same."""
+    reader, writer = os.pipe()
+    started = Up(folder / "hung-up", errors=writer)
+    os.close(writer)
+    try:
+        told = started.ready()
+        known = (started.state.stack() or {})["ports"]
+        os.close(reader)
+        client, begun = Client(started.url, str(told["key"])), threading.Event()
+        with ThreadPoolExecutor(1) as callers:
+            body = body_of(CHAT, str(told["model"]), 240)
+            asked = callers.submit(client.ask, CHAT, body, "hung-up", lambda _: begun.set())
+            assert begun.wait(60)
+            assert started.stop(signal.SIGHUP) == 0
+            assert asked.result().fate == WHOLE, str(asked.result())
+        client.close()
+        nothing_left(started.state, {**known, "edge": started.port})
+    finally:
+        started.stop()
 
 
 def test_ctrl_c_while_it_starts_waits_for_no_program_that_does_not_hear_it(folder: Path) -> None:

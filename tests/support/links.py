@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from support.fleet import SimulatedNode
 from support.process import Process
 from support.servers import answers, python_env
 
+TUN = "/dev/net/tun"
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 """linux/if_tun.h"""
 
@@ -143,7 +144,8 @@ class SlowNamespace(Namespace):
                 under_way.append((time.monotonic() + self.delay * slow, across[end], packet))
             while under_way and under_way[0][0] <= time.monotonic():
                 _, end, packet = under_way.popleft()
-                os.write(end, packet)
+                with suppress(OSError):  # an end that is down loses it, as any link does
+                    os.write(end, packet)
 
     def close(self) -> None:
         """Have it be gone; what runs in it has ended."""
@@ -169,7 +171,7 @@ def namespace(kind: type[N] = Namespace) -> Iterator[N]:  # type: ignore[assignm
 
 def _tun(name: str) -> int:
     """A new device of this name, whose packets are read and written here; gone with its file descriptor."""
-    end = os.open("/dev/net/tun", os.O_RDWR)
+    end = os.open(TUN, os.O_RDWR)
     fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
     return end
 

@@ -18,9 +18,12 @@ BACKEND = "simulated"
 
 
 class Up:
-    """A `corral up` in the foreground, with simulated nodes. Its standard output goes to ``output``, else to `said`."""
+    """A `corral up` in the foreground, with simulated nodes. Its output goes to ``output``, what it says of errors to
+    ``errors``, else both to `said`."""
 
-    def __init__(self, state: Path, *arguments: str, port: int = 0, output: int | None = None) -> None:
+    def __init__(
+        self, state: Path, *arguments: str, port: int = 0, output: int | None = None, errors: int | None = None
+    ) -> None:
         self.state = StateFolder(state)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -32,7 +35,7 @@ class Up:
             self.process = subprocess.Popen(
                 argv,
                 stdout=said if output is None else output,
-                stderr=said,
+                stderr=said if errors is None else errors,
                 stdin=subprocess.DEVNULL,
                 cwd=REPOSITORY,
                 env=environment(),

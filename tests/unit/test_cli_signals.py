@@ -26,13 +26,20 @@ sys.addaudithook(interrupt)
 """
 
 
-@pytest.mark.parametrize("module", ["click", "corral.config.errors", "corral.stack.up"])
-def test_ctrl_c_while_modules_are_imported_leaves_a_sentence(tmp_path: Path, module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("click", "interrupted"),
+        ("corral.config.errors", "interrupted"),
+        ("corral.stack.up", "stopped before it was ready"),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_leaves_a_sentence(tmp_path: Path, module: str, said: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(_INTERRUPTED.format(module=module), encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     argv = [sys.executable, "-P", "-m", "corral", "up", "--config", str(tmp_path / "none")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=env, stdin=subprocess.DEVNULL)
-    assert (done.returncode, done.stderr) == (1, "corral: stopped before it was ready\n")
+    assert (done.returncode, done.stderr) == (1, f"corral: {said}\n")
 
 
 def test_a_signal_while_a_restore_is_finished_leaves_a_sentence(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Commands(click.Group):
         try:
             module = importlib.import_module(f"corral.cli.{_COMMANDS[cmd_name]}")
         except KeyboardInterrupt:
-            click.echo("corral: stopped before it was ready", err=True)
+            click.echo("corral: interrupted", err=True)
             raise SystemExit(1) from None
         command: click.Command = module.command
         return command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -23,7 +24,17 @@ def list_nodes(as_json: bool, state: str | None) -> None:
     """List nodes and their states."""
     listed = rows(Admin(common.folder(state))("GET", "/nodes"), "nodes")
     columns = ("name", "state", "url", "slots", "version", "reason")
-    common.emit(listed, as_json, lambda: common.table(listed, columns, "no nodes"))
+    shown = [{**node, "reason": "; ".join(filter(None, (_left(node), node.get("reason"))))} for node in listed]
+    common.emit(listed, as_json, lambda: common.table(shown, columns, "no nodes"))
+
+
+def _left(node: Mapping[str, Any]) -> str:
+    """What still runs on a node that is being drained."""
+    streams = node.get("streams")
+    if streams is None:
+        return ""
+    running = "1 request still runs there" if streams == 1 else f"{streams} requests still run there"
+    return running if streams else "drained"
 
 
 @command.command("add")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,16 @@ def command(
             announce = partial(_announce, as_json=as_json, detach=detach, option=where.option(os.environ))
             status = stack.up(where, chosen, os.environ, _progress, bootstrap, announce)
     except (Stopped, KeyboardInterrupt):
-        click.echo("corral: stopped before it was ready", err=True)
+        _said("corral: stopped before it was ready")
         raise SystemExit(1) from None
     if not detach:
-        click.echo("corral: stopped", err=True)
+        _said("corral: stopped")
     raise SystemExit(status)
+
+
+def _said(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        click.echo(line, err=True)
 
 
 def _finish_restore(state: Path) -> None:
@@ -101,7 +108,13 @@ def _progress(line: str) -> None:
 
 
 def _announce(made: dict[str, Any], as_json: bool, detach: bool, option: str) -> None:
-    click.echo(json.dumps(made) if as_json else _welcome(made, detach, option))
+    try:
+        click.echo(json.dumps(made) if as_json else _welcome(made, detach, option))
+    except (Stopped, KeyboardInterrupt):
+        # Nobody takes it: Python would wait for that again as it ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _welcome(made: dict[str, Any], detach: bool, option: str) -> str:

@@ -32,6 +32,15 @@ TYPES: dict[str, str] = {
 RELOADING = frozenset(("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread"))
 """Options that belong to the runner: another value reloads the model."""
 
+BOUNDS = {
+    "repeat_penalty": (1e-3, 1e3),
+    "presence_penalty": (-1e3, 1e3),
+    "frequency_penalty": (-1e3, 1e3),
+}
+TEMPERATURE_MIN = 1e-20
+"""Beyond these a token's score is no number, and the runner of all callers of the model ends (Ollama 0.17.4). A
+temperature of 0 or less is none."""
+
 REFUSE = "refuse"
 
 
@@ -51,7 +60,17 @@ def policy(options: dict[str, Any]) -> dict[str, Any]:
             _bounds(name, kind, rule)
         elif not _fits(kind, rule):
             raise ValueError(f"{name}: expected refuse, {_words(kind)}")
+        for value in rule.values() if isinstance(rule, dict) else [rule]:
+            _harmless(name, value)
     return options
+
+
+def _harmless(name: str, value: Any) -> None:
+    if name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
+        least, most = BOUNDS[name]
+        raise ValueError(f"{name}: {value:g} ends Ollama's runner: expected {least:g} to {most:g}")
+    if name == "temperature" and 0 < value < TEMPERATURE_MIN:
+        raise ValueError(f"{name}: {value:g} ends Ollama's runner: expected 0, or {TEMPERATURE_MIN:g} and more")
 
 
 def _bounds(name: str, kind: str, rule: dict[str, Any]) -> None:

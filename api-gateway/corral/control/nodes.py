@@ -61,10 +61,10 @@ class NewNode(BaseModel):
 
 @router.get("/admin/nodes")
 async def list_nodes(control: Here) -> dict[str, Any]:
-    """All nodes as the prober sees them; of one that is drained, `reason` says whether something still runs there."""
+    """All nodes as the prober sees them, with the requests that still run on one that is drained (`streams`)."""
     members = list(control.fleet.members.values())
     left = await asyncio.gather(*(_left(control, member) for member in members))
-    return {"nodes": [_with_left(member.describe(), said) for member, said in zip(members, left, strict=True)]}
+    return {"nodes": [{**one.describe(), "streams": streams} for one, streams in zip(members, left, strict=True)]}
 
 
 @router.post("/admin/nodes", status_code=201)
@@ -234,21 +234,16 @@ async def _drained(control: Control, name: str, wait: float) -> tuple[int | None
         await asyncio.sleep(POLL)
 
 
-async def _left(control: Control, member: Member) -> str | None:
-    """What still runs on a node that is drained, None where that is not known: a gateway may not have heard of it."""
+async def _left(control: Control, member: Member) -> int | None:
+    """How many requests still run on a node that is drained. None where that is not known: a gateway may not have heard
+    of it."""
     if not member.draining or any(one.version != control.hub.version for one in control.hub.present()):
         return None
     try:
         async with asyncio.timeout(SHOWN):
-            streams = await control.haproxy.streams(member.name)
+            return await control.haproxy.streams(member.name)
     except (HaproxyError, TimeoutError):
         return None
-    running = "1 request still runs there" if streams == 1 else f"{streams} requests still run there"
-    return running if streams else "drained"
-
-
-def _with_left(node: dict[str, Any], left: str | None) -> dict[str, Any]:
-    return {**node, "reason": "; ".join(filter(None, (left, node["reason"]))) or None}
 
 
 def _pairs(control: Control) -> list[tuple[str, str]]:

@@ -90,8 +90,8 @@ def up(
         _save(state, {**described, **pids, "state": "starting"})
         note = ready.wait(made, state, supervisor, progress)
         described |= {**_welcome(made, state), "note": note}
-        _save(state, {**made.describe(), **pids, "state": "running"})
         serves = not options.detach
+        _save(state, {**made.describe(), **pids, "state": "running"})
         announce(described)
         if options.detach:
             lock.close()
@@ -111,18 +111,24 @@ def up(
     else:
         _leave_nothing(state, lock)  # once: the folder may be another's from then on
     if not asked:
-        print(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}", file=sys.stderr)
+        _say(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}")
     return 0 if asked else 1
 
 
 def _stop(state: StateFolder, supervisor: subprocess.Popen[bytes], serves: bool) -> None:
     if serves:
         _stopping(state)
-        print(f"{_WAITS}; Ctrl-C cuts them", file=sys.stderr, flush=True)
+        _say(f"{_WAITS}; Ctrl-C cuts them")
         _end(supervisor, STOP_WITHIN)
     else:
-        print("corral: stopping", file=sys.stderr, flush=True)
+        _say("corral: stopping")
         _end(supervisor, START_ENDS_WITHIN)
+
+
+def _say(line: str) -> None:
+    # Whoever read it may be gone, a closed terminal for one: the stack ends in order all the same.
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _leave_nothing(state: StateFolder, lock: Lock) -> None:
@@ -316,7 +322,8 @@ def _knows(url: str, key: str, model: str | None) -> bool:
 def _released(lock: Lock, state: StateFolder, patience: float = 3.0) -> bool:
     """Take the lock of a holder that is ending: its memory, by which it is known, goes before its files do."""
     deadline = time.monotonic() + patience
-    while not guard.left_behind(str(state.root)) and time.monotonic() < deadline:
+    supervisor = (state.stack() or {}).get("supervisor")
+    while set(guard.left_behind(str(state.root))) <= {supervisor} and time.monotonic() < deadline:
         if lock.acquire():
             return True
         time.sleep(0.02)

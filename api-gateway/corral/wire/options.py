@@ -7,22 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from corral.config.options import BOOL, FLOAT, INT, REFUSE, RELOADING, STRINGS, TYPES
+from corral.config.options import BOOL, BOUNDS, FLOAT, INT, REFUSE, RELOADING, STRINGS, TEMPERATURE_MIN, TYPES
 from corral.wire.errors import bad_request
 
 STOP_MAX: Final = 16
 INT_MAX: Final = 2_147_483_647
 SEED_MAX: Final = 1 << 53
 FLOAT_MAX: Final = 3.4e38
-
-BOUNDS: Final = {
-    "repeat_penalty": (1e-3, 1e3),
-    "presence_penalty": (-1e3, 1e3),
-    "frequency_penalty": (-1e3, 1e3),
-}
-TEMPERATURE_MIN: Final = 1e-20
-"""Beyond these a token's score is no number, and the runner of all callers of the model ends (Ollama 0.17.4). A
-temperature of 0 or less is none."""
 
 _PLAIN: Final[dict[str, tuple[Any, float, float]]] = {
     name: ({INT: int, FLOAT: float}[kind], *BOUNDS.get(name, (-INT_MAX, INT_MAX)))
