@@ -368,20 +368,6 @@ def test_a_policy_as_it_is_written() -> None:
         check({"num_gpu": 0}, policy)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"repeat_penalty": 0},
-        {"temperature": 1e-30},
-        {"repeat_penalty": {"max": 0}},
-        {"presence_penalty": {"min": -1e9}},
-    ],
-)
-def test_nor_does_a_policy_end_a_runner(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="ends Ollama's runner"):
-        ModelSettings(name="m", options=options)
-
-
 CONTEXT = {"model": "m", "prompt": "hello", "stream": True}
 
 
