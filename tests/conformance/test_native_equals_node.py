@@ -14,6 +14,8 @@ from conformance.exchange import Json, Target, about, send
 
 HI = [{"role": "user", "content": "Say hi."}]
 TURNS = [*HI, {"role": "assistant", "content": "hi"}, {"role": "system", "content": "You are a cat."}, *HI]
+UNORDERED = frozenset({"modelfile", "parameters"})
+"""Texts of /api/show in which Ollama has a model's parameters in an order that is another one each time."""
 TIMES = frozenset({"created_at", "total_duration", "load_duration", "prompt_eval_duration", "eval_duration"})
 OPTIONS = {"temperature": 0, "seed": 0, "num_predict": 12}
 
@@ -46,7 +48,8 @@ def test_native_equals_node(gateway: Target, target_of: Callable[[str], Target],
 
 
 def untimed(value: Json) -> Json:
-    """The same, with the type alone of what is a time."""
+    """The same, with the type alone of what is a time, and the lines in order of what has none."""
     if isinstance(value, dict):
-        return {key: type(item) if key in TIMES else untimed(item) for key, item in value.items()}
+        lines = {key: sorted(item.splitlines()) for key, item in value.items() if key in UNORDERED}
+        return {key: type(item) if key in TIMES else untimed(item) for key, item in value.items()} | lines
     return [untimed(item) for item in value] if isinstance(value, list) else value
