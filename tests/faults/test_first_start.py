@@ -13,11 +13,11 @@ from pathlib import Path
 
 from support.load import CHAT, WHOLE, Client, body_of
 from support.process import free_port
+from support.servers import REPOSITORY
 from support.up import nothing_left
 
 from corral.stack.state import StateFolder
 
-ROOT = Path(__file__).resolve().parents[2]
 FIRST, SECOND = 180.0, 20.0
 """Seconds from the command to the first token: of the first start, and of the next one."""
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".cache", ".hypothesis")
@@ -51,7 +51,7 @@ def test_from_the_sources_to_the_first_token(
     tmp_path: Path, matrix: Callable[[str, str, str], None], turn: int
 ) -> None:
     copy, home, port = tmp_path / "corral", tmp_path / "home", free_port()
-    shutil.copytree(ROOT, copy, ignore=LEFT_OUT, symlinks=True)
+    shutil.copytree(REPOSITORY, copy, ignore=LEFT_OUT, symlinks=True)
     home.mkdir()
     env = machine(home)
 

@@ -34,8 +34,7 @@ def options(function: Function) -> Function:
         except (ConfigError, StackError, http.Unreachable) as error:
             fail(str(error), kwargs.get("as_json", False))
         except BrokenPipeError:
-            # The reader (head, less) has enough; nothing more may be flushed into the pipe.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            unread()  # the reader (head, less) has enough
             raise SystemExit(1) from None
 
     state = click.option("--state", metavar="DIR", help="State folder.  [default: ~/.local/state/corral]")
@@ -113,6 +112,11 @@ def key_names(admin: Admin) -> dict[Any, str]:
     return {key["id"]: key["name"] for key in rows(admin("GET", "/keys"), "keys")}
 
 
+def unread() -> None:
+    """Nobody takes standard output any more: nothing may be flushed into it as Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
     """Rows under upper-case headings; ``empty`` where there are none."""
     if not rows:
@@ -154,8 +158,7 @@ class Admin:
         if not self.url:
             stack = state.stack() or {}
             if not running(state) or "url" not in stack:
-                starts = f"`corral up{state.option(os.environ)}`"
-                raise StackError(f"nothing runs with the state folder {state.root}: {starts}, or set CORRAL_URL")
+                raise state.nothing_runs(", or set CORRAL_URL")
             self.url = str(stack["url"])
             self.key = self.key or _read_key(state.admin_key)
         if not self.key and (file := os.environ.get("CORRAL_ADMIN_KEY_FILE")):

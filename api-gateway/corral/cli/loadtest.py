@@ -182,13 +182,12 @@ def _named(function: Callable[[str], Value], given: dict[str, Any], name: str) -
 def _url(state: str | None) -> str:
     if url := os.environ.get("CORRAL_URL"):
         return url
-    from corral.stack.state import StackError, running
+    from corral.stack.state import running
 
     folder = common.folder(state)
     stack = folder.stack() or {}
     if not running(folder) or "url" not in stack:
-        starts = f"`corral up{folder.option(os.environ)}`"
-        raise StackError(f"nothing runs with the state folder {folder.root}: {starts}, or give --url")
+        raise folder.nothing_runs(", or give --url")
     return str(stack["url"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 
 from corral.cli import common
 from corral.config.settings import Settings
-from corral.stack.signals import Stopped, stopped_by_signals
+from corral.stack.signals import Stopped, say, stopped_by_signals
 
 
 @click.command("up")
@@ -66,16 +65,11 @@ def command(
             announce = partial(_announce, as_json=as_json, detach=detach, option=where.option(os.environ))
             status = stack.up(where, chosen, os.environ, _progress, bootstrap, announce)
     except (Stopped, KeyboardInterrupt):
-        _said("corral: stopped before it was ready")
+        say("corral: stopped before it was ready")
         raise SystemExit(1) from None
     if not detach:
-        _said("corral: stopped")
+        say("corral: stopped")
     raise SystemExit(status)
-
-
-def _said(line: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
-        click.echo(line, err=True)
 
 
 def _finish_restore(state: Path) -> None:
@@ -113,7 +107,7 @@ def _announce(made: dict[str, Any], as_json: bool, detach: bool, option: str) ->
     except (Stopped, KeyboardInterrupt):
         # Nobody takes it: Python would wait for that again as it ends.
         with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            common.unread()
         raise
 
 

@@ -61,16 +61,16 @@ def policy(options: dict[str, Any]) -> dict[str, Any]:
         elif not _fits(kind, rule):
             raise ValueError(f"{name}: expected refuse, {_words(kind)}")
         for value in rule.values() if isinstance(rule, dict) else [rule]:
-            _harmless(name, value)
+            if ends_runner(name, value):
+                raise ValueError(f"{name}: {value:g} ends Ollama's runner: expected {_harmless(name)}")
     return options
 
 
-def _harmless(name: str, value: Any) -> None:
-    if name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]:
-        least, most = BOUNDS[name]
-        raise ValueError(f"{name}: {value:g} ends Ollama's runner: expected {least:g} to {most:g}")
-    if name == "temperature" and 0 < value < TEMPERATURE_MIN:
-        raise ValueError(f"{name}: {value:g} ends Ollama's runner: expected 0, or {TEMPERATURE_MIN:g} and more")
+def ends_runner(name: str, value: float) -> bool:
+    """Whether an option's value is beyond what a runner lives through."""
+    if name == "temperature":
+        return 0 < value < TEMPERATURE_MIN
+    return name in BOUNDS and not BOUNDS[name][0] <= value <= BOUNDS[name][1]
 
 
 def _bounds(name: str, kind: str, rule: dict[str, Any]) -> None:
@@ -89,6 +89,13 @@ def _fits(kind: str, value: Any) -> bool:
     if kind == STRINGS:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return isinstance(value, int if kind == INT else int | float) and not isinstance(value, bool)
+
+
+def _harmless(name: str) -> str:
+    if name == "temperature":
+        return f"0, or {TEMPERATURE_MIN:g} and more"
+    least, most = BOUNDS[name]
+    return f"{least:g} to {most:g}"
 
 
 def _words(kind: str) -> str:

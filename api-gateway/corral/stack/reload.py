@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from corral.config.settings import ModelSettings, NodeSettings, Settings, load
 from corral.stack import haproxy, plan
-from corral.stack.state import StackError, StateFolder, read_json, running, write_private
+from corral.stack.state import StateFolder, read_json, running, write_private
 
 _ALSO_SETTINGS = ("OLLAMA_URL", "REDIS_URL")
 
@@ -87,8 +87,7 @@ def reload(state: StateFolder, ask: Ask) -> Reloaded:
         StackError: nothing runs, or a step failed; a second call goes on where the first one ended.
     """
     if not running(state):
-        starts = f"`corral up{state.option(os.environ)}` reads the configuration"
-        raise StackError(f"nothing runs with the state folder {state.root}: {starts}")
+        raise state.nothing_runs(" reads the configuration")
     kept = read_json(state.given)
     done = Reloaded(None, [], [])
     if kept is not None and kept["file"]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -23,6 +24,12 @@ def stopped_by_signals() -> Iterator[None]:
 
     with _handled(stop):
         yield
+
+
+def say(line: str) -> None:
+    """A line for the operator, who may be gone, a closed terminal for one: the end is in order all the same."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class StateFolder:
         """What a command needs to mean this folder: `` --state DIR``, or nothing where it does without."""
         return "" if self == StateFolder.locate(None, env) else f" --state {shlex.quote(str(self.root))}"
 
+    def nothing_runs(self, more: str) -> StackError:
+        """What a command says that needs a stack, where none runs; ``more`` goes on after what starts one."""
+        starts = f"`corral up{self.option(os.environ)}`"
+        return StackError(f"nothing runs with the state folder {self.root}: {starts}{more}")
+
     def create(self) -> None:
         """Make what is missing, mode 700. StackError if it is another's."""
         for folder in self._folders:

@@ -20,7 +20,7 @@ from corral.config.values import host_port
 from corral.stack import guard, http, nodes, plan, ports, ready, reload
 from corral.stack.plan import Plan
 from corral.stack.ready import Progress
-from corral.stack.signals import ENDING, Stopped, unheard
+from corral.stack.signals import ENDING, Stopped, say, unheard
 from corral.stack.state import STOPPING, Lock, StackError, StateFolder, running, write_private
 
 STOP_WITHIN = 120.0
@@ -111,24 +111,18 @@ def up(
     else:
         _leave_nothing(state, lock)  # once: the folder may be another's from then on
     if not asked:
-        _say(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}")
+        say(f"corral: the supervisor ended by itself; see {state.logs / 'supervisord.log'}")
     return 0 if asked else 1
 
 
 def _stop(state: StateFolder, supervisor: subprocess.Popen[bytes], serves: bool) -> None:
     if serves:
         _stopping(state)
-        _say(f"{_WAITS}; Ctrl-C cuts them")
+        say(f"{_WAITS}; Ctrl-C cuts them")
         _end(supervisor, STOP_WITHIN)
     else:
-        _say("corral: stopping")
+        say("corral: stopping")
         _end(supervisor, START_ENDS_WITHIN)
-
-
-def _say(line: str) -> None:
-    # Whoever read it may be gone, a closed terminal for one: the stack ends in order all the same.
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _leave_nothing(state: StateFolder, lock: Lock) -> None:

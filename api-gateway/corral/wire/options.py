@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from corral.config.options import BOOL, BOUNDS, FLOAT, INT, REFUSE, RELOADING, STRINGS, TEMPERATURE_MIN, TYPES
+from corral.config.options import (
+    BOOL,
+    BOUNDS,
+    FLOAT,
+    INT,
+    REFUSE,
+    RELOADING,
+    STRINGS,
+    TEMPERATURE_MIN,
+    TYPES,
+    ends_runner,
+)
 from corral.wire.errors import bad_request
 
 STOP_MAX: Final = 16
@@ -121,7 +132,6 @@ def _fits(name: str, kind: str, value: Any, stop_max: int) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     most = FLOAT_MAX if kind is FLOAT else SEED_MAX if name == "seed" else INT_MAX
-    lowest, highest = BOUNDS.get(name, (-most, most))
-    if not lowest <= value <= highest or (name == "temperature" and 0 < value < TEMPERATURE_MIN):
+    if not -most <= value <= most or ends_runner(name, value):
         raise bad_request(f'option "{name}" is out of range', f"options.{name}")
     return True
