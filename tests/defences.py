@@ -96,9 +96,16 @@ DEFENCES = (
     Defence(
         6,
         "control/keys.py",
-        '    row["networks"] = wanted.networks or None\n    _no_more(who, row, defaults)\n',
-        '    row["networks"] = wanted.networks or None\n',
+        "who.key_id\n    _no_more(connection, who, row, defaults)\n",
+        "who.key_id\n",
         TENANTS,
+    ),
+    Defence(
+        6,
+        "control/keys.py",
+        '"narrowed": _narrow(connection, who, after, defaults)',
+        '"narrowed": []',
+        "tests/integration/test_key_changes.py",
     ),
     Defence(
         7,

@@ -82,6 +82,50 @@ def test_limits_and_models_of_a_key_are_changed_and_never_beyond_those_of_who_do
     assert {(row["before"]["rpm"], row["after"]["rpm"]) for row in rows} == {(10, 50), (50, 101)}
 
 
+def test_what_a_key_made_does_no_more_than_it_after_it_was_narrowed(control: Running) -> None:
+    operator = make_key(control, role="operator", rpm=100, weight=2, models=["llama*", "qwen*"])
+    with control.client(operator["key"]) as client:
+        first, other = (
+            client.post("/admin/keys", json={"name": name, "rpm": 90, "weight": 2, "models": models}).json()
+            for name, models in (("first", ["llama3*", "qwen2*"]), ("other", ["qwen*"]))
+        )
+        second = client.post("/admin/keys", json={"name": "second", "role": "operator", "rpm": 90, "models": ["*a*"]})
+        assert second.status_code == 403
+        made = {"name": "second", "role": "operator", "rpm": 90, "models": ["llama*"]}
+        second = client.post("/admin/keys", json=made).json()
+    with control.client(second["key"]) as client:
+        third = client.post("/admin/keys", json={"name": "third", "rpm": 80, "models": ["llama3.2:*"]}).json()
+        fourth = client.post("/admin/keys", json={"name": "fourth", "rpm": 60, "models": ["llama*"]}).json()
+    beside = make_key(control, rpm=1000)
+    assert [key["maker"] for key in (first, second, third)] == [operator["id"], operator["id"], second["id"]]
+    control.admin.post(f"/admin/keys/{second['id']}/revoke").raise_for_status()
+
+    changed = control.admin.patch(f"/admin/keys/{operator['id']}", json={"rpm": 70, "models": ["llama*"], "weight": 1})
+    assert sorted(changed.json()["narrowed"]) == sorted([first["id"], other["id"], third["id"]])
+    told = {key["id"]: (key["rpm"], key["models"], key["weight"]) for key in control.snapshot().json()["keys"]}
+    assert told[first["id"]] == (70, ["llama3*"], 1)
+    assert told[other["id"]] == (70, [], 1), "no model is left that both may use"
+    assert told[third["id"]] == (70, ["llama3.2:*"], None), "through the one that was revoked"
+    assert (told[fourth["id"]][0], told[beside["id"]][0]) == (60, 1000)
+    rows = {row["route"]: row for row in recorded(control.admin) if row["method"] == "PATCH" and row["status"] == 200}
+    row = rows[f"/admin/keys/{first['id']}"]
+    assert (row["before"]["rpm"], row["after"]["rpm"], row["before"]["models"]) == (90, 70, ["llama3*", "qwen2*"])
+    assert f"/admin/keys/{second['id']}" not in rows
+
+    # Whoever gives it more than its maker has is its maker from then on.
+    wider = control.admin.patch(f"/admin/keys/{first['id']}", json={"rpm": 500}).json()
+    assert (wider["rpm"], wider["maker"], wider["narrowed"]) == (500, changed.json()["maker"], [])
+    narrowed = command(control, "update", operator["id"], "--rpm", "65")
+    assert narrowed.stdout.startswith(f"changed {operator['id']}; narrowed with it, as it made them: ")
+    assert {first["id"] in narrowed.stdout, other["id"] in narrowed.stdout} == {False, True}
+
+
+def test_a_key_of_which_no_model_is_left_may_use_none(tmp_path: Path) -> None:
+    with gateway(tmp_path) as gw:
+        key = {"Authorization": f"Bearer {gw.new_key(models=[])}"}
+        assert gw.post(headers=key).status_code == 404
+
+
 def test_limits_and_models_of_a_key_on_the_command_line(control: Running) -> None:
     made = make_key(control)
     changed = command(control, "update", made["id"], "--rpm", "7", "--models", "a*, b*", "--weight", "3")

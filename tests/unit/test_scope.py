@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from ipaddress import ip_network
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from corral.control.scope import LIMITS, ROLES, Scope, covers, excess
+from corral.control.scope import LIMITS, ROLES, Scope, covers, excess, narrowed
 
 DEFAULTS = {"rpm": 600, "tpm": None, "concurrency": 32, "daily_tokens": None, "monthly_tokens": None}
 NAMES = ["", "a", "b", "ab", "aab", "a:b", "b*", "?", "a?b", "[a]", "ba]"]
@@ -114,3 +115,40 @@ def test_what_is_not_or_may_not_be_is_refused(outer: str, inner: str) -> None:
 def test_the_reason_names_the_field(child: Scope, word: str) -> None:
     maker = Scope("operator", "default", ("a*",), (ip_network("10.0.0.0/24"),), 9.0, True, {"rpm": 5})
     assert (excess(child, maker, DEFAULTS) or "").startswith(f"{word}: ")
+
+
+@given(child=scopes, maker=scopes, name=st.text("ab:*?[]!", max_size=6))
+@example(child=Scope(models=("a*", "b")), maker=Scope(models=("ab*", "c")), name="ab")
+@example(child=Scope(), maker=Scope(models=("[a]*",)), name="a")
+@example(child=Scope(limits={"rpm": None}), maker=Scope(limits={"rpm": 5}), name="")
+def test_a_child_is_narrowed_to_its_maker_and_no_further(child: Scope, maker: Scope, name: str) -> None:
+    # What of a key is never changed is as it was when it was made: within its maker.
+    child = replace(child, role="inference", tenant=maker.tenant, networks=maker.networks, expires=0.0, batch=True)
+    changes = narrowed(child, maker, DEFAULTS)
+    limits = {**child.limits, **{one: changes[one] for one in LIMITS if one in changes}}
+    after = replace(
+        child,
+        models=tuple(changes.get("models", child.models)),
+        weight=changes.get("weight", child.weight),
+        limits=limits,
+    )
+    assert excess(after, maker, DEFAULTS) is None
+    assert narrowed(after, maker, DEFAULTS) == {}
+    assert not changes if excess(child, maker, DEFAULTS) is None else changes
+    for one in [*NAMES, name]:
+        assert may_use(child, one) or not may_use(after, one), one
+    for one in LIMITS:
+        most = math.inf if maker.role == "admin" else limit(maker, one)
+        assert limit(after, one) == min(limit(child, one), most)
+
+
+def test_of_its_models_a_child_keeps_those_of_both() -> None:
+    def left(child: list[str], maker: list[str]) -> list[str]:
+        changes = narrowed(Scope(models=tuple(child)), Scope(models=tuple(maker)), DEFAULTS)
+        return changes.get("models", child)
+
+    assert left(["*"], ["llama*", "qwen*"]) == ["llama*", "qwen*"]
+    assert left(["llama3*", "qwen*"], ["llama*"]) == ["llama3*"]
+    assert left(["*", "llama3*"], ["llama*"]) == ["llama3*", "llama*"]
+    assert left(["phi*"], ["llama*"]) == []
+    assert left(["llama3*"], ["*"]) == ["llama3*"]

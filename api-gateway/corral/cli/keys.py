@@ -155,7 +155,10 @@ def show(id: str, as_json: bool, state: str | None) -> None:
 @click.option("--weight", type=click.FloatRange(0.1, 100), metavar="W", help=WEIGHT)
 @common.options
 def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
-    """Change a key; what is not named stays, and a limit that is none is the default of corral.yaml."""
+    """Change a key; what is not named stays, and a limit that is none is the default of corral.yaml.
+
+    Keys that it made may do no more than it from then on; those that change for that are named.
+    """
     models, deadline = given.pop("models"), given.pop("deadline")
     changes = common.given(given)
     if models is not None:
@@ -165,7 +168,9 @@ def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
     if not changes:
         raise click.UsageError("name what to change, such as --rpm 600, --models 'llama3.2:*' or --deadline none")
     made = Admin(common.folder(state))("PATCH", f"/keys/{segment(id)}", changes)
-    common.emit(made, as_json, lambda: f"changed {id}{common.late(made)}")
+    fewer = made["narrowed"]
+    more = f"; narrowed with it, as it made them: {', '.join(fewer)}" if fewer else ""
+    common.emit(made, as_json, lambda: f"changed {id}{more}{common.late(made)}")
 
 
 @command.command("rotate")

@@ -20,7 +20,7 @@ from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
-from corral.control.scope import ROLES, Scope, excess
+from corral.control.scope import ROLES, Scope, excess, narrowed
 from corral.store import keys as keytext
 from corral.store import tenants
 from corral.store.tables import key_verifiers, keys
@@ -157,7 +157,10 @@ async def show_key(control: Here, caller: Caller, key: str) -> dict[str, Any]:
 
 @router.patch("/admin/keys/{key}")
 async def update_key(control: Here, caller: Caller, key: str, wanted: Changes) -> dict[str, Any]:
-    """Change what is given of a key, which may do no more than the caller's; which gateways took note in a second."""
+    """Change what is given of a key, which may do no more than the caller's; which gateways took note in a second.
+
+    Keys that it made may do no more than it from then on: ``narrowed`` has those that were changed for that.
+    """
     changes = wanted.model_dump(exclude_unset=True)
     made = await control.database.write(_update, caller, key, changes, _defaults(control))
     return {**made, "gateways": await control.hub.spread()}
@@ -249,10 +252,10 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
     return named[0]
 
 
-def _no_more(who: Principal, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse a text for a key that may do more than the caller's."""
-    assert who.scope is not None
-    if reason := excess(Scope.of(row), who.scope, defaults):
+def _no_more(connection: Connection, who: Principal, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a text for a key that may do more than the caller's may by now, and until this is committed."""
+    own = connection.execute(select(keys).where(keys.c.id == who.key_id).with_for_update(read=True)).one()
+    if reason := excess(Scope.of(row), Scope.of(own._asdict()), defaults):
         raise Problem(403, "forbidden", reason)
 
 
@@ -262,8 +265,8 @@ def _create(
     now = time.time()
     row = {**wanted.model_dump(by_alias=True, exclude={"new_tenant"}), "id": key_id, "created": now}
     row["tenant"] = tenant = wanted.tenant or who.tenant
-    row["networks"] = wanted.networks or None
-    _no_more(who, row, defaults)
+    row["networks"], row["maker"] = wanted.networks or None, who.key_id
+    _no_more(connection, who, row, defaults)
     if wanted.tenant and not wanted.new_tenant and tenants.find(connection, tenant) is None:
         raise Problem(404, "no_tenant", _no_tenant(tenant, [one["name"] for one in tenants.listed(connection)]))
     if tenants.enter(connection, tenant):
@@ -289,13 +292,43 @@ def _update(
         raise Problem(403, "forbidden", f"a key of role {who.role} changes none of role {row.role}")
     if row.revoked is not None:
         raise Problem(409, "revoked", "the key was revoked: make a new one")
+    after = {**row._asdict(), **changes}
     if set(changes) - {"deadline"}:
-        _no_more(who, {**row._asdict(), **changes}, defaults)
+        _no_more(connection, who, after, defaults)
+        maker = connection.execute(select(keys).where(keys.c.id == row.maker)).first()
+        if maker is not None and excess(Scope.of(after), Scope.of(maker._asdict()), defaults):
+            changes["maker"] = who.key_id
+    made = _change(connection, who, row, before, changes)
+    return {**made, "narrowed": _narrow(connection, who, after, defaults)}
+
+
+def _change(
+    connection: Connection, who: Principal, row: Row[Any], before: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
     if changes:
         connection.execute(update(keys).where(keys.c.id == row.id).values(**changes))
-    made = _describe(connection, _find(connection, who, row.id))
+    made = _describe(connection, connection.execute(select(keys).where(keys.c.id == row.id)).one())
     record(connection, who, "PATCH", f"/admin/keys/{row.id}", before, made, tenant=row.tenant)
     return made
+
+
+def _narrow(connection: Connection, who: Principal, key: dict[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Have the keys that a key made, and those that they made, do no more than it now may; the ids of those changed.
+
+    Revoked ones stay as they were, but what they made is narrowed through them.
+    """
+    done, makers = [], [key]
+    while makers:
+        maker = makers.pop()
+        for row in connection.execute(select(keys).where(keys.c.maker == maker["id"]).order_by(keys.c.id)).all():
+            changes = narrowed(Scope.of(row._asdict()), Scope.of(maker), defaults)
+            if not changes:
+                continue
+            makers.append({**row._asdict(), **changes})
+            if row.revoked is None:
+                _change(connection, who, row, _describe(connection, row), changes)
+                done.append(row.id)
+    return done
 
 
 def _rotate(
@@ -305,7 +338,7 @@ def _rotate(
     if row.revoked is not None:
         raise Problem(409, "revoked", "the key was revoked: make a new one")
     if row.id != who.key_id:
-        _no_more(who, row._asdict(), defaults)
+        _no_more(connection, who, row._asdict(), defaults)
     before, now, column = _describe(connection, row), time.time(), key_verifiers.c
     mine, oldest = column.key_id == key_id, before["rotating_until"]
     if oldest is not None and how.overlap > 0 and not how.end_oldest:

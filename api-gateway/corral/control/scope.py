@@ -82,6 +82,28 @@ def excess(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> st
     return None
 
 
+def narrowed(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> dict[str, Any]:
+    """The columns of `child` that have to change, now that `maker` may do less; none where it may do no more.
+
+    Of its models those are left that both may use, as far as that can be told; that may be none.
+    """
+    changes: dict[str, Any] = {}
+    kept = [glob for glob in child.models if any(covers(own, glob) for own in maker.models)]
+    if len(kept) < len(child.models):
+        beyond = [glob for glob in child.models if glob not in kept]
+        mine = [own for own in maker.models if any(covers(glob, own) for glob in beyond)]
+        changes["models"] = kept + [own for own in mine if not any(covers(glob, own) for glob in kept)]
+    if maker.role == "admin":
+        return changes
+    if child.weight > maker.weight:
+        changes["weight"] = maker.weight
+    for name in LIMITS:
+        most = _limit(maker, name, defaults)
+        if _limit(child, name, defaults) > most:
+            changes[name] = int(most)
+    return changes
+
+
 def covers(outer: str, inner: str) -> bool:
     """Whether every name that glob `inner` matches is matched by `outer`; False also where that cannot be told."""
     if outer in ("*", inner):

@@ -58,7 +58,7 @@ class Key:
 
 def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tenant: Budget | None = None) -> Key:
     """A key from an entry of the snapshot; `defaults` are the limits of a key with none of its own."""
-    globs = entry.get("models") or ["*"]
+    globs = entry.get("models", ["*"])
     networks = entry.get("networks")
     ends: dict[str, float] = entry.get("ends") or {}
     return Key(

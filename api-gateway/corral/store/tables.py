@@ -48,6 +48,7 @@ tenants = Table(
 
 # `networks`: CIDRs that it may be used from, null for anywhere. `content`: its prompts and answers are kept.
 # `deadline`: how long a request of it may take that does not say so (seconds). `weight`: its share, null for 1.
+# `maker`: the key that made it, or gave it more than that had; null for the first one, and where it is not known.
 keys = Table(
     "keys",
     metadata,
@@ -70,6 +71,8 @@ keys = Table(
     Column("expires", Double),
     Column("revoked", Double),
     Column("last_used", Double),
+    Column("maker", String(10)),
+    Index(None, "maker"),
 )
 
 # What proves a key. One while it rests, two while it rotates: the older one then has an end.
