@@ -24,6 +24,7 @@ from support.process import until
 from corral.cli.main import cli
 from corral.config.record import AuditSettings
 from corral.gateway.content import Keeper, open_content
+from corral.store.keys import generate
 from corral.store.spool import encode_frame
 
 ME = pyrage.x25519.Identity.generate()
@@ -103,10 +104,17 @@ def test_what_is_redacted_is_what_json_means() -> None:
         told = open_content(b64decode(keeper.keep(body.encode(), said)), [ME])
         expected = "the card:\n[redacted]\t[redacted]\u2028[redacted] [redacted] \\[redacted]"
         assert (json.loads(told["prompt"]), told["answer"]) == (expected, expected)
-    for text in ("1ann@b.example+bob@c.example", "a@b@c.example", "x4111-1111-1111-1111y"):
+    for text in ("1ann@b.example+bob@c.example", "a@b@c.example", "x4111-1111-1111-1111y", "4111.1111  1111.1111"):
         told = open_content(b64decode(Keeper(AuditSettings.model_validate(FULL)).keep(b"", text)), [ME])
         assert "example" not in told["answer"], told
         assert "1111" not in told["answer"], told
+    _, key = generate()
+    for escaped in (key, key.replace("_", r"\u005f", 1), "".join(f"\\u{ord(letter):04x}" for letter in key)):
+        body = json.dumps({"prompt": f"é {key} end"}).replace(key, escaped)
+        told = open_content(b64decode(keeper.keep(body.encode(), "")), [ME])
+        assert key[20:] not in json.loads(told["prompt"])["prompt"] and json.loads(told["prompt"])["prompt"].endswith(
+            " end"
+        )
 
 
 def test_no_cut_leaves_half_of_what_is_redacted(tmp_path: Path) -> None:

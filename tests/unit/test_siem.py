@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corral.cli.siem import COLUMNS, FORMATS, lines
+from corral.cli.siem import COLUMNS, FORMATS, lines, ocsf
 from corral.store.tables import audit
 
 UNSEEN = {"leaf"}
@@ -64,3 +64,46 @@ def test_what_a_record_has_not_is_left_out_or_empty(form: str) -> None:
     bare = dict.fromkeys(COLUMNS) | {"seq": 1, "ts": 1.5, "id": "a"}
     *_, line = lines([bare], form, "1.0")
     assert "None" not in line
+
+
+def test_an_event_of_ocsf_has_what_its_class_requires_and_nothing_empty() -> None:
+    """Class 6003 of schema 1.3.0: what is required of it and of the objects in it."""
+    bare: dict[str, Any] = dict.fromkeys(COLUMNS) | {"seq": 1, "ts": 1.5, "id": "a"}
+    retention = bare | {
+        "api": "admin",
+        "method": "DELETE",
+        "route": "/retention/content",
+        "gw": "control",
+        "status": 200,
+    }
+
+    def empty(value: Any) -> bool:
+        return value in (None, "", {}) or (isinstance(value, dict) and any(map(empty, value.values())))
+
+    for one in (record(addr="2001:db8::1"), bare, retention, record(outcome=None, status=None, method="OPTIONS")):
+        event = ocsf(one, "1.0")
+        assert not any(map(empty, event.values())), event
+        assert {"activity_id", "category_uid", "class_uid", "type_uid", "time", "severity_id", "metadata"} <= set(event)
+        assert event["api"]["operation"] and event["metadata"]["product"] and event["metadata"]["version"] == "1.3.0"
+        assert event["type_uid"] == 100 * event["class_uid"] + event["activity_id"]
+        assert {"ip", "name"} & set(event["src_endpoint"])
+        assert "http_response" not in event or event["http_response"]["code"] == one["status"]
+    whole = ocsf(record(addr="192.0.2.7"), "1.0")
+    assert whole["src_endpoint"] == {"ip": "192.0.2.7"} and whole["resources"] == [
+        {"name": "v-model-w", "type": "model"}
+    ]
+    assert (whole["http_request"]["length"], whole["http_response"]["length"]) == (7004, 7005)
+
+
+def test_a_request_that_runs_is_no_failure() -> None:
+    (line,) = lines([record(outcome=None)], "cef", "1.0")
+    assert line.split("|")[6] == "0"
+    event = ocsf(record(outcome=None), "1.0")
+    assert (event["severity_id"], event["status_id"]) == (0, 0)
+
+
+def test_cef_has_a_key_of_its_own_for_addresses_of_ipv6() -> None:
+    (line,) = lines([record(addr="2001:db8::1")], "cef", "1.0")
+    assert "c6a2Label=Source IPv6 Address c6a2=2001:db8::1" in line and " src=" not in line
+    (line,) = lines([record(addr="192.0.2.7")], "cef", "1.0")
+    assert " src=192.0.2.7 " in line and "c6a2" not in line

@@ -184,8 +184,12 @@ def _unchanged(content: dict[str, Any]) -> bytes:
     return data
 
 
+FIRST = -(2**53)
+"""Behind which all records are, also one whose number somebody has changed."""
+
+
 def _all(admin: Admin, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    after = 0
+    after = FIRST
     whole = True
     # A page that is not full is the last: that it was read is a record too.
     while whole:

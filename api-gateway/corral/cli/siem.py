@@ -20,15 +20,16 @@ COLUMNS = (
 )
 """What a record has, in each form."""
 SEVERITY = {"ok": 1, "client_gone": 2, "cancelled": 3, "refused": 4, "limited": 4, "overloaded": 5}
-"""CEF's, 0 to 10; 6 for what is not here."""
+"""CEF's, 0 to 10; 6 for what is not here, 0 for a request that runs."""
 OCSF_SEVERITY = {"ok": 1, "client_gone": 1, "cancelled": 1, "refused": 2, "limited": 2}
-"""OCSF's; 3 for what is not here."""
+"""OCSF's; 3 for what is not here, 0 (unknown) for a request that runs."""
 
 _OCSF_UNMAPPED = (
     *("seq", "gw", "pos", "model", "attempts", "prompt_tokens", "tokens", "estimated", "queue_ms", "ttft_ms"),
     *("continued", "before", "after", "prompt_hash", "answer_hash", "content_hash", "model_digest"),
 )
 _OCSF_ACTIVITY = {"POST": 1, "GET": 2, "PUT": 3, "PATCH": 3, "DELETE": 4}
+_OCSF_NAMES = {1: "Create", 2: "Read", 3: "Update", 4: "Delete", 99: "Other"}
 _CEF_KEYS = {
     **{"request_id": "externalId", "addr": "src", "key": "suid", "route": "request", "method": "requestMethod"},
     **{"outcome": "outcome", "req_bytes": "in", "resp_bytes": "out", "gw": "dvchost", "node": "dhost"},
@@ -77,11 +78,16 @@ def _csv(record: Mapping[str, Any]) -> str:
 def _cef(record: Mapping[str, Any], version: str) -> str:
     kind = "admin" if record.get("api") == "admin" else "inference"
     name = f"{record.get('method') or ''} {record.get('route') or ''}".strip()
-    severity = SEVERITY.get(str(record.get("outcome")), 6)
+    severity = SEVERITY.get(outcome, 6) if (outcome := record.get("outcome")) else 0
     head = ("CEF:0", "Corral", "Corral", version, kind, name, str(severity))
     pairs = [("rt", str(int(float(record.get("ts") or 0) * 1000)))]
     for field, key in _CEF_KEYS.items():
-        if (value := record.get(field)) is not None:
+        if (value := record.get(field)) is None:
+            continue
+        if field == "addr" and ":" in str(value):
+            # `src` is for IPv4 alone.
+            pairs += [("c6a2Label", "Source IPv6 Address"), ("c6a2", str(value))]
+        else:
             pairs.append((key, str(value)))
     for field, key in _CEF_CUSTOM.items():
         if (value := record.get(field)) is not None:
@@ -106,29 +112,47 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
     outcome = record.get("outcome")
     activity = _OCSF_ACTIVITY.get(str(record.get("method")), 99)
     moment = int(float(record.get("ts") or 0) * 1000)
+    moved = {
+        "http_method": record.get("method"),
+        "url": {"path": record.get("route")},
+        "length": record.get("req_bytes"),
+    }
     known = {
         "activity_id": activity,
+        "activity_name": _OCSF_NAMES[activity],
         "category_uid": 6,
         "class_uid": 6003,
         "type_uid": 600300 + activity,
         "time": moment,
-        "severity_id": OCSF_SEVERITY.get(str(outcome), 3),
+        "severity_id": OCSF_SEVERITY.get(outcome, 3) if outcome else 0,
         "status_id": 0 if outcome is None else 1 if outcome == "ok" else 2,
-        "status_code": str(record["status"]) if record.get("status") is not None else "",
-        "status_detail": outcome or "",
+        "status_code": None if record.get("status") is None else str(record["status"]),
+        "status_detail": outcome,
         "metadata": {
             "version": "1.3.0",
             "uid": record.get("id"),
             "correlation_uid": record.get("request_id"),
             "product": {"name": "Corral", "vendor_name": "Corral", "version": version},
         },
-        "actor": {"user": {"uid": record.get("key") or "", "org": {"uid": record.get("tenant") or ""}}},
-        "src_endpoint": {"ip": record.get("addr") or ""},
-        "dst_endpoint": {"name": record.get("node") or ""},
-        "api": {"operation": record.get("route") or "", "service": {"name": record.get("api") or ""}},
-        "http_request": {"http_method": record.get("method") or "", "url": {"path": record.get("route") or ""}},
+        "actor": {"user": {"uid": record.get("key"), "org": {"uid": record.get("tenant")}}},
+        # What control does by itself comes from nowhere else.
+        "src_endpoint": {"ip": record["addr"]} if record.get("addr") else {"name": record.get("gw") or "control"},
+        "dst_endpoint": {"name": record.get("node")},
+        "resources": [{"name": record.get("model"), "type": "model"}] if record.get("model") else None,
+        "api": {"operation": record.get("route") or "none", "service": {"name": record.get("api")}},
+        "http_request": moved,
+        "http_response": {"code": record.get("status"), "length": record.get("resp_bytes")}
+        if record.get("status")
+        else None,
         "duration": int(record.get("ms") or 0),
-        "traffic": {"bytes_in": record.get("req_bytes") or 0, "bytes_out": record.get("resp_bytes") or 0},
     }
     more = {name: record[name] for name in _OCSF_UNMAPPED if record.get(name) is not None}
-    return {**known, "unmapped": more}
+    if not record.get("status"):
+        more |= {name: record[name] for name in ("resp_bytes",) if record.get(name) is not None}
+    return {**_there(known), "unmapped": more}
+
+
+def _there(given: dict[str, Any]) -> dict[str, Any]:
+    """Without what is empty, at any depth: an attribute of OCSF has a value or is left out."""
+    found = {name: _there(value) if isinstance(value, dict) else value for name, value in given.items()}
+    return {name: value for name, value in found.items() if value not in (None, "", {})}

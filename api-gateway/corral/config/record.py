@@ -37,11 +37,13 @@ class AuditSettings(Section):
         64 << 10, gt=0, le=256 << 10, description="Most bytes of a prompt, and of an answer, that are kept."
     )
     content_redact: tuple[str, ...] = Field(
-        (r"(?<![\w.+-])[\w.+-]++(?:@[\w-]++\.[\w.+-]++)+", r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)"),
+        (r"(?<![\w.+-])[\w.+-]++(?:@[\w-]++\.[\w.+-]++)+", r"(?<!\d)(?:\d[ .-]{0,2}){12,18}\d(?!\d)"),
         description="Regular expressions of what is left out of it: e-mail addresses, card numbers. Keys always are. "
         "Requests wait while one is looked for: it must not read the same text over and over, as `\\w+@` would.",
     )
-    checkpoint: Duration = Field(60.0, gt=0, description="How often what came is signed.")
+    checkpoint: Duration = Field(
+        60.0, gt=0, le=300, description="How often what came is signed; CheckpointLate is for what is late by more."
+    )
     checkpoints: Path = Field(
         Path("audit/checkpoints.jsonl"),
         description="File of the signed checkpoints; a relative one is in control.state.",

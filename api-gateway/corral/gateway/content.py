@@ -15,7 +15,7 @@ import msgspec
 import pyrage
 
 from corral.config.record import AuditSettings
-from corral.store.keys import masked
+from corral.store.keys import masked, spans
 
 REDACTED = "[redacted]"
 MARGIN = 4096
@@ -65,7 +65,10 @@ class Keeper:
             return places[step] + at - steps[step]
 
         parts, end = [], 0
-        for first, last in sorted(found.span() for pattern in self._patterns for found in pattern.finditer(said)):
+        found = [one.span() for pattern in self._patterns for one in pattern.finditer(said)]
+        if escaped:  # a key with an escape in it is none as it stands
+            found += [(first, last) for first, last in spans(said) if place(last) - place(first) > last - first]
+        for first, last in sorted(found):
             start, stop = place(first), place(last)
             if stop > max(start, end):
                 if start >= end:

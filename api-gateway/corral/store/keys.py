@@ -59,6 +59,11 @@ def masked(text: str) -> str:
     return _KEY_LIKE.sub(lambda match: f"crl_{match[1] or ''}…", text)
 
 
+def spans(text: str) -> list[tuple[int, int]]:
+    """Where in a text stands whatever may be a key."""
+    return [match.span() for match in _KEY_LIKE.finditer(text)]
+
+
 def verifier(pepper: bytes, text: str) -> str:
     """HMAC-SHA256 of the whole key under the pepper (RFC 2104), as 64 hexadecimal digits."""
     return hmac.digest(pepper, text.encode(), "sha256").hex()
