@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from corral.control.snapshot import PRESENT, Gateway, Hub, _altered, _changes
+from corral.control.pages import lags_of
+from corral.control.snapshot import LATELY, PRESENT, Gateway, Hub, _altered, _changes
 from corral.store.actions import enter
 from corral.store.database import Database, resolve
 
@@ -78,3 +79,9 @@ def test_reads_that_are_recorded_are_no_change_of_keys(database_url: str, tmp_pa
         assert database.read_now(lambda connection: _altered(connection, 1)), "one behind two reads"
     finally:
         database.close()
+
+
+def test_what_a_gateway_said_of_its_records_holds_while_it_is_heard(hub: Hub) -> None:
+    for name, ago in (("here", 0.0), ("slow", PRESENT + 1), ("gone", LATELY + 1)):
+        hub.gateways[name] = Gateway(name, time.time(), "v", behind=400.0, at=time.monotonic() - ago)
+    assert lags_of(hub.known()) == {"here": 400.0, "slow": 400.0}

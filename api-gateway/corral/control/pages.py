@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from corral.control import audit, measure
 from corral.control.context import Control
 from corral.control.measured import number
 from corral.control.prober import Member
+from corral.control.snapshot import LATELY, Gateway
 from corral.store.valkey import ValkeyDown
 
 STATES = ("ready", "suspect", "draining", "down")
@@ -64,6 +66,13 @@ class _Given(Collector):
         return self._metrics
 
 
+def lags_of(gateways: Iterable[Gateway]) -> dict[str, float]:
+    """How far control is behind with each gateway's records (seconds). What one said that was not heard since holds no
+    more: another one may have shipped it, and that it is away has an alert of its own."""
+    since = time.monotonic() - LATELY
+    return {gateway.name: gateway.behind for gateway in gateways if gateway.at >= since}
+
+
 async def control_page(control: Control) -> bytes:
     """Control itself. Without the database, what is in it is left out."""
     known = await measure.keys_by_state(control.database)
@@ -81,7 +90,7 @@ def _control(control: Control, keys: Mapping[str, int] | None, valkey: bool) -> 
     yield labelled(GaugeMetricFamily, "corral_gateways", "Gateways of the last hour.", ("state",), by_state)
     spared = sum(bool(member.spared) for member in control.fleet.members.values())
     yield gauge("corral_nodes_spared", "Nodes that do not answer control and are used all the same.", spared)
-    lags = {gateway.name: gateway.behind for gateway in gateways}
+    lags = lags_of(gateways)
     text = "How long the gateway's oldest record waits for control, by its own word."
     yield labelled(GaugeMetricFamily, "corral_ingest_lag_seconds", text, ("gateway",), lags)
     if keys is not None:
