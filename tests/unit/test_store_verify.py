@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import Connection, delete, insert, select, update
 from support.sealed import GATEWAY, Direct, Trail, found
 from support.tampers import TAMPERS, note
@@ -189,6 +190,17 @@ def test_a_checkpoint_of_another_chain_is_refused_whoever_signs_it(made: Trail) 
     forged = Signer(secrets.token_hex(32)).sign(4, 9.0, signed.digest(), spans)
     made.file.write_bytes(b"\n".join([*lines, forged.line()]))
     assert made.verify().problems[0].startswith("checkpoint 4 is signed by another key")
+
+
+def test_a_checkpoint_that_somebody_put_into_the_database_does_not_get_into_the_file(made: Trail) -> None:
+    before = made.file.read_bytes()
+    signed = read_checkpoint(before.splitlines()[-1])
+    forged = replace(signed, checkpoint=replace(signed.checkpoint, number=4, previous=signed.digest()))
+    row = {"number": 4, "ts": 9.0, "line": forged.line().decode()}
+    made.write(lambda connection: connection.execute(insert(audit_checkpoints).values(row)))
+    with pytest.raises(ledgers.ChainBroken, match=r"checkpoint 4 is not signed by .*audit\.key"):
+        asyncio.run(made.ledger.sign())
+    assert made.file.read_bytes() == before
 
 
 def test_the_file_is_made_again_and_a_torn_line_written_anew(made: Trail) -> None:

@@ -34,6 +34,7 @@ from corral.store.chain import (
     Span,
     link_after,
     read_checkpoint,
+    signed_by,
 )
 from corral.store.checkpoints import last_checkpoint, lines_after
 from corral.store.database import Database, reason
@@ -277,7 +278,11 @@ class Ledger:
             )
         while last < newest:
             lines = await self._database.read(lines_after, last, 100)
-            await asyncio.to_thread(self._append, [read_checkpoint(line) for line in lines])
+            checkpoints = [read_checkpoint(line) for line in lines]
+            for one in checkpoints:
+                if one.checkpoint.key == self.signer.id and not signed_by(one, self.signer.public):
+                    raise ChainBroken(f"the database's checkpoint {one.checkpoint.number} is not signed by {self._key}")
+            await asyncio.to_thread(self._append, checkpoints)
             last += len(lines)
 
     def _append(self, checkpoints: list[Signed]) -> None:
