@@ -237,6 +237,19 @@ def test_what_another_control_signs_between_two_looks_is_in_the_file_too(
     assert made.verify().problems == []
 
 
+def test_what_waits_for_a_checkpoint_has_waited_since_the_last_one(made: Trail) -> None:
+    def begun() -> float:
+        ledger = made.new_ledger()
+        asyncio.run(ledger._look_back())
+        return ledger.signed_at
+
+    asyncio.run(made.ledger.sign())
+    last = read_checkpoint(made.file.read_bytes().splitlines()[-1]).checkpoint.ts
+    assert begun() > last, "nothing waits"
+    made.ship(30)
+    assert begun() == last
+
+
 def test_a_database_that_is_behind_the_file_is_not_signed(made: Trail) -> None:
     last = delete(audit_checkpoints).where(audit_checkpoints.c.number == 3)
     made.write(lambda connection: connection.execute(last))

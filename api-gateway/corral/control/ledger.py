@@ -99,8 +99,10 @@ class Ledger:
 
     async def run(self) -> None:
         """Work until cancelled; what fails is tried again in the next round."""
-        signed = swept = time.monotonic()
+        swept = time.monotonic()
         await self._try("the file of checkpoints is not complete", self._complete_file)
+        await self._try("it is not known what waits for a checkpoint", self._look_back)
+        signed = swept - max(0.0, time.time() - self.signed_at)
         while True:
             await self._try("requests of killed gateways are not settled yet", self._recover)
             if self._reserved is not None:
@@ -136,6 +138,12 @@ class Ledger:
         while await self._database.write(self._sign, None, older) is not None:
             await self._complete_file()
         self.signed_at = time.time()
+
+    async def _look_back(self) -> None:
+        """What an earlier control has not signed has waited since its last checkpoint, not since this one's start."""
+        newest, waiting = await self._database.read(lambda connection: (seal.newest(connection), _unsigned(connection)))
+        if newest is not None and waiting:
+            self.signed_at = min(self.signed_at, newest.checkpoint.ts)
 
     async def forget(self) -> None:
         """Delete the records of checkpoints older than the retention: first it is signed that they go."""
