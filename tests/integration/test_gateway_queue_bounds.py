@@ -5,13 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
-from support.gateway import Gateway
+from support.gateway import FakeNode, Gateway
 from support.held import MODEL, Held, hold, led, placed, queueing
 from support.late import lateness
 from support.leader import Leader
@@ -127,6 +130,48 @@ def test_bodies_of_those_who_wait_are_bounded(gw: Gateway, leader: Leader, calle
     until(lambda: leader.waiting() == 5, "what is small waits all the same")
     held.release(6)
     assert [one.result(120).status_code for one in (runs, small, *waits)] == [200] * 6
+
+
+@pytest.mark.parametrize("gw", [("120s", 64)], indirect=True)
+def test_who_lost_its_node_waits_at_the_head_whatever_the_bodies_of_those_who_wait(
+    gw: Gateway, leader: Leader, callers: ThreadPoolExecutor
+) -> None:
+    """It ends before the first token, and its slot is another's by then: with its body they exceed 256 MB."""
+    placed(gw, leader, 1, "node-1", "node-2")
+    ends, first, others = threading.Event(), Held(), Held()
+    served: list[str] = []
+
+    def behave(node: FakeNode, connection: socket.socket) -> None:
+        served.append(node.asked.body["messages"][0]["content"][:1])
+        if len(served) == 1:
+            ends.wait(120)
+            connection.close()
+        else:
+            (first if len(served) == 2 else others)(connection)
+
+    def ask(letter: str, size: int = 31 << 20) -> Future[httpx.Response]:
+        content = [{"role": "user", "content": letter * size}]
+        return callers.submit(gw.post, body=gw.chat(stream=False, messages=content), timeout=120)
+
+    for node in gw.nodes:
+        node.script = [partial(behave, node)] * 8
+    asked = [ask("o")]
+    until(lambda: served == ["o"], "it runs")
+    asked.append(ask("b", 1))
+    until(lambda: served == ["o", "b"], "one runs on the other node")
+    for number, (letter, size) in enumerate([("s", 1), *[("l", 31 << 20)] * 4]):
+        asked.append(ask(letter, size))
+        until(lambda number=number: leader.waiting() == number + 1, "it waits")  # type: ignore[misc]
+    assert ask("l").result(120).status_code == 503, "no more than these may wait"
+    until(lambda: leader.waiting() == 5, "its ticket is given up")
+    ends.set()
+    until(lambda: "".join(served) == "obs" and leader.waiting() == 5, "its slot is another's, and it waits again")
+    first.release()
+    until(lambda: "".join(served) == "obso", "it is the first whose turn comes")
+    others.release(6)
+    answers = [one.result(120) for one in asked]
+    assert [one.status_code for one in answers] == [200] * 7, [one.text[:200] for one in answers]
+    assert answers[0].headers["X-Corral-Attempts"] == "2"
 
 
 def test_a_dead_node_that_alone_had_the_model_costs_a_wait_and_no_request(

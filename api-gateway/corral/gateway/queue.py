@@ -25,6 +25,7 @@ from corral.fleet.tickets import (
     PICKY,
     SHORT_KIND,
     estimate,
+    head,
     wait_bound,
 )
 from corral.gateway import admit, settle
@@ -49,7 +50,7 @@ DECODE_US: Final = 20_000
 COST_MAX: Final = 600_000_000
 BOUNCES_MAX: Final = 8
 BYTES_MAX: Final = 256 << 20
-"""Of the bodies of those who wait."""
+"""Of the bodies of those who wait: who would exceed it is refused, unless it had a turn or has waited (`HEAD`)."""
 LEARN: Final = 0.1
 SECONDS: Final = 4.0
 RETRY_MAX: Final = 60.0
@@ -145,7 +146,7 @@ class Queue:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
         elif exchange.waiting:
             return
-        elif self.bytes + _size(exchange) > BYTES_MAX:
+        elif self.bytes + _size(exchange) > BYTES_MAX and head(wanted.preferred) is None:
             exchange.give_up(self.refused(exchange, answer), "overloaded")
         else:
             exchange.waiting = True
