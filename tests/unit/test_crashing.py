@@ -335,8 +335,8 @@ def test_a_crash_is_retried_outside_the_budget_and_once() -> None:
     class History:
         attempts, orphaned, crashes, lost, connects, held_until = 1, 1, 1, 0, 0, 0.0
 
-    budget = RetryBudget(tokens=0.0)
-    assert may_retry(Failure.CRASH, History(), 2, budget)
+    budget = RetryBudget(floor=0.0)
+    assert may_retry(Failure.CRASH, History(), 2, budget, 0.0)
     History.crashes = 2
-    assert not may_retry(Failure.CRASH, History(), 2, budget)
-    assert not may_retry(Failure.NODE, History(), 2, budget)
+    assert not may_retry(Failure.CRASH, History(), 2, budget, 0.0)
+    assert not may_retry(Failure.NODE, History(), 2, budget, 0.0)

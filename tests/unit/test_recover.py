@@ -9,6 +9,10 @@ import pytest
 from corral.fleet.choose import choose
 from corral.fleet.node import Node
 from corral.gateway.recover import (
+    ATTEMPTS_MAX,
+    BUDGET_CAP,
+    BUDGET_FLOOR,
+    BUDGET_SHARE,
     LOST,
     LOST_MAX,
     SHUN,
@@ -57,25 +61,25 @@ def test_who_is_at_fault(status: int, proxied: bool, message: str, expected: Fai
 
 
 def test_the_callers_errors_are_never_retried() -> None:
-    assert not may_retry(Failure.CALLER, History(), 5, RetryBudget())
+    assert not may_retry(Failure.CALLER, History(), 5, RetryBudget(), 0.0)
 
 
 def test_orphans_are_outside_the_budget_but_two_crashes_of_runners_end_it() -> None:
-    empty = RetryBudget(tokens=0.0)
-    assert may_retry(Failure.CONNECT, History(attempts=1, connects=1), 2, empty)
-    assert not may_retry(Failure.CONNECT, History(attempts=3, connects=3), 2, empty)
-    assert may_retry(Failure.CRASH, History(attempts=1, crashes=1), 9, empty)
-    assert not may_retry(Failure.CRASH, History(attempts=2, crashes=2), 9, empty)
-    assert may_retry(Failure.DOWN, History(attempts=99, crashes=1, lost=LOST_MAX - 1), 2, empty)
+    empty = RetryBudget(floor=0.0)
+    assert may_retry(Failure.CONNECT, History(attempts=1, connects=1), 2, empty, 0.0)
+    assert not may_retry(Failure.CONNECT, History(attempts=3, connects=3), 2, empty, 0.0)
+    assert may_retry(Failure.CRASH, History(attempts=1, crashes=1), 9, empty, 0.0)
+    assert not may_retry(Failure.CRASH, History(attempts=2, crashes=2), 9, empty, 0.0)
+    assert may_retry(Failure.DOWN, History(attempts=99, crashes=1, lost=LOST_MAX - 1), 2, empty, 0.0)
 
 
 @pytest.mark.parametrize("nodes", range(1, 12))
 def test_a_request_outlives_its_nodes_and_walks_through_no_large_fleet(nodes: int) -> None:
-    empty, history = RetryBudget(tokens=0.0), History()
+    empty, history = RetryBudget(floor=0.0), History()
     while True:
         history.attempts += 1
         count(history, Failure.RESET, 0.0)
-        if not may_retry(Failure.RESET, history, nodes, empty):
+        if not may_retry(Failure.RESET, history, nodes, empty, 0.0):
             break
     assert history.attempts == {1: 2, 2: 2, 3: 3}.get(nodes, LOST_MAX)
     assert history.crashes == 0
@@ -93,45 +97,65 @@ def test_who_was_on_two_lost_nodes_waits_until_those_that_die_with_them_are_gone
 
 
 def test_attempts_that_lost_their_node_are_none_of_the_three() -> None:
-    budget, history = RetryBudget(tokens=10.0), History()
+    budget, history = RetryBudget(floor=0.0, tokens=10.0), History()
     for failure in (Failure.CONNECT, Failure.RESET, Failure.DOWN, Failure.CRASH):
         history.attempts += 1
         count(history, failure, 0.0)
     for failure, tried in ((Failure.NODE, True), (Failure.TIMEOUT, True), (Failure.NONSENSE, False)):
         history.attempts += 1
         count(history, failure, 0.0)
-        assert may_retry(failure, history, 9, budget) is tried
+        assert may_retry(failure, history, 9, budget, 0.0) is tried
     assert budget.tokens == 8.0
 
 
 def test_a_node_that_lost_the_model_costs_no_budget() -> None:
-    empty = RetryBudget(tokens=0.0)
-    assert may_retry(Failure.MISSING, History(attempts=1), 2, empty)
-    assert not may_retry(Failure.MISSING, History(attempts=3), 9, empty)
+    empty = RetryBudget(floor=0.0)
+    assert may_retry(Failure.MISSING, History(attempts=1), 2, empty, 0.0)
+    assert not may_retry(Failure.MISSING, History(attempts=3), 9, empty, 0.0)
 
 
 def test_a_nodes_failures_are_retried_within_the_budget() -> None:
-    budget = RetryBudget(tokens=1.0)
-    assert may_retry(Failure.NODE, History(attempts=1), 2, budget)
-    assert not may_retry(Failure.NODE, History(attempts=1), 2, budget)
+    budget = RetryBudget(floor=0.0, tokens=1.0)
+    assert may_retry(Failure.NODE, History(attempts=1), 2, budget, 0.0)
+    assert not may_retry(Failure.NODE, History(attempts=1), 2, budget, 0.0)
     for _ in range(5):
         budget.earn()
-    assert may_retry(Failure.TIMEOUT, History(attempts=2), 2, budget)
+    assert may_retry(Failure.TIMEOUT, History(attempts=2), 2, budget, 0.0)
     budget.tokens = 10.0
-    assert not may_retry(Failure.NODE, History(attempts=3), 2, budget)
+    assert not may_retry(Failure.NODE, History(attempts=3), 2, budget, 0.0)
+
+
+def spent(budget: RetryBudget, now: float) -> int:
+    """How many retries it has at once."""
+    return sum(budget.spend(now) for _ in range(1000))
 
 
 def test_the_budget_is_a_share_of_the_requests_and_capped() -> None:
-    budget = RetryBudget(tokens=0.0)
+    budget = RetryBudget(floor=0.0)
     for _ in range(100):
         budget.earn()
-    spent = 0
-    while budget.spend():
-        spent += 1
-    assert 19 <= spent <= 20
+    assert 19 <= spent(budget, 0.0) <= 20
     for _ in range(10_000):
         budget.earn()
-    assert budget.tokens <= 101.0
+    assert spent(budget, 0.0) == BUDGET_CAP
+
+
+def test_a_gateway_that_has_just_started_has_a_few_retries_and_so_many_again_each_second() -> None:
+    budget = RetryBudget()
+    assert spent(budget, 1000.0) == BUDGET_FLOOR
+    assert spent(budget, 1000.5) == BUDGET_FLOOR // 2
+    assert spent(budget, 1060.0) == BUDGET_FLOOR, "nor are they saved"
+
+
+@pytest.mark.parametrize("rate", [0.5, 5, 50, 500])
+def test_of_requests_that_all_fail_a_fifth_is_retried_or_a_few_a_second_where_that_is_more(rate: float) -> None:
+    """The two are not added up."""
+    budget, seconds, retried = RetryBudget(), 60, 0
+    for number in range(int(rate * seconds)):
+        budget.earn()
+        retried += sum(budget.spend(number / rate) for _ in range(ATTEMPTS_MAX - 1))
+    assert retried <= max(BUDGET_SHARE * rate, BUDGET_FLOOR) * seconds + BUDGET_FLOOR
+    assert retried >= min(ATTEMPTS_MAX - 1, max(BUDGET_SHARE, BUDGET_FLOOR / rate)) * rate * seconds * 0.95
 
 
 def test_what_the_caller_hears() -> None:

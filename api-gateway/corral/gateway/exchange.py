@@ -266,7 +266,7 @@ class Exchange(State):
     def go_on(self, node: Node, failure: Failure, cause: ApiError | None) -> None:
         """After a failed attempt: to another node, or to the end."""
         gateway = self.gateway
-        if not self.opened and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries):
+        if not self.opened and may_retry(failure, self, len(gateway.snapshot.nodes), gateway.retries, monotonic()):
             gateway.metrics.retried(failure)
             self._again()
             return

@@ -17,7 +17,9 @@ SHUN: Final = 2.0
 LOST: Final = 5.0
 """Seconds in which control asks each node what it holds."""
 BUDGET_SHARE: Final = 0.2
-BUDGET_FLOOR: Final = 3.0
+BUDGET_FLOOR: Final = 10.0
+"""Retries a second that are allowed however few requests there are, as in Finagle's and Linkerd's retry budgets: a node
+that fails while there is little to do costs nobody an answer."""
 BUDGET_CAP: Final = 100.0
 
 
@@ -53,20 +55,27 @@ GIVEN_UP: Final = frozenset((Failure.DOWN, Failure.TIMEOUT, Failure.NONSENSE))
 
 @dataclass(slots=True)
 class RetryBudget:
-    """At most a share of the requests may be tries anew, so that a sick fleet is not buried in retries."""
+    """At most a share of the requests may be tries anew, so that a sick fleet is not buried in retries, or so many a
+    second where that is more.
 
-    tokens: float = BUDGET_CAP / 2
+    ``tokens`` is what requests have earned, ``floor`` what of this second's is left, as of ``at`` (monotonic seconds).
+    """
+
+    tokens: float = 0.0
+    floor: float = BUDGET_FLOOR
+    at: float = 0.0
 
     def earn(self) -> None:
         """A request came in."""
-        if self.tokens < BUDGET_CAP:
-            self.tokens += BUDGET_SHARE
+        self.tokens = min(BUDGET_CAP, self.tokens + BUDGET_SHARE)
 
-    def spend(self) -> bool:
-        """Take one retry, if the budget has it."""
-        if self.tokens < 1.0:
+    def spend(self, now: float) -> bool:
+        """Take one retry, if the budget has it. It counts against both: they are not added up."""
+        self.floor = min(BUDGET_FLOOR, self.floor + max(0.0, now - self.at) * BUDGET_FLOOR)
+        self.at = now
+        if max(self.floor, self.tokens) < 1.0:
             return False
-        self.tokens -= 1.0
+        self.floor, self.tokens = max(0.0, self.floor - 1.0), max(0.0, self.tokens - 1.0)
         return True
 
 
@@ -100,7 +109,7 @@ def count(history: History, failure: Failure, now: float) -> None:
             history.held_until = now + SHUN
 
 
-def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget) -> bool:
+def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudget, now: float) -> bool:
     """Whether a request that was answered with nothing yet is tried on another node.
 
     Orphans (the requests of a dead node or runner, or of one that control calls down) are outside the budget. A request
@@ -120,7 +129,7 @@ def may_retry(failure: Failure, history: History, nodes: int, budget: RetryBudge
     if failure is Failure.CRASH:
         return history.crashes < CRASHES_MAX
     answered_for = history.attempts - history.orphaned
-    return answered_for < ATTEMPTS_MAX and (failure is Failure.MISSING or budget.spend())
+    return answered_for < ATTEMPTS_MAX and (failure is Failure.MISSING or budget.spend(now))
 
 
 def shun(node: Node, failure: Failure, model: str, now: float) -> None:

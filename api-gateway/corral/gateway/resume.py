@@ -122,7 +122,7 @@ def take_over(exchange: Exchange, failure: Failure, node: Node) -> bool:
             return False
     now = monotonic()
     other = resume.node(gateway.snapshot, exchange.tenant, now, exchange.tried)
-    if other is None or not may_retry(failure, exchange, len(gateway.snapshot.nodes), gateway.retries):
+    if other is None or not may_retry(failure, exchange, len(gateway.snapshot.nodes), gateway.retries, now):
         if exchange.resumption is None:
             told["no_node"] += 1
         return False
