@@ -284,7 +284,7 @@ def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callabl
     # Hung streams of a simulated node go on when it is well again.
     assert {answer.fate for answer in answers} == {WHOLE}, [str(a) for a in answers]
     ejected = patient.sum_of(EJECTED) - before
-    assert ejected <= patient.present_gateways(), "one node of two is half of them; each gateway sees for itself"
+    assert ejected <= patient.present_gateways(), "one node of two is half of them; each gateway counts its own"
     matrix("all runners hang at once", "never more than half of the nodes", f"{ejected:.0f} by 2 gateways, then frozen")
 
 

@@ -270,19 +270,20 @@ def fleet(held: Iterable[Iterable[str]]) -> dict[str, Node]:
 
 def test_more_than_half_of_the_nodes_are_never_out_of_use() -> None:
     nodes = fleet("mm" * 3)
-    assert not stays(nodes["node-0"], "m", {"node-0", "node-1", "node-2"}, nodes, {})
-    assert stays(nodes["node-0"], "m", {"node-0", "node-1", "node-2", "node-3"}, nodes, {})
+    out = {("node-0", "m"), ("node-1", "m"), ("node-2", "m"), ("node-2", "n"), ("gone", "m")}
+    assert not stays(nodes["node-0"], "m", out, nodes, {})
+    assert stays(nodes["node-0"], "m", {*out, ("node-3", "n")}, nodes, {})
 
 
 def test_a_runner_stays_that_no_other_could_stand_in_for() -> None:
     nodes = fleet(["mn", "m", "n", ""])
-    assert not stays(nodes["node-0"], "m", {"node-0"}, nodes, {})
-    assert stays(nodes["node-0"], "m", {"node-0"}, nodes, {"node-1": "theirs"})
+    out = {("node-0", "m"), ("node-1", "n")}
+    assert not stays(nodes["node-0"], "m", out, nodes, {})
+    assert stays(nodes["node-0"], "m", out, nodes, {"node-1": "theirs"})
     nodes["node-1"].state = NodeState.DRAINING
-    assert stays(nodes["node-0"], "m", {"node-0"}, nodes, {})
+    assert stays(nodes["node-0"], "m", out, nodes, {})
     nodes["node-1"].state = NodeState.READY
-    nodes["node-1"].suspects = frozenset("m")
-    assert stays(nodes["node-0"], "m", {"node-0"}, nodes, {})
+    assert stays(nodes["node-0"], "m", {*out, ("node-1", "m")}, nodes, {})
 
 
 @PROPERTY
@@ -292,10 +293,10 @@ def test_whatever_hangs_never_the_last_copy_goes_and_never_more_than_half(
 ) -> None:
     nodes = fleet(held)
     runners = sorted((node.name, model) for node in nodes.values() for model in node.held)
-    suspect, gone = set(), set()
+    suspect: set[tuple[str, str]] = set()
+    gone = set()
     for name, model in data.draw(st.permutations(runners)):
-        nodes[name].suspects |= {model}
-        suspect.add(name)
+        suspect.add((name, model))
         if not stays(nodes[name], model, suspect, nodes, {}):
             gone.add((name, model))
     assert len({name for name, _ in gone}) * 2 <= len(nodes)

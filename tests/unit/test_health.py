@@ -38,7 +38,11 @@ class Looking:
         self.snapshot = snapshot = Snapshot({})
         snapshot.nodes, snapshot.heard = self.nodes, inf
         gateway: Any = SimpleNamespace(
-            snapshot=snapshot, running=self.running, between_tokens=600.0, suspects=SimpleNamespace(suspects=())
+            name="gateway-1",
+            snapshot=snapshot,
+            running=self.running,
+            between_tokens=600.0,
+            suspects=SimpleNamespace(suspects=()),
         )
         self.health = Health(gateway)
         self.now = 100.0
@@ -58,11 +62,15 @@ class Looking:
         loading = {f"{name}:latest": seconds for name, seconds in models.items()}
         self.nodes["node-1"].update(self._entry(loading=loading))
 
-    def stream(self, model: str = MODEL) -> Any:
-        """A request that is sent to node-1."""
+    def hears(self, node: str, **suspects: list[str]) -> None:
+        """Control says which gateways suspect these (by their short names) on a node."""
+        self.nodes[node].update(self._entry(suspects={f"{name}:latest": by for name, by in suspects.items()}))
+
+    def stream(self, model: str = MODEL, node: str = "node-1") -> Any:
+        """A request that is sent to a node."""
         decoded = SimpleNamespace(upstream_path="/api/chat", responder=None, body=b"", reads=0)
         made = SimpleNamespace(model=model, decoded=decoded, paused=False, deadline=1e9, record_id="r")
-        self.health.sent(made, self.nodes["node-1"], self.now)  # type: ignore[arg-type]
+        self.health.sent(made, self.nodes[node], self.now)  # type: ignore[arg-type]
         self.running.append(made)
         return made
 
@@ -184,3 +192,43 @@ def test_how_fast_a_prompt_was_read_beside_a_load_is_not_learned(looking: Lookin
     again.decoded.reads = 1000
     looking.health.token(again, True, looking.now + 2.0)
     assert looking.health.rates(again.decoded).needs(MODEL, 1000) == 6.0
+
+
+def test_two_gateways_that_suspect_a_node_each_eject_none_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hears what the other suspects before its own canary is over."""
+    one, other = Looking(monkeypatch), Looking(monkeypatch)
+    one.stream(node="node-1")
+    other.stream(node="node-2")
+    for _ in range(40):
+        one.look(LOOK)
+        other.look(LOOK)
+        for here, there in ((one, other), (other, one)):
+            for node in ("node-1", "node-2"):
+                known = there.health.canaries
+                here.hears(node, **({"m": ["gateway-2"]} if (node, MODEL) in known else {}))
+    assert (one.health.ejections, other.health.ejections) == (0, 0)
+    assert one.health.frozen and other.health.frozen
+
+
+@pytest.mark.parametrize("model", ["m", "big"])
+def test_a_runner_is_ejected_once_no_other_gateway_suspects_the_other_node(looking: Looking, model: str) -> None:
+    """Nor are more than half of the nodes out together, whatever the models."""
+    looking.hears("node-2", **{model: ["gateway-1", "gateway-2"]})
+    looking.stream()
+    looking.look(30.0)
+    assert (looking.health.ejections, looking.health.frozen > 0) == (0, True)
+    looking.hears("node-2", **{model: ["gateway-1"]})
+    assert looking.ejected_after() <= CANARY + 2 * LOOK, "its own word of before counts for nothing"
+
+
+def test_what_others_suspect_of_the_same_runner_holds_nobody_back(looking: Looking) -> None:
+    looking.hears("node-1", m=["gateway-2", "gateway-3"])
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_a_control_that_is_away_says_no_more_what_others_suspect(looking: Looking) -> None:
+    looking.hears("node-2", m=["gateway-2"])
+    looking.snapshot.heard = looking.now
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)

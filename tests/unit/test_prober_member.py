@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from corral.control.prober import Fleet, Member
 from corral.control.reached import TIMEOUT
+from corral.control.snapshot import Hub, Told
 from corral.fleet.catalogue import aside
 
 
@@ -130,11 +133,13 @@ def test_a_model_that_is_on_the_cpu_is_told_where_a_gpu_is_declared_or_was_seen(
 def test_a_node_is_suspect_while_a_gateway_says_so_of_a_runner() -> None:
     fleet, held = Fleet(), member()
     fleet.members = {"n1": held}
-    fleet.suspect("gateway-1", {"n1": frozenset({"m:1"}), "gone": frozenset({"x"})}, {})
-    fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})}, {})
+    assert fleet.suspect("gateway-1", {"n1": frozenset({"m:1"}), "gone": frozenset({"x"})}, {})
+    assert fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})}, {})
+    assert not fleet.suspect("gateway-2", {"n1": frozenset({"m:1"})}, {}), "it has said so"
     assert (held.state, held.condition, held.describe()["state"]) == ("ready", "suspect", "suspect")
     assert held.reason == "m:1 gives no tokens there, says gateway-1, gateway-2"
     assert held.entry()["state"] == "ready", "its other models are served"
+    assert held.entry()["suspects"] == {"m:1": ["gateway-1", "gateway-2"]}
     fleet.suspect("gateway-1", {}, {})
     held.suspected["gateway-2"] = time.monotonic() - 60, frozenset({"m:1"})
     assert (held.condition, held.reason) == ("ready", None)
@@ -142,6 +147,18 @@ def test_a_node_is_suspect_while_a_gateway_says_so_of_a_runner() -> None:
     assert (held.condition, held.answers, held.up) == ("suspect", False, True)
     held.draining = True
     assert held.condition == "draining"
+
+
+def test_what_a_gateway_suspects_is_told_to_all_as_soon_as_it_is_heard() -> None:
+    fleet = Fleet()
+    fleet.members = {"n1": member()}
+    hub = Hub(None, fleet, SimpleNamespace(connected=False), [], 600.0)  # type: ignore[arg-type]
+    hub.refresh()
+    suspects: list[object] = []
+    for said in ({"n1": frozenset({"m:1"})}, {"n1": frozenset({"m:1"})}, {}):
+        asyncio.run(hub.heard("gateway-1", hub.version, Told(suspects=said)))
+        suspects.append((hub.number, json.loads(hub.content())["nodes"][0]["suspects"]))
+    assert suspects == [(2, {"m:1": ["gateway-1"]}), (2, {"m:1": ["gateway-1"]}), (3, {})]
 
 
 def test_a_node_with_too_many_slots_is_told_of() -> None:

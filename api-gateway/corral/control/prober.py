@@ -150,6 +150,7 @@ class Member:
             "ps": [entry for entry in self.ps if not is_own(entry["name"])] if self.up else [],
             "on_cpu": self.on_cpu,
             "loading": self.measured.loading,
+            "suspects": self.suspects,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -218,15 +219,18 @@ class Fleet:
 
     def suspect(
         self, gateway: str, suspects: Mapping[str, frozenset[str]], crowded: Mapping[str, frozenset[str]]
-    ) -> None:
-        """Note which runners a gateway suspects, and finds to run too few at once: models by node."""
+    ) -> bool:
+        """Note which runners a gateway suspects, and finds to run too few at once: models by node. Whether it suspected
+        others before."""
         now = time.monotonic()
+        before = [member.suspects for member in self.members.values()]
         for member in self.members.values():
             for said, told in ((suspects, member.suspected), (crowded, member.crowded)):
                 if models := said.get(member.name):
                     told[gateway] = now, models
                 else:
                     told.pop(gateway, None)
+        return before != [member.suspects for member in self.members.values()]
 
     async def close(self) -> None:
         """Stop asking."""

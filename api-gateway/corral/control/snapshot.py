@@ -181,8 +181,7 @@ class Hub:
             [
                 *(node.name, node.url, node.slots, node.memory, node.state, node.version, node.usable),
                 node.resident if node.up else [],
-                node.on_cpu,
-                node.measured.loading,
+                *(node.on_cpu, node.measured.loading, node.suspects),
             ]
             for node in self._fleet.members.values()
         ]
@@ -244,7 +243,8 @@ class Hub:
         left: bool = False,
     ) -> None:
         """Note that a gateway asked, what it has, and what it says of itself and of nodes' runners."""
-        self._fleet.suspect(name, told.suspects, told.crowded)
+        if self._fleet.suspect(name, told.suspects, told.crowded):
+            self.refresh()  # the others are not to eject what would then be too much
         now = time.time()
         as_of = min(told.as_of, now)
         self.gateways[name] = Gateway(

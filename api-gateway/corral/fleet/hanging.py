@@ -137,18 +137,24 @@ class Runner:
         return now - max(self._worked, self.token) > IDLE
 
 
-def stays(node: Node, model: str, out: Collection[str], nodes: Mapping[str, Node], groups: Mapping[str, str]) -> bool:
-    """Whether a runner stays in use though it hangs.
+def stays(
+    node: Node,
+    model: str,
+    out: Collection[tuple[str, str]],
+    nodes: Mapping[str, Node],
+    groups: Mapping[str, str],
+) -> bool:
+    """Whether a runner stays in use though it hangs. `out`: what is suspect, itself too (names of node and model).
 
-    So it does where with it more than half of the nodes would be `out` (names, its own among them): then it is who
-    looks that sees wrongly. And where no other node of its group would take its streams: they have nowhere else to go.
+    So it does where with it more than half of the nodes would be out: then it is who looks that sees wrongly. And where
+    no other node of its group would take its streams: they have nowhere else to go.
     """
-    if len(set(out)) * 2 > len(nodes):
+    if len({name for name, _ in out if name in nodes}) * 2 > len(nodes):
         return True
     group = groups.get(node.name, "")
     for other in nodes.values():
         if other is node or groups.get(other.name, "") != group:
             continue
-        if other.state is NodeState.READY and model in other.held and model not in other.suspects:
+        if other.state is NodeState.READY and model in other.held and (other.name, model) not in out:
             return False
     return True

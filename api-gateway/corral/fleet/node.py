@@ -32,7 +32,8 @@ class Node:
     runners seem to hang there, ``lost`` those that it said not to hold, whatever control says, each until when it is
     not asked for them (monotonic seconds), ``failed`` how often it failed at a model since it last answered for it.
     ``on_cpu`` are models that run there on the CPU though a GPU is expected. ``loading`` are models that are loaded
-    there now, and for how many seconds that excuses the silence of the others' runners.
+    there now, and for how many seconds that excuses the silence of the others' runners. ``doubted`` are models whose
+    runners gateways said to control that they suspect there, and those gateways.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Node:
     failed: dict[str, int] = field(default_factory=dict)
     on_cpu: frozenset[str] = frozenset()
     loading: dict[str, float] = field(default_factory=dict)
+    doubted: dict[str, list[str]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Node:
         self.holds(entry.get("ps") or [])
         self.on_cpu = frozenset(entry.get("on_cpu") or ())
         self.loading = {name: float(seconds) for name, seconds in (entry.get("loading") or {}).items()}
+        self.doubted = entry.get("suspects") or {}
 
     def holds(self, ps: list[dict[str, Any]]) -> bool:
         """Take over what it has in memory (the entries of its `/api/ps`); whether these are other models than before.

@@ -281,7 +281,7 @@ class Health:
             canary.close()
             canary.due = now + AGAIN
             streams = used.get(runner, []) if runner is not None else []
-            if not canary.ejected and not self._too_many(canary):
+            if not canary.ejected and not self._too_many(canary, now):
                 canary.ejected = True
                 self.ejections += 1
                 log.warning("%s: %s gives no token: its %d streams go elsewhere", node.name, key[1], len(streams))
@@ -299,9 +299,15 @@ class Health:
         del self.canaries[key]
         log.warning("%s: %s gives tokens again, or has left", canary.node.name, key[1])
 
-    def _too_many(self, canary: Canary) -> bool:
+    def _too_many(self, canary: Canary, now: float) -> bool:
+        """Whether with it too much would be ejected, by all gateways together: each says to control what it suspects as
+        soon as it asks its canary, so that the others know when that is over."""
         snapshot = self._gateway.snapshot
-        out = {other.node.name for other in self.canaries.values()}
+        out = set(self.canaries)
+        if snapshot.led(now):
+            me = self._gateway.name
+            for node in snapshot.nodes.values():
+                out.update([(node.name, model) for model, by in node.doubted.items() if any([one != me for one in by])])
         if not stays(canary.node, canary.model, out, snapshot.nodes, snapshot.group_of):
             return False
         self.frozen += 1
