@@ -246,9 +246,16 @@ DEFENCES = (
     Defence(
         13,
         "store/limits.py",
-        "if self._denied and any(scope.limits()[limit] for limit in self._denied):",
+        "if self._denied and any([scope.limits()[limit] for scope in scopes for limit in self._denied]):",
         "if False:",
         "tests/unit/test_limits_denied.py",
+    ),
+    Defence(
+        13,
+        "store/share.py",
+        "if lost - max(scope.heard, sharing.asked) > FRESH:",
+        "if False:",
+        "tests/unit/test_limits_unseen.py",
     ),
     Defence(13, "store/sharing.py", "self.names = sorted({*self.names, *names})", "pass", "tests/unit/test_feed.py"),
     Defence(

@@ -259,12 +259,12 @@ async def _renew(limits: Limits, store: Valkey) -> None:
 
 async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
     """Read what others used lately, so that the share of a gateway that never saw a key is the right one."""
+    asked = monotonic()
     latest = int(await _clock(store) * 1e6)
     # A second of overlap: what is written while this is read is read next time.
     since = b"%d" % max(0, known.since - 1_000_000)
     await store.request(b"ZREMRANGEBYSCORE", ACTIVE, b"-inf", b"(%d" % (latest - 60_000_000))
     names = await store.request(b"ZREVRANGEBYSCORE", ACTIVE, b"+inf", since, b"LIMIT", b"0", b"%d" % ACTIVE_MAX)
-    known.since = latest
     # Nobody says that a request ended, or that its gateway did.
     wanted = dict.fromkeys([*(name.decode() for name in names), *known.held])
     scopes = [scope for name in wanted if (scope := limits.find(name)) is not None]
@@ -285,3 +285,6 @@ async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
             scope.used_by_all(now, whole / 1e6, leases, own[place])
             if scope.others:
                 known.held.append(scope.key_id)
+    known.since = latest
+    if len(names) < ACTIVE_MAX:
+        limits.sharing.asked = asked  # nobody has used the others since

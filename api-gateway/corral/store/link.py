@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import hiredis
@@ -45,7 +46,9 @@ async def run(store: Valkey) -> None:
             store.lose()
         # At once after a loss, with growing pauses while there is nobody.
         if pause:
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            wait = pause * random.uniform(0.5, 1.0)
+            store.due = monotonic() + wait
+            await asyncio.sleep(wait)
         pause = min(RECONNECT_MAX, max(RECONNECT_MIN, pause * 2))
 
 

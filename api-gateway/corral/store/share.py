@@ -6,8 +6,18 @@ admit no more than the limit. Times are monotonic seconds, ``wall`` is epoch sec
 
 from __future__ import annotations
 
+from typing import Final
+
 from corral.store.budget import DAY, LIMITS, MINUTE, REASONS, Budget, month_end
+from corral.store.sharing import Sharing
 from corral.store.valkey import Valkey
+
+FRESH: Final = 0.1
+"""What the store said of a rate so short a time (seconds) before it was lost is still believed then."""
+TOLERATED: Final = 0.1
+"""The part of a gateway's share of a rate that it has in hand where it does not know what others used."""
+REBUILD: Final = 2.0
+"""So long (seconds) a store that has forgotten admits nothing at most."""
 
 
 class Verdict:
@@ -71,6 +81,7 @@ def heard(budget: Budget, now: float, reply: list[int]) -> Verdict:
     place = 11
     for scope in budget.scopes:
         scope.arrival = scope.said_arrival = now + reply[place] / 1e6
+        scope.heard = now
         scope.said(now, reply[place + 1], reply[9], reply[place + 2], reply[10], reply[place + 3])
         place += 4
     number = reply[1]
@@ -111,17 +122,43 @@ def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int, 
     return reached
 
 
-def nothing_known(scopes: list[Budget], store: Valkey | None, began: float) -> None:
+def unseen(scopes: list[Budget], store: Valkey | None, sharing: Sharing, now: float) -> None:
+    """Take for used what others may have used of the rates unseen, so that a burst is not admitted again here.
+
+    That is since the store last said anything of them, up to when it was lost or found to have forgotten.
+    But for the tenth that limits may be exceeded by, only what comes free from then on is shared.
+    """
+    if store is None:
+        return
+    if not store.connections:
+        nothing_known(scopes, sharing.began)
+    elif sharing.count > 1:
+        lost = max(store.lost, sharing.forgot or now) if store.connected else store.lost
+        for scope in scopes:
+            if lost - max(scope.heard, sharing.asked) > FRESH:
+                if scope.tokens_arrival <= lost:
+                    scope.window = 0
+                used = lost + MINUTE * (1.0 - TOLERATED)
+                scope.arrival, scope.tokens_arrival = max(scope.arrival, used), max(scope.tokens_arrival, used)
+            scope.heard = max(scope.heard, lost)
+
+
+def nothing_known(scopes: list[Budget], began: float) -> None:
     """Where the store was never there: take the minute before this gateway began for used up.
 
     It may be one that was killed after it had admitted its share, and starts again. A store that is there and knows
     nothing is new: as for it, a minute begins.
     """
-    if store is None or store.connections:
-        return
     for scope in scopes:
         scope.arrival = scope.arrival or began + MINUTE
         scope.tokens_arrival = scope.tokens_arrival or began + MINUTE
+
+
+def back_in(store: Valkey | None, sharing: Sharing, now: float) -> float:
+    """Seconds until the store may admit again: its connection is tried again then, or it was told what it forgot."""
+    if store is None:
+        return 0.0
+    return max(0.0, ((sharing.forgot or now) + REBUILD if store.connected else store.due) - now)
 
 
 def spend(scope: Budget, gateways: int, now: float, tokens: int) -> None:

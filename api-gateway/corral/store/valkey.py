@@ -52,8 +52,8 @@ class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
     ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now,
-    ``connections`` counts those that were made, ``lost`` is when the last one was (monotonic seconds). ``server`` is
-    the run id of its server, or b"".
+    ``connections`` counts those that were made, ``lost`` is when the last one was, ``due`` when the next one is tried
+    (monotonic seconds). ``server`` is the run id of its server, or b"".
     """
 
     def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT) -> None:
@@ -75,6 +75,7 @@ class Valkey:
         self.connected = False
         self.connections = 0
         self.lost = float("-inf")
+        self.due = 0.0
         self.server = b""
         self.on_connect: Callable[[], None] | None = None
         self.on_message: Callback | None = None
