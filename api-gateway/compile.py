@@ -49,6 +49,7 @@ MODULES = (
     "gateway/settle.py",
     "gateway/snapshot.py",
     "gateway/state.py",
+    "gateway/throughput.py",
     "gateway/upstream.py",
     "store/content.py",
     "store/keys.py",

@@ -271,8 +271,9 @@ def test_what_cannot_be_recorded_does_not_happen(
         try:
             for what, change in changes.items():
                 answer = change()
-                told = (answer.status_code, answer.json()["error"]["code"], answer.headers.get("retry-after"))
-                assert told == (503, "database_unavailable", "1"), f"{what}: {answer.text}"
+                told = (answer.status_code, answer.json()["error"]["code"])
+                assert told == (503, "database_unavailable"), f"{what}: {answer.text}"
+                assert answer.headers["retry-after"] in ("1", "2")
                 assert "not recorded" in answer.text
             for path in ("keys", "tenants", "audit", "usage"):
                 shown = client.get(f"/admin/{path}")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from corral.gateway.listen import ClientConnection
+from corral.gateway.throughput import Throughput
 from corral.wire.errors import ApiError
 
 
@@ -28,6 +29,7 @@ class Stage:
             max_body=2_000_000,
             max_body_digits=7,
             unfinished=0,
+            finished=Throughput(),
             closed=lambda connection: None,
             check_key=self._check_key,
             trusts=lambda peer: False,

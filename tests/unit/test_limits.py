@@ -6,12 +6,10 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.limits import Gateway, run, unused
 from support.servers import Server
 
-from corral.gateway.admit import refusal, wait
+from corral.gateway.admit import refusal
 from corral.store.budget import Budget, month_end, month_of
 
 
@@ -249,13 +247,3 @@ def test_the_keys_of_a_tenant_share_its_limits(store: Server) -> None:
         assert (shared[1].day_used, theirs.day_used, mine.day_used) == (200, 100, 600)
 
     run(store, 2, work)
-
-
-# -- what callers are told
-
-
-@given(st.floats(0, 3e6))
-def test_a_wait_is_never_shorter_than_it_takes(seconds: float) -> None:
-    told = wait(seconds)
-    assert told >= max(1, seconds)
-    assert told <= seconds + max(1.0, min(60.0, seconds / 10)) + 1

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from support.listening import Stage
 
-from corral.gateway import listen
+from corral.gateway import listen, throughput
+from corral.gateway.throughput import Throughput
 from corral.wire.errors import ApiError
 
 
@@ -145,9 +146,32 @@ def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     stage.connection.data_received(bytes(100_000))
     stage.gateway.unfinished += 300_000  # of others
     stage.connection.data_received(bytes(50_000))
-    assert b" 503 " in stage.written and b"\r\nRetry-After: 2\r\n" in stage.written and stage.checked == 1
+    assert b" 503 " in stage.written and b"\r\nRetry-After: 6" in stage.written and stage.checked == 1
     stage.connection.connection_lost(None)
     assert stage.gateway.unfinished == 300_000
+
+
+def test_who_finds_no_room_comes_back_when_bodies_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "BODIES_MAX", 500_000)
+
+    def told(finished: Throughput) -> int:
+        stage = Stage()
+        stage.gateway.max_body, stage.gateway.finished = 500_000, finished
+        stage.gateway.unfinished = 450_000  # of others
+        stage.connection.data_received(
+            b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 250000\r\nAuthorization: Bearer k\r\n\r\n"
+        )
+        for _ in range(4):
+            stage.connection.data_received(bytes(20_000))
+        head, _, rest = stage.written.partition(b"\r\nRetry-After: ")
+        assert b" 503 " in head
+        return int(rest.partition(b"\r\n")[0])
+
+    assert {told(Throughput()) for _ in range(100)} == set(range(60, 67)), "none became whole: until their deadline"
+    monkeypatch.setattr(throughput, "monotonic", lambda: 100.0)
+    quick = Throughput()
+    quick.done(390_000)  # 39 kB/s lately: 200 kB are to be whole before there is room
+    assert {told(quick) for _ in range(100)} == {6, 7}
 
 
 def test_a_body_that_is_whole_counts_no_more() -> None:

@@ -160,14 +160,16 @@ def test_of_requests_that_all_fail_a_fifth_is_retried_or_a_few_a_second_where_th
 
 def test_what_the_caller_hears() -> None:
     cause = ApiError(404, "model_not_found", "model 'x' not found")
-    assert final_error(Failure.CALLER, History(), cause) is cause
-    assert final_error(Failure.MISSING, History(attempts=2), cause) is cause
-    assert final_error(Failure.CONNECT, History(), None).status == 503
-    assert final_error(Failure.CONNECT, History(), None).retry_after
-    assert final_error(Failure.TIMEOUT, History(attempts=3), None).status == 504
-    ended = final_error(Failure.RESET, History(attempts=2), ApiError(502, "upstream_error", "no valid HTTP"))
+    assert final_error(Failure.CALLER, History(), cause, 1.0) is cause
+    assert final_error(Failure.MISSING, History(attempts=2), cause, 1.0) is cause
+    assert final_error(Failure.CONNECT, History(), None, 1.0).status == 503
+    assert final_error(Failure.CONNECT, History(), None, 1.0).retry_after
+    assert final_error(Failure.TIMEOUT, History(attempts=3), None, 1.0).status == 504
+    ended = final_error(Failure.RESET, History(attempts=2), ApiError(502, "upstream_error", "no valid HTTP"), 1.0)
     assert (ended.status, ended.message) == (502, f"{Failure.RESET.value} (2 attempts)")
-    assert final_error(Failure.NODE, History(attempts=1), ApiError(500, "x", "boom")).message.endswith("attempt): boom")
+    assert final_error(Failure.NODE, History(attempts=1), ApiError(500, "x", "boom"), 1.0).message.endswith(
+        "attempt): boom"
+    )
 
 
 @pytest.mark.parametrize("failure", [kind for kind in Failure if kind not in (Failure.CALLER, Failure.MISSING)])

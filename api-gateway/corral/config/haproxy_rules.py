@@ -42,7 +42,7 @@ def answer(status: int, proxy: str = "haproxy", said: tuple[str, str] | None = N
     """The rest of an `http-error` or `return` that answers with a status; `said` is its code and message."""
     code, message = said or ERRORS[status]
     body = json.dumps({"error": {"code": code, "message": message}}, separators=(",", ":"))
-    extra = "hdr Retry-After 1 " if status == 503 else ""
+    extra = "hdr Retry-After %[rand(2),add(1)] " if status == 503 else ""
     return f"status {status} content-type application/json hdr {PROXY_HEADER} {proxy} {extra}string '{body}'"
 
 

@@ -13,9 +13,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from corral.store.database import reason
+from corral.wire.errors import jittered
 
 log = logging.getLogger(__name__)
 
+AGAIN = 1.0
+"""Seconds after which a call may succeed: the next one that comes asks the database anew."""
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -34,7 +37,9 @@ def body(code: str, message: str, **extra: Any) -> dict[str, Any]:
 
 def answer(problem: Problem) -> JSONResponse:
     """A problem as a response; a 401 says how to authenticate, a 503 when to come back."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(problem.status)
+    headers = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else None
+    if problem.status == 503:
+        headers = {"Retry-After": str(jittered(AGAIN))}
     return JSONResponse(
         body(problem.code, problem.message, **problem.extra), status_code=problem.status, headers=headers
     )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Mapping
 from typing import Final
 
 from corral.store.budget import REASONS, Budget
 from corral.store.limits import Verdict
 from corral.wire.common import Decoded
-from corral.wire.errors import ApiError, bad_request
+from corral.wire.errors import ApiError, bad_request, jittered, overloaded
 
-SPREAD_MAX: Final = 60.0
 DEADLINE: Final = b"x-corral-deadline-ms"
 _WORDS = ("requests per minute", "requests at the same time", "tokens per minute", "tokens per day", "tokens per month")
 EMBEDS: Final = frozenset((b"/api/embed", b"/api/embeddings"))
@@ -49,25 +46,16 @@ def duration(headers: Mapping[bytes, bytes], most: float, deadline: float | None
     if given is None:
         raise bad_request(f"{DEADLINE.decode()} is whole milliseconds", DEADLINE.decode())
     if given <= 0:
-        raise ApiError(503, "overloaded", "the request's deadline is past", retry_after=wait(1.0))
+        raise overloaded("the request's deadline is past", 0.0)
     # An integer of hundreds of digits compares with another one, but is no float.
     return most if given >= int(most * 1e3) else given / 1e3
 
 
-def wait(seconds: float) -> int:
-    """Whole seconds after which a retry can succeed, later for some than for others but never too early.
-
-    Whoever waits for the same moment, such as the end of a day, does not come back in the same second.
-    """
-    spread = min(seconds, 1.0) if seconds < 10.0 else min(seconds / 10.0, SPREAD_MAX)
-    return max(1, math.ceil(seconds + random.uniform(0.0, spread)))
-
-
 def refusal(verdict: Verdict, budget: Budget) -> ApiError:
     """The error for a verdict that refuses: 429 with the limit's name and the time until a retry can succeed."""
-    retry = wait(verdict.retry_after)
     if verdict.refused == "store":
-        return ApiError(503, "overloaded", "the limit store is away and its policy is to deny", retry_after=retry)
+        return overloaded("the limit store is away and its policy is to deny", verdict.retry_after)
+    retry = jittered(verdict.retry_after)
     number = REASONS.index(verdict.refused)
     whose = " of the tenant" if number > len(_WORDS) else ""
     message = f"rate limit reached: {budget.limit(number)} {_WORDS[(number - 1) % len(_WORDS)]}{whose}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -12,8 +13,9 @@ from corral.fleet.node import Node, NodeState, canonical_name
 from corral.gateway import heads
 from corral.gateway.authenticate import Key, disabled
 from corral.gateway.route import model_of
+from corral.gateway.schedule import looked_at_in
 from corral.gateway.snapshot import Snapshot
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, overloaded
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -31,7 +33,7 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
     if path == "/api/version":
         versions = {node.version for node in snapshot.nodes.values() if node.version}
         if not versions:
-            raise ApiError(503, "overloaded", "no node has told its version yet", retry_after=2)
+            raise overloaded("no node has told its version yet", looked_at_in(snapshot, monotonic()))
         return _encode({"version": min(versions, key=_version)})
     if path == "/api/ps":
         return _encode({"models": _merge(snapshot, key, lambda node: node.ps)})

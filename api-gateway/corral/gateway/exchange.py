@@ -25,7 +25,7 @@ from corral.store.limits import Verdict
 from corral.store.slots import Answer
 from corral.wire import errors
 from corral.wire.decode import Decoded
-from corral.wire.errors import ApiError, UpstreamNonsense
+from corral.wire.errors import ApiError, UpstreamNonsense, overloaded
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Exchange(State):
             return
         if not written:
             self.refusal = "recording"
-            self.refuse(ApiError(503, "overloaded", "the audit record cannot be written", retry_after=5))
+            self.refuse(overloaded("the audit record cannot be written", self.gateway.journal.pause(monotonic())))
             return
         self._recorded = True
         now = monotonic()
@@ -271,7 +271,7 @@ class Exchange(State):
             self._again()
             return
         if not (self.opened and take_over(self, failure, node)):
-            self.give_up(final_error(failure, self, cause), "upstream_error")
+            self.give_up(final_error(failure, self, cause, schedule.ready_for(self, monotonic())), "upstream_error")
 
     def _again(self) -> None:
         # A responder lives for one answer, and nothing of this one was sent.

@@ -15,11 +15,10 @@ from typing import Any
 import httpx
 import msgspec
 
-from corral.gateway.snapshot import Snapshot
+from corral.gateway.snapshot import POLL, Snapshot
 from corral.store.asking import http_client
 from corral.store.sharing import Sharing
 
-POLL = 0.5
 TOUCH = 10.0
 ASKED = "x-corral-asked"
 """The header by which control says that it asks something."""
@@ -79,6 +78,8 @@ class Feed:
         self._answers_url = f"{control_url}/internal/requests/{gateway}"
         self._answers: list[dict[str, Any]] = []
         self._wake = asyncio.Event()
+        self.due = 0.0
+        """When control is asked next (monotonic seconds)."""
         self._touched = 0.0
         self._now = "0"
         self._unkept: bytes | None = None
@@ -126,6 +127,7 @@ class Feed:
                     silent = True
                 except Exception:  # a fault of ours: the gateway goes on with what it has
                     log.exception("the snapshot was not read, the last one holds")
+                self.due = time.monotonic() + POLL
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL):
                         await self._wake.wait()

@@ -40,6 +40,7 @@ class Waiter:
 
 
 NOBODY: Final = Waiter()
+PAUSE_MAX: Final = 30.0
 
 
 class Journal:
@@ -61,6 +62,7 @@ class Journal:
         self.failing = False
         self.full = False
         self.shed = 0
+        self._shedding_since = 0.0
 
     def record(self, record: msgspec.Struct, waiter: Waiter, access: bool = False, follows: bool = False) -> bool:
         """Append a record; `waiter` hears, after the group's write, whether it is in the spool. False: it was shed.
@@ -77,9 +79,17 @@ class Journal:
         else:
             self.spool.append(payload)
             waiting.append(waiter)
+            if self._shedding_since and not self.failing and not self.full:
+                self._shedding_since = 0.0
         if access:
             self.access.line(payload if not _has_content(record) else _encode(replace(record, content=UNSET)))
         return not shed
+
+    def pause(self, now: float) -> float:
+        """For how long who was shed is to stay away: nobody knows when the disk takes records again, so for as long as
+        it has taken none, within bounds. `now` is monotonic seconds."""
+        self._shedding_since = self._shedding_since or now
+        return min(now - self._shedding_since, PAUSE_MAX)
 
     def _sheds(self, record: msgspec.Struct, follows: bool) -> bool:
         """Whether a record is of a request that the spool knows nothing of. One that it has the begin of is ended, and

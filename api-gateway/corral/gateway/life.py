@@ -17,7 +17,7 @@ from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
 from corral.store import keeper, leases, suspects
 from corral.store.valkey import encode
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, jittered
 
 SWEEP = 0.5
 HASTE = 25.0
@@ -166,7 +166,7 @@ async def _drain(gateway: Gateway, stop: Stop) -> None:
     for exchange in list(gateway.running):
         try:
             exchange.abandon()
-            cut = ApiError(503, "unavailable", CUT.format(time.monotonic() - began), retry_after=1)
+            cut = ApiError(503, "unavailable", CUT.format(time.monotonic() - began), retry_after=jittered(LAST))
             exchange.give_up(cut, "interrupted")
         except Exception:
             log.exception("a request was not ended in order")

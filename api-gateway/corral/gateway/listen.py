@@ -13,7 +13,7 @@ from corral.gateway import heads
 from corral.gateway.admit import DEADLINE
 from corral.gateway.route import api_of
 from corral.wire import errors, http1, scan
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, overloaded
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -265,7 +265,12 @@ class ClientConnection:
         if self._body_bytes > BODY_KNOWN and not known:
             gateway.check_key(self._head)
         if gateway.unfinished > BODIES_MAX and gateway.unfinished > gateway.max_body:
-            raise ApiError(503, "overloaded", "too many large bodies are on their way", retry_after=2)
+            raise self._too_many()
+
+    def _too_many(self) -> ApiError:
+        size = int(self._head.get(b"content-length", self._body_bytes))
+        more = self.gateway.unfinished - self._body_bytes + size - BODIES_MAX  # to be whole before there is room for it
+        return overloaded("too many large bodies are on their way", self.gateway.finished.time_for(more, BODY_DEADLINE))
 
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body may have {self.gateway.max_body} bytes")
@@ -278,6 +283,7 @@ class ClientConnection:
         if self._pieces:
             exchange.body = b"".join(self._pieces)
             self.gateway.unfinished -= self._body_bytes
+            self.gateway.finished.done(self._body_bytes)
             self._pieces, self._body_bytes = [], 0
         exchange.keep_alive = keep_alive = parser.should_keep_alive()
         # Only what closes or says how to go on can be HTTP/1.0; asking the parser costs as much as finding the route.

@@ -28,7 +28,7 @@ from corral.fleet.tickets import (
     head,
     wait_bound,
 )
-from corral.gateway import admit, settle
+from corral.gateway import settle
 from corral.gateway.admit import EMBEDS
 from corral.gateway.authenticate import check
 from corral.gateway.avoid import avoided, unfit
@@ -36,7 +36,7 @@ from corral.gateway.decode import SHOW
 from corral.gateway.local import Local, stand_in
 from corral.gateway.recover import LOST, SHUN, Failure, shun
 from corral.store.slots import Answer, Slots, Wanted
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, jittered
 
 if TYPE_CHECKING:
     from corral.gateway.exchange import Exchange
@@ -383,7 +383,7 @@ class Queue:
         exchange.own_headers += lines % (_PLACE, position, int(wait * 1e3))
 
     def _overloaded(self, message: str, seconds: float) -> ApiError:
-        retry = admit.wait(min(RETRY_MAX, max(1.0, seconds)))
+        retry = jittered(min(RETRY_MAX, max(1.0, seconds)))
         return ApiError(503, "overloaded", f"{message}; retry in {retry} s", retry_after=retry)
 
 

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from corral.fleet.node import Node, canonical_name
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, overloaded
 
 ATTEMPTS_MAX: Final = 3
 CRASHES_MAX: Final = 2
@@ -155,12 +155,12 @@ def holds(node: Node, model: str) -> None:
         node.failed.pop(canonical_name(model), None)
 
 
-def final_error(failure: Failure, history: History, cause: ApiError | None) -> ApiError:
-    """What the caller hears when no further attempt is made."""
+def final_error(failure: Failure, history: History, cause: ApiError | None, again: float) -> ApiError:
+    """What the caller hears when no further attempt is made; a node may be reached in `again` seconds."""
     if failure in (Failure.CALLER, Failure.MISSING) and cause is not None:
         return cause
     if failure is Failure.CONNECT:
-        return ApiError(503, "overloaded", "no node could be reached", retry_after=2)
+        return overloaded("no node could be reached", again)
     said = f"{failure.value} ({history.attempts} attempt{'' if history.attempts == 1 else 's'})"
     if failure is Failure.TIMEOUT:
         return ApiError(504, "upstream_timeout", said)

@@ -6,14 +6,18 @@ All else has its node from the store (`corral.gateway.queue`).
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from corral.fleet.choose import choose
 from corral.fleet.node import Node, NodeState, canonical_name
-from corral.gateway.snapshot import Snapshot
-from corral.wire.errors import ApiError
+from corral.gateway.snapshot import POLL, Snapshot
+from corral.wire.errors import ApiError, overloaded
 
-RETRY_AFTER: Final = 2
+if TYPE_CHECKING:
+    from corral.gateway.state import State
+
+LOOKED_EACH: Final = 1.0
+"""Seconds from one look at a node to the next: control's, or while that is away this gateway's own."""
 
 
 def schedule(snapshot: Snapshot, tenant: str, model: str, now: float, tried: Collection[str] = ()) -> Node:
@@ -28,8 +32,28 @@ def schedule(snapshot: Snapshot, tenant: str, model: str, now: float, tried: Col
         return node
     if name in pool.held or not pool.held:
         message = f"no node that holds '{model}' is ready" if name in pool.held else "no node is ready"
-        raise ApiError(503, "overloaded", message, retry_after=RETRY_AFTER)
+        raise overloaded(message, ready_in(snapshot, tenant, name, now))
     raise ApiError(404, "model_not_found", f"model '{model}' not found", param="model")
+
+
+def ready_in(snapshot: Snapshot, tenant: str, name: str, now: float) -> float:
+    """Seconds until one of a tenant's nodes may take requests for a model (canonical name) again.
+
+    One that failed is left alone for a moment; of one that is not ready the next look at it may tell that it is.
+    """
+    nodes = [node for node in snapshot.pool(tenant).nodes.values() if name in node.held]
+    shunned = [node.shunned_until - now for node in nodes if node.state is NodeState.READY]
+    return min([left for left in shunned if left > 0.0], default=looked_at_in(snapshot, now))
+
+
+def ready_for(exchange: State, now: float) -> float:
+    """The same for a request that failed."""
+    return ready_in(exchange.gateway.snapshot, exchange.tenant, canonical_name(exchange.model), now)
+
+
+def looked_at_in(snapshot: Snapshot, now: float) -> float:
+    """Seconds until this gateway has heard of the next look at the nodes: control looks, and then is asked."""
+    return LOOKED_EACH + max(0.0, snapshot.heard + POLL - now)
 
 
 def digest_on(node: Node, name: str) -> str:

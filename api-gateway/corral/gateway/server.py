@@ -33,6 +33,7 @@ from corral.gateway.recover import RetryBudget
 from corral.gateway.report import Report
 from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
+from corral.gateway.throughput import Throughput
 from corral.gateway.upstream import Upstreams
 from corral.store import keeper, keys, leases, suspects
 from corral.store.budget import Budget
@@ -40,7 +41,7 @@ from corral.store.content import Hashes
 from corral.store.limits import Limits
 from corral.store.valkey import Valkey
 from corral.wire.common import Caps
-from corral.wire.errors import ApiError
+from corral.wire.errors import ApiError, overloaded
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Gateway:
         self.health = Health(self)
         self.connections: set[ClientConnection] = set()
         self.unfinished = 0  # bytes of bodies that came in pieces and are not whole
+        self.finished = Throughput()  # bytes of those that became so
         self.running: set[Exchange] = set()
         self.cooling: dict[str, tuple[Budget, int, float]] = {}
         self.stopping = False  # from then on each answer closes its connection
@@ -200,7 +202,7 @@ class Gateway:
         """
         snapshot = self.snapshot
         if now - snapshot.confirmed > self.stale_after:
-            raise ApiError(503, "overloaded", "no current list of keys: control or its database is away", retry_after=2)
+            raise overloaded("no current list of keys: control or its database is away", self.feed.due - now)
         return snapshot
 
     def check_key(self, headers: dict[bytes, bytes]) -> None:

@@ -15,6 +15,8 @@ from corral.wire.options import ModelPolicy
 
 GIB: Final = 1 << 30
 NEVER_YET: Final = float("-inf")
+POLL: Final = 0.5
+"""Control is asked as often (seconds)."""
 HEARD: Final = 6.0
 """For so long what control said last of nodes and loads holds (seconds)."""
 

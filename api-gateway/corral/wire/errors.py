@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any, Final
 
 import msgspec
+
+SPREAD_MAX: Final = 60
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -34,6 +38,19 @@ class UpstreamNonsense(Exception):
 def bad_request(message: str, param: str | None = None) -> ApiError:
     """A 400 naming the field."""
     return ApiError(400, "bad_request", message, param)
+
+
+def jittered(seconds: float) -> int:
+    """`Retry-After` of what can succeed in so many seconds: whole ones, never fewer, and for some callers more.
+
+    Who waits for the same moment, such as the end of a day or a node's return, does not come back in the same second.
+    """
+    return max(1, math.ceil(seconds)) + random.randint(0, min(max(1, int(seconds / 10)), SPREAD_MAX))
+
+
+def overloaded(message: str, seconds: float) -> ApiError:
+    """A 503 for what can succeed in so many seconds."""
+    return ApiError(503, "overloaded", message, retry_after=jittered(seconds))
 
 
 _OPENAI_TYPES: Final = {
