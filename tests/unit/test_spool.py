@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -154,6 +155,40 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_anew(
     with pytest.raises(BlockingIOError):
         hold(folder)
     os.close(mine)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_folder_that_is_removed_while_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Once it was found there, and once a lock is to be made in it."""
+    folder = tmp_path / "gateway-1"
+    folder.mkdir()
+    real = getattr(os, call)
+
+    def ends(path: Path, *more: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        if call == "open":
+            folder.rmdir()
+            return real(path, *more, **named)
+        try:
+            return real(path, *more, **named)
+        finally:
+            folder.rmdir()
+
+    monkeypatch.setattr(os, call, ends)
+    mine = hold(folder)
+    assert held(folder)
+    os.close(mine)
+
+
+def test_what_stands_in_the_way_of_a_spool_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing/volume")
+    with pytest.raises(FileExistsError):
+        hold(tmp_path / "file")
+    with pytest.raises(OSError, match="nowhere"):
+        hold(tmp_path / "nowhere/gateway-1")
 
 
 def test_a_segment_without_a_successor_is_written_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

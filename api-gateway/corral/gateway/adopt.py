@@ -86,13 +86,17 @@ def _others(root: Path, name: str) -> list[Path]:
 
 async def _adopt(folder: Path, control_url: str, token: str) -> None:
     try:
-        written = [path.stat().st_mtime for path in segments(folder)]
-        if not written or time.time() - max(written) < GONE:
+        if not _is_left(folder):
             return
         lock = hold(folder)
     except (BlockingIOError, FileNotFoundError, NotADirectoryError):
         return
     try:
+        if not _is_left(folder):
+            # Another one has adopted it since that look, or its gateway was back.
+            if not segments(folder):
+                _remove(folder)
+            return
         writer = SpoolWriter(folder)
         shipper = Shipper(writer, folder, control_url, token, folder.name)
         try:
@@ -109,6 +113,12 @@ async def _adopt(folder: Path, control_url: str, token: str) -> None:
         _remove(folder)
     finally:
         os.close(lock)
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether a spool has something in it that was written a while ago."""
+    written = [path.stat().st_mtime for path in segments(folder)]
+    return bool(written) and time.time() - max(written) >= GONE
 
 
 def _remove(folder: Path) -> None:

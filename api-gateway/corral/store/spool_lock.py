@@ -11,6 +11,9 @@ from typing import Final
 LOCK: Final = "lock"
 """The file of a spool that its owner has locked."""
 
+_MISSED: Final = 100
+"""How often it may be gone again while it is made, before that is no race any more."""
+
 
 def hold(folder: Path) -> int:
     """Be the one process that writes to a spool, until the descriptor is closed or the process ends.
@@ -18,9 +21,17 @@ def hold(folder: Path) -> int:
     Raises:
         OSError: another one is (BlockingIOError), or there can be no such file.
     """
+    missed = 0
     while True:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except (FileExistsError, FileNotFoundError):
+            # Who has adopted it may remove the folder between these two.
+            missed += 1
+            if missed > _MISSED:
+                raise
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
