@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -225,13 +225,15 @@ class Gateway:
         self.start()
         until(lambda: httpx.get(self.edge + "/health").status_code == 200, "the edge sees the gateway")
 
-    def start(self, small_disk: str = "", patch: str = "") -> None:
+    def start(self, small_disk: str = "", patch: str = "", seen: Sequence[str] = ()) -> None:
         """Start the gateway's process.
 
-        `small_disk`: its spool is on a disk of this size of its own (`mount`); `patch`: what it runs before anything.
+        `small_disk`: its spool is on a disk of this size of its own (`mount`); `patch`: what it runs before anything;
+        `seen`: what its command begins with, to see a disk that there is already.
         """
         begins = ["-c", f"{patch}\nfrom corral.cli.main import cli; cli()"] if patch else ["-m", "corral"]
         argv = [sys.executable, *begins, "serve", "gateway", "--config", str(self._file)]
+        argv = [*seen, *argv]
         if small_disk:
             (self.folder / "spool").mkdir(exist_ok=True)
             mount = f"mount -t tmpfs -o size={small_disk} spool '{self.folder}/spool' && exec \"$@\""
