@@ -313,6 +313,45 @@ def test_an_unload_that_gets_no_turn_is_given_up_and_tried_again(
     asyncio.run(work())
 
 
+def test_what_a_leader_of_the_past_still_wants_is_not_done(
+    nodes: list[Server], store: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stood still between its decision and what it does at a node: another leads meanwhile."""
+
+    async def work() -> None:
+        async with led(nodes[:1], store) as (fleet, leader, gateway):
+            member, refused = fleet.members["n0"], "its {} goes no further: another control leads, or led, in term 2"
+
+            async def until_refused(what: str) -> None:
+                async with asyncio.timeout(120):
+                    while refused.format(what) not in caplog.text:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+
+            async with asyncio.timeout(120):
+                assert await served(gateway, fleet, "r1", MODELS[0]) == "n0"
+            async with httpx.AsyncClient() as client:
+                node = Ollama(client, member.url)
+                await member.loads.acquire()
+                asked = asyncio.create_task(served(gateway, fleet, "r2", MODELS[1]))
+                async with asyncio.timeout(120):
+                    while ("n0", MODELS[0]) not in leader.placement._work:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+                await leader.store.request(b"SET", keeper.TERM, b"2")
+                member.loads.release()
+                await until_refused("unload")
+                assert await node.resident(MODELS[0])
+                await node.unload(MODELS[0])
+                await until_refused("load")
+                assert not await node.resident(MODELS[1])
+            # Nor is its word heard on a place that the one who leads has not spoken of.
+            late = await generation(leader.store, 1)
+            assert not await keeper.place(leader.store, "n1", MODELS[2], "resident", late, 1, 1e6)
+            await leader.store.request(b"DEL", keeper.TERM)
+            await asyncio.wait_for(asked, 120)
+
+    asyncio.run(work())
+
+
 def test_a_leader_puts_right_what_gateways_said_while_nobody_led(nodes: list[Server], store: Server) -> None:
     """They had the model where it is not, and where it is nowhere; and a word of the store's that is later than all of
     this leader's is no end of it."""

@@ -24,7 +24,7 @@ from corral.fleet.placement import Action, Demand, Host, Planner, Stand, Step
 from corral.fleet.pools import counted, model_of
 from corral.fleet.slots import PlaceState, step_of
 from corral.store.demand import Seen, generation, read
-from corral.store.keeper import place
+from corral.store.keeper import Deposed, fence, place
 from corral.store.lua import PREFIX
 from corral.store.slots import GRANTS
 from corral.store.valkey import Valkey, ValkeyDown
@@ -335,6 +335,7 @@ class Placement:
         began = loop.time()
         try:
             async with member.loads:
+                await fence(self._store, self.term)
                 with member.measured.loads_now(model_of(model), self.known[model].load.value):
                     await self._node(member).load(model_of(model), self._options(model_of(model)))
             self.known[model].load.note(loop.time() - began)
@@ -345,8 +346,8 @@ class Placement:
             self._failed[member.name, model] = loop.time() + BACKOFF
             self._note(model, loop.time(), f"{member.name} could not load it: {error}")
             self._set(member.name, model, ABSENT, loop.time())
-        except (ValkeyDown, hiredis.ReplyError) as error:
-            log.warning("the store did not hear that %s is on %s: %s", model, member.name, error)
+        except (Deposed, ValkeyDown, hiredis.ReplyError) as error:
+            log.warning("%s on %s: its load goes no further: %s", model, member.name, error)
         finally:
             del self._work[member.name, model]
 
@@ -355,6 +356,7 @@ class Placement:
         try:
             # It drains until then, and is tried again: nothing else begins on the node meanwhile.
             async with asyncio.timeout(UNLOAD), member.loads:
+                await fence(self._store, self.term)
                 await node.unload(model_of(model))
                 while await node.resident(model_of(model)):  # noqa: ASYNC110
                     await asyncio.sleep(UNLOADED)
@@ -363,6 +365,8 @@ class Placement:
             self._note(model, asyncio.get_running_loop().time(), f"{member.name} could not unload it: {error}")
         except TimeoutError:
             self._note(model, asyncio.get_running_loop().time(), f"{member.name} did not unload it in {UNLOAD:g} s")
+        except (Deposed, ValkeyDown, hiredis.ReplyError) as error:
+            log.warning("%s on %s: its unload goes no further: %s", model, member.name, error)
         finally:
             del self._work[member.name, model]
 

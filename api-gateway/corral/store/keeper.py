@@ -36,6 +36,10 @@ _ASK, _PLACE, _LIVE, _LOOK, _DECLARE, _TELL = (sha(text) for text in (ASK, PLACE
 log = logging.getLogger(__name__)
 
 
+class Deposed(Exception):
+    """Whoever wants to lead does so no more."""
+
+
 async def place(store: Valkey, node: str, model: str, state: str, generation: int, slots: int, step: float) -> bool:
     """What the leader says of a place; False where a later word is known.
 
@@ -45,6 +49,17 @@ async def place(store: Valkey, node: str, model: str, state: str, generation: in
     numbers = (b"%d" % generation, b"%d" % slots, b"%d" % step)
     names = (node.encode(), model.encode(), state.encode())
     return bool(await store.request(b"EVALSHA", _PLACE, b"0", *names, *numbers))
+
+
+async def fence(store: Valkey, term: int) -> None:
+    """Before a leader acts on a node, which knows nothing of terms: one that stood still may have been followed.
+
+    Raises:
+        Deposed: in a later term another leads, or led.
+        ValkeyDown, hiredis.ReplyError: the store does not say.
+    """
+    if (said := int(await store.request(b"GET", TERM) or 0)) > term:
+        raise Deposed(f"another control leads, or led, in term {said}")
 
 
 async def keep(slots: Slots) -> None:
