@@ -20,6 +20,9 @@ EJECTIONS = "corral_ejections_total"
 BUFFER = 64 << 10
 """Bytes that a proxy can send again; what is larger, the gateway alone can."""
 CALLERS = 8
+ENOUGH = 100 * CALLERS * FAILED
+"""Requests of which those that may meet a runner before it is ejected are no more than 1%: a gateway that saw one fail
+leaves the node alone for 2 s, and each caller has one request at a time."""
 MANY = 12
 """Kills at most until some of the large ones were on a node that died."""
 
@@ -154,6 +157,7 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
         until(lambda: "gateway-1, gateway-2" in fleet.reasons()["node-1"], "control has heard of both")
         listed = fleet.states()["node-1"], fleet.reasons()["node-1"]
         load.until(lambda _: time.monotonic() > ejected + 3, "it has failed for a while")
+        load.until(lambda got: sum(one.began > failing for one in got) >= ENOUGH, f"{ENOUGH} requests while it fails")
         well = time.monotonic()
         node.well()
         load.more(10, "node-1")
@@ -162,10 +166,9 @@ def test_a_node_that_fails_at_once_attracts_no_requests(
     during = [answer for answer in load.answers if failing < answer.began < well]
     met = [answer for answer in during if answer.attempts > 1]
     assert met
-    # Few requests come in these seconds where the machine is busy; three in a row have a runner ejected all the same.
-    assert len(met) <= max(len(during) // 100, CALLERS * FAILED), f"{len(met)} of {len(during)}"
+    assert len(met) <= len(during) / 100, f"{len(met)} of {len(during)}"
     late = [answer for answer in during if answer.began > ejected]
     assert {(answer.node, answer.attempts) for answer in late} == {("node-2", 1)}
     until(lambda: set(fleet.states().values()) == {"ready"}, "it is suspect no more")
     seen = f"{len(met)} of {len(during)} met it, each answered elsewhere; ejected after {ejected - failing:.1f} s"
-    matrix(f"a node {what}", f"ejected; <= 1% of requests, or {FAILED} of each caller's, see it", seen)
+    matrix(f"a node {what}", "ejected; <= 1% of requests see it", seen)
