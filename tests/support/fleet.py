@@ -93,10 +93,12 @@ class Fleet:
         slots: int = 64,
         memory: str = "",
         canary: str = "15s",
+        database: str = "",
         **gateway: Any,
     ) -> None:
         """``patience``: longest wait for a token; ``first``: the node that is node-1; ``nodes``: all of them; ``slots``
-        and ``memory`` of each; ``canary``: between two of control's; ``gateway``: more of its settings.
+        and ``memory`` of each; ``canary``: between two of control's; ``database``: its URL; ``gateway``: more of its
+        settings.
         """
         self.folder = folder
         self._exits = exits
@@ -114,7 +116,7 @@ class Fleet:
         settings: dict[str, Any] = {
             "gateway": {"processes": 2, "first_token": patience, "between_tokens": patience, **gateway},
             "limits": {"default": {"rpm": None, "tpm": None, "concurrency": None}},
-            "store": {"valkey": self.valkey.url},
+            "store": {"valkey": self.valkey.url} | ({"database": database} if database else {}),
             "control": {"canary": {"interval": canary}},
         }
         # As many at once as the simulated models take: who waits, waits at the node.
@@ -309,8 +311,9 @@ def fleet(
     slots: int = 64,
     memory: str = "",
     canary: str = "15s",
+    database: str = "",
     **gateway: Any,
 ) -> Iterator[Fleet]:
     """The fleet, started; ended with the block."""
     with ExitStack() as exits:
-        yield Fleet(folder, exits, patience, first, nodes, slots, memory, canary, **gateway)
+        yield Fleet(folder, exits, patience, first, nodes, slots, memory, canary, database, **gateway)

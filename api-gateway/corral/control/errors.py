@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from corral.store.database import reason
 from corral.wire.errors import jittered
@@ -74,6 +75,10 @@ def install(app: FastAPI) -> None:
     async def database(request: Request, error: SQLAlchemyError) -> JSONResponse:
         log.error("the database failed: %s", reason(error))
         return answer(unrecorded() if request.method not in ("GET", "HEAD") else _AWAY)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return answer(Problem(400, "bad_request", "the body did not come to its end"))
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
