@@ -58,14 +58,14 @@ class Key:
 
 def build_key(entry: Mapping[str, Any], defaults: Mapping[str, int | None], tenant: Budget | None = None) -> Key:
     """A key from an entry of the snapshot; `defaults` are the limits of a key with none of its own."""
-    globs = entry.get("models", ["*"])
+    globs = entry.get("models")
     networks = entry.get("networks")
     ends: dict[str, float] = entry.get("ends") or {}
     return Key(
         id=entry["id"],
         tenant=entry.get("tenant") or "default",
         verifiers=[bytes.fromhex(text) for text in entry["verifiers"]],
-        patterns=None if "*" in globs else [compile_pattern(translate(glob)) for glob in globs],
+        patterns=None if globs is None or "*" in globs else [compile_pattern(translate(glob)) for glob in globs],
         networks=[ip_network(one) for one in networks] if networks else None,
         expires=entry.get("expires"),
         revoked=bool(entry.get("revoked")),
