@@ -41,6 +41,7 @@ LIMITS = "tests/unit/test_wire_limits.py"
 LISTEN = "tests/unit/test_listen.py"
 PULLS = "tests/integration/test_pulls.py"
 SMUGGLING = "tests/integration/test_smuggling.py"
+CHANGES = "tests/integration/test_key_changes.py"
 TENANTS = "tests/integration/test_tenants.py"
 VERIFY = "tests/unit/test_store_verify.py"
 
@@ -100,13 +101,7 @@ DEFENCES = (
         "who.key_id\n",
         TENANTS,
     ),
-    Defence(
-        6,
-        "control/keys.py",
-        '"narrowed": _narrow(connection, who, after, defaults)',
-        '"narrowed": []',
-        "tests/integration/test_key_changes.py",
-    ),
+    Defence(6, "control/keys.py", "_narrow(connection, who, after, defaults)", "[]", CHANGES),
     Defence(
         7,
         "control/keys.py",
@@ -251,11 +246,7 @@ DEFENCES = (
         "tests/unit/test_limits_denied.py",
     ),
     Defence(
-        13,
-        "store/share.py",
-        "if lost - max(scope.heard, sharing.asked) > FRESH:",
-        "if False:",
-        "tests/unit/test_limits_unseen.py",
+        13, "store/share.py", "sharing.asked) > FRESH:", "sharing.asked) > 1e9:", "tests/unit/test_limits_unseen.py"
     ),
     Defence(13, "store/sharing.py", "self.names = sorted({*self.names, *names})", "pass", "tests/unit/test_feed.py"),
     Defence(
@@ -328,7 +319,7 @@ DEFENCES = (
         "control/keys.py",
         "mine if how.overlap <= 0 else mine & column.expires.is_not(None)",
         "mine & (column.expires <= now)",
-        "tests/integration/test_key_changes.py",
+        CHANGES,
     ),
     Defence(15, "gateway/feed.py", "self._snapshot.confirmed = now - age", "self._snapshot.confirmed = now", AWAY),
     Defence(

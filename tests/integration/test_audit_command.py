@@ -368,21 +368,15 @@ def test_compare_tells_whether_a_text_was_it_and_leaves_the_text_at_home(control
     assert "(r1) was changed" in run(control, "audit", "verify").stdout
 
 
-def test_no_number_keeps_a_record_out_of_an_export(control: Running) -> None:
-    ship(control, make_key(control)["id"], 3)
-    database = Database(resolve(control.settings.store.database, control.state))
-    database.write_now(lambda c: c.execute(update(audit).where(audit.c.id == "r1").values(seq=-7)))
-    database.close()
-    exported = [json.loads(line)["id"] for line in run(control, "audit", "export").stdout.splitlines()]
-    assert {"r0", "r1", "r2"} <= set(exported)
-
-
 def test_export_has_every_record_in_each_form(control: Running, tmp_path: Path) -> None:
     key = make_key(control, name="=cmd|' /C calc'!A0")["id"]
     ship(control, key, 1500)
+    database = Database(resolve(control.settings.store.database, control.state))
+    database.write_now(lambda c: c.execute(update(audit).where(audit.c.id == "r1").values(seq=-7)))
+    database.close()
     lines = run(control, "audit", "export").stdout.splitlines()
     records = [json.loads(line) for line in lines]
-    assert len([one for one in records if one["gw"] == "gateway-1"]) == 1500
+    assert len([one for one in records if one["gw"] == "gateway-1"]) == 1500, "whatever somebody made of its number"
     assert len({one["seq"] for one in records}) == len(records)
     (made,) = [one for one in records if one["api"] == "admin" and one["method"] == "POST"]
     table = list(csv.DictReader(run(control, "audit", "export", "--format", "csv", "--key", key).stdout.splitlines()))

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LINES_MAX = 400
 LONGER: dict[str, str] = {
+    "CHANGELOG.md": "nothing of it is released yet",
     "docs/cli.md": "made of the commands",
     "tests/integration/test_gateway.py": "one gateway, started once, serves the whole module",
 }
