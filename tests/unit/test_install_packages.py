@@ -16,7 +16,8 @@ PROGRAMS = {
     "python3": "python3", "gcc": "gcc", "git": "git", "curl": "curl", "zstd": "zstd", "openssl": "openssl",
     "pgrep": "procps", "ip": "iproute2", "redis-server": "redis-server", "g++": "g++",
     "docker-registry": "docker-registry", "dockerd": "docker.io", "docker": "docker.io", "debootstrap": "debootstrap",
-    "iptables": "iptables", "prometheus": "prometheus", "prometheus-alertmanager": "prometheus-alertmanager",
+    "iptables": "iptables", "mkfs.ext4": "e2fsprogs", "mount": "mount", "prometheus": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
 }  # fmt: skip
 
 
