@@ -8,6 +8,8 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import httpx
 import pytest
@@ -19,7 +21,7 @@ from support.servers import valkey
 
 from corral.cli.main import cli
 from corral.control.audit import NOTES_MAX, Notes
-from corral.control.auth import BODY_MAX, Principal
+from corral.control.auth import BODY_MAX, Gate, Principal
 from corral.gateway.shipper import Shipper
 from corral.stack import doctor
 from corral.stack.state import StateFolder
@@ -52,6 +54,32 @@ def test_a_body_of_unknown_length_is_held_to_the_same_bound(control: Running) ->
     assert error(control.admin.post("/admin/keys", content=b" " * (BODY_MAX + 1)))[0] == 413
     padded = [b'{"name": "chunked"', b" " * 65536, b"}"]
     assert control.admin.post("/admin/keys", content=iter(padded)).status_code == 201
+
+
+def test_a_key_that_is_revoked_while_it_keeps_a_body_back_ends_no_call(
+    control: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_key(control, role="admin")
+    admitted, authenticate = Event(), Gate._authenticate
+
+    async def noted(gate: Gate, text: str, address: str) -> Any:
+        found = await authenticate(gate, text, address)
+        if text == made["key"]:
+            admitted.set()
+        return found
+
+    monkeypatch.setattr(Gate, "_authenticate", noted)
+    before = len(control.admin.get("/admin/keys").json()["keys"])
+
+    def pieces() -> Iterator[bytes]:
+        yield b'{"name": "late", '
+        assert admitted.wait(60)
+        control.admin.post(f"/admin/keys/{made['id']}/revoke").raise_for_status()
+        yield b'"role": "admin"}'
+
+    with control.client(made["key"]) as client:
+        assert error(client.post("/admin/keys", content=pieces())) == (401, "the API key was revoked")
+    assert len(control.admin.get("/admin/keys").json()["keys"]) == before
 
 
 @pytest.mark.parametrize("path", ["/admin/keys", "/internal/snapshot"])

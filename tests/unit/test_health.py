@@ -221,6 +221,13 @@ def test_a_runner_is_ejected_once_no_other_gateway_suspects_the_other_node(looki
     assert looking.ejected_after() <= CANARY + 2 * LOOK, "its own word of before counts for nothing"
 
 
+def test_who_suspects_more_than_half_of_the_nodes_is_not_believed(looking: Looking) -> None:
+    for node in ("node-1", "node-2"):
+        looking.hears(node, m=["gateway-2"])
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
 def test_what_others_suspect_of_the_same_runner_holds_nobody_back(looking: Looking) -> None:
     looking.hears("node-1", m=["gateway-2", "gateway-3"])
     looking.stream()

@@ -61,8 +61,8 @@ def test_more_than_that_may_be_used() -> None:
 
 def test_tokens_that_are_no_more_in_the_window_are_not_declared_to_the_next_store() -> None:
     budgets = [Budget("k", tpm=6000) for _ in range(2)]
-    for budget, arrival in zip(budgets, (LOST - 100, LOST + 10), strict=True):
-        budget.window, budget.tokens_arrival = 1000, arrival
+    for budget, arrival in zip(budgets, (LOST - 100, LOST - 35), strict=True):
+        budget.said(arrival, 1000, 0, 0, 0, 0)
     unseen(budgets, lost_store(), sharing(2), LOST + 1)
     assert [budget.window for budget in budgets] == [0, 1000]
 
@@ -73,7 +73,7 @@ def test_of_a_store_that_forgot_what_was_used_up_to_then_is_unknown() -> None:
     budget = Budget("k", 60)
     unseen([budget], store, known, LOST + 101.5)
     assert budget.arrival == LOST + 101 + MINUTE * (1 - TOLERATED)
-    assert back_in(store, known, LOST + 101.5) == 1.5, "it is told within two seconds"
+    assert back_in(store, known, LOST + 101.5) == 2.5, "it is told within three seconds"
     store.connected, store.due = False, LOST + 102
     assert back_in(store, known, LOST + 101.5) == 0.5, "the next try of a connection"
 
@@ -138,6 +138,23 @@ def test_one_of_few_requests_a_minute_waits_for_no_more_than_its_refill(rpm: int
     refused = gateway.ask(budget, LOST)
     assert refused.refused == "rpm" and 0 < refused.retry_after <= min(MINUTE, 2 * MINUTE / rpm)
     assert gateway.ask(budget, LOST + refused.retry_after).refused == ""
+
+
+@pytest.mark.parametrize("how", ["refuses", "flaps"])
+def test_an_outage_has_one_beginning_however_often_the_store_is_lost(how: str) -> None:
+    gateway, budget, passed = Alone(2), Budget("k", 6), 0
+    store = gateway.limits.store
+    assert store is not None
+    for second in range(300):
+        now = LOST + second
+        if how == "refuses":
+            store.connected = True  # its answer is an error
+            unseen([budget], store, gateway.limits.sharing, now)
+            store.connected = False
+        else:
+            store.lost = now - 0.5
+        passed += not gateway.ask(budget, now).refused
+    assert 13 <= passed <= 16, "three a minute"
 
 
 def test_with_one_gateway_nothing_is_unseen() -> None:

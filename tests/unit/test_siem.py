@@ -86,7 +86,7 @@ def test_an_event_of_ocsf_has_what_its_class_requires_and_nothing_empty() -> Non
         assert {"activity_id", "category_uid", "class_uid", "type_uid", "time", "severity_id", "metadata"} <= set(event)
         assert event["api"]["operation"] and event["metadata"]["product"] and event["metadata"]["version"] == "1.3.0"
         assert event["type_uid"] == 100 * event["class_uid"] + event["activity_id"]
-        assert {"ip", "name"} & set(event["src_endpoint"])
+        assert {"ip", "name"} & set(event["src_endpoint"]) and {"user", "app_name"} & set(event["actor"])
         assert "http_response" not in event or event["http_response"]["code"] == one["status"]
     whole = ocsf(record(addr="192.0.2.7"), "1.0")
     assert whole["src_endpoint"] == {"ip": "192.0.2.7"} and whole["resources"] == [

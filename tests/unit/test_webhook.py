@@ -33,7 +33,7 @@ def made(tmp_path: Path) -> Iterator[Trail]:
 def deliver(made: Trail, heard: Receivers) -> int:
     """As a control does that has just been started; the last number that it says was taken."""
     webhook = made.new_ledger(webhook=heard.checkpoints_url).webhook
-    asyncio.run(webhook.deliver())
+    asyncio.run(webhook.deliver(99))
     return webhook.delivered
 
 
@@ -55,19 +55,19 @@ def test_each_is_sent_once_and_in_order(made: Trail, heard: Receivers) -> None:
 
 def test_a_full_disk_keeps_the_number_and_lets_later_ones_pass(made: Trail, heard: Receivers) -> None:
     webhook = made.new_ledger(webhook=heard.checkpoints_url).webhook
-    asyncio.run(webhook.deliver())
+    asyncio.run(webhook.deliver(99))
     asyncio.run(made.ledger.sign())
     known = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, known[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            asyncio.run(webhook.deliver())
+            asyncio.run(webhook.deliver(99))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, known)
     assert (made.folder / "audit/checkpoints.jsonl.sent").read_text() == "3\n", "as it was"
     made.ship(18)
     asyncio.run(made.ledger.sign())
-    asyncio.run(webhook.deliver())
+    asyncio.run(webhook.deliver(99))
     assert numbers(heard) == [1, 2, 3, 4, 5], "this process knows what was taken"
 
 

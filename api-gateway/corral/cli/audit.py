@@ -184,7 +184,7 @@ def _unchanged(content: dict[str, Any]) -> bytes:
     return data
 
 
-FIRST = -(2**53)
+FIRST = -(2**63)
 """Behind which all records are, also one whose number somebody has changed."""
 
 

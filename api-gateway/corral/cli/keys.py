@@ -168,7 +168,7 @@ def update(id: str, as_json: bool, state: str | None, **given: Any) -> None:
     if not changes:
         raise click.UsageError("name what to change, such as --rpm 600, --models 'llama3.2:*' or --deadline none")
     made = Admin(common.folder(state))("PATCH", f"/keys/{segment(id)}", changes)
-    fewer = made["narrowed"]
+    fewer = made.get("narrowed") or []
     more = f"; narrowed with it, as it made them: {', '.join(fewer)}" if fewer else ""
     common.emit(made, as_json, lambda: f"changed {id}{more}{common.late(made)}")
 

@@ -134,7 +134,9 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
             "correlation_uid": record.get("request_id"),
             "product": {"name": "Corral", "vendor_name": "Corral", "version": version},
         },
-        "actor": {"user": {"uid": record.get("key"), "org": {"uid": record.get("tenant")}}},
+        "actor": {"user": {"uid": record["key"], "org": {"uid": record.get("tenant")}}}
+        if record.get("key")
+        else {"app_name": record.get("gw") or "control"},
         # What control does by itself comes from nowhere else.
         "src_endpoint": {"ip": record["addr"]} if record.get("addr") else {"name": record.get("gw") or "control"},
         "dst_endpoint": {"name": record.get("node")},

@@ -32,7 +32,7 @@ TRAIL = re.compile(r"/admin/audit(/.*)?")
 TEXTS = "/admin/audit/content"
 
 # How the pages of one run differ.
-_AFTER = re.compile(r"(?:^|&)after=([0-9]{1,18})(?=&|$)")
+_AFTER = re.compile(r"(?:^|&)after=(-?[0-9]{1,19})(?=&|$)")
 
 entered = 0
 """Rows for admin actions since this process started."""

@@ -147,16 +147,24 @@ class Gate:
             return receive
         if not _is_admin(path):
             raise Problem(404, "not_found", f"no route {method} {path}")
+        await self._caller(scope, headers)
+        _refuse_nul(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+        if int(headers.one("content-length") or 0) > BODY_MAX:
+            raise _too_large()
+        whole = await _whole(receive)
+        if method not in ("GET", "HEAD", "OPTIONS"):
+            await self._caller(scope, headers)  # its key may have been revoked while it kept the body back
+        return whole
+
+    async def _caller(self, scope: Scope, headers: Headers) -> None:
+        """Note who calls. Raises Problem for who may not."""
+        path, method = scope["path"], scope["method"]
         who = self._principal(scope, headers)
         key_id, may = await self._authenticate(headers.credential(), who.address)
         who = replace(who, key_id=key_id, role=may.role, tenant=may.tenant, scope=may)
         scope.setdefault("state", {})["principal"] = who
         if not allowed(may.role, method, path):
             raise Problem(403, "forbidden", f"a key of role {may.role} may not {method} {path}")
-        _refuse_nul(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-        if int(headers.one("content-length") or 0) > BODY_MAX:
-            raise _too_large()
-        return await _whole(receive)
 
     async def _authenticate(self, text: str, address: str) -> tuple[str, KeyScope]:
         key_id = keytext.parse(text)

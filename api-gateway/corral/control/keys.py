@@ -296,10 +296,13 @@ def _update(
     if set(changes) - {"deadline"}:
         _no_more(connection, who, after, defaults)
         maker = connection.execute(select(keys).where(keys.c.id == row.maker)).first()
-        if maker is not None and excess(Scope.of(after), Scope.of(maker._asdict()), defaults):
+        if maker is not None and row.id != who.key_id and excess(Scope.of(after), Scope.of(maker._asdict()), defaults):
             changes["maker"] = who.key_id
     made = _change(connection, who, row, before, changes)
-    return {**made, "narrowed": _narrow(connection, who, after, defaults)}
+    return {
+        **made,
+        "narrowed": _narrow(connection, who, after, defaults) if set(changes) - {"deadline", "maker"} else [],
+    }
 
 
 def _change(
@@ -315,7 +318,7 @@ def _change(
 def _narrow(connection: Connection, who: Principal, key: dict[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """Have the keys that a key made, and those that they made, do no more than it now may; the ids of those changed.
 
-    Revoked ones stay as they were, but what they made is narrowed through them.
+    Of revoked ones nothing is said.
     """
     done, makers = [], [key]
     while makers:
@@ -325,7 +328,9 @@ def _narrow(connection: Connection, who: Principal, key: dict[str, Any], default
             if not changes:
                 continue
             makers.append({**row._asdict(), **changes})
-            if row.revoked is None:
+            if row.revoked is not None:
+                connection.execute(update(keys).where(keys.c.id == row.id).values(**changes))
+            else:
                 _change(connection, who, row, _describe(connection, row), changes)
                 done.append(row.id)
     return done

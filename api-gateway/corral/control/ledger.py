@@ -110,7 +110,7 @@ class Ledger:
             if time.monotonic() - signed >= self._settings.checkpoint:
                 signed = time.monotonic()
                 await self._try("there is no new checkpoint", self.sign)
-                await self._try("checkpoints wait for the webhook", self.webhook.deliver)
+                await self._try("checkpoints wait for the webhook", lambda: self.webhook.deliver(self.number))
             if time.monotonic() - swept >= min(SWEEP, self._settings.retention, self._settings.content_retention):
                 swept = time.monotonic()
                 await self._try("old audit rows stay for now", self.forget)
@@ -276,9 +276,9 @@ class Ledger:
     async def _complete_file(self) -> None:
         """Write the checkpoints that the database has and the file lacks: another control may have signed, too, between
         any two looks, and a number that is passed over would be missing from then on."""
-        last = await asyncio.to_thread(last_number, self.path)
+        before = await asyncio.to_thread(last_line, self.path)
         newest = await self._database.read(last_checkpoint)
-        self.number = max(last, newest)
+        self.number = last = 0 if before is None else before.checkpoint.number
         if last > newest:
             raise ValueError(
                 f"{self.path} has checkpoint {last}, the database {newest} at most: it is not the database that was "
@@ -288,10 +288,23 @@ class Ledger:
             lines = await self._database.read(lines_after, last, 100)
             checkpoints = [read_checkpoint(line) for line in lines]
             for one in checkpoints:
-                if one.checkpoint.key == self.signer.id and not signed_by(one, self.signer.public):
-                    raise ChainBroken(f"the database's checkpoint {one.checkpoint.number} is not signed by {self._key}")
+                last += 1
+                self._check_next(before, one, last)
+                before = one
             await asyncio.to_thread(self._append, checkpoints)
-            last += len(lines)
+
+    def _check_next(self, before: Signed | None, one: Signed, number: int) -> None:
+        """Raises ChainBroken for a checkpoint of the database that no control with this key entered."""
+        mine = self.signer.id
+        if one.checkpoint.key == mine:
+            follows = signed_by(one, self.signer.public)
+        else:
+            follows = before is None or before.checkpoint.key != mine
+        if one.checkpoint.number != number or not follows:
+            raise ChainBroken(
+                f"the database's checkpoint {number} is none that {self._key} signed behind the one before it: "
+                "somebody put it there, or another control has another key"
+            )
 
     def _append(self, checkpoints: list[Signed]) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -362,15 +375,15 @@ def _tail(file: BinaryIO) -> tuple[int, bytes]:
         length *= 2
 
 
-def last_number(path: Path) -> int:
-    """The number of the last checkpoint of a file, 0 where there is none. Raises ValueError where it is damaged."""
+def last_line(path: Path) -> Signed | None:
+    """The last checkpoint of a file, None where there is none. Raises ValueError where it is damaged."""
     try:
         with path.open("rb") as file:
             _, data = _tail(file)
     except FileNotFoundError:
-        return 0
+        return None
     lines = data[: whole_lines(data)].splitlines()
-    return read_checkpoint(lines[-1]).checkpoint.number if lines else 0
+    return read_checkpoint(lines[-1]) if lines else None
 
 
 def _unsigned(connection: Connection) -> list[tuple[str, int, bytes, int, bytes]]:

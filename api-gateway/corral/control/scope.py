@@ -13,6 +13,8 @@ from corral.store.keys import Network, allows
 
 ROLES = ("inference", "operator", "admin")
 """From the least to the most: each may what those before it may."""
+NO_MODEL = " "
+"""A glob that no model's name matches, and nobody may give."""
 LIMITS = ("rpm", "tpm", "concurrency", "daily_tokens", "monthly_tokens")
 
 
@@ -61,7 +63,7 @@ def excess(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> st
     if not admin and child.tenant != maker.tenant:
         return f"tenant: a key of tenant {maker.tenant!r} makes keys of that tenant alone"
     for glob in child.models:
-        if not any(covers(own, glob) for own in maker.models):
+        if not _may(maker, glob):
             return f"models: {glob!r} is beyond the models of the key that makes it ({','.join(maker.models)})"
     if maker.networks:
         if not child.networks:
@@ -85,14 +87,15 @@ def excess(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> st
 def narrowed(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> dict[str, Any]:
     """The columns of `child` that have to change, now that `maker` may do less; none where it may do no more.
 
-    Of its models those are left that both may use, as far as that can be told; that may be none.
+    Of its models those are left that both may use, as far as that can be told; where that is none, `NO_MODEL`.
     """
     changes: dict[str, Any] = {}
-    kept = [glob for glob in child.models if any(covers(own, glob) for own in maker.models)]
+    kept = [glob for glob in child.models if _may(maker, glob)]
     if len(kept) < len(child.models):
         beyond = [glob for glob in child.models if glob not in kept]
         mine = [own for own in maker.models if any(covers(glob, own) for glob in beyond)]
-        changes["models"] = kept + [own for own in mine if not any(covers(glob, own) for glob in kept)]
+        left = kept + [own for own in mine if not any(covers(glob, own) for glob in kept)]
+        changes["models"] = left or [NO_MODEL]
     if maker.role == "admin":
         return changes
     if child.weight > maker.weight:
@@ -102,6 +105,10 @@ def narrowed(child: Scope, maker: Scope, defaults: Mapping[str, int | None]) -> 
         if _limit(child, name, defaults) > most:
             changes[name] = int(most)
     return changes
+
+
+def _may(maker: Scope, glob: str) -> bool:
+    return glob == NO_MODEL or any(covers(own, glob) for own in maker.models)
 
 
 def covers(outer: str, inner: str) -> bool:

@@ -26,14 +26,20 @@ class Webhook:
         self.url = url
         self.delivered = 0 if url is None else _read(place)
 
-    async def deliver(self) -> None:
-        """Send what was not taken yet, oldest first, a line in each call. Raises httpx.HTTPError, OSError."""
+    async def deliver(self, last: int) -> None:
+        """Send what was not taken yet, oldest first, a line in each call, up to the checkpoint `last`.
+
+        Raises:
+            httpx.HTTPError, OSError: it was not taken, or that could not be noted.
+        """
         if self.url is None:
             return
         if self.delivered > await self._database.read(last_checkpoint):
             self.delivered = 0  # the database was replaced by an older one
         async with http_client(TIMEOUT) as client:
-            while lines := await self._database.read(lines_after, self.delivered, PAGE):
+            while lines := await self._database.read(
+                lines_after, self.delivered, min(PAGE, max(0, last - self.delivered))
+            ):
                 for line in lines:
                     headers = {"Content-Type": "application/json"}
                     (await client.post(self.url, content=line, headers=headers)).raise_for_status()

@@ -306,8 +306,15 @@ class Health:
         out = set(self.canaries)
         if snapshot.led(now):
             me = self._gateway.name
+            others: dict[str, set[tuple[str, str]]] = {}
             for node in snapshot.nodes.values():
-                out.update([(node.name, model) for model, by in node.doubted.items() if any([one != me for one in by])])
+                for model, by in node.doubted.items():
+                    for name in by:
+                        others.setdefault(name, set()).add((node.name, model))
+            for name, said in others.items():
+                # Who doubts more than half of the nodes sees wrongly itself, and ejects no more of them.
+                if name != me and len({node for node, _ in said}) * 2 <= len(snapshot.nodes):
+                    out |= said
         if not stays(canary.node, canary.model, out, snapshot.nodes, snapshot.group_of):
             return False
         self.frozen += 1

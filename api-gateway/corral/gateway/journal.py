@@ -79,8 +79,6 @@ class Journal:
         else:
             self.spool.append(payload)
             waiting.append(waiter)
-            if self._shedding_since and not self.failing and not self.full:
-                self._shedding_since = 0.0
         if access:
             self.access.line(payload if not _has_content(record) else _encode(replace(record, content=UNSET)))
         return not shed
@@ -135,6 +133,8 @@ class Journal:
             self._commit()
 
     def _tell(self, waiting: list[Waiter], written: bool) -> None:
+        if written and not self.full:
+            self._shedding_since = 0.0
         for waiter in waiting:
             try:
                 waiter.recorded(written)

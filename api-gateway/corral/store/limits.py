@@ -366,7 +366,7 @@ class Limits:
 
     def back(self) -> None:
         """The store knows of all that runs here, and has said what others use."""
-        self._kept, self.sharing.forgot = None, 0.0
+        self._kept, self.sharing.forgot, self.sharing.since = None, 0.0, 0.0
 
     def _at_once(self, scope: Budget) -> int:
         if self._kept is None:

@@ -16,7 +16,7 @@ FRESH: Final = 0.1
 """What the store said of a rate so short a time (seconds) before it was lost is still believed then."""
 TOLERATED: Final = 0.1
 """The part of a gateway's share of a rate that it has in hand where it does not know what others used."""
-REBUILD: Final = 2.0
+REBUILD: Final = 3.0
 """So long (seconds) a store that has forgotten admits nothing at most."""
 
 
@@ -133,10 +133,12 @@ def unseen(scopes: list[Budget], store: Valkey | None, sharing: Sharing, now: fl
     if not store.connections:
         nothing_known(scopes, sharing.began)
     elif sharing.count > 1:
-        lost = max(store.lost, sharing.forgot or now) if store.connected else store.lost
+        # One moment for all of an outage: of a store that refuses, or whose link flaps, there would be ever new ones.
+        lost = sharing.since or ((sharing.forgot or now) if store.connected else store.lost)
+        sharing.since = lost
         for scope in scopes:
             if lost - max(scope.heard, sharing.asked) > FRESH:
-                if scope.tokens_arrival <= lost:
+                if lost - scope.window_at >= MINUTE:
                     scope.window = 0
                 used = lost + MINUTE * (1.0 - TOLERATED)
                 scope.arrival, scope.tokens_arrival = max(scope.arrival, used), max(scope.tokens_arrival, used)
