@@ -164,7 +164,7 @@ LONG = "&key=k&x=" + "x" * ROUTE_MAX
         ("after=5&key=k", "after=6&key=k&limit=5", 1),
         ("key=k", "after=6&key=k", 1),  # without a place the newest are shown
         ("after=5&key=k", "key=k", 2),
-        ("after=5&key=k", "after=-6&key=k", 2),
+        ("after=5&key=k", "after=-6&key=k", 1),
         ("after=5&x=", "after=4&x=&after=6", 2),  # the last one may be the end of another value
         (f"after=5{LONG}", f"after=6{LONG}", 2),  # its end is not known
     ],
