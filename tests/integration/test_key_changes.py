@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,7 @@ def test_what_a_key_made_does_no_more_than_it_after_it_was_narrowed(control: Run
     # Whoever gives it more than its maker has is its maker from then on.
     wider = control.admin.patch(f"/admin/keys/{first['id']}", json={"rpm": 500}).json()
     assert (wider["rpm"], wider["maker"], wider["narrowed"]) == (500, changed.json()["maker"], [])
+    assert re.search(r"models +none", command(control, "show", other["id"]).stdout)
     narrowed = command(control, "update", operator["id"], "--rpm", "65")
     assert narrowed.stdout.startswith(f"changed {operator['id']}; narrowed with it, as it made them: ")
     assert {first["id"] in narrowed.stdout, other["id"] in narrowed.stdout} == {False, True}

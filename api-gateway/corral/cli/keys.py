@@ -209,6 +209,8 @@ def _shown(key: dict[str, Any]) -> dict[str, Any]:
     shown = {**key, **{name: common.moment(key[name]) for name in times if name in key}}
     if (ends := key.get("expires")) is not None and ends <= time.time():
         shown["expires"] = f"expired {shown['expires']}"
+    # A glob that no model has is what narrowing its maker has left.
+    shown["models"] = [glob for glob in key.get("models") or () if glob.strip()] or "none"
     return shown
 
 
