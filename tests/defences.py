@@ -245,9 +245,6 @@ DEFENCES = (
         "if False:",
         "tests/unit/test_limits_denied.py",
     ),
-    Defence(
-        13, "store/share.py", "sharing.asked) > FRESH:", "sharing.asked) > 1e9:", "tests/unit/test_limits_unseen.py"
-    ),
     Defence(13, "store/sharing.py", "self.names = sorted({*self.names, *names})", "pass", "tests/unit/test_feed.py"),
     Defence(
         13,

@@ -310,38 +310,6 @@ def test_what_one_gateway_used_alone_holds_through_the_loss_of_the_store(store: 
     run(store, work)
 
 
-@pytest.mark.parametrize(("store", "how"), [(BOTH[at % 2], how) for at, how in enumerate(LOSSES)], indirect=["store"])
-def test_a_burst_that_others_did_not_see_holds_through_the_loss_of_the_store(
-    store: Faulty, how: str, matrix: Callable[[str, str, str], None]
-) -> None:
-    async def work(made: list[Gateway]) -> None:
-        name, limit = unused(), 60
-        budgets = [gateway.budget(name, rpm=limit) for gateway in made]
-
-        async def ask(at: int, count: int) -> int:
-            verdicts = [await made[at].ask(budgets[at], f"{name}-{time.monotonic_ns()}") for _ in range(count)]
-            return sum(not verdict.refused for verdict in verdicts)
-
-        # The others have just asked for what is used, as they do each two seconds.
-        asked = [gateway.limits.sharing.asked for gateway in made]
-        await eventually(
-            lambda: all(one.limits.sharing.asked > at for one, at in zip(made[1:], asked[1:], strict=True))
-        )
-        began = time.monotonic()
-        passed = await ask(0, limit)
-        assert passed == limit
-        await eventually(lambda: time.monotonic() - began >= 0.5)
-        await store.fail(how)
-        for at in (1, 2, 0):
-            passed += await ask(at, limit)
-        took = time.monotonic() - began
-        assert passed <= limit * OVER + limit * took / 60
-        seen = f"{passed} of {limit}, {took:.1f} s from the first to the last"
-        matrix(f"a burst of a minute's requests, its store {how}", f"over-admission <= {OVER - 1:.0%}", seen)
-
-    run(store, work)
-
-
 def test_who_asks_nothing_leaves_a_server_that_became_a_replica(store: Faulty) -> None:
     async def work(made: list[Gateway]) -> None:
         await store.prepare("demoted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -111,9 +112,10 @@ def test_verify_reads_and_checks_checkpoints_page_by_page_and_says_how_far_it_is
     bootstrap(tmp_path, Settings.model_validate({"control": {"state": tmp_path}, "store": store}))
     signer, previous, rows = Signer((tmp_path / "audit.key").read_text()), ZERO.hex(), []
     for number in range(1, 951):
-        signed = signer.sign(number, 1.0 + number, previous, [])
+        # Signed just now: this control's own round comes after a minute.
+        signed = signer.sign(number, time.time(), previous, [])
         previous = signed.digest()
-        rows.append({"number": number, "ts": 1.0 + number, "line": signed.line().decode()})
+        rows.append({"number": number, "ts": signed.checkpoint.ts, "line": signed.line().decode()})
     database = Database(resolve(database_url, tmp_path))
     database.write_now(lambda c: c.execute(insert(audit_checkpoints), rows))
     database.close()

@@ -69,10 +69,8 @@ class Budget:
 
     A tenant's ``key_id`` is `TENANT` and its name. None is no limit. ``in_flight``: request → tokens the store reserved
     for it, or -1 less what was reserved here without it. ``arrival`` and ``tokens_arrival`` are when the rates are
-    whole again (monotonic seconds) as seen from here; ``said_arrival``, ``window`` (tokens of the minute, at
-    ``window_at``), ``day_used`` and ``month_used`` are what the store last said; ``…_spent`` is what was admitted here
-    since, without the store.
-    ``heard`` is when the store last said how much of the rates is used, or all of them were last taken to be.
+    whole again (monotonic seconds) as seen from here; ``said_arrival``, ``window`` (tokens of the minute), ``day_used``
+    and ``month_used`` are what the store last said; ``…_spent`` is what was admitted here since, without the store.
     ``own`` and ``others`` are the requests that this gateway and others ran when the store was last asked; ``lasting``
     is the mean time (seconds) that requests hold their lease, by those that ended here.
     """
@@ -107,9 +105,7 @@ class Budget:
     arrival: float = 0.0
     said_arrival: float = 0.0
     tokens_arrival: float = 0.0
-    heard: float = 0.0
     window: int = 0
-    window_at: float = 0.0
     day: int = 0
     day_used: int = 0
     day_spent: int = 0
@@ -205,7 +201,7 @@ class Budget:
 
     def said(self, now: float, window: int, day: int, day_used: int, month: int, month_used: int) -> None:
         """Note what the store says of the tokens."""
-        self.window, self.window_at = window, now
+        self.window = window
         if self.tpm:
             self.tokens_arrival = now + MINUTE * window / self.tpm
         self.day, self.day_used, self.day_spent = day, day_used, 0
@@ -215,7 +211,6 @@ class Budget:
         """Note what the store says of all gateways: when the rate is whole again (seconds from `now` on), and how many
         requests run, of which this gateway has `own`."""
         self.arrival = self.said_arrival = max(self.said_arrival, now + whole)
-        self.heard = now
         self.own, self.others = own, max(0, leases - own)
 
     def ended(self, took: float) -> None:
@@ -255,8 +250,7 @@ class Budget:
         if self.limits() == old.limits() and self.tenant is old.tenant:
             return old
         self.in_flight, self.arrival, self.said_arrival = old.in_flight, old.arrival, old.said_arrival
-        self.tokens_arrival, self.heard = old.tokens_arrival, old.heard
-        self.window, self.window_at = old.window, old.window_at
+        self.tokens_arrival, self.window = old.tokens_arrival, old.window
         self.day, self.day_used, self.day_spent = old.day, old.day_used, old.day_spent
         self.month, self.month_used, self.month_spent = old.month, old.month_used, old.month_spent
         self.own, self.others, self.lasting = old.own, old.others, old.lasting

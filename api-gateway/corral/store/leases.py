@@ -259,7 +259,6 @@ async def _renew(limits: Limits, store: Valkey) -> None:
 
 async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
     """Read what others used lately, so that the share of a gateway that never saw a key is the right one."""
-    asked = monotonic()
     latest = int(await _clock(store) * 1e6)
     # A second of overlap: what is written while this is read is read next time.
     since = b"%d" % max(0, known.since - 1_000_000)
@@ -286,5 +285,3 @@ async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
             if scope.others:
                 known.held.append(scope.key_id)
     known.since = latest
-    if len(names) < ACTIVE_MAX:
-        limits.sharing.asked = asked  # nobody has used the others since

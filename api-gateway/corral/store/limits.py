@@ -95,7 +95,7 @@ class Limits:
             self._reserve(budget, request_id, now, done, min(tokens, budget.most), wanted, heard)
             return
         if store is None or not store.connected:
-            done(self._uncounted(budget, request_id, now, 0))
+            done(self._uncounted(budget, request_id, now))
             return
         if self._unsaid and budget in self._unsaid:
             self._charge(store, budget, self._unsaid[budget])
@@ -106,7 +106,6 @@ class Limits:
             if type(reply) is list:
                 admitted, reason, remaining, reset, retry = reply
                 budget.arrival = budget.said_arrival = max(budget.said_arrival, now + reset / 1e6)
-                budget.heard = now
                 if admitted:
                     self._enter(budget, request_id, 0)
                     done(Verdict("", remaining, reset / 1e6, 0.0))
@@ -234,8 +233,9 @@ class Limits:
         if reply == 0:
             self.sharing.forgot = self.sharing.forgot or now
             self.on_lost()
-            decide = self._locally if budget.metered else self._uncounted
-            return decide(budget, request_id, now, tokens)
+            if not budget.metered:
+                return self._uncounted(budget, request_id, now)
+            return self._locally(budget, request_id, now, tokens)
         if isinstance(reply, hiredis.ReplyError):
             self._refused_by_store(reply)
         verdict = self._locally(budget, request_id, now, tokens)
@@ -246,8 +246,8 @@ class Limits:
             self._owe(budget, [identity, b"0", b"-1"] if budget.metered else [identity])
         return verdict
 
-    def _uncounted(self, budget: Budget, request_id: str, now: float, tokens: int) -> Verdict:
-        verdict = self._locally(budget, request_id, now, tokens)
+    def _uncounted(self, budget: Budget, request_id: str, now: float) -> Verdict:
+        verdict = self._locally(budget, request_id, now, 0)
         if budget.rpm and not verdict.refused:
             self._unsaid[budget] = self._unsaid.get(budget, 0) + 1
         return verdict
@@ -366,7 +366,7 @@ class Limits:
 
     def back(self) -> None:
         """The store knows of all that runs here, and has said what others use."""
-        self._kept, self.sharing.forgot, self.sharing.since = None, 0.0, 0.0
+        self._kept, self.sharing.forgot = None, 0.0
 
     def _at_once(self, scope: Budget) -> int:
         if self._kept is None:
@@ -378,7 +378,7 @@ class Limits:
     def _locally(self, budget: Budget, request_id: str, now: float, tokens: int) -> Verdict:
         wall = time.time() if budget.metered else 0.0
         scopes, gateways = budget.scopes, self.sharing.count
-        share.unseen(scopes, self.store, self.sharing, now)
+        share.nothing_known(scopes, self.store, self.sharing.began)
         if self._denied and any([scope.limits()[limit] for scope in scopes for limit in self._denied]):
             return Verdict("store", 0, 0.0, share.back_in(self.store, self.sharing, now))
         refused, retry = "", 0.0

@@ -12,10 +12,6 @@ from corral.store.budget import DAY, LIMITS, MINUTE, REASONS, Budget, month_end
 from corral.store.sharing import Sharing
 from corral.store.valkey import Valkey
 
-FRESH: Final = 0.1
-"""What the store said of a rate so short a time (seconds) before it was lost is still believed then."""
-TOLERATED: Final = 0.1
-"""The part of a gateway's share of a rate that it has in hand where it does not know what others used."""
 REBUILD: Final = 3.0
 """So long (seconds) a store that has forgotten admits nothing at most."""
 
@@ -81,7 +77,6 @@ def heard(budget: Budget, now: float, reply: list[int]) -> Verdict:
     place = 11
     for scope in budget.scopes:
         scope.arrival = scope.said_arrival = now + reply[place] / 1e6
-        scope.heard = now
         scope.said(now, reply[place + 1], reply[9], reply[place + 2], reply[10], reply[place + 3])
         place += 4
     number = reply[1]
@@ -122,35 +117,14 @@ def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int, 
     return reached
 
 
-def unseen(scopes: list[Budget], store: Valkey | None, sharing: Sharing, now: float) -> None:
-    """Take for used what others may have used of the rates unseen, so that a burst is not admitted again here.
-
-    That is since the store last said anything of them, up to when it was lost or found to have forgotten.
-    But for the tenth that limits may be exceeded by, only what comes free from then on is shared.
-    """
-    if store is None:
-        return
-    if not store.connections:
-        nothing_known(scopes, sharing.began)
-    elif sharing.count > 1:
-        # One moment for all of an outage: of a store that refuses, or whose link flaps, there would be ever new ones.
-        lost = sharing.since or ((sharing.forgot or now) if store.connected else store.lost)
-        sharing.since = lost
-        for scope in scopes:
-            if lost - max(scope.heard, sharing.asked) > FRESH:
-                if lost - scope.window_at >= MINUTE:
-                    scope.window = 0
-                used = lost + MINUTE * (1.0 - TOLERATED)
-                scope.arrival, scope.tokens_arrival = max(scope.arrival, used), max(scope.tokens_arrival, used)
-            scope.heard = max(scope.heard, lost)
-
-
-def nothing_known(scopes: list[Budget], began: float) -> None:
+def nothing_known(scopes: list[Budget], store: Valkey | None, began: float) -> None:
     """Where the store was never there: take the minute before this gateway began for used up.
 
     It may be one that was killed after it had admitted its share, and starts again. A store that is there and knows
     nothing is new: as for it, a minute begins.
     """
+    if store is None or store.connections:
+        return
     for scope in scopes:
         scope.arrival = scope.arrival or began + MINUTE
         scope.tokens_arrival = scope.tokens_arrival or began + MINUTE

@@ -11,9 +11,8 @@ class Sharing:
 
     The store says it, as long as it is there. Until it was read once (``read``) others do: control, and the file of an
     earlier run. Who starts while the store is away would else take itself for the only one. ``began`` is when this one
-    did (monotonic seconds): what its minute holds is not known before one has passed. ``asked`` is when the store was
-    last asked what all have used, ``forgot`` when it was there but found to have forgotten that; 0: it knows.
-    ``since`` is when this outage began, 0 where there is none.
+    did (monotonic seconds): what its minute holds is not known before one has passed. ``forgot`` is when the
+    store was there but found to have forgotten what was used; 0: it knows.
     """
 
     def __init__(self, gateway: str) -> None:
@@ -21,8 +20,7 @@ class Sharing:
         self.count = 1
         self.read = False
         self.began = time.monotonic()
-        self.asked = float("-inf")
-        self.forgot = self.since = 0.0
+        self.forgot = 0.0
 
     def said(self, names: list[str]) -> None:
         """What the store says."""
