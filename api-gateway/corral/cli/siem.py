@@ -112,11 +112,8 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
     outcome = record.get("outcome")
     activity = _OCSF_ACTIVITY.get(str(record.get("method")), 99)
     moment = int(float(record.get("ts") or 0) * 1000)
-    moved = {
-        "http_method": record.get("method"),
-        "url": {"path": record.get("route")},
-        "length": record.get("req_bytes"),
-    }
+    status, by = record.get("status"), record.get("gw") or "control"
+    answered = {"code": status, "length": record.get("resp_bytes")} if status else {}
     known = {
         "activity_id": activity,
         "activity_name": _OCSF_NAMES[activity],
@@ -126,7 +123,7 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
         "time": moment,
         "severity_id": OCSF_SEVERITY.get(outcome, 3) if outcome else 0,
         "status_id": 0 if outcome is None else 1 if outcome == "ok" else 2,
-        "status_code": None if record.get("status") is None else str(record["status"]),
+        "status_code": None if status is None else str(status),
         "status_detail": outcome,
         "metadata": {
             "version": "1.3.0",
@@ -136,21 +133,22 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
         },
         "actor": {"user": {"uid": record["key"], "org": {"uid": record.get("tenant")}}}
         if record.get("key")
-        else {"app_name": record.get("gw") or "control"},
+        else {"app_name": by},
         # What control does by itself comes from nowhere else.
-        "src_endpoint": {"ip": record["addr"]} if record.get("addr") else {"name": record.get("gw") or "control"},
+        "src_endpoint": {"ip": record["addr"]} if record.get("addr") else {"name": by},
         "dst_endpoint": {"name": record.get("node")},
         "resources": [{"name": record.get("model"), "type": "model"}] if record.get("model") else None,
         "api": {"operation": record.get("route") or "none", "service": {"name": record.get("api")}},
-        "http_request": moved,
-        "http_response": {"code": record.get("status"), "length": record.get("resp_bytes")}
-        if record.get("status")
-        else None,
+        "http_request": {
+            "http_method": record.get("method"),
+            "url": {"path": record.get("route")},
+            "length": record.get("req_bytes"),
+        },
+        "http_response": answered,
         "duration": int(record.get("ms") or 0),
     }
-    more = {name: record[name] for name in _OCSF_UNMAPPED if record.get(name) is not None}
-    if not record.get("status"):
-        more |= {name: record[name] for name in ("resp_bytes",) if record.get(name) is not None}
+    others = _OCSF_UNMAPPED if answered else (*_OCSF_UNMAPPED, "resp_bytes")
+    more = {name: record[name] for name in others if record.get(name) is not None}
     return {**_there(known), "unmapped": more}
 
 

@@ -253,8 +253,8 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
 
 
 def _no_more(connection: Connection, who: Principal, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse a text for a key that may do more than the caller's may by now, and until this is committed."""
-    own = connection.execute(select(keys).where(keys.c.id == who.key_id).with_for_update(read=True)).one()
+    """Refuse a text for a key that may do more than the caller's may by now: writers wait for each other."""
+    own = connection.execute(select(keys).where(keys.c.id == who.key_id)).one()
     if reason := excess(Scope.of(row), Scope.of(own._asdict()), defaults):
         raise Problem(403, "forbidden", reason)
 
@@ -293,16 +293,14 @@ def _update(
     if row.revoked is not None:
         raise Problem(409, "revoked", "the key was revoked: make a new one")
     after = {**row._asdict(), **changes}
-    if set(changes) - {"deadline"}:
+    bounds = set(changes) - {"deadline"}
+    if bounds:
         _no_more(connection, who, after, defaults)
         maker = connection.execute(select(keys).where(keys.c.id == row.maker)).first()
         if maker is not None and row.id != who.key_id and excess(Scope.of(after), Scope.of(maker._asdict()), defaults):
             changes["maker"] = who.key_id
     made = _change(connection, who, row, before, changes)
-    return {
-        **made,
-        "narrowed": _narrow(connection, who, after, defaults) if set(changes) - {"deadline", "maker"} else [],
-    }
+    return {**made, "narrowed": _narrow(connection, who, after, defaults) if bounds else []}
 
 
 def _change(
