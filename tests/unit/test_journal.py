@@ -100,6 +100,36 @@ def test_who_waits_hears_nothing_before_the_disk_has_it(
     asyncio.run(run())
 
 
+@pytest.mark.skipif(
+    not (compiled.__file__ or "").endswith(".py"), reason="compiled, it takes no waiter of a test's own"
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_waits_at_the_end_hears_nothing_before_the_disk_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    steps: list[object] = []
+
+    def sync(descriptor: int) -> None:
+        steps.append(os.fstat(descriptor).st_size)
+        if fails:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+
+    class Told(Waiter):
+        def recorded(self, written: bool) -> None:
+            steps.append(written)
+
+    async def run() -> None:
+        journal = Journal(tmp_path, "", asyncio.get_running_loop(), synced=True)
+        journal.record(Begun("g", 1.0), Told())
+        segment = journal.spool.segment
+        journal.close()
+        assert steps == [segment.stat().st_size, not fails]
+
+    asyncio.run(run())
+
+
 class Refused(Waiter):
     """Ends its request where it hears that its admission is not on the disk, as an exchange does."""
 

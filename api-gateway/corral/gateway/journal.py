@@ -55,6 +55,7 @@ class Journal:
         self._loop = loop
         self._synced = synced
         self._syncing = -1
+        self._closing = False
         self._waiting: list[Waiter] = []
         self._written: list[Waiter] = []
         self._shed: list[Waiter] = []
@@ -116,15 +117,30 @@ class Journal:
             self._tell(shed, False)
         if self._synced and not self.failing:
             self._written, self._syncing = waiting, self.spool.descriptor()
-            self._loop.run_in_executor(None, os.fdatasync, self._syncing).add_done_callback(self._on_disk)
+            if self._closing:
+                self._sync()
+            else:
+                self._loop.run_in_executor(None, os.fdatasync, self._syncing).add_done_callback(self._on_disk)
             return
         self._tell(waiting, not self.failing)
 
     def _on_disk(self, done: asyncio.Future[None]) -> None:
+        if self._syncing >= 0:  # else `close` has waited for it
+            self._synced_to(None if done.cancelled() else done.exception())
+
+    def _sync(self) -> None:
+        """Wait for the disk: the loop will not run on."""
+        try:
+            os.fdatasync(self._syncing)
+        except OSError as error:
+            self._synced_to(error)
+        else:
+            self._synced_to(None)
+
+    def _synced_to(self, error: BaseException | None) -> None:
         os.close(self._syncing)
         self._syncing = -1
         written, self._written = self._written, []
-        error = None if done.cancelled() else done.exception()
         if error is not None:
             log.error("the spool is not on its disk: %s", error)
             self.failing = True
@@ -143,15 +159,12 @@ class Journal:
                 log.exception("what waited for a record failed")
 
     def close(self) -> None:
-        """Write what waits and close."""
+        """Write what waits, with `synced` until the disk has it, and close."""
+        self._closing = True
         if self._syncing >= 0:
-            written, self._written = self._written, []
-            os.fdatasync(self._syncing)
-            self._tell(written, True)
-            os.close(self._syncing)
-            self._syncing = -1
-        self._synced = False
-        self._commit()
+            self._sync()
+        if self._waiting or self._shed:
+            self._commit()
         self.access.close()
         try:
             self.spool.close()

@@ -81,11 +81,12 @@ def _store(
     moved: dict[str, dict[str, Any]] = {}
     contents: dict[str, dict[str, Any]] = {}
     kept: dict[str, dict[str, Any]] = {}
-    begun = gone = False
+    begun: float | None = None
+    gone = False
     for record in records:
         kind = record.get("t")
         if kind == "begin":
-            begun, gone = True, record.get("gone") is True
+            begun, gone = CLEAN["ts"](record.get("ts")) or 0.0, record.get("gone") is True
             continue
         if kind == "content":  # of a gateway before 0012: no record names it
             content = _content(record.get("of"), record.get("ts"), record.get("data"))
@@ -108,8 +109,8 @@ def _store(
                 row["content_hash"] = sha256(content["data"]).hexdigest()
                 kept[row["id"]] = content
     # Once each, and before this segment's own rows: a call may bring tens of thousands of records.
-    if begun:
-        progress.begun(connection, gateway, gone)
+    if begun is not None:
+        progress.begun(connection, gateway, begun, gone)
     if contents:
         connection.execute(insert(connection, audit_content).on_conflict_do_nothing(), list(contents.values()))
     _own(connection, [*admits.values(), *settles.values()])

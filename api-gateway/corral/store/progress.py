@@ -36,12 +36,17 @@ class Shipped(NamedTuple):
     ended: bool = False
 
 
-def begun(connection: Connection, gateway: str, gone: bool) -> None:
-    """The gateway began: what is open of it up to here is to be recovered. `gone`: another one says so in its place."""
+def begun(connection: Connection, gateway: str, at: float, gone: bool) -> None:
+    """The gateway began (`at`, epoch seconds): what is open of it up to here is to be recovered. `gone`: another one says
+    so in its place.
+
+    All that it had written by then is here, and no more than that: its record may have been long on its way.
+    """
     last = connection.execute(select(func.max(audit.c.seq))).scalar() or 0
     now = time.time()
-    spool = insert(connection, spools).values(gateway=gateway, life=1, shipped=now, heard=now, ended=gone)
-    again = {"life": spools.c.life + 1, "shipped": now, "heard": now, "ended": gone}
+    written = min(at, now)
+    spool = insert(connection, spools).values(gateway=gateway, life=1, shipped=written, heard=now, ended=gone)
+    again = {"life": spools.c.life + 1, "shipped": written, "heard": now, "ended": gone}
     connection.execute(spool.on_conflict_do_update(index_elements=["gateway"], set_=again))
     life = connection.execute(select(spools.c.life).where(spools.c.gateway == gateway)).scalar_one()
     # One that begins again and again is not waited for anew each time: what was open then is the same.

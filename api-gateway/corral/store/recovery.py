@@ -1,9 +1,10 @@
 """Requests that nobody settled: settled at their last progress, marked `estimated`.
 
 A gateway's first record says that it began, and comes to control after all that it (or one of its name) had written
-before: what is open then will not be settled by it. The edge may have replayed such a request to another gateway: it is
-waited until each has shipped what it wrote until GRACE after, and what two have admitted is open until both have begun
-anew. A gateway that never comes back and whose spool nobody adopts is given up, and not waited for, after GONE.
+before: what is open then will not be settled by that life. The edge may have replayed such a request to any gateway,
+that one included: it is waited until each has shipped what it wrote until GRACE after, and what two have admitted is
+open until both have begun anew. A gateway that never comes back and whose spool nobody adopts is given up, and not
+waited for, after GONE.
 
 A gateway that lives may have lost the end of one to a damaged spool: it is over when it has been here for as long as a
 request may take, and every gateway has shipped what it wrote by then.
@@ -46,7 +47,7 @@ def recover(connection: Connection, now: float, longest: float) -> Rows:
     connection.execute(delete(audit_holders).where(settled))
     connection.execute(delete(spools).where(spools.c.heard < now - KEPT))
     begins = spool_begins.c
-    known = spools.c.ended.is_(False) & (spools.c.heard >= now - GONE) & (spools.c.gateway != begins.gateway)
+    known = spools.c.ended.is_(False) & (spools.c.heard >= now - GONE)
     # What is ahead of every clock says nothing.
     behind = (spools.c.shipped < begins.since + GRACE) | (spools.c.heard > now + AHEAD)
     ready = select(begins.gateway, begins.seq, begins.life).where(
