@@ -55,6 +55,7 @@ BAR = 0.45
 FULL = 0.8
 """From here on the load's core is the limit, and requests wait for it: no figure is the gateway's alone."""
 GATEWAY = "gateway"
+SKETCH = "a bare sketch in Python"
 SYNCED = "gateway, synced"
 NO_HASHES = "gateway, no hashes"
 NO_RECORD = "gateway, no record"
@@ -247,7 +248,7 @@ def gateways(
 
 @contextlib.contextmanager
 def subjects(
-    folder: Path, framework: bool, python: str, more: dict[str, Path]
+    folder: Path, framework: bool, sketch: bool, python: str, more: dict[str, Path]
 ) -> Iterator[tuple[list[Subject], list[Process], str]]:
     """All processes: the subjects (the gateway last), the others with Valkey first, the gateway's key."""
     with contextlib.ExitStack() as stack:
@@ -278,6 +279,13 @@ def subjects(
             port = free_port()
             argv = [sys.executable, str(ROOT / "benchmarks" / "framework.py"), str(port), str(node)]
             found.append(Subject("FastAPI and httpx", port, start(argv, "framework", MEASURED)))
+        if sketch:
+            port = free_port()
+            argv = [python, str(ROOT / "benchmarks" / "sketch.py"), *map(str, (port, node, store, folder / "sketch"))]
+            path = os.pathsep.join(entry for entry in sys.path if "site-packages" in entry)
+            process = Process(argv, folder / "sketch.log", {"PYTHONPATH": path}, cpu=MEASURED)
+            stack.callback(process.end)
+            found.append(Subject(SKETCH, port, process))
         packages = {
             "gateway, not compiled": ROOT / "api-gateway",
             GATEWAY: COMPILED,
@@ -330,6 +338,8 @@ def report(found: list[Subject], title: str, paced: bool) -> dict[str, float]:
             f"  {subject.name:24}{cost:11.1f}{statistics.median(subject.rate):12,.0f}"
             f"{statistics.median(subject.valkey):11.1f}{statistics.median(subject.load):11.0%}{base / cost:8.2f}"
         )
+    if SKETCH in ratios:
+        print(f"  the gateway costs {ratios[SKETCH] / ratios[GATEWAY]:.2f} times the sketch")
     for name in (NO_RECORD, NO_HASHES):
         if name in ratios:
             print(f"  beside '{name}': {_share(found, GATEWAY, name)}")
@@ -360,6 +370,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=2, help="per subject and round")
     parser.add_argument("--rate", type=int, default=2_500, help="requests a second of the paced load")
     parser.add_argument("--framework", action="store_true", help="a FastAPI and httpx proxy too")
+    parser.add_argument("--sketch", action="store_true", help="the least that a gateway in Python can be, too")
     parser.add_argument("--python", default=sys.executable, help="the gateway's interpreter")
     parser.add_argument("--synced", action="store_true", help="a gateway with audit.durability: synced too")
     parser.add_argument("--record", action="store_true", help="gateways without the record and its hashes too")
@@ -378,7 +389,7 @@ def main() -> int:
         name = stack.enter_context(tempfile.TemporaryDirectory())
         if options.record:
             more[NO_RECORD] = unrecorded(Path(name))
-        made = stack.enter_context(subjects(Path(name), options.framework, options.python, more))
+        made = stack.enter_context(subjects(Path(name), options.framework, options.sketch, options.python, more))
         found, others, key = made
         script = Path(name) / "load.lua"
         script.write_text(WRK)
