@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.server
 import json
 import os
 import re
@@ -39,6 +38,7 @@ COMPILED = ROOT / ".venv" / "compiled" / "api-gateway"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "api-gateway")]
 
 import yaml  # noqa: E402
+from standin import Control, ControlServer  # noqa: E402
 from support.leader import Leader  # noqa: E402
 from support.process import Process, free_port, until  # noqa: E402
 from unrecorded import unrecorded  # noqa: E402
@@ -136,42 +136,6 @@ class Subject:
     def url(self) -> str:
         """Where the request goes."""
         return f"http://127.0.0.1:{self.port}/api/chat"
-
-
-class Control(http.server.BaseHTTPRequestHandler):
-    """Confirms the gateway's snapshot and takes its records."""
-
-    protocol_version = "HTTP/1.1"
-    snapshot: bytes
-
-    def do_GET(self) -> None:
-        if self.path == "/internal/spent":
-            self._answer(200, b'{"day": 0, "month": 0, "used": {}, "complete": true}')
-            return
-        fresh = "since=1" in self.path
-        self._answer(304 if fresh else 200, b"" if fresh else self.snapshot)
-
-    def do_POST(self) -> None:
-        size = int(self.headers["Content-Length"])
-        self.rfile.read(size)
-        offset = int(self.path.rpartition("offset=")[2]) + size
-        self._answer(200, json.dumps({"offset": offset}).encode())
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-
-class ControlServer(http.server.ThreadingHTTPServer):
-    """Lets a gateway go that ends in the middle of a call."""
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing."""
 
 
 def cpu(pid: int) -> float:

@@ -37,8 +37,8 @@ class Shipped(NamedTuple):
 
 
 def begun(connection: Connection, gateway: str, at: float, gone: bool) -> None:
-    """The gateway began (`at`, epoch seconds): what is open of it up to here is to be recovered. `gone`: another one says
-    so in its place.
+    """The gateway began `at` (epoch seconds): what is open of it up to here is to be recovered. `gone`: another one
+    says so in its place.
 
     All that it had written by then is here, and no more than that: its record may have been long on its way.
     """
