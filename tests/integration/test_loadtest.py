@@ -19,7 +19,7 @@ import httpx
 import msgspec
 import pytest
 from support import loadtest, servers
-from support.process import until
+from support.process import free_port, until
 from support.stack import corral
 
 from corral.loadtest import guard, outcome
@@ -327,6 +327,15 @@ def test_the_real_model(embedded_node: servers.Server, tmp_path: Path) -> None:
     assert 4 <= found.total.output_tokens <= 32
     # Plain words are about a token each, whatever the vocabulary.
     assert 64 <= found.total.prompt_tokens / 4 <= 140
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    words = ("--no-key", "--closed", "1", "--requests", "1", "--model", "m")
+    argv = loadtest.command(f"http://127.0.0.1:{free_port()}", *words)
+    done = subprocess.run(
+        argv, env=loadtest.environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (1, []), done.stderr
 
 
 def test_help_names_the_defaults() -> None:

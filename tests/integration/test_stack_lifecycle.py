@@ -110,6 +110,21 @@ def test_without_a_node_it_comes_up_and_says_so(folder: Path) -> None:
         assert corral("down", state=again.state.root).returncode == 0
 
 
+def test_a_node_that_was_removed_is_not_called_one_of_the_fleet(folder: Path) -> None:
+    first = Up(folder / "one-less", "--detach", "--nodes", "2")
+    assert first.process.wait(240) == 0, first.said
+    url = json.loads(corral("nodes", "list", "--json", state=first.state.root).stdout)[1]["url"]
+    assert corral("nodes", "remove", "node-2", state=first.state.root).returncode == 0
+    assert corral("down", state=first.state.root).returncode == 0
+    again = Up(folder / "one-less", "--detach", "--nodes", "2", port=first.port)
+    try:
+        assert again.process.wait(240) == 0, again.said
+        assert f"node-2 runs, but was removed from the fleet: `corral nodes add {url}` uses it again" in again.said
+        assert again.said.count("was removed") == 1
+    finally:
+        assert corral("down", state=again.state.root).returncode == 0
+
+
 def test_who_has_no_corral_yaml_is_told_how_to_come_by_a_catalogue(up: Up) -> None:
     """One command must not send to another that sends back."""
     for words in (["models", "plan"], ["models", "apply"], ["config", "reload"]):

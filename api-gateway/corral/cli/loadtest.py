@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +76,7 @@ def run(as_json: bool, state: str | None, **given: Any) -> None:
     from corral.loadtest.progress import Progress
     from corral.loadtest.result import encode
 
+    folder = None
     try:
         options, thresholds = _options(given, state)
         folder = files.folder(given["output"])
@@ -83,6 +85,9 @@ def run(as_json: bool, state: str | None, **given: Any) -> None:
         result = outcome.result(options, done, _command(), thresholds)
         data, page = files.save(folder, result)
     except LoadTestError as error:
+        if folder is not None and not given["output"]:
+            with suppress(OSError):  # not where it has something in it
+                folder.rmdir()
         common.fail(str(error), as_json)
     if as_json:
         _write(encode(result))

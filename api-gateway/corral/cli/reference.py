@@ -12,7 +12,7 @@ from corral.cli.main import cli
 _INTRODUCTION = """\
 # Commands
 
-Made of the commands (`api-gateway/corral/cli`): `python -m corral.cli.reference`, in `api-gateway`.
+Made of the commands (`api-gateway/corral/cli`): `../.venv/bin/python -m corral.cli.reference`, in `api-gateway`.
 
 Every command takes `--json`, for programs, and `--state DIR` (or `CORRAL_STATE`), the folder of the stack that is
 meant. Exit status: 0 done, 1 failed (one line on standard error, which begins with `corral:`, says why), 2 wrong usage.

@@ -19,8 +19,8 @@ from corral.config.settings import Settings
 _INTRODUCTION = """\
 # Configuration
 
-Made of the settings model (`api-gateway/corral/config/settings.py`): `python -m corral.config.reference`, in
-`api-gateway`.
+Made of the settings model (`api-gateway/corral/config/settings.py`): in `api-gateway`,
+`../.venv/bin/python -m corral.config.reference`.
 
 Everything has a default; `corral.yaml` says what shall be otherwise. The file is that of `--config FILE` or
 `CORRAL_CONFIG`; `corral up` and `corral config` look for `corral.yaml` in the working directory too, `corral serve`

@@ -71,11 +71,14 @@ def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progr
             if plan.fleet.kind != "attached" or len(settings.nodes) == 1:
                 raise
             progress(f"{node.name} at {node.url} does not answer: left for later")
-    _models(plan, progress)
     admin = state.admin_key.read_text(encoding="utf-8").strip()
     step("edge to control", lambda: _ok(plan.url, "/admin/status", key=admin))
     used = fleet(plan, state)
+    _models(plan, used, progress)
     note = _unserved(plan, used, answering)
+    for node in settings.nodes if used else ():
+        if node.name not in used:
+            progress(f"{node.name} runs, but was removed from the fleet: `corral nodes add {node.url}` uses it again")
     if note is None:
         step("edge to nodes", lambda: _ok(plan.url, "/health/ready") and _proxied(state, answering))
     for name, known in (plan.monitoring.describe() if plan.monitoring is not None else {}).items():
@@ -122,14 +125,14 @@ def first_model(plan: Plan, used: Collection[str] | None = None) -> str | None:
     return None
 
 
-def _models(plan: Plan, progress: Progress) -> None:
-    if plan.fleet.kind == "attached":
+def _models(plan: Plan, used: Collection[str], progress: Progress) -> None:
+    urls = [node.url for node in plan.settings.nodes if node.name in used]
+    if plan.fleet.kind == "attached" or not urls:
         return
-    urls = [node.url for node in plan.settings.nodes]
     if plan.fleet.kind == "ollama" and not models.listed(urls[0]):
         models.install(urls[0], None if plan.fleet.gpus else nodes.threads(plan.fleet.count))
         progress("model  smollm2:135m installed")
-    name = first_model(plan)
+    name = first_model(plan, used)
     if plan.fleet.kind == "simulated" or name is None:
         return
     entries = [model for model in plan.settings.models if canonical_name(model.name) == canonical_name(name)]
