@@ -155,13 +155,17 @@ async def _leave(gateway: Gateway) -> None:
 
 
 async def _drain(gateway: Gateway, stop: Stop) -> None:
+    busy = 0
     for connection in list(gateway.connections):
-        if connection.idle and connection.transport is not None:
+        if not connection.idle:
+            busy += 1
+        elif connection.transport is not None:
             connection.transport.close()
     gateway.idle.clear()
     began = time.monotonic()
+    if busy:
+        log.info("%s drains: connections that have an answer to come: %d", gateway.name, busy)
     if gateway.connections:
-        log.info("%s drains: %d connections have an answer to come", gateway.name, len(gateway.connections))
         await stop.wait(gateway.idle)
     for exchange in list(gateway.running):
         try:
