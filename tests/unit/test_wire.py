@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.wire.answers import Pass, Whole
+from corral.wire.answers import OBJECT_MAX, Pass, Whole
 from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 from corral.wire.options import ModelPolicy
@@ -82,6 +82,27 @@ def test_thinking_tools_and_logprobs_are_put_together() -> None:
         "tool_calls": [{"function": {"name": "f", "arguments": {}}}]
     }
     assert value["logprobs"] == [{"token": "b", "logprob": -1.0}]
+
+
+def test_what_stands_beside_the_text_is_not_copied_with_each_line() -> None:
+    # Or a few MB of such lines keep a gateway from all else for minutes.
+    line = encoded([{"model": "m", "message": {"role": "assistant", "thinking": "a"}, "logprobs": [1], "done": False}])
+    responder, other = Whole("message"), Whole("message")
+    responder.feed(line)
+    kept = responder._thinking, responder._logprobs
+    responder.feed(line * 2)
+    assert responder._thinking is kept[0] and responder._logprobs is kept[1]
+    assert (kept, other._thinking, other._logprobs) == ((["a"] * 3, [1] * 3), [], [])
+
+
+@pytest.mark.parametrize("what", ["message", "response"])
+def test_an_answer_without_end_is_not_kept_for_ever(what: str) -> None:
+    responder = Whole(what)
+    line = encoded([{"model": "m", "message": {"role": "assistant", "content": "a"}, "response": "a", "done": False}])
+    responder._size = OBJECT_MAX - len(line)
+    responder.feed(line)
+    with pytest.raises(UpstreamNonsense):
+        responder.feed(line)
 
 
 @given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))

@@ -111,15 +111,20 @@ class Whole(Responder):
     content_type = "application/json; charset=utf-8"
     last = b""
     _rest = b""
-    _thinking: tuple[str, ...] = ()
-    _tool_calls: tuple[Any, ...] = ()
-    _logprobs: tuple[Any, ...] = ()
+    _size = 0
+    _more = False  # more than text came: these are its own from then on
+    _thinking: list[str] = []  # noqa: RUF012 - set anew, never changed
+    _tool_calls: list[Any] = []  # noqa: RUF012
+    _logprobs: list[Any] = []  # noqa: RUF012
 
     def __init__(self, what: str) -> None:
         self._chat = what == "message"
         self._text: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
+        self._size += len(data)
+        if self._size > OBJECT_MAX:  # an answer without end is kept until its time is over
+            raise UpstreamNonsense(f"an answer of more than {OBJECT_MAX} bytes")
         if self._rest:
             data = self._rest + data
             self._rest = b""
@@ -154,9 +159,7 @@ class Whole(Responder):
                 if part.content:
                     self._text.append(part.content)
                 if part.thinking or part.tool_calls or line.logprobs:
-                    self._thinking += (part.thinking or "",)
-                    self._tool_calls += tuple(part.tool_calls or ())
-                    self._logprobs += tuple(line.logprobs or ())
+                    self._beside(part.thinking, part.tool_calls, line.logprobs)
             elif not ends:
                 raise UpstreamNonsense("a line without a message")
             self.tokens += 1
@@ -165,6 +168,13 @@ class Whole(Responder):
                 self.last = last
                 self.prompt_tokens, self.tokens = count(line.prompt_eval_count), count(line.eval_count)
         return b""
+
+    def _beside(self, thinking: str | None, calls: list[Any] | None, logprobs: list[Any] | None) -> None:
+        if not self._more:
+            self._more, self._thinking, self._tool_calls, self._logprobs = True, [], [], []
+        self._thinking.append(thinking or "")
+        self._tool_calls.extend(calls or ())
+        self._logprobs.extend(logprobs or ())
 
     def said(self) -> str | None:
         return "".join(self._text)
@@ -181,14 +191,14 @@ class Whole(Responder):
             if thinking:
                 message["thinking"] = thinking
             if self._tool_calls:
-                message["tool_calls"] = list(self._tool_calls)
+                message["tool_calls"] = self._tool_calls
             whole["message"] = message
         else:
             whole["response"] = content
             if thinking:
                 whole["thinking"] = thinking
             if self._tool_calls:
-                whole["tool_calls"] = list(self._tool_calls)
+                whole["tool_calls"] = self._tool_calls
         if self._logprobs:
             whole["logprobs"] = self._logprobs
         return whole
