@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -179,6 +181,30 @@ def test_a_batch_without_embeddings_is_nonsense(route: str, last: bytes) -> None
     asked, _ = bulk(route)
     with pytest.raises(UpstreamNonsense):
         everything(asked, last)
+
+
+@pytest.mark.parametrize("last", [b"no json", b'{"model":"\xff","embeddings":[[1]]}', b'{"a":[1,2,}', b"[" * 3000])
+@pytest.mark.parametrize("route", ["/api/embed", "/api/embeddings", "/v1/embeddings"])
+def test_an_answer_that_is_no_object_is_nonsense(route: str, last: bytes) -> None:
+    asked = decode(route, {"model": "m", "prompt" if route == "/api/embeddings" else "input": "a"})
+    asked.responder.feed(last)
+    with pytest.raises(UpstreamNonsense):
+        asked.responder.finish()
+
+
+@pytest.mark.parametrize("filler", [b"[]", b"{}"])
+@pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
+def test_an_answer_of_arrays_alone_takes_not_many_times_its_size(route: str, filler: bytes) -> None:
+    asked = decode(route, {"model": "m", "input": "a"})
+    body = b'{"model":"m","embeddings":[' + (filler + b",") * 300_000 + filler + b"]}"
+    asked.responder.feed(body)
+    tracemalloc.start()
+    try:
+        with suppress(UpstreamNonsense):
+            asked.responder.finish()
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -254,6 +254,8 @@ _MODEL: Final = re.compile(r"[A-Za-z0-9._:/-]+")
 def fields_of(text: bytes) -> dict[str, msgspec.Raw]:
     """The fields of a node's answer as they were sent. Raises UpstreamNonsense: it is no JSON object."""
     try:
+        if not text.isascii():
+            text.decode()  # strings within a field that is left as it is are not looked at
         return _fields(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise UpstreamNonsense(f"an answer that is no object: {text[:80]!r}") from None

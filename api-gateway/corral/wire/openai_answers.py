@@ -16,6 +16,10 @@ from corral.wire.common import MARK, Lines, Responder, count, decode_line, encod
 from corral.wire.errors import UpstreamNonsense
 
 FINGERPRINT: Final = "fp_ollama"
+VECTORS_MAX: Final = 32 << 20
+BRACKETS_MAX: Final = 100
+"""Bytes, arrays and objects of a node's answer of 64 embeddings at most: read as values, those of one without a bound
+would take a gateway's memory and its seconds."""
 
 
 def tool_calls(calls: Any) -> list[dict[str, Any]]:
@@ -233,6 +237,8 @@ class EmbeddingList(answers.Object):
         vectors: list[Any] = []
         counted = 0
         for body in self.bodies():
+            if len(body) > VECTORS_MAX or body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
+                raise UpstreamNonsense("more than the embeddings that were asked for")
             value = decode_line(body)
             found = value.get("embeddings")
             if not isinstance(found, list):
