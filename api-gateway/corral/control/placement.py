@@ -201,7 +201,9 @@ class Placement:
             self._look(member, spots.get(member.name, {}), seen, now)
 
     def _look(self, member: Member, spots: dict[str, Spot], seen: dict[str, Seen], now: float) -> None:
-        present = {self._name(member, model) for model in member.resident} if member.up else set()
+        loaded = {self._name(member, model) for model in member.resident} if member.up else set()
+        # What was removed from its disk stays in its memory, for ever with what gateways ask, and is answered with 404.
+        present = loaded & {self._name(member, entry["name"]) for entry in member.tags}
         for model in present:
             if (member.name, model) in self._fresh:
                 continue
@@ -220,7 +222,8 @@ class Placement:
             self._set(*where, ABSENT, now)
             if stood:
                 self._note(model, now, f"{member.name} has it no more")
-                self._learn(member, present)
+                if model not in loaded:
+                    self._learn(member, loaded)
 
     def _learn(self, member: Member, present: set[str]) -> None:
         # A model went while another one came: the node has no room for more than stand there now.
