@@ -55,6 +55,7 @@ class UpstreamConnection:
         "_keep_alive",
         "_loop",
         "_parser",
+        "_paused",
         "_pool",
         "_proxied",
         "_reused",
@@ -74,7 +75,7 @@ class UpstreamConnection:
         self._handler: Handler | None = None
         self._feed = self._parser.feed_data
         self._body: list[bytes] = []
-        self._reused = self._keep_alive = False
+        self._reused = self._keep_alive = self._paused = False
         self._complete = self._headers_done = self._touched = False
         self._proxied = b""
         self.idle_since = self._sent_at = 0.0
@@ -113,7 +114,8 @@ class UpstreamConnection:
             self._handler = None
             self._complete = self._headers_done = self._touched = False
             self._proxied = b""
-            if self._keep_alive and self.transport is not None:
+            # One that is not read because a caller was slow would keep the next one's answer from it.
+            if self._keep_alive and self.transport is not None and not self._paused:
                 self._reused = True
                 self.idle_since = monotonic()
                 self._pool.put(self)
@@ -178,11 +180,13 @@ class UpstreamConnection:
     def pause(self) -> None:
         """Stop reading: the client cannot take more now."""
         if self.transport is not None and self._handler is not None:
+            self._paused = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
         if self.transport is not None and self._handler is not None:
+            self._paused = False
             self.transport.resume_reading()
 
     def abort(self) -> None:
