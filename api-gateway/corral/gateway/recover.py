@@ -187,7 +187,15 @@ def crashed(message: str) -> bool:
     return any(words in message for words in _CRASHED)
 
 
-_CALLERS = ("option ", "invalid option", "the input length exceeds the context length")
+_CALLERS = (
+    "option ",
+    "invalid option",
+    "the input length exceeds the context length",
+    "invalid JSON schema in format",
+    "template: ",
+    "Failed to create new sequence: no input provided",
+)
+"""Under a 500 Ollama says so of the request, on whichever node: tried on others, it would have all of them left alone."""
 
 
 def classify(status: int, proxied: bool, message: str) -> Failure:
@@ -196,8 +204,8 @@ def classify(status: int, proxied: bool, message: str) -> Failure:
         # 502 and 504 mean that the request had reached the node. HAProxy says 502 alike where the node closed, sent
         # what is no HTTP, or a head without end: it does not tell which before its answer is made.
         return Failure.RESET if status == 502 else Failure.TIMEOUT if status == 504 else Failure.CONNECT
-    # Ollama answers a wrong option with 500, and on /api/embeddings an over-long prompt too: the caller's error under
-    # a 5xx. No other status than these is its word on a request: a redirect, a 401 or a 429 comes from a node that is
+    # Ollama answers a wrong option, schema or template with 500, no text to embed, and on /api/embeddings an over-long
+    # prompt too: the caller's error under a 5xx. No other status than these is its word on a request: a redirect, a 401 or a 429 comes from a node that is
     # set up wrongly, or is none.
     if status == 404:
         return Failure.MISSING  # only a node that was said to hold the model is asked
