@@ -7,6 +7,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,6 +21,7 @@ from support.control import FakeNode, Running, make_key, recorded, until
 from support.servers import valkey
 
 from corral.cli.main import cli
+from corral.control import nodes
 from corral.control.audit import NOTES_MAX, Notes
 from corral.control.auth import BODY_MAX, Gate, Principal
 from corral.gateway.shipper import Shipper
@@ -372,3 +374,24 @@ def test_a_request_is_found_by_what_its_caller_has(control: Running) -> None:
     assert done.exit_code == 0, done.output
     head, row = done.stdout.splitlines()
     assert "REQUEST ID" in head and row[head.index("REQUEST ID") :].startswith("mine ")
+
+
+def test_a_node_that_is_resumed_while_its_removal_waits_stays(
+    control: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, over = Event(), Event()
+
+    async def drained(*_: Any) -> tuple[int, None]:
+        waits.set()
+        await asyncio.to_thread(over.wait, 60)
+        return 0, None
+
+    monkeypatch.setattr(nodes, "_drained", drained)
+    with ThreadPoolExecutor(1) as pool:
+        removing = pool.submit(control.admin.delete, "/admin/nodes/node-1")
+        assert waits.wait(60)
+        resumed = control.admin.post("/admin/nodes/node-1/resume", params={"preload": False})
+        over.set()
+        answer = removing.result()
+    assert (resumed.status_code, answer.status_code) == (200, 409), answer.text
+    assert control.node("node-1")["state"] == "ready"

@@ -107,6 +107,8 @@ async def remove_node(control: Here, caller: Caller, name: str, wait: Wait = DRA
         async with control.fleet.changing:
             if control.fleet.members.get(name) is not member:
                 raise Problem(404, "not_found", f"there is no node {name!r}")
+            if not member.draining:  # it has streams again, which would be cut
+                raise Problem(409, "conflict", f"{name} was given work again meanwhile, and stays")
             await _serve(control, [pair for pair in _pairs(control) if pair[0] != name])
             await _recorded(control, _leave, caller, member.describe())
             await control.fleet.remove(name)
