@@ -97,7 +97,7 @@ def test_a_node_that_renders_no_prompt_does_not_end_the_tests_of_others() -> Non
             return made
 
     (verdict,) = asyncio.run(run()).verdicts.values()
-    assert "no JSON" in str(verdict) or "no rendered" in str(verdict)
+    assert "no object" in str(verdict) or "no rendered" in str(verdict)
 
 
 class Beside(httpx.AsyncBaseTransport):

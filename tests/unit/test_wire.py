@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.wire.answers import OBJECT_MAX, Pass, Whole
+from corral.wire.common import Responder
+from corral.wire.continuation import Counting, Rendering
 from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError, UpstreamNonsense, upstream_message
 from corral.wire.options import ModelPolicy
@@ -192,16 +194,23 @@ def test_an_answer_that_is_no_object_is_nonsense(route: str, last: bytes) -> Non
         asked.responder.finish()
 
 
+def embeds(route: str) -> Responder:
+    return decode(route, {"model": "m", "input": "a"}).responder
+
+
 @pytest.mark.parametrize("filler", [b"[]", b"{}"])
-@pytest.mark.parametrize("route", ["/api/embed", "/v1/embeddings"])
-def test_an_answer_of_arrays_alone_takes_not_many_times_its_size(route: str, filler: bytes) -> None:
-    asked = decode(route, {"model": "m", "input": "a"})
-    body = b'{"model":"m","embeddings":[' + (filler + b",") * 300_000 + filler + b"]}"
-    asked.responder.feed(body)
+@pytest.mark.parametrize("field", [b"embeddings", b"prompt_eval_count", b"_debug_info"])
+@pytest.mark.parametrize(
+    "make", [lambda: embeds("/api/embed"), lambda: embeds("/v1/embeddings"), lambda: Rendering(0), lambda: Counting(0)]
+)
+def test_an_answer_of_arrays_alone_takes_not_many_times_its_size(make: Any, field: bytes, filler: bytes) -> None:
+    responder = make()
+    body = b'{"model":"m","%b":[' % field + (filler + b",") * 300_000 + filler + b"]}"
+    responder.feed(body)
     tracemalloc.start()
     try:
         with suppress(UpstreamNonsense):
-            asked.responder.finish()
+            responder.finish()
         assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
     finally:
         tracemalloc.stop()

@@ -195,7 +195,7 @@ _CALLERS = (
     "template: ",
     "Failed to create new sequence: no input provided",
 )
-"""Under a 500 Ollama says so of the request, on whichever node: tried on others, it would have all of them left alone."""
+"""Under a 500 Ollama says so of the request, on whichever node: tried anew, it would have all of them left alone."""
 
 
 def classify(status: int, proxied: bool, message: str) -> Failure:
@@ -205,8 +205,8 @@ def classify(status: int, proxied: bool, message: str) -> Failure:
         # what is no HTTP, or a head without end: it does not tell which before its answer is made.
         return Failure.RESET if status == 502 else Failure.TIMEOUT if status == 504 else Failure.CONNECT
     # Ollama answers a wrong option, schema or template with 500, no text to embed, and on /api/embeddings an over-long
-    # prompt too: the caller's error under a 5xx. No other status than these is its word on a request: a redirect, a 401 or a 429 comes from a node that is
-    # set up wrongly, or is none.
+    # prompt too: the caller's error under a 5xx. No other status than these is its word on a request: a redirect, a 401
+    # or a 429 comes from a node that is set up wrongly, or is none.
     if status == 404:
         return Failure.MISSING  # only a node that was said to hold the model is asked
     if status == 400 or (status >= 500 and message.startswith(_CALLERS)):

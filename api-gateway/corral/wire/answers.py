@@ -15,6 +15,7 @@ DONE: Final = b'"done":true'
 GOES_ON: Final = b'"done":false'
 ERROR: Final = b'"error"'
 OBJECT_MAX: Final = 256 << 20
+COUNT_TEXT: Final = 32
 SUMS = ("total_duration", "load_duration", "prompt_eval_count")
 """Of several answers that make one."""
 
@@ -229,7 +230,7 @@ class Object(Responder):
     def keep(self) -> None:
         body = self.body()
         # Counted now: a caller that leaves before the last of them has had these made.
-        self.prompt_tokens += _number(fields_of(body), "prompt_eval_count")
+        self.prompt_tokens += number(fields_of(body), "prompt_eval_count")
         self._whole.append(body)
         self.kept += 1
         self._parts = []
@@ -258,7 +259,7 @@ class Object(Responder):
             return self._together()
         body = self.body()
         # Not read as values: of arrays alone they take thirty times the memory of their text, and a gateway's seconds.
-        self.prompt_tokens = _number(fields_of(body), "prompt_eval_count")
+        self.prompt_tokens = number(fields_of(body), "prompt_eval_count")
         return body
 
     def _together(self) -> bytes:
@@ -275,11 +276,13 @@ class Object(Responder):
             merged = merged or dict(found)
             for name in SUMS:
                 if name in found:
-                    sums[name] = sums.get(name, 0) + _number(found, name)
+                    sums[name] = sums.get(name, 0) + number(found, name)
         self.prompt_tokens = sums.get("prompt_eval_count", 0)
         return encode({**merged, "embeddings": msgspec.Raw(b"[%b]" % b",".join(vectors)), **sums})
 
 
-def _number(fields: dict[str, msgspec.Raw], name: str) -> int:
+def number(fields: dict[str, msgspec.Raw], name: str) -> int:
     """The count in a field of `fields_of`; 0 where there is none."""
-    return count(decode_line(b'{"n":%b}' % bytes(fields[name])).get("n")) if name in fields else 0
+    found = bytes(fields.get(name, b""))
+    # What is longer is no count, and not looked at: it may be all that a node could send.
+    return count(decode_line(b'{"n":%b}' % found).get("n")) if 0 < len(found) <= COUNT_TEXT else 0

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from corral.wire import answers
-from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, text
+from corral.wire.common import MARK, Lines, Responder, count, decode_line, encode, fields_of, text
 from corral.wire.errors import UpstreamNonsense
 from corral.wire.lines import RENDERED
 
@@ -103,13 +103,13 @@ def rest_of(upstream_body: bytes, sent: str, tokens: int) -> Rest | None:
 
 
 class Aside(Responder):
-    """An answer of which nothing goes to the caller: ``value`` is its object once it is finished."""
+    """An answer of which nothing goes to the caller: ``fields`` are its object's once it is finished."""
 
     done = True  # an object is whole when the node's answer is
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens  # of the answer so far, should the caller leave now
-        self.value: dict[str, Any] = {}
+        self.fields: dict[str, msgspec.Raw] = {}
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -121,7 +121,7 @@ class Aside(Responder):
         return b""
 
     def finish(self) -> bytes:
-        self.value = decode_line(b"".join(self._parts))
+        self.fields = fields_of(b"".join(self._parts))
         return b""
 
 
@@ -134,11 +134,11 @@ class Rendering(Aside):
 
     def finish(self) -> bytes:
         super().finish()
-        shown = self.value.get(RENDERED)
-        prompt = shown.get("rendered_template") if isinstance(shown, dict) else None
-        if not isinstance(prompt, str):
+        shown = fields_of(bytes(self.fields.get(RENDERED, b"{}")))
+        prompt = bytes(shown.get("rendered_template", b"")).strip()
+        if prompt[:1] != b'"':
             raise UpstreamNonsense("no rendered prompt")
-        self.prompt = prompt
+        self.prompt = text(decode_line(b'{"p":%b}' % prompt)["p"])
         return b""
 
 
@@ -151,7 +151,7 @@ class Counting(Aside):
 
     def finish(self) -> bytes:
         super().finish()
-        self.found = count(self.value.get("prompt_eval_count"))
+        self.found = answers.number(self.fields, "prompt_eval_count")
         return b""
 
 
