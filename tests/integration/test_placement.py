@@ -112,31 +112,6 @@ async def served(gateway: Gateway, fleet: Fleet, name: str, model: str) -> str:
     return answer.node
 
 
-def test_a_model_that_was_removed_is_used_no_more_though_it_is_in_memory(store: Server) -> None:
-    """As after `ollama rm` at a node: `/api/ps` goes on showing it, and who asks for it hears 404. Another has it."""
-
-    async def work() -> None:
-        async with gateways(store.url, 1) as (gateway,), httpx.AsyncClient() as client:
-            members = [Member(name, "http://127.0.0.1:9", up=True, tags=[{"name": "r:latest"}]) for name in "xy"]
-            members[0].ps = [{"name": "r:latest"}]
-            node = lambda member: Ollama(client, member.url)  # noqa: E731
-            placement = Placement(gateway.store, node, lambda model: {}, term=1)
-            try:
-                await placement.tick(members, time.monotonic())
-                assert (await gateway.ask(Wanted("r1", "r:latest")))[0].node == "x"
-                members[0].tags = []
-                await placement.tick(members, time.monotonic())
-                answer, _ = await gateway.ask(Wanted("r2", "r:latest"))
-                assert (answer.node, answer.position) == ("", 1)
-                async with asyncio.timeout(60):
-                    while not any("load on y" in text for _, text in placement.why("r:latest")):
-                        await placement.tick(members, time.monotonic())
-            finally:
-                await placement.close()
-
-    asyncio.run(work())
-
-
 def test_the_faster_node_gets_more(store: Server) -> None:
     """Both have the model; one makes four times as many tokens a second, as streams show."""
 
