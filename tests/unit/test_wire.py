@@ -126,6 +126,7 @@ def test_a_streamed_answer_goes_through_as_it_is(texts: list[str], cuts: list[in
         b"\xff\xfe\n",
         encoded(chat_lines([])) + encoded(chat_lines([])),
         b'{"model":"m","created_at":"x"' + b" " * (1 << 20) + b"x",
+        b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false,"lo\n',
     ],
 )
 def test_nonsense_is_told_apart(make: Any, data: bytes) -> None:

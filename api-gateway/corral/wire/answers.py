@@ -12,7 +12,7 @@ from corral.wire.errors import ApiError, UpstreamNonsense
 from corral.wire.lines import RENDERED, UNSET, ChatLine, GenerateLine
 
 DONE: Final = b'"done":true'
-GOES_ON: Final = b'"done":false'
+GOES_ON: Final = b'"done":false}\n'
 ERROR: Final = b'"error"'
 OBJECT_MAX: Final = 256 << 20
 COUNT_TEXT: Final = 32
@@ -34,8 +34,8 @@ class Pass(Responder):
     """A streamed native answer: whole lines go through as they are.
 
     A quote within a JSON string is escaped, so the bytes of `GOES_ON`, `DONE` and `ERROR` stand for fields alone. Lines
-    that each have the first and neither of the others, as Ollama writes them, need no closer look; all others are
-    parsed.
+    that each end with the first and have neither of the others, as Ollama writes them, need no closer look; all others
+    are parsed.
     """
 
     content_type = "application/x-ndjson"
