@@ -51,6 +51,30 @@ def test_what_comes_behind_the_last_request_has_no_answer() -> None:
     assert server.written.count(b"HTTP/1.1 ") == 1
 
 
+def test_a_body_is_awaited_once_the_answers_before_it_are_whole() -> None:
+    stage = Stage()
+    stage.asks("/1", "/2")
+    stage.connection.begin(b"", b"a", True, True)
+    stage.connection.data_received(HEAD + b"Expect: 100-continue\r\n\r\n")
+    stage.connection.send(b"b")
+    stage.connection.end(b"", True)
+    assert b" 100 " not in stage.written, "it would be a part of the answer"
+    stage.turn()
+    stage.answer()
+    assert stage.written.endswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert stage.written.count(b" 100 ") == 1
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_who_speaks_an_older_http_is_not_told_to_continue(version: bytes) -> None:
+    stage = Stage()
+    head = b"Host: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+    stage.connection.data_received(b"POST /1 HTTP/" + version + b"\r\n" + head)
+    assert (b" 100 " in stage.written) == (version == b"1.1")
+    stage.connection.data_received(b"ab")
+    assert stage.started == [b"/1"]
+
+
 HEAD = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
 
 

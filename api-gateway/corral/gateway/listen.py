@@ -41,6 +41,7 @@ class ClientConnection:
     """A caller's connection, made by the edge. ``sent``: bytes of a streamed answer's body so far, without its end."""
 
     __slots__ = (
+        "_awaited",
         "_body",
         "_body_bytes",
         "_body_since",
@@ -86,7 +87,7 @@ class ClientConnection:
         self.deadline = 0.0
         self.stalled_since = 0.0
         self.sent = 0
-        self._broken = self._closing = False
+        self._broken = self._closing = self._awaited = False
         self._modern = True
 
     @property
@@ -226,15 +227,16 @@ class ClientConnection:
             raise self._too_large()
 
     def _special(self, headers: dict[bytes, bytes]) -> None:
-        if b"upgrade" in headers:
-            raise ApiError(400, "bad_request", "protocol upgrades are not served here")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ApiError(415, "unsupported_encoding", "a compressed body is not accepted: send it plain")
-        # The parser takes any list that ends in chunked; what else is in it would have to be undone here.
-        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
-            raise ApiError(400, "bad_request", "of transfer codings, chunked alone is served here")
-        if headers.get(b"expect", b"").lower() == b"100-continue" and self.transport is not None:
-            self.transport.write(http1.CONTINUE)
+        http1.refuse_coded(headers)
+        if headers.get(b"expect", b"").lower() == b"100-continue" and self._parser.get_http_version() != "1.0":
+            self._awaited = True
+            self._await()
+
+    def _await(self) -> None:
+        # Not within the answer of a request before it, whose caller would take it for a part of that.
+        if self._awaited and self.exchange is None and not self._queue:
+            self._awaited = False
+            self._write(http1.CONTINUE)
 
     def _measure_head(self) -> None:
         # What came may be body as well.
@@ -276,7 +278,7 @@ class ClientConnection:
         return ApiError(413, "body_too_large", f"the body may have {self.gateway.max_body} bytes")
 
     def on_message_complete(self) -> None:
-        self._reading = False
+        self._reading = self._awaited = False
         parser = self._parser
         exchange = self.gateway.exchange(self, parser.get_method(), self._target, self._head)
         exchange.body = self._body
@@ -288,7 +290,7 @@ class ClientConnection:
         exchange.keep_alive = keep_alive = parser.should_keep_alive()
         # Only what closes or says how to go on can be HTTP/1.0; asking the parser costs as much as finding the route.
         if (not keep_alive or b"connection" in self._head) and parser.get_http_version() != "1.1":
-            self._old(parser.get_http_version())
+            http1.refuse_version(parser.get_http_version(), self._head)
             exchange.modern = False
         elif b"host" not in self._head:
             raise ApiError(400, "bad_request", "a request of HTTP/1.1 names its host")
@@ -303,12 +305,6 @@ class ClientConnection:
             self._queue.append(exchange)
         else:
             raise ApiError(400, "bad_request", f"more than {PIPELINE_MAX} pipelined requests")
-
-    def _old(self, version: str) -> None:
-        if version != "1.0":
-            raise ApiError(400, "bad_request", "HTTP/1.1 and 1.0 are served here")
-        if b"transfer-encoding" in self._head:
-            raise ApiError(400, "bad_request", "HTTP/1.0 has no transfer codings")
 
     def _serve(self, exchange: Exchange) -> None:
         self.deadline = 0.0
@@ -387,6 +383,7 @@ class ClientConnection:
             self.gateway.loop.call_soon(self._next)
         else:
             self.deadline = time.monotonic() + IDLE_DEADLINE
+            self._await()
 
     def _next(self) -> None:
         if self._queue and self.exchange is None and not self._closing:
