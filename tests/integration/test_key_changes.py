@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import Connection, update
 from support.control import Running, make_key, recorded
 from support.gateway import gateway
 from support.held import Held, hold, leading, placed, waited
 from support.process import until
 
 from corral.cli.main import cli
+from corral.control import keys
+from corral.control.auth import Principal
+from corral.store import tables
 
 
 @pytest.fixture
@@ -202,6 +206,26 @@ def test_a_name_is_that_of_the_key_that_lives(control: Running) -> None:
     assert control.admin.get("/admin/keys/twice").json()["id"] == new
     control.admin.post(f"/admin/keys/{new}/revoke").raise_for_status()
     assert control.admin.get("/admin/keys/twice").status_code == 409, "none lives: any may be meant"
+
+
+@pytest.mark.parametrize(("change", "path"), [("_create", ""), ("_rotate", "/{}/rotate"), ("_update", "/{}")])
+def test_a_key_that_is_revoked_before_its_turn_makes_and_widens_none(
+    control: Running, monkeypatch: pytest.MonkeyPatch, change: str, path: str
+) -> None:
+    """The gate has let it in, and who revokes it writes first."""
+    made, operator = make_key(control), make_key(control, role="operator")
+    made_by = getattr(keys, change)
+
+    def late(connection: Connection, who: Principal, *rest: Any) -> Any:
+        connection.execute(update(tables.keys).where(tables.keys.c.id == who.key_id).values(revoked=time.time()))
+        return made_by(connection, who, *rest)
+
+    monkeypatch.setattr(keys, change, late)
+    with control.client(operator["key"]) as client:
+        ask = client.patch if change == "_update" else client.post
+        wanted = {"_create": {"name": "more"}, "_rotate": {}, "_update": {"models": ["a"]}}[change]
+        answer = ask("/admin/keys" + path.format(made["id"]), json=wanted)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (401, "the API key was revoked")
 
 
 def test_a_key_has_two_texts_at_most(control: Running) -> None:

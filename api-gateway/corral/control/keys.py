@@ -255,6 +255,8 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
 def _no_more(connection: Connection, who: Principal, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse a text for a key that may do more than the caller's may by now: writers wait for each other."""
     own = connection.execute(select(keys).where(keys.c.id == who.key_id)).one()
+    if own.revoked is not None:
+        raise Problem(401, "unauthorized", "the API key was revoked")
     if reason := excess(Scope.of(row), Scope.of(own._asdict()), defaults):
         raise Problem(403, "forbidden", reason)
 
