@@ -292,3 +292,10 @@ def test_a_round_looks_up_the_few_holders_and_not_all_that_was_settled(tmp_path:
     plan = database.read_now(lambda connection: str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {deleted}").all()))
     assert "SCAN audit_holders" in plan and "SCAN audit'" not in plan and "SEARCH audit USING" in plan, plan
     database.close()
+
+
+def test_one_whose_clock_was_ahead_keeps_nothing_open_when_it_is_gone(database: Database) -> None:
+    year, now = 365 * 86400.0, time.time()
+    Spool(database).ship(begin(), admit(1, ts=now + year))
+    assert recovered(database, now + recovery.GONE, lives="") == 0, "it may come back"
+    assert recovered(database, now + recovery.GONE + 1800 + 5, lives="") == 1

@@ -58,8 +58,8 @@ def recover(connection: Connection, now: float, longest: float) -> Rows:
         if rows:
             return rows
         connection.execute(delete(spool_begins).where((begins.gateway == gateway) & (begins.seq == seq)))
-    for gateway in _silent(connection, now):
-        rows = _settle(connection, gateway, audit.c.ts < now - longest - GONE, true())
+    for gateway in _silent(connection, now - GONE - longest):
+        rows = _settle(connection, gateway, true(), true())
         if rows:
             return rows
     return []
@@ -104,10 +104,10 @@ def _given_up(connection: Connection, gateway: str, lives: ColumnElement[bool]) 
     return rows
 
 
-def _silent(connection: Connection, now: float) -> list[str]:
-    """Gateways that have shipped nothing for GONE."""
+def _silent(connection: Connection, since: float) -> list[str]:
+    """Gateways that have shipped nothing since then, by control's clock: theirs may have been wrong by anything."""
     mark = spool_watermarks.c
-    last = select(mark.gateway).group_by(mark.gateway).having(func.max(mark.updated) < now - GONE)
+    last = select(mark.gateway).group_by(mark.gateway).having(func.max(mark.updated) < since)
     return sorted(name for (name,) in connection.execute(last))
 
 
