@@ -204,6 +204,14 @@ def test_an_audit_record_is_a_row_with_one_name_for_each_thing(
     assert third[3:6] == ["q3", "twin", "(k3)"], "and a name that is another key's too is not enough"
 
 
+def test_a_record_with_what_is_no_time_hides_no_other(run: Runner, told: dict[str, Any]) -> None:
+    told["/audit"] = {"audit": [{"id": "r1", "ts": 1e300}, {"id": "r2", "ts": "soon"}, {"id": "r3", "ts": 1.0}]}
+    told["/keys"] = {"keys": []}
+    shown = run("audit", "list").stdout
+    assert [line.split()[0] for line in shown.splitlines()[1:3]] == ["1e+300", "soon"]
+    assert "r3" in shown
+
+
 def test_an_audit_record_is_whole_in_the_json(run: Runner, told: dict[str, Any]) -> None:
     told["/audit"] = {"audit": [{"id": "r1", "ts": 1.0, "key": "k1"}, {"id": "r2", "ts": 2.0, "key": "gone"}]}
     assert json.loads(run("audit", "list", "--json").stdout) == told["/audit"]["audit"]

@@ -107,3 +107,10 @@ def test_cef_has_a_key_of_its_own_for_addresses_of_ipv6() -> None:
     assert "c6a2Label=Source IPv6 Address c6a2=2001:db8::1" in line and " src=" not in line
     (line,) = lines([record(addr="192.0.2.7")], "cef", "1.0")
     assert " src=192.0.2.7 " in line and "c6a2" not in line
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("ts", ["soon", 1e308, None])
+def test_a_record_with_what_is_no_time_hides_no_other(form: str, ts: Any) -> None:
+    found = list(lines([record(ts=ts), record(id="behind")], form, "1"))
+    assert "behind" in found[-1]

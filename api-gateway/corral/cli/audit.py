@@ -298,6 +298,9 @@ def _shown(record: dict[str, Any], names: dict[Any, str]) -> dict[str, Any]:
     """A record as a row, with one name for each thing: the others are in the JSON."""
     ts, key = record.get("ts"), record.get("key")
     # With its zone in each row: some may be of summer time, and some not.
-    shown = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(ts)) if isinstance(ts, int | float) else ts
+    try:
+        shown = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(ts)) if ts is not None else ts
+    except (TypeError, ValueError, OverflowError, OSError):
+        shown = ts  # what somebody has written there hides no other record
     one = {"request_id": record.get("request_id") or record.get("id"), "key": names.get(key, key)}
     return {**record, **one, "time": shown, "digest": (record.get("model_digest") or "")[:DIGEST_SHOWN]}

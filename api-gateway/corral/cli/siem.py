@@ -75,12 +75,18 @@ def _csv(record: Mapping[str, Any]) -> str:
     return out.getvalue().replace("\r", " ").replace("\n", " ")
 
 
+def _moment(record: Mapping[str, Any]) -> int:
+    """When it was, in epoch milliseconds; 0 where somebody has written there what is no time: that hides no other."""
+    ts = record.get("ts")
+    return int(ts * 1000) if isinstance(ts, int | float) and abs(ts) < 1e300 else 0
+
+
 def _cef(record: Mapping[str, Any], version: str) -> str:
     kind = "admin" if record.get("api") == "admin" else "inference"
     name = f"{record.get('method') or ''} {record.get('route') or ''}".strip()
     severity = SEVERITY.get(outcome, 6) if (outcome := record.get("outcome")) else 0
     head = ("CEF:0", "Corral", "Corral", version, kind, name, str(severity))
-    pairs = [("rt", str(int(float(record.get("ts") or 0) * 1000)))]
+    pairs = [("rt", str(_moment(record)))]
     for field, key in _CEF_KEYS.items():
         if (value := record.get(field)) is None:
             continue
@@ -111,7 +117,7 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
     """A record as an event of OCSF's class API Activity."""
     outcome = record.get("outcome")
     activity = _OCSF_ACTIVITY.get(str(record.get("method")), 99)
-    moment = int(float(record.get("ts") or 0) * 1000)
+    moment = _moment(record)
     status, by = record.get("status"), record.get("gw") or "control"
     answered = {"code": status, "length": record.get("resp_bytes")} if status else {}
     known = {
