@@ -349,3 +349,25 @@ def test_a_writer_that_cannot_write_the_rest_leaves_no_descriptor(
     with pytest.raises(OSError, match="No space"):
         writer.close()
     assert len(os.listdir("/proc/self/fd")) == opened - 1
+
+
+def test_what_is_called_a_segment_and_is_none_holds_nothing_up(tmp_path: Path) -> None:
+    (tmp_path / f"{1:016d}.seg").mkdir()
+    os.mkfifo(tmp_path / f"{2:016d}.seg")
+    (tmp_path / f"{3:016d}.seg").symlink_to(tmp_path / "nowhere")
+    writer, reader = SpoolWriter(tmp_path), SpoolReader(tmp_path)
+    writer.append(encode({"n": 1}))
+    writer.flush()
+    assert reader.next_chunk() == (writer.segment.name, 0, encode_frame({"n": 1}))
+    assert reader.drop_shipped(writer.segment) == []
+    writer.close()
+
+
+def test_there_is_no_writer_whose_segments_nobody_would_ship(tmp_path: Path) -> None:
+    last = tmp_path / f"{10**16 - 1}.seg"
+    last.touch()
+    with pytest.raises(OSError, match=f"take it away: '{last}'"):
+        SpoolWriter(tmp_path)
+    assert list(tmp_path.iterdir()) == [last]
+    last.unlink()
+    SpoolWriter(tmp_path).close()

@@ -14,6 +14,7 @@ crash cut, ``.corrupt`` has a frame that is not what was written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ ASIDE = (".torn", ".corrupt")
 _ASIDE_NAME: Final = re.compile(r"\d{16}\.(torn|corrupt)")
 
 _SEGMENT_NAME: Final = re.compile(r"(\d{16})\.seg")
+_LAST_NUMBER: Final = 10**16 - 1
 _decode_lines: Final = msgspec.json.Decoder(dict[str, Any]).decode_lines
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encode: Final = msgspec.json.Encoder().encode
@@ -147,7 +149,8 @@ def _is_frame(data: bytes, position: int) -> bool:
 
 def segments(folder: Path) -> list[Path]:
     """The segment files of a folder, oldest first."""
-    return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name))
+    # What has such a name and is no file, or leads to none, is nobody's record: reading it would hold up what is.
+    return sorted(path for path in folder.iterdir() if _SEGMENT_NAME.fullmatch(path.name) and path.is_file())
 
 
 def put_aside(folder: Path) -> list[str]:
@@ -274,6 +277,8 @@ class SpoolWriter:
 
     def _open_next(self) -> None:
         number = max(self._number + 1, int(time.time() * 1000))
+        if number > _LAST_NUMBER:  # under a longer name nobody would ship it
+            raise OSError(errno.EINVAL, "no segment can come behind that: take it away", str(self.segment))
         path = self._folder / f"{number:016d}.seg"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         if self._synced:
