@@ -103,6 +103,8 @@ class Journal:
     def _commit(self) -> None:
         if self._syncing >= 0:
             return  # one group after the other: this one is written when that one is on the disk
+        if not (self._waiting or self._shed):
+            return  # `close` has written it
         waiting, self._waiting = self._waiting, []
         shed, self._shed = self._shed, []
         try:
