@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -194,9 +195,16 @@ def _all(admin: Admin, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
     # A page that is not full is the last: that it was read is a record too.
     while whole:
         listed = rows(admin("GET", "/audit?" + urlencode({**query, "after": after, "limit": PAGE})), "audit")
+        _go_on(after, [row["seq"] for row in listed])
         yield from listed
         whole = len(listed) == PAGE
         after = listed[-1]["seq"] if listed else after
+
+
+def _go_on(after: int, numbers: list[int]) -> None:
+    """See that a page is one behind `after`: a control that says the same again and again would be read for ever."""
+    if any(number <= before for before, number in pairwise([after, *numbers])):
+        raise StackError(f"control's records behind {after} are not in their order: it does not tell what is there")
 
 
 def _signed(admin: Admin, own: list[bytes] | None) -> tuple[_Api, list[bytes]]:
@@ -266,6 +274,7 @@ class _Api:
         for row in listed:
             row["leaf"] = bytes.fromhex(row["leaf"]) if row["leaf"] is not None else None
             row["kept"] = found["kept"].get(row["id"])
+        _go_on(after, [row["pos"] for row in listed])
         return listed
 
     def checkpoints(self, after: int) -> list[bytes]:
