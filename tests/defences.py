@@ -117,7 +117,7 @@ DEFENCES = (
     Defence(9, "gateway/listen.py", "if name in _ONCE:", "if False:", SMUGGLING + " " + GATEWAY),
     Defence(
         9,
-        "gateway/listen.py",
+        "wire/http1.py",
         'if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":',
         "if False:",
         SMUGGLING,
@@ -131,7 +131,7 @@ DEFENCES = (
     ),
     Defence(
         10,
-        "gateway/listen.py",
+        "wire/http1.py",
         'if headers.get(b"content-encoding", b"identity").lower() != b"identity":',
         "if False:",
         SMUGGLING,
