@@ -40,8 +40,8 @@ _PROMPT = ("messages", "prompt", "system", "suffix", "images", "input")
 def fingerprint(tenant: str, decoded: Decoded) -> str:
     """What stands for model and prompt, whatever the options; 32 hexadecimal digits.
 
-    It is a tenant's own: with options that a runner crashes under, nobody can have another's use of a prompt refused. Who
-    crashes runners with ever new ones can, for those that ran beside two of them: nobody can tell whose fault it was.
+    It is a tenant's own: with options that a runner crashes under, nobody can have another's use of a prompt refused.
+    Who crashes runners with ever new prompts can, of those that ran beside two of them: whose fault it was shows not.
     """
     body = _body(decoded.body)
     parts: list[Any] = [tenant, canonical_name(decoded.model)]

@@ -104,7 +104,7 @@ class Journal:
         if self._syncing >= 0:
             return  # one group after the other: this one is written when that one is on the disk
         if not (self._waiting or self._shed):
-            return  # `close` has written it
+            return  # nothing is left: `close` has written it, or a sync had it all
         waiting, self._waiting = self._waiting, []
         shed, self._shed = self._shed, []
         try:
@@ -165,8 +165,7 @@ class Journal:
         self._closing = True
         if self._syncing >= 0:
             self._sync()
-        if self._waiting or self._shed:
-            self._commit()
+        self._commit()
         self.access.close()
         try:
             self.spool.close()
