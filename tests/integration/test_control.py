@@ -364,8 +364,9 @@ def test_haproxy_knows_a_node_first_and_forgets_it_last(tmp_path: Path, node: Fa
             # A reload for another reason: the stream is an old worker's now, and still counts.
             third = {"url": f"http://127.0.0.1:{free_port()}", "name": "third"}
             assert control.admin.post("/admin/nodes", json=third).json()["state"] == "down"
-            assert control.admin.post("/admin/nodes/node-2/drain").json()["streams"] == 1
+            assert control.admin.get("/admin/nodes/node-2/drain").json()["streams"] == 1
             assert control.admin.post("/admin/nodes/node-2/resume", params={"preload": False}).status_code == 200
+            assert control.admin.get("/admin/nodes/node-2/drain").status_code == 409
             with ThreadPoolExecutor(1) as pool:
                 removing = pool.submit(control.admin.delete, "/admin/nodes/node-2", params={"wait": WITHIN})
                 until("it gets no more work", lambda: control.node("node-2")["state"] == "draining")

@@ -20,6 +20,7 @@ WHO = {
     ("POST", "/admin/nodes"): OPERATOR,
     ("DELETE", "/admin/nodes/{name}"): OPERATOR,
     ("POST", "/admin/nodes/{name}/drain"): OPERATOR,
+    ("GET", "/admin/nodes/{name}/drain"): OPERATOR,
     ("POST", "/admin/nodes/{name}/resume"): OPERATOR,
     ("GET", "/admin/models"): OPERATOR,
     ("GET", "/admin/models/plan"): OPERATOR,

@@ -204,6 +204,19 @@ def test_an_audit_record_is_a_row_with_one_name_for_each_thing(
     assert third[3:6] == ["q3", "twin", "(k3)"], "and a name that is another key's too is not enough"
 
 
+def test_who_waits_for_a_drained_node_drains_it_once(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Draining(Told):
+        def __call__(self, method: str, path: str, body: object = None, timeout: float = 30.0) -> Any:
+            asked.append(f"{method} {path}")
+            return {"drained": len(asked) == 3, "streams": 3 - len(asked)}
+
+    monkeypatch.setattr("corral.cli.nodes.Admin", Draining)
+    assert run("nodes", "drain", "n", "--wait").stdout == "n is drained\n"
+    assert asked == ["POST /nodes/n/drain?wait=5", *["GET /nodes/n/drain?wait=5"] * 2]
+
+
 def test_a_record_with_what_is_no_time_hides_no_other(run: Runner, told: dict[str, Any]) -> None:
     told["/audit"] = {"audit": [{"id": "r1", "ts": 1e300}, {"id": "r2", "ts": "soon"}, {"id": "r3", "ts": 1.0}]}
     told["/keys"] = {"keys": []}

@@ -69,16 +69,16 @@ def drain(name: str, wait: bool, timeout: int, as_json: bool, state: str | None)
     """Send no new work to a node; what runs ends in peace."""
     admin = Admin(common.folder(state))
     deadline = time.monotonic() + timeout
-    while True:
-        done = admin("POST", f"/nodes/{segment(name)}/drain{'?wait=5' if wait else ''}", timeout=60)
-        if not wait or done.get("drained"):
-            break
+    path = f"/nodes/{segment(name)}/drain{'?wait=5' if wait else ''}"
+    done = admin("POST", path, timeout=60)
+    while wait and not done.get("drained"):
         if done.get("drained") is None:
             why = done.get("reason") or "control does not say why"
             raise StackError(f"{name} gets no new work, but whether requests still run there is not known: {why}")
         if time.monotonic() > deadline:
             raise StackError(f"{name}: {done.get('streams')} requests still run after {timeout} s")
         time.sleep(0.5)
+        done = admin("GET", path, timeout=60)  # who resumes it meanwhile is not to be overruled
     common.emit(done, as_json, lambda: f"{name} is {'drained' if wait else 'draining'}")
 
 

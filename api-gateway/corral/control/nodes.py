@@ -130,7 +130,23 @@ async def drain_node(control: Here, caller: Caller, name: str, wait: Wait = 0.0)
     `drained` and `streams` are null where HAProxy cannot say what runs there, and `reason` is why.
     """
     member = await _set_draining(control, caller, name, True, ("POST", f"/admin/nodes/{name}/drain", 200))
-    streams, reason = await _drained(control, name, wait)
+    return await _drain(control, member, wait)
+
+
+@router.get("/admin/nodes/{name}/drain")
+async def wait_for_node(control: Here, name: str, wait: Wait = 0.0) -> dict[str, Any]:
+    """The same of a node that is drained already; 409 where it is not: somebody has given it work again."""
+    member = control.fleet.members.get(name)
+    if member is None:
+        raise Problem(404, "not_found", f"there is no node {name!r}")
+    found = await _drain(control, member, wait) if member.draining else {}
+    if not member.draining:
+        raise Problem(409, "conflict", f"{name} is not drained: it was given work again")
+    return found
+
+
+async def _drain(control: Control, member: Member, wait: float) -> dict[str, Any]:
+    streams, reason = await _drained(control, member.name, wait)
     drained = None if streams is None else streams == 0
     return {**member.describe(), "drained": drained, "streams": streams, "reason": reason}
 
