@@ -29,6 +29,21 @@ def test_a_lost_pepper_stops_the_start_where_keys_depend_on_it(tmp_path: Path) -
     bootstrap(tmp_path, settings)
 
 
+def test_a_lost_admin_key_is_made_anew_and_those_that_still_work_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings.model_validate({"control": {"state": tmp_path}})
+    bootstrap(tmp_path, settings)
+    old = (tmp_path / "admin.key").read_text().split("_")[1]
+    bootstrap(tmp_path, settings)
+    assert caplog.messages == []
+    (tmp_path / "admin.key").unlink()
+    bootstrap(tmp_path, settings)
+    (said,) = caplog.messages
+    new = (tmp_path / "admin.key").read_text().split("_")[1]
+    assert f"{new} is a new admin key" in said and said.endswith(f"revoke what nobody has: {old}")
+
+
 def test_a_new_pepper_revokes_every_key_and_makes_an_admin_key_that_works(tmp_path: Path, database_url: str) -> None:
     store = {"database": database_url}
     settings = Settings.model_validate({"control": {"state": tmp_path}, "store": store})

@@ -65,7 +65,9 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False, command
         key_id = keytext.parse(text)
         if key_id is None:
             raise BootstrapError(f"{state / ADMIN_KEY} has no Corral key: remove it, and a new one is made")
-        database.write_now(_enter, key_id, keytext.verifier(pepper, text), command)
+        if older := database.write_now(_enter, key_id, keytext.verifier(pepper, text), command):
+            said = "%s was not there: %s is a new admin key. Those of before still work; revoke what nobody has: %s"
+            log.warning(said, state / ADMIN_KEY, key_id, ", ".join(older))
     finally:
         database.close()
 
@@ -104,11 +106,16 @@ def _revoke_all(connection: Connection, command: str) -> None:
         actions.ran(connection, command, {"revoked": ids})
 
 
-def _enter(connection: Connection, key_id: str, verifier: str, command: str) -> None:
-    """Enter the admin key of the file. One that is known stays as it is, revoked or rotated."""
+def _enter(connection: Connection, key_id: str, verifier: str, command: str) -> list[str]:
+    """Enter the admin key of the file. One that is known stays as it is, revoked or rotated.
+
+    Where it is new: other admin keys that work.
+    """
     tenants.enter(connection, tenants.DEFAULT)
     if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
-        return
+        return []
+    older = select(keys.c.id).where(_alive(), keys.c.role == "admin").order_by(keys.c.created)
+    known = list(connection.execute(older).scalars())
     now = time.time()
     row = {"id": key_id, "name": "admin", "tenant": tenants.DEFAULT, "role": "admin", "models": ["*"]}
     made = connection.execute(
@@ -116,5 +123,7 @@ def _enter(connection: Connection, key_id: str, verifier: str, command: str) -> 
     )
     proof = {"verifier": verifier, "key_id": key_id, "created": now}
     connection.execute(insert(connection, key_verifiers).values(proof).on_conflict_do_nothing())
-    if made.rowcount:  # not where another control has entered it meanwhile
-        actions.ran(connection, command, row)
+    if not made.rowcount:  # another control has entered it meanwhile
+        return []
+    actions.ran(connection, command, row)
+    return known
