@@ -26,6 +26,7 @@ from corral.control.bootstrap import bootstrap
 from corral.store import replace
 from corral.store.database import configured, revisions, upgrade
 from corral.store.replace import ReplaceError
+from corral.store.spool import encode_frame
 from corral.store.tables import audit
 
 KINDS = ("sqlite", "postgresql")
@@ -104,6 +105,16 @@ def test_there_and_back(tmp_path: Path, new_url: NewUrl, of: str, into: str) -> 
     # A call to the database that was under way may outlive control, and SQLite's files beside it go with the last one.
     until("the last call has ended", lambda: not [one for one in threading.enumerate() if "database" in one.name])
     assert all(stat.S_IMODE(path.stat().st_mode) in (0o600, 0o700) for path in target.root.rglob("*"))
+
+
+def test_what_is_called_a_segment_and_is_no_file_stops_no_backup(tmp_path: Path, new_url: NewUrl) -> None:
+    source = place(tmp_path / "old", new_url("sqlite"))
+    fill(source)
+    spool = source.root / source.settings.gateway.spool / "gateway-1"
+    (spool / "0000000000000001.seg").mkdir(parents=True)
+    os.mkfifo(spool / "0000000000000002.seg")
+    (spool / "0000000000000003.seg").write_bytes(encode_frame({"t": "begin", "gw": "gateway-1", "ts": 1.0}))
+    assert create(source, tmp_path / "one.backup", FOR_ME)["spool_segments"] == 1
 
 
 def test_the_backup_says_where_its_database_was(tmp_path: Path, postgres: Postgres) -> None:

@@ -376,8 +376,9 @@ def test_a_request_is_found_by_what_its_caller_has(control: Running) -> None:
     assert "REQUEST ID" in head and row[head.index("REQUEST ID") :].startswith("mine ")
 
 
-def test_a_node_that_is_resumed_while_its_removal_waits_stays(
-    control: Running, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("method", "path"), [("DELETE", ""), ("POST", "/drain"), ("GET", "/drain")])
+def test_a_node_that_is_resumed_while_somebody_waits_for_it_is_neither_gone_nor_drained(
+    control: Running, monkeypatch: pytest.MonkeyPatch, method: str, path: str
 ) -> None:
     waits, over = Event(), Event()
 
@@ -386,12 +387,13 @@ def test_a_node_that_is_resumed_while_its_removal_waits_stays(
         await asyncio.to_thread(over.wait, 60)
         return 0, None
 
+    control.admin.post("/admin/nodes/node-1/drain")
     monkeypatch.setattr(nodes, "_drained", drained)
     with ThreadPoolExecutor(1) as pool:
-        removing = pool.submit(control.admin.delete, "/admin/nodes/node-1")
+        asked = pool.submit(control.admin.request, method, f"/admin/nodes/node-1{path}")
         assert waits.wait(60)
         resumed = control.admin.post("/admin/nodes/node-1/resume", params={"preload": False})
         over.set()
-        answer = removing.result()
+        answer = asked.result()
     assert (resumed.status_code, answer.status_code) == (200, 409), answer.text
     assert control.node("node-1")["state"] == "ready"

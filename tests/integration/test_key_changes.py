@@ -208,9 +208,18 @@ def test_a_name_is_that_of_the_key_that_lives(control: Running) -> None:
     assert control.admin.get("/admin/keys/twice").status_code == 409, "none lives: any may be meant"
 
 
-@pytest.mark.parametrize(("change", "path"), [("_create", ""), ("_rotate", "/{}/rotate"), ("_update", "/{}")])
-def test_a_key_that_is_revoked_before_its_turn_makes_and_widens_none(
-    control: Running, monkeypatch: pytest.MonkeyPatch, change: str, path: str
+@pytest.mark.parametrize(
+    ("change", "path", "wanted"),
+    [
+        ("_create", "", {"name": "more"}),
+        ("_rotate", "/{}/rotate", {}),
+        ("_update", "/{}", {"models": ["a"]}),
+        ("_update", "/{}", {"deadline": None}),
+        ("_revoke", "/{}/revoke", {}),
+    ],
+)
+def test_a_key_that_is_revoked_before_its_turn_makes_and_changes_none(
+    control: Running, monkeypatch: pytest.MonkeyPatch, change: str, path: str, wanted: dict[str, Any]
 ) -> None:
     """The gate has let it in, and who revokes it writes first."""
     made, operator = make_key(control), make_key(control, role="operator")
@@ -223,7 +232,6 @@ def test_a_key_that_is_revoked_before_its_turn_makes_and_widens_none(
     monkeypatch.setattr(keys, change, late)
     with control.client(operator["key"]) as client:
         ask = client.patch if change == "_update" else client.post
-        wanted = {"_create": {"name": "more"}, "_rotate": {}, "_update": {"models": ["a"]}}[change]
         answer = ask("/admin/keys" + path.format(made["id"]), json=wanted)
     assert (answer.status_code, answer.json()["error"]["message"]) == (401, "the API key was revoked")
 

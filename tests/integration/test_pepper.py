@@ -41,7 +41,7 @@ def test_a_lost_admin_key_is_made_anew_and_those_that_still_work_are_named(
     bootstrap(tmp_path, settings)
     (said,) = caplog.messages
     new = (tmp_path / "admin.key").read_text().split("_")[1]
-    assert f"{new} is a new admin key" in said and said.endswith(f"revoke what nobody has: {old}")
+    assert f"has a new admin key, {new}." in said and said.endswith(f"revoke what nobody has: {old}")
 
 
 def test_a_new_pepper_revokes_every_key_and_makes_an_admin_key_that_works(tmp_path: Path, database_url: str) -> None:

@@ -1,4 +1,4 @@
-"""A control that shows the same records again and again: who reads them all comes to an end."""
+"""A control that shows the same again and again: who reads it all comes to an end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from corral.cli.audit import PAGE, _all, _Api
+from corral.cli.audit import CHECKPOINTS, PAGE, _all, _Api, _checkpoints
 from corral.stack.state import StackError
 
 
@@ -18,9 +18,13 @@ class Liar:
         if path == "/audit/chain":
             told = {"public_key": "", "checkpoint": 0, "fields": ["id", "pos"]}
             return {**told, "streams": {}, "outside": 0, "older": 0}
+        if path == "/status":
+            return {"audit": {"checkpoint": CHECKPOINTS}}
         return {"audit": [{"seq": number} for number in range(1, PAGE + 1)]}
 
     def raw(self, path: str) -> bytes:
+        if path.startswith("/audit/checkpoints"):
+            return b"\n".join(b'{"number":%d}' % number for number in range(CHECKPOINTS))
         return msgspec.json.encode({"records": [["a", 1, None], ["b", 2, None]], "kept": {}})
 
 
@@ -34,3 +38,8 @@ def test_a_check_ends() -> None:
     assert [row["pos"] for row in source.records("g", 0, 5)] == [1, 2]
     with pytest.raises(StackError, match="behind 2 are not in their order"):
         source.records("g", 2, 5)
+
+
+def test_fetching_checkpoints_ends() -> None:
+    with pytest.raises(StackError, match="the same checkpoints again"):
+        _checkpoints(Liar(), 0)  # type: ignore[arg-type]

@@ -74,3 +74,26 @@ def test_what_was_said_of_a_node_holds_whatever_goes() -> None:
     fleet.loaded("c:latest")
     fleet.has("b:latest", "c:latest")
     assert fleet.steps("a:latest") == [("load", "a:latest")]
+
+
+def test_a_model_that_was_removed_and_stays_in_memory_takes_its_room() -> None:
+    """Nothing can unload it: what is learned, or was declared, is without it."""
+    fleet = Fleet()
+    fleet.has("a:latest", "b:latest")
+    fleet.member.tags = [{"name": name} for name in ("a:latest", "c:latest")]
+    fleet.loaded("c:latest")
+    fleet.has("b:latest", "c:latest")
+    ((action, model),) = fleet.steps("a:latest")
+    assert (action, model) == ("drain", "c:latest"), "one of ours fits beside it"
+
+
+def test_a_model_that_was_removed_and_stays_in_memory_takes_its_part_of_what_was_declared() -> None:
+    fleet = Fleet(max_models=2, memory=24 << 30)
+    fleet.member.tags = [{"name": name} for name in ("a:latest", "c:latest")]
+    fleet.has("b:latest", "c:latest")
+    fleet.member.ps[0]["size"] = 10 << 30
+    host = fleet.placement._host(fleet.member, {"a:latest", "c:latest"}, {}, {})
+    assert (host.max_models, host.memory) == (1, 14 << 30)
+    fleet.member.ps = []
+    host = fleet.placement._host(fleet.member, {"a:latest", "c:latest"}, {}, {})
+    assert (host.max_models, host.memory) == (2, 24 << 30)

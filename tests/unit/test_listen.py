@@ -65,6 +65,18 @@ def test_a_body_is_awaited_once_the_answers_before_it_are_whole() -> None:
     assert stage.written.count(b" 100 ") == 1
 
 
+def test_a_body_has_its_time_from_when_it_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, now = Stage(), 1000.0
+    monkeypatch.setattr(listen, "time", SimpleNamespace(monotonic=lambda: now))
+    stage.asks("/1")
+    stage.connection.data_received(HEAD + b"Expect: 100-continue\r\n\r\n")
+    now += 90.0
+    stage.answer()
+    stage.connection.data_received(b"x")
+    stage.connection.check(now)
+    assert not stage.closed
+
+
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 def test_who_speaks_an_older_http_is_not_told_to_continue(version: bytes) -> None:
     stage = Stage()

@@ -52,7 +52,6 @@ class History:
         (400, False, "the input length exceeds the context length", Failure.CALLER),
         (500, False, "the input length exceeds the context length", Failure.CALLER),
         (500, False, "invalid JSON schema in format", Failure.CALLER),
-        (500, False, "template: :1: unclosed action", Failure.CALLER),
         (500, False, "Failed to create new sequence: no input provided", Failure.CALLER),
         (404, False, "model 'x' not found", Failure.MISSING),
         *((status, False, "", Failure.NODE) for status in (201, 204, 206, 302, 304, 401, 403, 407, 413, 429, 999)),
@@ -61,6 +60,13 @@ class History:
 )
 def test_who_is_at_fault(status: int, proxied: bool, message: str, expected: Failure) -> None:
     assert classify(status, proxied, message) is expected
+
+
+def test_a_wrong_template_is_the_fault_of_who_brought_it() -> None:
+    said = 'template: :3: function "currentDate" not defined'
+    assert classify(500, False, said, template=True) is Failure.CALLER
+    assert classify(500, False, said) is Failure.NODE, "the model's own, on a node that is too old for it"
+    assert classify(500, False, "boom", template=True) is Failure.NODE
 
 
 def test_the_callers_errors_are_never_retried() -> None:

@@ -112,5 +112,5 @@ def test_cef_has_a_key_of_its_own_for_addresses_of_ipv6() -> None:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("ts", ["soon", 1e308, None])
 def test_a_record_with_what_is_no_time_hides_no_other(form: str, ts: Any) -> None:
-    found = list(lines([record(ts=ts), record(id="behind")], form, "1"))
+    found = list(lines([record(ts=ts, ms=ts), record(id="behind")], form, "1"))
     assert "behind" in found[-1]

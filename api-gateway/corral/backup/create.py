@@ -154,7 +154,7 @@ def _spool(writer: Writer, folder: Path, root: Path) -> int:
     count = 0
     for gateway in sorted(folder.iterdir()) if folder.is_dir() else ():
         for path in sorted(gateway.iterdir()) if gateway.is_dir() else ():
-            if path.suffix not in (".seg", *spool.ASIDE):
+            if path.suffix not in (".seg", *spool.ASIDE) or not path.is_file():
                 continue
             try:
                 data = _whole(path)

@@ -75,10 +75,10 @@ def _csv(record: Mapping[str, Any]) -> str:
     return out.getvalue().replace("\r", " ").replace("\n", " ")
 
 
-def _moment(record: Mapping[str, Any]) -> int:
-    """When it was, in epoch milliseconds; 0 where somebody has written there what is no time: that hides no other."""
-    ts = record.get("ts")
-    return int(ts * 1000) if isinstance(ts, int | float) and abs(ts) < 1e300 else 0
+def _milliseconds(value: object, in_one: int) -> int:
+    """A time of a record, of which one has so many of them; 0 where somebody has written what is none: that hides no
+    other record."""
+    return int(value * in_one) if isinstance(value, int | float) and abs(value) < 1e300 else 0
 
 
 def _cef(record: Mapping[str, Any], version: str) -> str:
@@ -86,7 +86,7 @@ def _cef(record: Mapping[str, Any], version: str) -> str:
     name = f"{record.get('method') or ''} {record.get('route') or ''}".strip()
     severity = SEVERITY.get(outcome, 6) if (outcome := record.get("outcome")) else 0
     head = ("CEF:0", "Corral", "Corral", version, kind, name, str(severity))
-    pairs = [("rt", str(_moment(record)))]
+    pairs = [("rt", str(_milliseconds(record.get("ts"), 1000)))]
     for field, key in _CEF_KEYS.items():
         if (value := record.get(field)) is None:
             continue
@@ -117,7 +117,7 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
     """A record as an event of OCSF's class API Activity."""
     outcome = record.get("outcome")
     activity = _OCSF_ACTIVITY.get(str(record.get("method")), 99)
-    moment = _moment(record)
+    moment = _milliseconds(record.get("ts"), 1000)
     status, by = record.get("status"), record.get("gw") or "control"
     answered = {"code": status, "length": record.get("resp_bytes")} if status else {}
     known = {
@@ -151,7 +151,7 @@ def ocsf(record: Mapping[str, Any], version: str) -> dict[str, Any]:
             "length": record.get("req_bytes"),
         },
         "http_response": answered,
-        "duration": int(record.get("ms") or 0),
+        "duration": _milliseconds(record.get("ms"), 1),
     }
     others = _OCSF_UNMAPPED if answered else (*_OCSF_UNMAPPED, "resp_bytes")
     more = {name: record[name] for name in others if record.get(name) is not None}

@@ -66,7 +66,7 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False, command
         if key_id is None:
             raise BootstrapError(f"{state / ADMIN_KEY} has no Corral key: remove it, and a new one is made")
         if older := database.write_now(_enter, key_id, keytext.verifier(pepper, text), command):
-            said = "%s was not there: %s is a new admin key. Those of before still work; revoke what nobody has: %s"
+            said = "%s has a new admin key, %s. Those of before still work; revoke what nobody has: %s"
             log.warning(said, state / ADMIN_KEY, key_id, ", ".join(older))
     finally:
         database.close()

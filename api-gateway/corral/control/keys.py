@@ -254,11 +254,16 @@ def _find(connection: Connection, who: Principal, key: str) -> Row[Any]:
 
 def _no_more(connection: Connection, who: Principal, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse a text for a key that may do more than the caller's may by now: writers wait for each other."""
+    if reason := excess(Scope.of(row), Scope.of(_still(connection, who)._asdict()), defaults):
+        raise Problem(403, "forbidden", reason)
+
+
+def _still(connection: Connection, who: Principal) -> Row[Any]:
+    """The caller's key. Refuses one that was revoked while it waited for its turn to write."""
     own = connection.execute(select(keys).where(keys.c.id == who.key_id)).one()
     if own.revoked is not None:
         raise Problem(401, "unauthorized", "the API key was revoked")
-    if reason := excess(Scope.of(row), Scope.of(own._asdict()), defaults):
-        raise Problem(403, "forbidden", reason)
+    return own
 
 
 def _create(
@@ -290,6 +295,7 @@ def _update(
 ) -> dict[str, Any]:
     row = _find(connection, who, key)
     before = _describe(connection, row)
+    _still(connection, who)
     if ROLES.index(row.role) > ROLES.index(who.role):
         raise Problem(403, "forbidden", f"a key of role {who.role} changes none of role {row.role}")
     if row.revoked is not None:
@@ -373,6 +379,7 @@ def _revoke(connection: Connection, who: Principal, key: str, method: str) -> di
         raise Problem(403, "forbidden", f"a key of role {who.role} revokes none of role {row.role}")
     if row.revoked is not None:
         return before
+    _still(connection, who)
     if row.role == "admin":
         column = keys.c
         alive = column.revoked.is_(None) & (column.expires.is_(None) | (column.expires > time.time()))

@@ -138,15 +138,14 @@ async def wait_for_node(control: Here, name: str, wait: Wait = 0.0) -> dict[str,
     """The same of a node that is drained already; 409 where it is not: somebody has given it work again."""
     member = control.fleet.members.get(name)
     if member is None:
-        raise Problem(404, "not_found", f"there is no node {name!r}")
-    found = await _drain(control, member, wait) if member.draining else {}
-    if not member.draining:
-        raise Problem(409, "conflict", f"{name} is not drained: it was given work again")
-    return found
+        raise no_node(control, name)
+    return await _drain(control, member, wait if member.draining else 0.0)
 
 
 async def _drain(control: Control, member: Member, wait: float) -> dict[str, Any]:
     streams, reason = await _drained(control, member.name, wait)
+    if not member.draining:
+        raise Problem(409, "conflict", f"{member.name} is not drained: it was given work again")
     drained = None if streams is None else streams == 0
     return {**member.describe(), "drained": drained, "streams": streams, "reason": reason}
 

@@ -202,8 +202,7 @@ class Placement:
 
     def _look(self, member: Member, spots: dict[str, Spot], seen: dict[str, Seen], now: float) -> None:
         loaded = {self._name(member, model) for model in member.resident} if member.up else set()
-        # What was removed from its disk stays in its memory, for ever with what gateways ask, and is answered with 404.
-        present = loaded & {self._name(member, entry["name"]) for entry in member.tags}
+        present = loaded - {self._name(member, entry["name"]) for entry in member.removed}
         for model in present:
             if (member.name, model) in self._fresh:
                 continue
@@ -223,7 +222,7 @@ class Placement:
             if stood:
                 self._note(model, now, f"{member.name} has it no more")
                 if model not in loaded:
-                    self._learn(member, loaded)
+                    self._learn(member, present)
 
     def _learn(self, member: Member, present: set[str]) -> None:
         # A model went while another one came: the node has no room for more than stand there now.
@@ -299,12 +298,16 @@ class Placement:
     def _host(self, member: Member, held: set[str], spots: dict[str, Spot], seen: dict[str, Seen]) -> Host:
         if self._failed:
             held = {model for model in held if (member.name, model) not in self._failed}
+        memory, places = member.memory or 0, member.max_models or 0
+        if removed := member.removed:  # it takes room that nothing gives back
+            memory = memory and max(1, memory - sum(entry.get("size", 0) for entry in removed))
+            places = places and max(1, places - len(removed))
         host = Host(
             member.name,
             # What stands on one that does not answer, though it is not put out of use, spares nobody a load elsewhere.
             member.state == "ready" and member.answers,
-            member.memory or 0,
-            member.max_models or self._learned.get(member.name, 0),
+            memory,
+            places or self._learned.get(member.name, 0),
             member.slots,
             frozenset(held),
             coming=self._coming.get(member.name, ""),

@@ -126,6 +126,13 @@ class Member:
         return sorted({entry["name"] for entry in self.ps if not is_own(entry["name"])})
 
     @property
+    def removed(self) -> list[dict[str, Any]]:
+        """What is in its memory, and on its disk no more: Ollama keeps that, for ever with what gateways ask, and says
+        404 to who asks for it, or would unload it."""
+        listed = {entry["name"] for entry in self.tags} if self.ps else set()
+        return [entry for entry in self.ps if entry["name"] not in listed and not is_own(entry["name"])]
+
+    @property
     def on_cpu(self) -> list[str]:
         """Models most of which are in main memory, though a GPU was declared; else, of which less than half as much as
         once is on one; and such as are far slower than they were, whatever the node says. Sorted. Where nothing was

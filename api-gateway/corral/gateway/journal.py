@@ -127,8 +127,9 @@ class Journal:
         self._tell(waiting, not self.failing)
 
     def _on_disk(self, done: asyncio.Future[None]) -> None:
+        error = None if done.cancelled() else done.exception()
         if self._syncing >= 0:  # else `close` has waited for it
-            self._synced_to(None if done.cancelled() else done.exception())
+            self._synced_to(error)
 
     def _sync(self) -> None:
         """Wait for the disk: the loop will not run on."""

@@ -236,6 +236,7 @@ class ClientConnection:
         # Not within the answer of a request before it, whose caller would take it for a part of that.
         if self._awaited and self.exchange is None and not self._queue:
             self._awaited = False
+            self._body_since = 0.0  # from now on it may come
             self._write(http1.CONTINUE)
 
     def _measure_head(self) -> None:

@@ -192,14 +192,17 @@ _CALLERS = (
     "invalid option",
     "the input length exceeds the context length",
     "invalid JSON schema in format",
-    "template: ",
     "Failed to create new sequence: no input provided",
 )
 """Under a 500 Ollama says so of the request, on whichever node: tried anew, it would have all of them left alone."""
 
 
-def classify(status: int, proxied: bool, message: str) -> Failure:
-    """The kind of an answer that is not a 200. `proxied`: HAProxy made it, no node did."""
+def classify(status: int, proxied: bool, message: str, template: bool = False) -> Failure:
+    """The kind of an answer that is not a 200. `proxied`: HAProxy made it, no node did; `template`: the request has
+    one of its own.
+
+    A template that is wrong and is not the request's own is the model's: damaged, or too new for its node.
+    """
     if proxied:
         # 502 and 504 mean that the request had reached the node. HAProxy says 502 alike where the node closed, sent
         # what is no HTTP, or a head without end: it does not tell which before its answer is made.
@@ -210,5 +213,7 @@ def classify(status: int, proxied: bool, message: str) -> Failure:
     if status == 404:
         return Failure.MISSING  # only a node that was said to hold the model is asked
     if status == 400 or (status >= 500 and message.startswith(_CALLERS)):
+        return Failure.CALLER
+    if template and status >= 500 and message.startswith("template: "):
         return Failure.CALLER
     return Failure.CRASH if status >= 500 and crashed(message) else Failure.NODE

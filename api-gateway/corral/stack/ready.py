@@ -77,7 +77,7 @@ def wait(plan: Plan, state: StateFolder, process: subprocess.Popen[bytes], progr
     _models(plan, used, progress)
     note = _unserved(plan, used, answering)
     for node in settings.nodes if used else ():
-        if node.name not in used:
+        if node.name in answering and node.name not in used:
             progress(f"{node.name} runs, but was removed from the fleet: `corral nodes add {node.url}` uses it again")
     if note is None:
         step("edge to nodes", lambda: _ok(plan.url, "/health/ready") and _proxied(state, answering))
