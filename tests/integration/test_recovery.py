@@ -25,8 +25,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_gateways_have_shipped_is_kept_for_those_that_wait_for_it(quick: None, control: Running) -> None:
     database = Database(resolve(control.settings.store.database, control.state))
 
-    def said(ago: float = 0.0, **told: str) -> Any:
-        headers = {"X-Corral-Gateway": "gateway-2", "X-Corral-As-Of": f"{time.time() - ago:.3f}", **told}
+    def said(ago: float = 0.0, by: str = "gateway-2", **told: str) -> Any:
+        headers = {"X-Corral-Gateway": by, "X-Corral-As-Of": f"{time.time() - ago:.3f}", **told}
         control.internal.get("/internal/snapshot", headers=headers).raise_for_status()
         now = time.time()
         rows = database.read_now(lambda c: c.execute(select(spools).where(spools.c.gateway == "gateway-2")).all())
@@ -48,6 +48,8 @@ def test_what_gateways_have_shipped_is_kept_for_those_that_wait_for_it(quick: No
         until("a question that control took after 70 s", lambda: 70 <= said(70)[0][0] < 70 + WITHIN)
         assert outcome() is None
         until("all is here", lambda: said()[0][0] < 60)
+        assert outcome() is None, "its gateway may have been asked once more since it began"
+        said(by="gateway-1")
         until("nothing is waited for", lambda: outcome() == "interrupted")
         assert not said(**{"X-Corral-Leaving": "1", "X-Corral-Backlog": "5.0"})[0][1], "it has something left"
         assert said(**{"X-Corral-Leaving": "1"})[0][1], "at once: control may end too"

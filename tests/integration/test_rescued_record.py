@@ -66,6 +66,12 @@ def ship(control: Running, writer: SpoolWriter, folder: Path) -> None:
     asyncio.run(all_of_it())
 
 
+def says(control: Running, shipped: float) -> None:
+    """The gateway says that all it wrote until then is there."""
+    headers = {"X-Corral-Gateway": "gateway-1", "X-Corral-As-Of": f"{shipped:.3f}"}
+    control.internal.get("/internal/snapshot", headers=headers).raise_for_status()
+
+
 @pytest.mark.parametrize("damage", BAD)
 def test_what_an_earlier_life_left_behind_damage_is_settled(control: Running, tmp_path: Path, damage: Any) -> None:
     folder = tmp_path / "spool/gateway-1"
@@ -83,6 +89,7 @@ def test_what_an_earlier_life_left_behind_damage_is_settled(control: Running, tm
     mine[2] = damage(mine[2])
     writer.segment.write_bytes(b"".join(mine))
     ship(control, writer, folder)
+    says(control, time.time())
     until("the dead are settled", lambda: outcomes(control)["e2"] == "interrupted")
     waiting = {"e4": None, "e5": None, "e6": None}
     assert outcomes(control) == {"e1": "interrupted", "e2": "interrupted", "e3": "ok", **waiting}
@@ -108,10 +115,6 @@ def test_a_request_whose_end_a_living_gateway_lost_is_settled_once(
     folder = tmp_path / "spool/gateway-1"
     writer = SpoolWriter(folder)
 
-    def says(shipped: float) -> None:
-        headers = {"X-Corral-Gateway": "gateway-1", "X-Corral-As-Of": f"{shipped:.3f}"}
-        control.internal.get("/internal/snapshot", headers=headers).raise_for_status()
-
     def used() -> list[tuple[int, int, int]]:
         rows = control.admin.get("/admin/usage", params={"by": "model"}).json()["usage"]
         return [(row["requests"], row["estimated"], row["tokens"]) for row in rows]
@@ -122,9 +125,9 @@ def test_a_request_whose_end_a_living_gateway_lost_is_settled_once(
         writer.segment.write_bytes(b"".join(frames))
         ship(control, writer, folder)
         came = time.time()
-        until("a while", lambda: (says(came), time.time() > came + 3)[1])
+        until("a while", lambda: (says(control, came), time.time() > came + 3)[1])
         assert outcomes(control) == {"e1": None, "e2": "ok"}, "it has not said that all until then is here"
-        until("it is over", lambda: (says(time.time()), outcomes(control)["e1"])[1])
+        until("it is over", lambda: (says(control, time.time()), outcomes(control)["e1"])[1])
         assert outcomes(control) == {"e1": "interrupted", "e2": "ok"}
         assert used() == [(2, 1, 2)]
         for number in (1, 3):
