@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 import pyrage
 
+from corral.backup import passphrase
 from corral.backup.streams import Bounded, Hashing, Sink, Whole
 from corral.store.disk import sync_folder
 
@@ -92,7 +93,7 @@ class Writer:
             if secrets.passphrase is not None:
                 identity = pyrage.x25519.Identity.generate()
                 recipients.append(identity.to_public())
-                protected = pyrage.passphrase.encrypt(f"{identity}\n".encode(), secrets.passphrase)
+                protected = passphrase.encrypt(f"{identity}\n".encode(), secrets.passphrase)
                 self._sink.write(_outer_header(IDENTITY, len(protected)) + protected + _padding(len(protected)))
             self._start = self._sink.file.tell()
             self._sink.write(bytes(tarfile.BLOCKSIZE))
@@ -280,7 +281,7 @@ def _identities(path: Path, protected: bytes | None, secrets: Secrets) -> list[p
     if protected is not None and secrets.passphrase is not None:
         try:
             found.append(_unlocked(protected, secrets.passphrase))
-        except (pyrage.DecryptError, pyrage.IdentityError, ValueError):
+        except (pyrage.IdentityError, ValueError):
             if not found:
                 raise BackupError(f"{path}: the passphrase is wrong, or the file is damaged") from None
     if not found:
@@ -290,9 +291,9 @@ def _identities(path: Path, protected: bytes | None, secrets: Secrets) -> list[p
 
 
 @functools.lru_cache(maxsize=4)
-def _unlocked(protected: bytes, passphrase: str) -> pyrage.x25519.Identity:
-    # It takes seconds, on purpose, and a restore reads its file twice.
-    return pyrage.x25519.Identity.from_str(pyrage.passphrase.decrypt(protected, passphrase).decode().strip())
+def _unlocked(protected: bytes, given: str) -> pyrage.x25519.Identity:
+    # It takes a second, on purpose, and a restore reads its file twice.
+    return pyrage.x25519.Identity.from_str(passphrase.decrypt(protected, given).decode().strip())
 
 
 def _inside(path: Path, source: BinaryIO, take: Take | None) -> Contents:
