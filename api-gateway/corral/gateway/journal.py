@@ -148,8 +148,7 @@ class Journal:
             log.error("the spool is not on its disk: %s", error)
             self.failing = True
         self._tell(written, error is None)
-        if self._waiting or self._shed:
-            self._commit()
+        self._commit()
 
     def _tell(self, waiting: list[Waiter], written: bool) -> None:
         if written and not self.full:

@@ -112,10 +112,10 @@ def _proxied(state: StateFolder, nodes: list[str]) -> bool:
     return all(seen.get(name) != "DOWN" for name in nodes)
 
 
-def first_model(plan: Plan, used: Collection[str] | None = None) -> str | None:
-    """A model to show in the example; None where no node (of ``used``, where given) has any."""
+def first_model(plan: Plan, used: Collection[str]) -> str | None:
+    """A model to show in the example; None where none of the nodes that are ``used`` has any."""
     for node in plan.settings.nodes:
-        if used is not None and node.name not in used:
+        if node.name not in used:
             continue
         try:
             if names := models.listed(node.url):
