@@ -38,6 +38,7 @@ EDGE = "tests/integration/test_edge_callers.py"
 GATEWAY = "tests/integration/test_matrix_gateway.py"
 KEYS = "tests/integration/test_gateway_keys.py"
 LIMITS = "tests/unit/test_wire_limits.py"
+USED = "tests/unit/test_limits_used.py"
 LISTEN = "tests/unit/test_listen.py"
 PULLS = "tests/integration/test_pulls.py"
 SMUGGLING = "tests/integration/test_smuggling.py"
@@ -219,7 +220,7 @@ DEFENCES = (
     Defence(
         13,
         "store/scripts/reserve.lua",
-        "if scope.concurrency > 0 and redis.call('ZCARD', scope.leases) >= scope.concurrency then",
+        "if scope.concurrency > 0 and scope.running >= scope.concurrency then",
         "if false then",
         "tests/unit/test_limits_wait.py",
     ),
@@ -245,6 +246,8 @@ DEFENCES = (
         "if False:",
         "tests/unit/test_limits_denied.py",
     ),
+    Defence(13, "store/scripts/told.lua", "redis.call('PUBLISH', CHANNEL", "tostring(CHANNEL", USED),
+    Defence(13, "store/share.py", "        scope.told(now, numbers)\n", "", USED),
     Defence(13, "store/sharing.py", "self.names = sorted({*self.names, *names})", "pass", "tests/unit/test_feed.py"),
     Defence(
         13,

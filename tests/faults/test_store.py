@@ -13,9 +13,12 @@ from urllib.parse import urlsplit
 import pytest
 from support.fleet import MODEL, QUICK, Fleet
 from support.late import lateness
-from support.load import CHAT, WHOLE, Answer, body_of
+from support.leader import Leader
+from support.load import CHAT, WHOLE, Answer, Client, body_of
 from support.process import until
 from support.servers import valkey
+
+from corral.store.lua import PREFIX
 
 Matrix = Callable[[str, str, str], None]
 
@@ -44,11 +47,13 @@ def revive(fleet: Fleet) -> None:
     until(fleet.store_used, "both gateways are back in the store", every=0.1)
 
 
-def burst(fleet: Fleet, key: str, count: int, tokens: int = 1, model: str = QUICK) -> list[Answer]:
-    """Requests at once, each on a connection of its own."""
+def burst(
+    fleet: Fleet, key: str, count: int, tokens: int = 1, model: str = QUICK, url: str | None = None
+) -> list[Answer]:
+    """Requests at once, each on a connection of its own, at the edge or at a gateway."""
 
     def one(number: int) -> Answer:
-        client = fleet.client(key)
+        client = Client(url or fleet.stack.url, key)
         answer = client.ask(CHAT, body_of(CHAT, model, tokens), f"burst-{number}")
         client.close()
         return answer
@@ -93,6 +98,26 @@ def test_the_rate_is_held_in_shares_and_counts_on_after_the_loss(fleet: Fleet, m
     revive(fleet)
     assert admitted(burst(fleet, fresh, limit)) <= limit * 0.3, "its minute was used up during the loss"
     matrix("a limit while Valkey is away", "over-admission <= 10%", f"{during} admitted of a limit of {limit}")
+
+
+def test_what_a_gateway_admitted_just_before_the_loss_is_known_to_the_other(fleet: Fleet, matrix: Matrix) -> None:
+    limit, at_once = 20, 10
+    one, other = [gateway["url"] for gateway in fleet.stack.corral("status")["gateways"]]
+    key = fleet.key("hasty", "--rpm", str(limit), "--concurrency", str(at_once))
+    leases, store = PREFIX + b"leases:" + key.split("_")[1].encode(), Leader(fleet.valkey.url)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        # Three seconds each: they run still when the other one is asked.
+        running = pool.submit(burst, fleet, key, at_once, 120, MODEL, one)
+        until(lambda: store.ask(b"ZCARD", leases) == at_once, "they run", every=0.002)
+        kill(fleet)
+        beside = admitted(burst(fleet, key, at_once, url=other))
+        assert beside <= at_once * (OVER - 1), "all that may run at once runs"
+        assert admitted(running.result()) == at_once
+    passed = at_once + beside + sum(admitted(burst(fleet, key, limit, url=url)) for url in (one, other))
+    assert passed <= limit * OVER + (time.monotonic() - began) * limit / 60
+    measured = f"{passed} of {limit} a minute, {at_once + beside} of {at_once} at once"
+    matrix("a limit while Valkey is away, a burst before", "over-admission <= 10%", measured)
 
 
 def test_concurrency_is_held_in_shares(fleet: Fleet) -> None:

@@ -10,7 +10,7 @@ from time import monotonic
 
 from hypothesis import HealthCheck, settings
 
-from corral.store import leases
+from corral.store import leases, share
 from corral.store.budget import GRANTS, Budget
 from corral.store.limits import Limits, Verdict
 from corral.store.valkey import Valkey, ValkeyDown, encode
@@ -33,6 +33,9 @@ class Gateway:
     def __init__(self, url: str, name: str, denied: tuple[str, ...] = (), timeout: float = 5.0) -> None:
         # A property test may load this machine; what the time-out does is tested in tests/faults.
         self.store = Valkey(url, scripts=leases.SCRIPTS, timeout=timeout)
+        self.ears = Valkey(url)
+        self.ears.on_message = self._told
+        self.ears.on_connect = lambda: self.ears.call(encode(b"SUBSCRIBE", share.CHANNEL), lambda _: None)
         self.limits = Limits(self.store, name, denied)
         self.budgets: dict[str, Budget] = {}
         self.limits.budgets, self.limits.find = self.budgets.values, self.budgets.get
@@ -43,6 +46,9 @@ class Gateway:
         if tenant is not None:
             self.budgets[tenant.key_id] = tenant
         return budget
+
+    def _told(self, message: list[bytes]) -> None:
+        share.told(self.limits.sharing, self.limits.find, message[2], monotonic())
 
     async def ask(self, budget: Budget, request_id: str, tokens: int = 0) -> Verdict:
         """Admit a request."""
@@ -73,7 +79,8 @@ async def gateways(
     """So many gateways, connected to a store that is empty but grants."""
     await flush(int(url.rpartition(":")[2].partition("/")[0]))
     made = [Gateway(url, f"gateway-{number}", denied, patience) for number in range(1, count + 1)]
-    tasks = [asyncio.create_task(work) for one in made for work in (one.store.run(), leases.keep(one.limits))]
+    works = (work for one in made for work in (one.store.run(), one.ears.run(), leases.keep(one.limits)))
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         await granting(made)
         yield made
@@ -98,6 +105,7 @@ async def granting(made: list[Gateway], seconds: float = 60.0) -> None:
         while True:
             known = [one.limits.sharing for one in made if one.store.connected]
             present = len(known) == len(made) == sum(one.read and one.count >= len(made) for one in known)
+            present = present and all(one.ears.connected for one in made)
             with suppress(ValkeyDown):
                 if present and await made[0].store.request(b"EXISTS", GRANTS):
                     return

@@ -271,7 +271,8 @@ def test_what_ended_since_the_store_was_asked_may_run_elsewhere_by_now(store: Se
         for gateway in made:
             gateway.store.connected = False
         await in_turn(made, budgets, 10, "during")
-        assert [len(budget.in_flight) for budget in budgets] == [4, 20, 10]
+        first, *others = (len(budget.in_flight) for budget in budgets)
+        assert others == [20, 10] and first <= 3, "a tenth at most is not known yet"
 
     run(store, 3, work)
 

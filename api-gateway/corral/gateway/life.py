@@ -15,7 +15,7 @@ from typing import Any
 
 from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
-from corral.store import keeper, leases, suspects
+from corral.store import keeper, leases, share, suspects
 from corral.store.valkey import encode
 from corral.wire.errors import ApiError, jittered
 
@@ -141,7 +141,7 @@ def _listen(gateway: Gateway) -> None:
         gateway.suspects.missed()
         gateway.feed.poke()
 
-    channels = CHANNEL, suspects.CHANNEL, gateway.queue.slots.channel
+    channels = CHANNEL, suspects.CHANNEL, share.CHANNEL, gateway.queue.slots.channel
     gateway.changes.call(encode(b"SUBSCRIBE", *channels), heard)
 
 

@@ -35,7 +35,7 @@ from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.throughput import Throughput
 from corral.gateway.upstream import Upstreams
-from corral.store import keeper, keys, leases, suspects
+from corral.store import keeper, keys, leases, share, suspects
 from corral.store.budget import Budget
 from corral.store.content import Hashes
 from corral.store.limits import Limits
@@ -283,10 +283,15 @@ class Gateway:
         return told
 
     def changed(self, message: Any) -> None:
-        """Control says that keys or nodes changed, the store whose turn it is and which prompts runners crash under."""
+        """Control says that keys or nodes changed, the store whose turn it is, what has been used and which prompts
+        runners crash under."""
         if isinstance(message, list) and len(message) == 3:
             if message[1] == self.queue.slots.channel:
                 self.queue.slots.woken(message)
+                return
+            if message[1] == share.CHANNEL:
+                if message[0] == b"message":
+                    share.told(self.limits.sharing, self.limits.find, message[2], time.monotonic())
                 return
             if message[1] == suspects.CHANNEL:
                 if message[0] == b"message":

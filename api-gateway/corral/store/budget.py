@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import calendar
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,8 +37,9 @@ LIMITS: Final[tuple[str, ...]] = ("rpm", "concurrency", "tpm", "daily_tokens", "
 REASONS: Final[tuple[str, ...]] = ("", *LIMITS, *(f"tenant_{limit}" for limit in LIMITS))
 """What a script's number of a limit means."""
 
-ADMIT, CHARGE = script("admit", metered=False), script("charge", metered=False)
-RESERVE, SETTLE, DECLARE, USE = script("reserve"), script("settle"), script("declare"), script("use")
+ADMIT, CHARGE = script("admit", metered=False, tells=True), script("charge", metered=False, tells=True)
+RESERVE, SETTLE = script("reserve", tells=True), script("settle", tells=True)
+DECLARE, USE = script("declare"), script("use")
 _ADMIT, _RESERVE, _SETTLE = sha(ADMIT), sha(RESERVE), sha(SETTLE)
 ADMIT_SLOT, RESERVE_SLOT = combined(ADMIT), combined(RESERVE)
 """The same, and a slot in the same call."""
@@ -212,6 +213,17 @@ class Budget:
         requests run, of which this gateway has `own`."""
         self.arrival = self.said_arrival = max(self.said_arrival, now + whole)
         self.own, self.others = own, max(0, leases - own)
+
+    def told(self, now: float, message: Sequence[bytes]) -> None:
+        """Note the numbers of `told.lua`. They may be from before what was read here: what is less says nothing."""
+        whole, leases, window, *sums = map(int, message)
+        self.arrival = self.said_arrival = max(self.said_arrival, now + whole / 1e6)
+        if leases:
+            self.own = len(self.in_flight)
+            self.others = max(self.others, leases - self.own)
+        if self.tpm and (arrival := now + MINUTE * window / self.tpm) > self.tokens_arrival:
+            self.window, self.tokens_arrival = window, arrival
+        self.recall(*sums)
 
     def ended(self, took: float) -> None:
         """Note how long a request has held its lease (seconds)."""

@@ -12,17 +12,20 @@ PREFIX: Final = b"corral:1:"
 _FOLDER: Final = files("corral.store") / "scripts"
 
 
-def script(name: str, metered: bool = True) -> str:
-    """The text of a script of limits, with what the metered ones share before it."""
+_P: Final = f"local P = '{PREFIX.decode()}'\n"
+
+
+def script(name: str, metered: bool = True, tells: bool = False) -> str:
+    """The text of a script of limits, with what the metered ones share before it, and those that tell of use."""
     text = (_FOLDER / f"{name}.lua").read_text()
-    return (_FOLDER / "meter.lua").read_text() + text if metered else text
+    if metered:
+        text = (_FOLDER / "meter.lua").read_text() + text
+    return _P + (_FOLDER / "told.lua").read_text() + text if tells else text
 
 
 def slots_script(name: str) -> str:
     """The text of a script of slots, after what those share."""
-    return (
-        f"local P = '{PREFIX.decode()}'\n" + (_FOLDER / "slots.lua").read_text() + (_FOLDER / f"{name}.lua").read_text()
-    )
+    return _P + (_FOLDER / "slots.lua").read_text() + (_FOLDER / f"{name}.lua").read_text()
 
 
 def combined(limits: str) -> str:
@@ -33,7 +36,7 @@ def combined(limits: str) -> str:
     """
     return (
         f"local function limits(KEYS, ARGV)\n{limits}\nend\n"
-        f"local P = '{PREFIX.decode()}'\n"
+        + _P
         + (_FOLDER / "slots.lua").read_text()
         + f"local function slot(ARGV)\n{(_FOLDER / 'slots_ask.lua').read_text()}\nend\n"
         + "local last = tonumber(ARGV[1]) + 1\n"

@@ -6,12 +6,15 @@ admit no more than the limit. Times are monotonic seconds, ``wall`` is epoch sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
-from corral.store.budget import DAY, LIMITS, MINUTE, REASONS, Budget, month_end
+from corral.store.budget import DAY, LIMITS, MINUTE, PREFIX, REASONS, Budget, month_end
 from corral.store.sharing import Sharing
 from corral.store.valkey import Valkey
 
+CHANNEL: Final = PREFIX + b"used"
+"""On it the store tells what has been used."""
 REBUILD: Final = 3.0
 """So long (seconds) a store that has forgotten admits nothing at most."""
 
@@ -91,6 +94,15 @@ def heard(budget: Budget, now: float, reply: list[int]) -> Verdict:
         reply[7],
         reply[8] / 1e6,
     )
+
+
+def told(sharing: Sharing, find: Callable[[str], Budget | None], message: bytes, now: float) -> None:
+    """What the store tells all gateways as soon as the use of a scope has grown by a part of a limit (`told.lua`)."""
+    *numbers, name = message.split(b" ", 7)
+    scope = find(name.decode())
+    if scope is not None:
+        scope.told(now, numbers)
+        sharing.told.add(scope.key_id)
 
 
 def reached(scope: Budget, gateways: int, now: float, wall: float, tokens: int, most: int) -> list[tuple[str, float]]:

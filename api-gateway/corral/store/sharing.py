@@ -12,7 +12,8 @@ class Sharing:
     The store says it, as long as it is there. Until it was read once (``read``) others do: control, and the file of an
     earlier run. Who starts while the store is away would else take itself for the only one. ``began`` is when this one
     did (monotonic seconds): what its minute holds is not known before one has passed. ``forgot`` is when the
-    store was there but found to have forgotten what was used; 0: it knows.
+    store was there but found to have forgotten what was used; 0: it knows. ``told`` are the scopes whose use it told of
+    since that was read: it does not tell when requests end.
     """
 
     def __init__(self, gateway: str) -> None:
@@ -21,6 +22,7 @@ class Sharing:
         self.read = False
         self.began = time.monotonic()
         self.forgot = 0.0
+        self.told: set[str] = set()
 
     def said(self, names: list[str]) -> None:
         """What the store says."""

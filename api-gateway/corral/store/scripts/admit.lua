@@ -16,7 +16,7 @@ local rpm, concurrency, lease = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(A
 local id = ARGV[5]
 local MINUTE = 60000000
 
-local arrival = now
+local arrival, running = now, 0
 if rpm > 0 then
   arrival = tonumber(redis.call('GET', KEYS[1]) or now)
   -- So far ahead no debt is: the clock was set back.
@@ -33,20 +33,24 @@ if concurrency > 0 then
   if redis.call('ZSCORE', KEYS[2], id) then
     return {1, 0, left(arrival), arrival - now, 0}
   end
-  if redis.call('ZCARD', KEYS[2]) >= concurrency then
+  running = redis.call('ZCARD', KEYS[2])
+  if running >= concurrency then
     redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-    if redis.call('ZCARD', KEYS[2]) >= concurrency then
+    running = redis.call('ZCARD', KEYS[2])
+    if running >= concurrency then
       return {0, 2, left(arrival), arrival - now, 1000000}
     end
   end
 end
 
+local quickly = false
 if rpm > 0 then
   local after = arrival + interval
   if after - now > MINUTE then
     return {0, 1, 0, arrival - now, math.ceil(after - now - MINUTE)}
   end
   redis.call('SET', KEYS[1], string.format('%.0f', after), 'PX', math.ceil((after - now) / 1000) + 1000)
+  quickly = grown(arrival, after, MINUTE, PARTS)
   arrival = after
 end
 if concurrency > 0 then
@@ -54,4 +58,8 @@ if concurrency > 0 then
   redis.call('PEXPIRE', KEYS[2], math.ceil(lease / 1000) * 2)
 end
 if rpm > 0 or concurrency > 0 then redis.call('ZADD', KEYS[4], now, ARGV[4]) end
+local more = grown(running, running + 1, concurrency, PARTS_AT_ONCE)
+if quickly or more then
+  tell(now, ARGV[4], quickly, arrival - now, { concurrency, 0, 0, 0 }, { running + 1, 0, 0, 0 }, 0, 0)
+end
 return {1, 0, left(arrival), arrival - now, 0}

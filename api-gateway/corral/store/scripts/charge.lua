@@ -11,7 +11,9 @@ local MINUTE = 60000000
 local arrival = tonumber(redis.call('GET', KEYS[1]) or now)
 if arrival > now + 5 * MINUTE then arrival = now + MINUTE end -- the clock was set back
 -- What was admitted more than a minute ago has run off: callers that kept to the limit owe a minute at most.
-arrival = math.min(math.max(now, arrival) + ARGV[2] * MINUTE / ARGV[1], now + MINUTE)
+local before = math.max(now, arrival)
+arrival = math.min(before + ARGV[2] * MINUTE / ARGV[1], now + MINUTE)
 redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
 redis.call('ZADD', KEYS[3], now, ARGV[3])
+if grown(before, arrival, MINUTE, PARTS) then tell(now, ARGV[3], true, arrival - now, {}, { 0, 0, 0, 0 }, 0, 0) end
 return 1

@@ -46,9 +46,11 @@ for number = 1, (#KEYS - 3) / 3 do
     local after = scope.arrival + scope.interval - now - MINUTE
     if after > 0 then refuse(base + 1, after) end
   end
-  if scope.concurrency > 0 and redis.call('ZCARD', scope.leases) >= scope.concurrency then
+  scope.running = scope.concurrency > 0 and redis.call('ZCARD', scope.leases) or 0
+  if scope.concurrency > 0 and scope.running >= scope.concurrency then
     redis.call('ZREMRANGEBYSCORE', scope.leases, '-inf', now)
-    if redis.call('ZCARD', scope.leases) >= scope.concurrency then
+    scope.running = redis.call('ZCARD', scope.leases)
+    if scope.running >= scope.concurrency then
       refuse(base + 2, 1000000) -- gateways know better how long requests take
     end
   end
@@ -68,7 +70,9 @@ end
 if repeated or runs then refused, retry = 0, 0 end
 if refused == 0 and not repeated then
   for _, scope in ipairs(scopes) do
+    local use, quickly, more = scope.use, false, false
     if scope.rpm > 0 then
+      quickly = grown(scope.arrival, scope.arrival + scope.interval, MINUTE, PARTS)
       scope.arrival = scope.arrival + scope.interval
       local kept = math.ceil((scope.arrival - now) / 1000) + 1000
       redis.call('SET', scope.rate, string.format('%.0f', scope.arrival), 'PX', kept)
@@ -76,14 +80,23 @@ if refused == 0 and not repeated then
     if scope.concurrency > 0 then
       redis.call('ZADD', scope.leases, now + lease, id)
       redis.call('PEXPIRE', scope.leases, math.ceil(lease / 1000) * 2)
+      more = grown(scope.running, scope.running + 1, scope.concurrency, PARTS_AT_ONCE)
+      scope.running = scope.running + 1
     end
     if cost > 0 then
-      local use = scope.use
       local place = 7 + slice % SLICES
+      local sum = scope.tpm > 0 and window(use) or 0
+      more = more or grown(sum, sum + cost, scope.tpm, PARTS)
+        or grown(use[2], use[2] + cost, scope.daily, PARTS) or grown(use[4], use[4] + cost, scope.monthly, PARTS)
       use[2], use[4], use[place] = use[2] + cost, use[4] + cost, use[place] + cost
       save(scope.tokens, use, scope.daily, scope.monthly)
     end
     if cost > 0 or scope.rpm > 0 or scope.concurrency > 0 then redis.call('ZADD', KEYS[3], now, scope.name) end
+    if quickly or more then
+      local limits = { scope.concurrency, scope.tpm, scope.daily, scope.monthly }
+      local numbers = { scope.running, window(use), use[2], use[4] }
+      tell(now, scope.name, quickly, scope.arrival - now, limits, numbers, use[1], use[3])
+    end
   end
   redis.call('SET', held, string.format('%.0f %.0f %.0f %.0f', cost, slice, today, this_month), 'PX',
     cost > 0 and ARGV[2] or 60000)
