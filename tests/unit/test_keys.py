@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from corral.control.keys import Cidr
 from corral.gateway.authenticate import authorize, build_key
 from corral.store import keys
 from corral.wire.errors import ApiError
@@ -103,3 +105,24 @@ def test_a_key_is_for_the_models_that_its_globs_match(globs: list[str] | None, m
     with pytest.raises(ApiError, match=f"model '{model}' not found") as refused:
         authorize(key, model)
     assert refused.value.status == 404, "as one that nobody has"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ("10.1.2.3/16", "10.1.0.0/16"),
+        ("2001:db8::1", "2001:db8::1/128"),
+        ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+        ("::ffff:192.0.2.7", "192.0.2.7/32"),
+        ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("::/0", "::/0"),
+    ],
+)
+def test_a_network_is_kept_as_callers_are_seen(asked: str, kept: str) -> None:
+    assert TypeAdapter(Cidr).validate_python(asked) == kept
+
+
+def test_a_network_of_ipv4_in_ipv6_lets_its_callers_in() -> None:
+    kept = ip_network(TypeAdapter(Cidr).validate_python("::ffff:10.0.0.0/104"))
+    assert keys.allows([kept], "10.1.2.3") and keys.allows([kept], "::ffff:10.1.2.3")
+    assert not keys.allows([kept], "11.0.0.1")

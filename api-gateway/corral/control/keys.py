@@ -54,9 +54,12 @@ def _moment(value: object) -> float:
 
 def _network(value: str) -> str:
     try:
-        return str(ipaddress.ip_network(value, strict=False))
+        network = ipaddress.ip_network(value, strict=False)
     except ValueError:
         raise ValueError("expected an address or a network such as 10.1.0.0/16 or 2001:db8::/32") from None
+    # IPv4 in IPv6's clothes (RFC 4291, section 2.5.5.2) is taken for what it is, of callers (`keys.allows`) as here.
+    mapped = network.network_address.ipv4_mapped if isinstance(network, ipaddress.IPv6Network) else None
+    return f"{mapped}/{network.prefixlen - 96}" if mapped is not None and network.prefixlen >= 96 else str(network)
 
 
 Text = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
