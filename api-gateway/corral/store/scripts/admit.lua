@@ -58,8 +58,7 @@ if concurrency > 0 then
   redis.call('PEXPIRE', KEYS[2], math.ceil(lease / 1000) * 2)
 end
 if rpm > 0 or concurrency > 0 then redis.call('ZADD', KEYS[4], now, ARGV[4]) end
-local more = grown(running, running + 1, concurrency, PARTS_AT_ONCE)
-if quickly or more then
-  tell(now, ARGV[4], quickly, arrival - now, { concurrency, 0, 0, 0 }, { running + 1, 0, 0, 0 }, 0, 0)
+if news(now, 'leases', ARGV[4], running, running + 1, concurrency, PARTS_AT_ONCE) or quickly then
+  tell(ARGV[4], arrival - now, running + 1, 0, 0, 0, 0, 0)
 end
 return {1, 0, left(arrival), arrival - now, 0}

@@ -70,9 +70,9 @@ end
 if repeated or runs then refused, retry = 0, 0 end
 if refused == 0 and not repeated then
   for _, scope in ipairs(scopes) do
-    local use, quickly, more = scope.use, false, false
+    local use, more = scope.use, false
     if scope.rpm > 0 then
-      quickly = grown(scope.arrival, scope.arrival + scope.interval, MINUTE, PARTS)
+      more = grown(scope.arrival, scope.arrival + scope.interval, MINUTE, PARTS)
       scope.arrival = scope.arrival + scope.interval
       local kept = math.ceil((scope.arrival - now) / 1000) + 1000
       redis.call('SET', scope.rate, string.format('%.0f', scope.arrival), 'PX', kept)
@@ -80,22 +80,21 @@ if refused == 0 and not repeated then
     if scope.concurrency > 0 then
       redis.call('ZADD', scope.leases, now + lease, id)
       redis.call('PEXPIRE', scope.leases, math.ceil(lease / 1000) * 2)
-      more = grown(scope.running, scope.running + 1, scope.concurrency, PARTS_AT_ONCE)
+      more = news(now, 'leases', scope.name, scope.running, scope.running + 1, scope.concurrency, PARTS_AT_ONCE) or more
       scope.running = scope.running + 1
     end
     if cost > 0 then
       local place = 7 + slice % SLICES
       local sum = scope.tpm > 0 and window(use) or 0
-      more = more or grown(sum, sum + cost, scope.tpm, PARTS)
-        or grown(use[2], use[2] + cost, scope.daily, PARTS) or grown(use[4], use[4] + cost, scope.monthly, PARTS)
+      more = news(now, 'window', scope.name, sum, sum + cost, scope.tpm, PARTS) or more
+      more = news(now, 'day', scope.name, use[2], use[2] + cost, scope.daily, PARTS) or more
+      more = news(now, 'month', scope.name, use[4], use[4] + cost, scope.monthly, PARTS) or more
       use[2], use[4], use[place] = use[2] + cost, use[4] + cost, use[place] + cost
       save(scope.tokens, use, scope.daily, scope.monthly)
     end
     if cost > 0 or scope.rpm > 0 or scope.concurrency > 0 then redis.call('ZADD', KEYS[3], now, scope.name) end
-    if quickly or more then
-      local limits = { scope.concurrency, scope.tpm, scope.daily, scope.monthly }
-      local numbers = { scope.running, window(use), use[2], use[4] }
-      tell(now, scope.name, quickly, scope.arrival - now, limits, numbers, use[1], use[3])
+    if more then
+      tell(scope.name, scope.arrival - now, scope.running, window(use), use[1], use[2], use[3], use[4])
     end
   end
   redis.call('SET', held, string.format('%.0f %.0f %.0f %.0f', cost, slice, today, this_month), 'PX',

@@ -45,11 +45,11 @@ for _, scope in ipairs(scopes) do
     redis.call('ZREM', scope.leases, unpack(ids, first, math.min(first + 999, #ids)))
   end
   if requests > 0 or #changes > 0 then redis.call('ZADD', KEYS[2], now, scope.name) end
-  local arrival, quickly = now, false
+  local arrival, more = now, false
   if requests > 0 and scope.rpm > 0 then
     local before = arrival_of(scope.rate)
     arrival = math.min(before + requests * MINUTE / scope.rpm, now + MINUTE)
-    quickly = grown(before, arrival, MINUTE, PARTS)
+    more = grown(before, arrival, MINUTE, PARTS)
     redis.call('SET', scope.rate, string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
   end
   if #changes > 0 then
@@ -72,13 +72,12 @@ for _, scope in ipairs(scopes) do
     end
     use[6] = math.floor(use[6])
     save(scope.tokens, use, scope.daily, scope.monthly)
-    if quickly or grown(in_window, window(use), scope.tpm, PARTS)
-      or grown(of_day, use[2], scope.daily, PARTS) or grown(of_month, use[4], scope.monthly, PARTS) then
-      local limits, numbers = { 0, scope.tpm, scope.daily, scope.monthly }, { 0, window(use), use[2], use[4] }
-      tell(now, scope.name, quickly, arrival - now, limits, numbers, use[1], use[3])
-    end
-  elseif quickly then
-    tell(now, scope.name, true, arrival - now, {}, { 0, 0, 0, 0 }, 0, 0)
+    more = news(now, 'window', scope.name, in_window, window(use), scope.tpm, PARTS) or more
+    more = news(now, 'day', scope.name, of_day, use[2], scope.daily, PARTS) or more
+    more = news(now, 'month', scope.name, of_month, use[4], scope.monthly, PARTS) or more
+    if more then tell(scope.name, arrival - now, 0, window(use), use[1], use[2], use[3], use[4]) end
+  elseif more then
+    tell(scope.name, arrival - now, 0, 0, 0, 0, 0, 0)
   end
 end
 return 1
