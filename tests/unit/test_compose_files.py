@@ -38,6 +38,12 @@ def test_images_are_pinned(compose: dict[str, Any]) -> None:
         assert "build" in service or re.fullmatch(r"v?\d+\.\d+[\w.-]*", tag), f"{name}: {service['image']}"
 
 
+def test_every_root_is_read_only_and_no_capability_is_kept(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
 def test_the_page_names_every_port_secret_and_volume(compose: dict[str, Any]) -> None:
     for setting, default in re.findall(r"\$\{(\w+_PORT):-(\d+)\}", TEXT):
         assert f"| `{setting}` | {default} |" in PAGE
