@@ -11,12 +11,14 @@ KEYS = "tests/integration/test_gateway_keys.py"
 LIMITS = "tests/unit/test_wire_limits.py"
 USED = "tests/unit/test_limits_used.py"
 COMMAND = "tests/integration/test_audit_command.py"
+COMPARED = "tests/unit/test_keys_compared.py"
 CHANGES = "tests/integration/test_key_changes.py"
 VERIFY = "tests/unit/test_store_verify.py"
 POLICY = "tests/integration/test_real_policy.py"
 SECRETS = "tests/integration/test_secrets.py tests/integration/test_secrets_stay.py"
 TOGETHER = "tests/unit/test_limits_together.py"
 
+EARLY = "matched = matched or hmac.compare_digest(verifier, digest)"
 KEPT = "    body.truncate = False\n    body.keep_alive = KEEP_ALIVE\n"
 
 DEFENCES = (
@@ -145,6 +147,11 @@ DEFENCES = (
         SECRETS,
     ),
     Defence(15, "gateway/route.py", 'if b"crl_" in target:', "if False:", "tests/integration/test_secrets_stay.py"),
+    Defence(15, "gateway/authenticate.py", "matched |= hmac.compare_digest(verifier, digest)", EARLY, COMPARED),
+    Defence(15, "gateway/authenticate.py", "hmac.compare_digest(verifier, digest)", "verifier == digest", COMPARED),
+    Defence(15, "control/auth.py", "hmac.compare_digest(verifier, proof)", "verifier == proof", COMPARED),
+    Defence(15, "control/auth.py", "known |= hmac.comp", "known = known or hmac.comp", COMPARED),
+    Defence(15, "store/keys.py", 'text.encode(), "sha256")', 'text.encode(), "sha3_256")', COMPARED),
     Defence(15, "gateway/authenticate.py", "wall >= key.expires:", "False:", KEYS),
     Defence(
         15,
