@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_rows import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/faults").glob("test_*.py"))
-CELLS = re.compile(r"^\| (.+?) \| (.+?) \| (.+?) \| `(tests/faults/\w+\.py)` \|$")
 PAGE = (ROOT / "docs/faults.md").read_text()
-ROWS = [found.groups() for line in PAGE.splitlines() if (found := CELLS.match(line))]
-"""Of the page: a fault, how it is made, its bar, and the file."""
+ROWS = rows(PAGE)
 
 Pattern = tuple[str, str]
 
@@ -69,9 +68,9 @@ def test_each_file_of_faults_is_named_and_each_that_is_named_is_there() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_rows_of_a_file_are_those_that_its_tests_print(file: str) -> None:
-    rows = [(fault, bar) for fault, _, bar, named in ROWS if named == file]
+    there = [(fault, bar) for fault, _, bar, named in ROWS if named == file]
     patterns = printed(file)
-    for fault, bar in rows:
+    for fault, bar in there:
         assert [one for one in patterns if re.fullmatch(one[0], fault) and re.fullmatch(one[1], bar)], (fault, bar)
     for one in patterns:
-        assert [row for row in rows if re.fullmatch(one[0], row[0]) and re.fullmatch(one[1], row[1])], one
+        assert [row for row in there if re.fullmatch(one[0], row[0]) and re.fullmatch(one[1], row[1])], one
