@@ -171,8 +171,9 @@ def _counters(connection: Connection, tables: list[Table]) -> dict[str, int]:
         given = 0
         if connection.dialect.name != "sqlite":
             if sequence := _sequence(connection, table, column):
-                statement = text(f"SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence}")
-                given = connection.execute(statement).scalar_one()
+                # PostgreSQL's own name of it, quoted where it has to be.
+                last = f"SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence}"  # noqa: S608
+                given = connection.execute(text(last)).scalar_one()
         elif remembered:
             statement = text("SELECT seq FROM sqlite_sequence WHERE name = :name")
             given = connection.execute(statement, {"name": table.name}).scalar() or 0
