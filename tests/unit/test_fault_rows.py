@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import fault_rows
 import pytest
 from fault_rows import PAGE, WORDS, main, missing, printed, rows
 
@@ -48,9 +49,21 @@ def test_words_in_capitals_are_known() -> None:
     assert found <= NAMES
 
 
-def test_without_a_table_all_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_table_all_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_rows, "able", lambda: True)
     assert main(str(tmp_path / "none")) == 1
     assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
     (tmp_path / "table").write_text(table(PAIRS))
     assert main(str(tmp_path / "table")) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_machine_cannot_make_is_named_and_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_rows, "able", lambda: False)
+    (tmp_path / "table").write_text(table(PAIRS[1:]))
+    assert main(str(tmp_path / "table")) == 0
+    assert PAIRS[0][0] in capsys.readouterr().out
