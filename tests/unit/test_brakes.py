@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.fleet.brakes import MOST, REACHED, Standing, spared
+from corral.fleet.hanging import stays
+from corral.fleet.node import Node, NodeState
 
 FOUR = ("a", "b", "c", "d")
 
@@ -105,3 +107,28 @@ def test_no_copy_goes_that_no_node_answers_for_unless_somebody_else_misses_its_n
     for node in nodes:
         if node.missed and node.used and node.name not in kept and node.name not in (dead or ()):
             assert dead is None and node.models <= left
+
+
+@settings(max_examples=300, derandomize=True)
+@given(
+    st.integers(1, 6),
+    st.sets(st.sampled_from("abcdef")),
+    st.none() | st.sets(st.sampled_from("abcdef")),
+    st.permutations("abcdef"),
+)
+def test_what_control_and_gateways_take_out_together_is_never_more_than_half(
+    size: int, missed: set[str], dead: set[str] | None, order: list[str]
+) -> None:
+    names = tuple("abcdef"[:size])
+    kept = spared(fleet(*missed, names=names), dead)
+    nodes = {name: Node(name, "", 1, held=frozenset("m")) for name in names}
+    for name in missed & nodes.keys() - kept.keys():
+        nodes[name].state = NodeState.DOWN
+    down = {name for name, node in nodes.items() if node.state is NodeState.DOWN}
+    suspect, gone = set(), set[str]()
+    for name in order:
+        if name in nodes.keys() - down:
+            suspect.add((name, "m"))
+            if not stays(nodes[name], "m", suspect, nodes, {}):
+                gone.add(name)
+    assert len(down | gone) * 2 <= size or (not gone and len(down) == size), "all of them, where none is left"

@@ -286,12 +286,46 @@ def test_a_runner_stays_that_no_other_could_stand_in_for() -> None:
     assert stays(nodes["node-0"], "m", {*out, ("node-1", "m")}, nodes, {})
 
 
+def test_what_is_down_is_out_too_and_what_is_drained_is_missed_by_nobody() -> None:
+    nodes = fleet("m" * 6)
+    for name in ("node-3", "node-4", "node-5"):
+        nodes[name].state = NodeState.DOWN
+    assert stays(nodes["node-0"], "m", {("node-0", "m")}, nodes, {}), "with it four of six"
+    nodes["node-5"].state = NodeState.READY
+    out = {("node-0", "m"), ("node-3", "m"), ("node-4", "m")}
+    assert not stays(nodes["node-0"], "m", out, nodes, {}), "a node counts once"
+    assert stays(nodes["node-0"], "m", {*out, ("node-1", "m")}, nodes, {})
+    # A dead node that an operator has given up leaves four, of which two may go.
+    nodes["node-3"].state = NodeState.DRAINING
+    assert stays(nodes["node-0"], "m", {*out, ("node-1", "m")}, nodes, {}), "three of five"
+    nodes["node-4"].state = NodeState.DRAINING
+    assert not stays(nodes["node-0"], "m", {*out, ("node-1", "m")}, nodes, {})
+
+
+def test_one_that_hangs_beside_a_dead_one_goes_once_that_is_given_up() -> None:
+    nodes = fleet("mmm")
+    nodes["node-2"].state = NodeState.DOWN
+    assert stays(nodes["node-0"], "m", {("node-0", "m")}, nodes, {})
+    nodes["node-2"].state = NodeState.DRAINING
+    assert not stays(nodes["node-0"], "m", {("node-0", "m")}, nodes, {})
+    del nodes["node-2"]
+    assert not stays(nodes["node-0"], "m", {("node-0", "m")}, nodes, {})
+    nodes["node-1"].state = NodeState.DOWN
+    assert stays(nodes["node-0"], "m", {("node-0", "m")}, nodes, {}), "the last copy"
+
+
+# Most are ready, as else most draws have more than half of the nodes down before any hangs.
+drawn_states = st.sampled_from((NodeState.READY,) * 4 + (NodeState.DOWN, NodeState.DRAINING))
+
+
 @PROPERTY
-@given(st.lists(st.frozensets(st.sampled_from("mno")), min_size=1, max_size=6), st.data())
+@given(st.lists(st.tuples(st.frozensets(st.sampled_from("mno")), drawn_states), min_size=1, max_size=8), st.data())
 def test_whatever_hangs_never_the_last_copy_goes_and_never_more_than_half(
-    held: list[frozenset[str]], data: st.DataObject
+    drawn: list[tuple[frozenset[str], NodeState]], data: st.DataObject
 ) -> None:
-    nodes = fleet(held)
+    nodes = fleet([held for held, _ in drawn])
+    for node, (_, state) in zip(nodes.values(), drawn, strict=True):
+        node.state = state
     runners = sorted((node.name, model) for node in nodes.values() for model in node.held)
     suspect: set[tuple[str, str]] = set()
     gone = set()
@@ -299,6 +333,10 @@ def test_whatever_hangs_never_the_last_copy_goes_and_never_more_than_half(
         suspect.add((name, model))
         if not stays(nodes[name], model, suspect, nodes, {}):
             gone.add((name, model))
-    assert len({name for name, _ in gone}) * 2 <= len(nodes)
-    for model in {model for _, model in runners}:
-        assert {name for name, other in runners if other == model} - {name for name, other in gone if other == model}
+    serving = {name for name, node in nodes.items() if node.state is not NodeState.DRAINING}
+    down = {name for name, node in nodes.items() if node.state is NodeState.DOWN}
+    out = down | {name for name, _ in gone} & serving
+    assert len(out) * 2 <= len(serving) or not gone, "of those that are to serve, however they are lost"
+    ready = {name for name, node in nodes.items() if node.state is NodeState.READY}
+    for model in {model for name, model in runners if name in ready}:
+        assert {name for name, other in runners if other == model and name in ready and (name, other) not in gone}

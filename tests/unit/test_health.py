@@ -23,15 +23,15 @@ MODEL, BIG, LOST = "m:latest", "big:latest", "lost:latest"
 
 
 class Looking:
-    """A gateway that looks each half second at its streams on node-1 of two; its canaries are asked and never answer.
+    """A gateway that looks each half second at its streams on node-1 of two, or more; its canaries never answer.
 
     ``running`` are its streams; ``eject`` looks until a runner is ejected.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int = 2) -> None:
         monkeypatch.setattr(Canary, "ask", self._asked)
         monkeypatch.setattr(Canary, "close", lambda canary: setattr(canary, "until", 0.0))
-        self.nodes = {name: Node(name, f"http://{name}", 4) for name in ("node-1", "node-2")}
+        self.nodes = {name: Node(name, f"http://{name}", 4) for name in [f"node-{at + 1}" for at in range(size)]}
         for node in self.nodes.values():
             node.update(self._entry())
         self.running: list[Any] = []
@@ -237,5 +237,59 @@ def test_what_others_suspect_of_the_same_runner_holds_nobody_back(looking: Looki
 def test_a_control_that_is_away_says_no_more_what_others_suspect(looking: Looking) -> None:
     looking.hears("node-2", m=["gateway-2"])
     looking.snapshot.heard = looking.now
+    looking.stream()
+    assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)
+
+
+def test_nodes_that_are_down_count_with_those_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = Looking(monkeypatch, 6)
+    down = [looking.nodes[name] for name in ("node-4", "node-5", "node-6")]
+    for node in down:
+        node.update(looking._entry(state="down", ps=[]))
+    for name in ("node-1", "node-2"):
+        looking.stream(node=name)
+    looking.look(ALONE + 2 * CANARY)
+    assert (looking.health.ejections, looking.health.frozen > 0) == (0, True)
+    for node in down[:2]:
+        node.update(looking._entry())
+    looking.look(2 * CANARY)
+    assert looking.health.ejections == 2
+
+
+def test_what_was_ejected_keeps_its_streams_once_too_many_others_are_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever came first, and for no longer."""
+    looking = Looking(monkeypatch, 4)
+    looking.stream()
+    looking.ejected_after()
+    (canary,) = looking.health.canaries.values()
+    down = [looking.nodes[name] for name in ("node-3", "node-4")]
+    for node in down:
+        node.update(looking._entry(state="down", ps=[]))
+    looking.look(2 * CANARY)
+    assert (canary.ejected, looking.health.frozen > 0) == (False, True)
+    late = looking.stream()
+    looking.look(2 * CANARY)
+    assert late.deadline > looking.now, "nobody gives it up"
+    down[0].update(looking._entry())
+    looking.look(2 * CANARY)
+    assert looking.health.canaries[canary.node.name, MODEL].ejected and late.deadline <= looking.now
+
+
+def test_a_later_suspect_stays_itself_and_brings_back_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = Looking(monkeypatch)
+    looking.stream()
+    looking.ejected_after()
+    looking.stream(node="node-2")
+    looking.hears("node-2", m=["gateway-2"])
+    looking.look(ALONE + 2 * CANARY)
+    assert (looking.health.ejections, looking.health.frozen > 0) == (1, True)
+    assert [canary.ejected for canary in looking.health.canaries.values()] == [True, False]
+
+
+def test_who_suspects_more_than_half_of_what_is_ready_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = Looking(monkeypatch, 6)
+    looking.nodes["node-6"].update(looking._entry(state="down", ps=[]))
+    for name in ("node-2", "node-3", "node-4"):
+        looking.hears(name, m=["gateway-2"])
     looking.stream()
     assert looking.ejected_after() == pytest.approx(ALONE, abs=LOOK)

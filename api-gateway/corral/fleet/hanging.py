@@ -146,10 +146,17 @@ def stays(
 ) -> bool:
     """Whether a runner stays in use though it hangs. `out`: what is suspect, itself too (names of node and model).
 
-    So it does where with it more than half of the nodes would be out: then it is who looks that sees wrongly. And where
-    no other node of its group would take its streams: they have nowhere else to go.
+    So it does where no other node of its group would take its streams: they have nowhere else to go. And where more
+    than half of the nodes would be out with it, those that are down among them: they are dead by other eyes than these,
+    but their work is on the rest, and what is slow for that must not go too, one after the other. What is drained or
+    removed is missed by nobody, so an operator who gives up a dead node has the hung one of three go.
+
+    A suspect that stays gets no new work while another node takes it (`choose`): only its streams wait.
     """
-    if len({name for name, _ in out if name in nodes}) * 2 > len(nodes):
+    serving = {name for name, one in nodes.items() if one.state is not NodeState.DRAINING}
+    lost = {name for name in serving if nodes[name].state is NodeState.DOWN}
+    lost |= {name for name, _ in out if name in serving}
+    if len(lost) * 2 > len(serving):
         return True
     group = groups.get(node.name, "")
     for other in nodes.values():

@@ -281,11 +281,15 @@ class Health:
             canary.close()
             canary.due = now + AGAIN
             streams = used.get(runner, []) if runner is not None else []
-            if not canary.ejected and not self._too_many(canary, now):
-                canary.ejected = True
+            # Not for good: once other nodes are down it may be what is left.
+            goes = not self._too_many(canary, now)
+            if goes and not canary.ejected:
                 self.ejections += 1
                 log.warning("%s: %s gives no token: its %d streams go elsewhere", node.name, key[1], len(streams))
-            if canary.ejected:
+            elif canary.ejected and not goes:
+                log.warning("%s: %s gives no token, and keeps its streams: too little is left", node.name, key[1])
+            canary.ejected = goes
+            if goes:
                 for exchange in streams:
                     exchange.deadline = min(exchange.deadline, now)  # the next look at deadlines gives it up
 
@@ -300,20 +304,25 @@ class Health:
         log.warning("%s: %s gives tokens again, or has left", canary.node.name, key[1])
 
     def _too_many(self, canary: Canary, now: float) -> bool:
-        """Whether with it too much would be ejected, by all gateways together: each says to control what it suspects as
-        soon as it asks its canary, so that the others know when that is over."""
+        """Whether with it too much would be out of use, by all gateways together: each says to control what it suspects
+        as soon as it asks its canary, so that the others know when that is over.
+
+        Beside one that is ejected already, only what this gateway has ejected counts: a suspect that comes later stays
+        itself, and brings back none.
+        """
         snapshot = self._gateway.snapshot
-        out = set(self.canaries)
-        if snapshot.led(now):
+        out = {key for key, one in self.canaries.items() if one.ejected or one is canary or not canary.ejected}
+        if snapshot.led(now) and not canary.ejected:
             me = self._gateway.name
+            ready = {node.name for node in snapshot.nodes.values() if node.state is NodeState.READY}
             others: dict[str, set[tuple[str, str]]] = {}
             for node in snapshot.nodes.values():
                 for model, by in node.doubted.items():
                     for name in by:
                         others.setdefault(name, set()).add((node.name, model))
             for name, said in others.items():
-                # Who doubts more than half of the nodes sees wrongly itself, and ejects no more of them.
-                if name != me and len({node for node, _ in said}) * 2 <= len(snapshot.nodes):
+                # Who doubts more than half of what it can doubt sees wrongly itself, and ejects no more of it.
+                if name != me and len({node for node, _ in said if node in ready}) * 2 <= len(ready):
                     out |= said
         if not stays(canary.node, canary.model, out, snapshot.nodes, snapshot.group_of):
             return False
