@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.fleet import MODEL, SINGLE, Fleet
+from support.fleet import MODEL, SINGLE, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
 from support.gateway import END, HEAD, LAST, LINE, Behaviour, FakeNode, chunk, gateway, says, well
 from support.held import leading, placed
@@ -286,6 +286,43 @@ def test_when_every_runner_hangs_none_is_ejected(patient: Fleet, matrix: Callabl
     ejected = patient.sum_of(EJECTED) - before
     assert ejected <= patient.present_gateways(), "one node of two is half of them; each gateway counts its own"
     matrix("all runners hang at once", "never more than half of the nodes", f"{ejected:.0f} by 2 gateways, then frozen")
+
+
+def test_what_hangs_beside_nodes_that_are_down_is_not_ejected_where_half_of_them_are(
+    tmp_path: Path, matrix: Callable[[str, str, str], None]
+) -> None:
+    nodes = [SimulatedNode(f"node-{number}", tmp_path) for number in range(1, 5)]
+    hangs, dead = nodes[0], nodes[2:]
+    try:
+        with run_fleet(tmp_path, "20s", nodes=nodes) as made:
+            made.stack.until_continued(MODEL)
+            made.all_ready()
+            for node in dead:
+                node.kill()
+            until(lambda: [made.states()[node.name] for node in dead] == ["down"] * 2, "half of them are down")
+            until(made.heard, "gateways have heard")
+            before, frozen = made.sum_of(EJECTED), made.sum_of(FROZEN)
+            hangs.fault(kind="hang", model=MODEL)
+            clients = [made.client() for _ in range(8)]
+            with ThreadPoolExecutor(8) as pool:
+                bodies = [body_of(CHAT, MODEL, 20, f"{number} horses") for number in range(len(clients))]
+                asked = [pool.submit(each.ask, CHAT, body, "half") for each, body in zip(clients, bodies, strict=True)]
+                try:
+                    until(lambda: made.sum_of(FROZEN) > frozen, "its ejection is frozen", 16, every=0.3)
+                    said = made.states()[hangs.name]
+                finally:
+                    hangs.well()
+                answers = [each.result() for each in asked]
+            for client in clients:
+                client.close()
+            ejected = made.sum_of(EJECTED) - before
+    finally:
+        for node in nodes:
+            node.kill()
+    assert {answer.fate for answer in answers} == {WHOLE}, [str(a) for a in answers]
+    assert (ejected, said) == (0, "suspect")
+    measured = f"{ejected:.0f} ejected beside 2 of 4 that are down, frozen and {said}"
+    matrix("a runner hangs, half of the nodes are down", "never more than half of the nodes", measured)
 
 
 def test_the_last_runner_of_a_model_is_not_ejected(patient: Fleet, matrix: Callable[[str, str, str], None]) -> None:
