@@ -38,3 +38,33 @@ def test_what_runs_is_counted_until_its_last_line_but_no_canary() -> None:
         assert works() == (0, 0, 0, 0)
 
     asyncio.run(work())
+
+
+def test_an_answer_that_hangs_goes_on_to_its_end_once_that_is_over() -> None:
+    backend = simulated.SimulatedBackend(simulated.load(QUICK))
+    found = backend.store.find("a")
+    assert isinstance(found, Model)
+    runner = backend.runner(found, Options(), 1)
+
+    async def work() -> None:
+        await runner.start()
+        backend.faults.add({"kind": "hang"})
+        met = asyncio.Event()
+        hang = backend.faults.hang
+
+        async def hangs() -> None:
+            met.set()
+            await hang()
+
+        backend.faults.hang = hangs  # type: ignore[method-assign]
+
+        async def answer() -> int:
+            return len([piece async for piece in runner.complete(Completion("x", Options(num_predict=3)))])
+
+        asked = asyncio.create_task(answer())
+        await met.wait()
+        await asyncio.sleep(0)
+        backend.faults.clear()
+        assert await asyncio.wait_for(asked, 30) == 4
+
+    asyncio.run(work())

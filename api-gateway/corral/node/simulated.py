@@ -296,6 +296,8 @@ class SimulatedRunner:
         fault = self._faults.take(self._name)
         if fault and not fault.after_tokens and fault.kind not in _SLOW:
             await show(fault, self._faults)
+            if fault.kind == "hang":
+                fault = None  # it was removed
         start = time.monotonic()
         await asyncio.sleep(prompt_tokens / profile.prefill)
         reason, tokens = ("length", options.num_predict) if options.num_predict > 0 else ("stop", profile.tokens)
