@@ -267,6 +267,22 @@ def test_a_batch_that_crashes_it_is_known_by_the_whole_of_its_request(site: Site
     assert len(node.requests) == asked
 
 
+def test_who_waits_for_its_runner_hears_that_its_model_is_disabled(site: Site) -> None:
+    prompts = f"{KILLS}: a", f"{READS}: b"
+    asked = {prompt: site.ask(prompt, site.gw.url) for prompt in prompts}
+    site.runner.kill()
+    until(lambda: site.runner.crashes == 1 and len(site.runner.running) == 1, "one of them has it again")
+    (runs,) = site.runner.running
+    (waits,) = set(prompts) - {runs}
+    site.gw.control.publish(disabled=["m:latest"])
+    status, line = asked[waits].result()
+    assert status == 403 and "disabled by its operator" in line
+    assert site.runner.running == [runs]
+    site.runner.goes_on()
+    site.runner.kill()
+    assert asked[runs].result()[0] == (200 if runs.startswith(READS) else 502)
+
+
 def test_an_attempt_that_is_over_has_its_runner_no_longer(tmp_path: Path) -> None:
     """A suspect whose second node is gone goes on to a third: others may have the second one's runner."""
     nodes = [FakeNode(f"node-{number}") for number in (1, 2, 3)]

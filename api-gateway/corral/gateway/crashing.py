@@ -16,7 +16,7 @@ import msgspec
 from corral.fleet.node import Node, canonical_name
 from corral.fleet.pools import counted
 from corral.gateway.avoid import unfit
-from corral.gateway.decode import decode
+from corral.gateway.decode import decode, may_go_on
 from corral.gateway.recover import CRASHES_MAX, LOST_MAX, Failure
 from corral.store.slots import Wanted
 from corral.store.suspects import Suspects
@@ -152,7 +152,7 @@ class Crashing:
     def _ask_again(self) -> None:
         waiting, self.waiting = self.waiting, {}
         for exchange, trial in waiting.items():
-            if exchange.wanted is trial.wanted:
+            if exchange.wanted is trial.wanted and may_go_on(exchange):
                 self._ask(exchange, trial)
 
     def _ask(self, exchange: Exchange, trial: Trial) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
+from time import time
+from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import canonical_name
-from corral.gateway.authenticate import Key, authorize, disabled
+from corral.gateway.authenticate import Key, authorize, check, disabled
+from corral.gateway.settle import outcome_of
 from corral.gateway.snapshot import Snapshot
 from corral.wire.decode import DECODERS, Decoded
 from corral.wire.errors import ApiError
+
+if TYPE_CHECKING:
+    from corral.gateway.exchange import Exchange
 
 SHOW: Final = b"/api/show"
 
@@ -22,11 +27,27 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
     """
     decoded = DECODERS[route](body, request_id, snapshot.policy, snapshot.caps)
     authorize(key, decoded.model)
-    if snapshot.disabled and canonical_name(decoded.model) in snapshot.disabled:
-        raise disabled(decoded.model)
+    _enabled(decoded.model, snapshot)
     pool, name = snapshot.pool(key.tenant), canonical_name(decoded.model)
     if name in pool.too_large and decoded.upstream_path != SHOW:
         raise ApiError(507, "insufficient_memory", f"model '{decoded.model}' fits on no node: {pool.too_large[name]}")
     if snapshot.known and name not in pool.held:
         raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
     return decoded
+
+
+def may_go_on(exchange: Exchange) -> bool:
+    """Whether a request that no node has at the moment may still have one. Who may not hears what a new one would."""
+    snapshot = exchange.gateway.snapshot
+    try:
+        check(snapshot.keys.get(exchange.key_id), time())
+        _enabled(exchange.model, snapshot)
+    except ApiError as error:
+        exchange.give_up(error, outcome_of(error.status))
+        return False
+    return True
+
+
+def _enabled(model: str, snapshot: Snapshot) -> None:
+    if snapshot.disabled and canonical_name(model) in snapshot.disabled:
+        raise disabled(model)

@@ -8,7 +8,7 @@ further attempt asks anew, at the head of those who wait.
 
 from __future__ import annotations
 
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from corral.fleet.dispatch import Affinity, beginnings
@@ -28,11 +28,9 @@ from corral.fleet.tickets import (
     head,
     wait_bound,
 )
-from corral.gateway import settle
 from corral.gateway.admit import EMBEDS
-from corral.gateway.authenticate import check
 from corral.gateway.avoid import avoided, unfit
-from corral.gateway.decode import SHOW
+from corral.gateway.decode import SHOW, may_go_on
 from corral.gateway.local import Local, stand_in
 from corral.gateway.recover import LOST, SHUN, Failure, shun
 from corral.store.slots import Answer, Slots, Wanted
@@ -163,6 +161,8 @@ class Queue:
     def again(self, exchange: Exchange, now: float) -> None:
         """Ask for the slot of a further attempt."""
         self.leave(exchange)
+        if not may_go_on(exchange):
+            return
         exchange.nodeless_since = exchange.nodeless_since or now
         wanted = exchange.wanted = self.want(exchange)
         if wanted is None:
@@ -266,10 +266,9 @@ class Queue:
         if local.active:
             local.look(self._gateway.snapshot, now)
         self._ages = self._running(now) if self.waiting else {}
-        wall = time()
         for exchange in list(self.waiting.values()):
             try:
-                self._look_after(exchange, now, wall)
+                self._look_after(exchange, now)
             except Exception:
                 exchange.broken()
 
@@ -284,18 +283,12 @@ class Queue:
                 found.setdefault(name, []).append(now - exchange.arrived - exchange.queued(now) / 1e3)
         return {model: sum(ages) / len(ages) for model, ages in found.items()}
 
-    def _look_after(self, exchange: Exchange, now: float, wall: float) -> None:
+    def _look_after(self, exchange: Exchange, now: float) -> None:
         """See whether one that waits may still have what it waits for, and what it is kept from by now."""
-        wanted = exchange.wanted
-        if wanted is None:
+        wanted, snapshot = exchange.wanted, self._gateway.snapshot
+        if wanted is None or not may_go_on(exchange):
             return
-        snapshot = self._gateway.snapshot
         pool, name = snapshot.pool(exchange.tenant), canonical_name(exchange.model)
-        try:
-            check(snapshot.keys.get(exchange.key_id), wall)
-        except ApiError as error:
-            exchange.give_up(error, settle.outcome_of(error.status))
-            return
         if name not in pool.held:
             self.leave(exchange)
             exchange.unslotted(now)
