@@ -7,13 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from support.fleet import QUICK, Fleet
+from support.fleet import MODEL, QUICK, Fleet
 from support.process import until
 from support.servers import valkey
 from support.stack import stack
@@ -195,6 +196,54 @@ def test_a_disabled_model_is_refused_by_both_gateways_within_a_second(fleet: Fle
             assert max(watch.last_good() for watch in watches) - changed < WITHIN
     finally:
         admin(fleet, "/models/enable", {"models": [QUICK]})
+
+
+@contextmanager
+def begun(fleet: Fleet, url: str, body: dict[str, Any]) -> Iterator[None]:
+    """A stream whose first token is there; left with the block."""
+    headers = {"Authorization": f"Bearer {fleet.stack.key}"}
+    client = httpx.Client(timeout=60, trust_env=False)
+    with client, client.stream("POST", url + "/api/generate", json=body, headers=headers) as answer:
+        assert answer.status_code == 200
+        pieces = answer.iter_raw()
+        next(pieces)  # held on to: a response whose reader is let go is closed
+        yield
+
+
+def test_who_waits_for_a_model_that_is_disabled_is_refused_within_a_second(
+    contended: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    """At both gateways, beside streams that go on."""
+    fleet, took, slots, waiting = contended, [], 8, 12
+    body = {"model": MODEL, "prompt": "a", "options": {"num_predict": 10_000}}
+    urls = [gateway["url"] for gateway in fleet.stack.corral("status")["gateways"]]
+
+    def ask(url: str) -> tuple[int, float]:
+        headers = {"Authorization": f"Bearer {fleet.stack.key}"}
+        answer = httpx.post(url + "/api/generate", json=body, headers=headers, timeout=60, trust_env=False)
+        return answer.status_code, time.monotonic()
+
+    with ThreadPoolExecutor(waiting) as pool:
+        for _ in range(ROUNDS):
+            with ExitStack() as streams:
+                for number in range(slots):
+                    streams.enter_context(begun(fleet, urls[number % 2], body))
+                waits = [pool.submit(ask, urls[number % 2]) for number in range(waiting)]
+                until(lambda: fleet.sum_of("corral_queue_length") == waiting, "they wait")
+                try:
+                    changed = time.monotonic()
+                    done = admin(fleet, "/models/disable", {"models": [MODEL]})
+                    heard = [wait.result() for wait in waits]
+                    assert {status for status, _ in heard} == {403}
+                    took.append(max(at for _, at in heard) - changed)
+                    assert done["gateways"]["pending"] == []
+                    running = sum(node.work(MODEL)["running"] for node in fleet.nodes.values())
+                    assert running == slots, "what runs goes on"
+                finally:
+                    admin(fleet, "/models/enable", {"models": [MODEL]})
+    said = f"{max(took) * 1e3:.0f} ms, {ROUNDS} times"
+    matrix("a model is disabled that requests wait for", f"refused <= {WITHIN:g} s, streams go on", said)
+    assert max(took) < WITHIN
 
 
 def test_known_keys_outlive_control_for_the_stated_time_and_a_restart(fleet: Fleet, tmp_path: Path) -> None:
