@@ -20,6 +20,8 @@ from support.mixed import WRITTEN
 from support.process import until
 
 CANCELLED_WITHIN = 1.0
+EXACT = "the answer's tokens counted exactly, the prompt's guessed and marked as an estimate"
+"""Who leaves does so before the node has said how many tokens his prompt has."""
 LONG = 15
 """Times the usual prompt: some three seconds of reading."""
 _numbers = itertools.count(1)
@@ -103,7 +105,7 @@ def test_a_connection_that_is_reset_ends_the_work_and_is_counted_as_it_was(
     assert (usage["requests"], usage["tokens"]) == (1, record["tokens"])
     assert usage["prompt_tokens"] == record["prompt_tokens"]
     counted = f"{took:.2f} s, {record['tokens']} tokens counted, the node wrote {wrote}"
-    matrix(f"caller resets {when}", "upstream closed <= 1 s, usage exact", counted)
+    matrix(f"caller resets {when}", f"upstream closed <= 1 s, {EXACT}", counted)
     assert took <= CANCELLED_WITHIN
 
 
@@ -132,8 +134,9 @@ def test_what_the_node_wrote_until_its_caller_left_counts(
     assert (record["outcome"], record["status"], record["estimated"]) == ("client_gone", 499, True)
     # The last one may be on its way when the node is asked, and what came while the caller left may count or not.
     assert before - 1 <= record["tokens"] <= wrote
+    assert record["prompt_tokens"] > 0
     counted = f"{record['tokens']} tokens counted, the node wrote {wrote}"
-    matrix(f"caller leaves, {path}, {'streamed' if stream else 'not streamed'}", "usage exact", counted)
+    matrix(f"caller leaves, {path}, {'streamed' if stream else 'not streamed'}", EXACT, counted)
 
 
 def test_a_whole_answer_is_not_an_estimate(fleet: Fleet) -> None:
