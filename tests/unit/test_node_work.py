@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from corral.node import simulated
 from corral.node.models import Model
 from corral.node.options import Options
@@ -68,3 +70,31 @@ def test_an_answer_that_hangs_goes_on_to_its_end_once_that_is_over() -> None:
         assert await asyncio.wait_for(asked, 30) == 4
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_prefill_stalls_other_answers_where_that_is_asked_for(stalls: bool) -> None:
+    model = {"name": "a:latest", "load": 0.0, "prefill": 20.0, "decode": 1e4}
+    backend = simulated.SimulatedBackend(simulated.load({"models": [model], "prefill_stalls": stalls}))
+    found = backend.store.find("a")
+    assert isinstance(found, Model)
+    runner = backend.runner(found, Options(), 4)
+    ended: list[str] = []
+
+    async def answer(name: str, prompt: str) -> None:
+        async for _ in runner.complete(Completion(prompt, Options(num_predict=2))):
+            pass
+        ended.append(name)
+
+    async def work() -> None:
+        short = runner.complete(Completion("x", Options(num_predict=4)))
+        await anext(short)
+        long = asyncio.create_task(answer("long", "x " * 10))
+        await asyncio.sleep(0)
+        async for _ in short:
+            pass
+        ended.append("short")
+        await long
+
+    asyncio.run(work())
+    assert ended == (["long", "short"] if stalls else ["short", "long"])

@@ -1,8 +1,9 @@
 """The simulated back end: models that take the time they are said to take, and say nothing of worth.
 
 A simulated model loads for ``load`` seconds, reads a prompt at ``prefill`` tokens/s and writes at ``decode``
-tokens/s, each request by itself, whatever else runs. Its text is a function of all text before it, so that a
-request with the prompt and the start of an answer continues that answer exactly, as a real model does.
+tokens/s, each request by itself, whatever else runs (unless `Simulation` says otherwise). Its text is a function of
+all text before it, so that a request with the prompt and the start of an answer continues that answer exactly, as a
+real model does.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Simulation:
     """A simulated node: its models, its memory in bytes and how many models it holds at most.
 
     ``gpu``: it says that models are in a GPU's memory. ``stalls``: while it loads a model, no other one gives a token.
+    ``prefill_stalls``: while a model reads a prompt, none of its requests gets a token; it reads any number at once.
     """
 
     models: tuple[Profile, ...] = (Profile("sim-small"), Profile("sim-large", load=4.0, decode=25.0, size=16 << 30))
@@ -69,6 +71,7 @@ class Simulation:
     max_loaded: int | None = None
     gpu: bool = False
     stalls: bool = False
+    prefill_stalls: bool = False
 
 
 def load(source: Path | Mapping[str, Any] | None) -> Simulation:
@@ -81,12 +84,12 @@ def load(source: Path | Mapping[str, Any] | None) -> Simulation:
     data = yaml.safe_load(source.read_text("utf-8")) if isinstance(source, Path) else source
     if not isinstance(data, Mapping) or not isinstance(data.get("models"), list):
         raise ValueError("models: a list of models is needed")
-    if unknown := set(data) - {"models", "memory", "max_loaded", "gpu", "stalls"}:
+    if unknown := set(data) - {"models", "memory", "max_loaded", "gpu", "stalls", "prefill_stalls"}:
         raise ValueError(f"unknown field {sorted(unknown)[0]}")
     memory = _bytes(data["memory"]) if data.get("memory") is not None else None
     profiles = tuple(_profile(entry) for entry in data["models"])
-    gpu, stalls = data.get("gpu") is True, data.get("stalls") is True
-    return Simulation(profiles, memory, data.get("max_loaded"), gpu, stalls)
+    flags = (data.get(name) is True for name in ("gpu", "stalls", "prefill_stalls"))
+    return Simulation(profiles, memory, data.get("max_loaded"), *flags)
 
 
 def _profile(entry: Any) -> Profile:
@@ -163,29 +166,29 @@ class SimulatedStore:
 
 
 class Stall:
-    """Loads that keep other models from their tokens, where ``stalls``."""
+    """Work that keeps requests from their tokens while it is under way, where it ``stalls`` them."""
 
     def __init__(self, stalls: bool) -> None:
         self._stalls = stalls
-        self._loads = 0
+        self._under_way = 0
         self._none = asyncio.Event()
         self._none.set()
 
     @contextlib.contextmanager
-    def load(self) -> Iterator[None]:
-        """A load is under way."""
-        self._loads += 1
+    def work(self) -> Iterator[None]:
+        """Some is under way."""
+        self._under_way += 1
         if self._stalls:
             self._none.clear()
         try:
             yield
         finally:
-            self._loads -= 1
-            if not self._loads:
+            self._under_way -= 1
+            if not self._under_way:
                 self._none.set()
 
     async def over(self) -> float:
-        """Wait for the end of the loads that are under way; how long that took (seconds)."""
+        """Wait for the end of what is under way; how long that took (seconds)."""
         began = time.monotonic()
         await self._none.wait()
         return time.monotonic() - began
@@ -197,15 +200,16 @@ class SimulatedBackend:
     def __init__(self, simulation: Simulation) -> None:
         self.store = SimulatedStore(simulation)
         self._gpu = simulation.gpu
-        self._stall = Stall(simulation.stalls)
+        self._loads, self._prefill_stalls = Stall(simulation.stalls), simulation.prefill_stalls
         self.faults = Faults()
         self.work = Work()
 
     def runner(self, model: Model, options: Options, parallel: int) -> Runner:
         profile = self.store.profiles[model.digest]
         slots = profile.slots or parallel
-        shared = self.faults, self.work, self._stall
-        return SimulatedRunner(model, profile, options.num_ctx, slots, *shared, self._gpu)
+        shared = self.faults, self.work, self._loads
+        prefills = Stall(self._prefill_stalls)
+        return SimulatedRunner(model, profile, options.num_ctx, slots, *shared, prefills, self._gpu)
 
     async def meet(self, path: str) -> None:
         """What a GET route meets: the faults of a scope that it belongs to."""
@@ -229,7 +233,8 @@ class SimulatedRunner:
         slots: int,
         faults: Faults,
         work: Work,
-        stall: Stall,
+        loads: Stall,
+        prefills: Stall,
         gpu: bool,
     ) -> None:
         self.size = model.size
@@ -240,7 +245,7 @@ class SimulatedRunner:
         self._context = context
         self._faults = faults
         self._work = work
-        self._stall = stall
+        self._loads, self._prefills = loads, prefills
 
     @property
     def vram(self) -> int:
@@ -249,7 +254,7 @@ class SimulatedRunner:
 
     async def start(self) -> None:
         self._work.of(self._name).loads += 1
-        with self._stall.load():
+        with self._loads.work():
             await asyncio.sleep(self._profile.load)
 
     async def close(self) -> None:
@@ -267,8 +272,9 @@ class SimulatedRunner:
             raise NodeError(400, TOO_LONG)
         if fault := self._faults.take(self._name):
             await show(fault, self._faults)
-        await asyncio.sleep(count / self._profile.prefill)
-        await self._stall.over()
+        with self._prefills.work():
+            await asyncio.sleep(count / self._profile.prefill)
+        await self._loads.over()
         seed = hashlib.shake_256(text.encode()).digest(_WIDTH)
         vector = [byte / 127.5 - 1.0 for byte in seed]
         length = math.sqrt(sum(value * value for value in vector))
@@ -299,7 +305,8 @@ class SimulatedRunner:
             if fault.kind == "hang":
                 fault = None  # it was removed
         start = time.monotonic()
-        await asyncio.sleep(prompt_tokens / profile.prefill)
+        with self._prefills.work():
+            await asyncio.sleep(prompt_tokens / profile.prefill)
         reason, tokens = ("length", options.num_predict) if options.num_predict > 0 else ("stop", profile.tokens)
         if not request.shift and prompt_tokens + tokens > self._context:
             reason, tokens = "length", max(1, self._context - prompt_tokens)
@@ -310,7 +317,7 @@ class SimulatedRunner:
             delay = due + sent / profile.decode - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
-            due += await self._stall.over()
+            due += await self._loads.over() + await self._prefills.over()
             if fault and sent >= fault.after_tokens and (sent or fault.kind in _SLOW or fault.kind == "nonsense"):
                 due += fault.delay if fault.kind in _SLOW else 0.0
                 await show(fault, self._faults)
