@@ -1,5 +1,5 @@
 """Control is away and nobody leads: what gateways and HAProxy see by themselves is all that keeps requests from a node
-that dies."""
+that dies. Once control is back it knows what it had found of the models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from support.fleet import MODEL, Fleet
 from support.leader import Leader
-from support.load import CHAT, TOLD, WHOLE, body_of
+from support.load import CHAT, TOLD, WHOLE, Answer, body_of
 from support.process import until
 from support.servers import answers
 
@@ -25,6 +25,10 @@ SHUNNED = 2.0
 FOUND_WITHIN = HEARD + 2 * EVERY + 1.0
 """Seconds after which gateways know by themselves that a node is away, or is back."""
 AWAY = FOUND_WITHIN + 2.0
+SLOTS = 4
+"""Of a node in the fleet that is contended (conftest.py)."""
+TOKENS, CUT, CUTS = (200, 180, 160, 140), 30, 4
+"""Of answers, up to five seconds long; those after which they are cut; how many are."""
 AT_ONCE = 3
 """A gateway's requests that may have been sent there by the time that the first of them comes back."""
 
@@ -105,3 +109,36 @@ def test_a_node_comes_back_while_control_is_away(fleet: Fleet, matrix: Callable[
             node.start()
         fleet.warm()
         fleet.all_ready()
+
+
+def test_a_restart_of_control_while_all_slots_are_used_costs_no_continuation(
+    contended: Fleet, matrix: Callable[[str, str, str], None]
+) -> None:
+    """Nothing can be tried anew meanwhile: there is no slot for it."""
+    nodes, store = contended.nodes, Leader(contended.valkey.url)
+    control = contended.stack.corral("status")["control"]["pid"]
+
+    def full() -> bool:
+        return all(node.work()["running"] == SLOTS for node in nodes.values())
+
+    with contended.load(clients=3 * SLOTS, paths=[CHAT], tokens=TOKENS, name="full", fresh=True) as load:
+        load.until(lambda _: full(), "all slots are used")
+        os.kill(control, signal.SIGKILL)
+        load.until(lambda _: store.ask(b"GET", LEADER) is None, "nobody is believed to lead")
+        load.until(lambda _: store.ask(b"GET", LEADER) is not None, "control is back, and leads")
+        contended.all_ready()
+        load.until(lambda _: full(), "all slots are still used")
+        nodes["node-1"].fault(kind="cut_after", after_tokens=CUT, count=CUTS, model=MODEL)
+        load.until(lambda answers: len(_cut(answers)) > CUTS // 2, "streams were cut")
+        load.more(2 * SLOTS)
+    met = _cut(load.answers)
+    went_on = [answer for answer in met if answer.fate == WHOLE]
+    bar = "each stream that its node leaves then is gone on with"
+    matrix("control killed (-9) while all slots are used", bar, f"{len(went_on)} of {len(met)}")
+    assert load.unlike(WHOLE) == []
+    assert {answer.node for answer in went_on} == {"node-1"}
+
+
+def _cut(answers: list[Answer]) -> list[Answer]:
+    """Those that their node left: of the faults the canary may have met one."""
+    return [answer for answer in answers if answer.fate == TOLD or b'"continued"' in answer.body]

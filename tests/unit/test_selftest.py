@@ -19,12 +19,20 @@ from corral.node import app
 from corral.node.main import build
 
 
+def made_for(fleet: Any) -> SelfTest:
+    async def nobody(name: str) -> int | None:
+        return None
+
+    database: Any = None
+    return SelfTest(fleet, {}, nobody, lambda known: None, database, lambda: True)
+
+
 def test_a_runner_that_hangs_is_not_tried() -> None:
     entry = {"name": "m:latest", "digest": "sha256:" + "1" * 64}
     member = Member("n", "http://n", up=True, ps=[entry])
     residence = member.measured.residents["m:latest"] = Residence(since=0.0, fresh=False, failing=True)
     fleet: Any = SimpleNamespace(members={"n": member})
-    made = SelfTest(fleet, {}, lambda name: None, lambda known: None)  # type: ignore[arg-type,return-value]
+    made = made_for(fleet)
     assert made._due(0.0) == []
     residence.failing = False
     assert made._due(0.0) == [(member, entry)]
@@ -57,12 +65,9 @@ def test_a_model_stays_no_longer_than_was_said_meanwhile() -> None:
         lines = [{"message": {"content": "a"}}] * 4 if "messages" in body else [{"response": "a"}] * 4
         return said(*lines)
 
-    async def nobody(name: str) -> int | None:
-        return None
-
     async def run() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
-            made = SelfTest(SimpleNamespace(), {}, nobody, lambda known: None)  # type: ignore[arg-type]
+            made = made_for(SimpleNamespace())
             await made._try(client, Member("n", "http://n", up=True), there())
 
     asyncio.run(run())
@@ -87,12 +92,9 @@ def test_a_node_that_renders_no_prompt_does_not_end_the_tests_of_others() -> Non
             return said({"parameters": ""})
         return said(*[{"message": {"content": "a"}}] * 4)
 
-    async def nobody(name: str) -> int | None:
-        return None
-
     async def run() -> SelfTest:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
-            made = SelfTest(SimpleNamespace(), {}, nobody, lambda known: None)  # type: ignore[arg-type]
+            made = made_for(SimpleNamespace())
             await made._try(client, Member("n", "http://n", up=True), entry)
             return made
 
@@ -119,9 +121,6 @@ def test_a_model_that_goes_on_otherwise_is_not_continued(behind: int | None) -> 
     """A simulated node: its text depends on all that it has read, to the last word."""
     simulation = {"models": [{"name": "m", "load": 0.0, "prefill": 1e9, "decode": 1e9}]}
 
-    async def nobody(name: str) -> int | None:
-        return None
-
     async def run() -> tuple[SelfTest, dict[str, Any]]:
         node = httpx.ASGITransport(app.create(build("simulated", None, None, 1, 1, simulation, False)))
         async with httpx.AsyncClient(transport=node if behind is None else Beside(node, behind)) as client:
@@ -130,7 +129,7 @@ def test_a_model_that_goes_on_otherwise_is_not_continued(behind: int | None) -> 
             tags = (await client.get("http://n/api/tags")).json()["models"]
             member = Member("n", "http://n", up=True, ps=[entry], tags=tags)
             fleet: Any = SimpleNamespace(members={"n": member})
-            made = SelfTest(fleet, {}, nobody, lambda known: None)
+            made = made_for(fleet)
             await made._try(client, member, entry)
             return made, entry
 

@@ -110,7 +110,9 @@ class Application:
             if control.leading.wanted:
                 tasks.append(asyncio.create_task(control.leading.run()))
             if self._settings.gateway.continuation:
-                tasks.append(asyncio.create_task(control.selftest.run()))
+                # Before gateways hear of this control: they would take what it does not know for what has not passed.
+                await control.selftest.load()
+                tasks += [asyncio.create_task(control.selftest.run()), asyncio.create_task(control.selftest.share())]
             if monitor is not None:
                 monitor.start()
             log.info("control listens on %s: %d nodes", self._settings.control.listen, len(members))
@@ -149,6 +151,8 @@ def _assemble(settings: Settings) -> Control:
             valkey, ollama, options, demand, term, groups, fleet.speeds, queue_wait=wait, working=operations.working
         )
 
+    leading = Leading(database, valkey, fleet, placement)
+
     return Control(
         settings=settings,
         state=state,
@@ -161,12 +165,15 @@ def _assemble(settings: Settings) -> Control:
         valkey=valkey,
         catalogue=catalogue,
         operations=operations,
-        selftest=SelfTest(fleet, catalogue.policies, _streams(haproxy), hub.continues),
+        selftest=SelfTest(
+            *(fleet, catalogue.policies, _streams(haproxy), hub.continues, database),
+            judges=lambda: not leading.missing,
+        ),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
         usage=Usage(),
         ledger=Ledger(database, settings.audit, state, settings.gateway.max_duration, hub.shipped, reserved),
         spent=Spent(database),
-        leading=Leading(database, valkey, fleet, placement),
+        leading=leading,
         hashes=Hashes(pepper),
         alerts=Alerts(settings.monitoring.alertmanager),
         questions=Questions(hub),

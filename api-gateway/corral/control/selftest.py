@@ -3,6 +3,9 @@
 An answer is written, then gone on with from several places as a gateway would do it after a node was lost
 (`corral.wire.continuation`). It passes if every one ends as the undisturbed one did. Only such models are continued: a
 template that says more than a prompt, a thinking model or parameters that bound answers could make it wrong unseen.
+
+What was found is kept in the database: a control that starts, or takes over, goes by it, though no node has room for a
+test.
 """
 
 from __future__ import annotations
@@ -11,18 +14,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import msgspec
 
+from corral import __version__
 from corral.control.canary import stays
 from corral.control.prober import Fleet, Member
 from corral.fleet.catalogue import digest_of
 from corral.fleet.node import canonical_name
-from corral.store import answers
+from corral.store import answers, verdicts
 from corral.store.asking import http_client
+from corral.store.database import Database
+from corral.store.verdicts import Verdict, fit
 from corral.wire.continuation import GENERATE, Counting, Rendering, rest_of
 from corral.wire.errors import UpstreamNonsense
 from corral.wire.options import NO_POLICY, ModelPolicy, check
@@ -46,18 +51,11 @@ class Unfit(Exception):
     """Answers of this model cannot be continued; says why."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What was found of a file: `PASSED`, or why not. ``at`` is monotonic seconds."""
-
-    said: str
-    at: float
-
-
 class SelfTest:
-    """Tries what has not been tried. ``verdicts`` are by digest; `on_change` hears of each that is new.
+    """Tries what has not been tried. ``verdicts`` are by digest; `on_change` hears which models passed.
 
     ``streams`` tells how many requests run on a node, None where nobody knows: a node that is full is left alone.
+    ``judges``: whether it is this control that tries files; the others go by what it found.
     """
 
     def __init__(
@@ -66,18 +64,51 @@ class SelfTest:
         policies: Mapping[str, ModelPolicy],
         streams: Callable[[str], Awaitable[int | None]],
         on_change: Callable[[dict[str, str]], None],
+        database: Database,
+        judges: Callable[[], bool],
     ) -> None:
         self._fleet, self._policies, self._streams, self._on_change = fleet, policies, streams, on_change
+        self._database, self._judges = database, judges
         self.verdicts: dict[str, Verdict] = {}
+        self._unsaved: dict[str, Verdict] = {}
+
+    async def load(self) -> None:
+        """Read what was found before, and tell of it."""
+        self.verdicts.update(await self._database.read(verdicts.read))
+        self._on_change(self.continuable())
 
     async def run(self) -> None:
         """Try until cancelled, one model at a time."""
         async with http_client(PATIENCE) as client:
             while True:
                 await asyncio.sleep(TICK)
-                for member, entry in self._due(time.monotonic()):
+                for member, entry in self._due(time.time()) if self._judges() else ():
                     await self._try(client, member, entry)
                 self._on_change(self.continuable())
+
+    async def share(self) -> None:
+        """Keep what is found in the database, and read what other controls find, until cancelled."""
+        silent = False
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                await self.exchange()
+                silent = False
+            except Exception as error:  # whatever it is: what is known holds meanwhile
+                if not silent:
+                    log.warning("which models are continued is not shared with other controls: %s", error)
+                silent = True
+
+    async def exchange(self) -> None:
+        """Do so once. Raises what the database does."""
+        if fresh := dict(self._unsaved):
+            nodes = self._fleet.members.values()
+            held = {_digest(entry) for node in nodes for entry in (*node.tags, *node.ps)}
+            await self._database.write(verdicts.enter, fresh, held, time.time())
+            self._unsaved = {digest: one for digest, one in self._unsaved.items() if fresh.get(digest) is not one}
+        self.verdicts.update(await self._database.read(verdicts.read))
+        self.verdicts.update(self._unsaved)
+        self._on_change(self.continuable())
 
     def continuable(self) -> dict[str, str]:
         """The digest of each model, by name, that passed; where nodes differ, of one of them."""
@@ -95,14 +126,16 @@ class SelfTest:
 
     def _due(self, now: float) -> list[tuple[Member, dict[str, Any]]]:
         found: dict[str, tuple[Member, dict[str, Any]]] = {}
+        current = {_versions(member) for member in self._fleet.members.values() if member.up}
         for member in self._fleet.members.values():
             for entry in member.ps if member.up else ():
                 residence = member.measured.residents.get(entry["name"])
                 if residence is not None and residence.failing:
                     continue  # its runner hangs: the test would only keep a slot of it
-                digest = digest_of(str(entry.get("digest") or ""))
+                digest = _digest(entry)
                 known = self.verdicts.get(digest)
-                if known is None or (known.said != PASSED and now - known.at > AGAIN):
+                # Of other versions it holds until it is tried anew: a fleet that is full has no room for that.
+                if known is None or known.versions not in current or _again(known, now):
                     found.setdefault(digest, (member, entry))
         return list(found.values())
 
@@ -111,7 +144,7 @@ class SelfTest:
         if running is not None and running >= member.slots:
             return
         name = canonical_name(entry["name"])
-        digest = digest_of(str(entry.get("digest") or ""))
+        digest, versions = _digest(entry), _versions(member)
         options = check({}, self._policies.get(name, NO_POLICY)) | {"temperature": 0.0, "num_predict": TOKENS}
         kept = {"model": entry["name"], "options": options}
 
@@ -130,13 +163,28 @@ class SelfTest:
             async with asyncio.timeout(PATIENCE):
                 await examine(post, kept)
         except (Unfit, UpstreamNonsense) as reason:
-            self.verdicts[digest] = Verdict(str(reason), time.monotonic())
+            self._found(digest, str(reason), versions)
             log.info("%s: an answer that is cut is not continued: %s", name, reason)
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError) as error:
             log.info("%s on %s: whether its answers can be continued is not known: %r", name, member.name, error)
         else:
-            self.verdicts[digest] = Verdict(PASSED, time.monotonic())
+            self._found(digest, PASSED, versions)
             log.info("%s: an answer that is cut is continued on another node", name)
+
+    def _found(self, digest: str, said: str, versions: str) -> None:
+        self.verdicts[digest] = self._unsaved[digest] = Verdict(fit(said), time.time(), versions)
+
+
+def _again(known: Verdict, now: float) -> bool:
+    return known.said != PASSED and not 0 <= now - known.at <= AGAIN  # a clock may have been set back
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return digest_of(str(entry.get("digest") or ""))
+
+
+def _versions(member: Member) -> str:
+    return fit(f"{__version__} {member.version}", 80)
 
 
 async def examine(post: Post, kept: Mapping[str, Any]) -> None:

@@ -270,3 +270,13 @@ leases = Table(
     Column("term", BigInteger, nullable=False),
     Column("until", Double, nullable=False),
 )
+
+# Whether answers of a model's file are continued: `passed`, or why not; found by these versions of Corral and Ollama.
+verdicts = Table(
+    "verdicts",
+    metadata,
+    Column("digest", String(71), primary_key=True),
+    Column("said", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("versions", Text, nullable=False),
+)
