@@ -250,10 +250,7 @@ def test_a_full_queue_of_a_node_that_runs_one_at_a_time_ejects_nothing(
     # 30 tokens at 20 a second, one after the other: who comes last on its node waits for some six seconds.
     content = body_of(CHAT, SINGLE, 30)
     with ThreadPoolExecutor(10) as pool:
-        clients = [patient.client() for _ in range(10)]
-        answers = list(pool.map(lambda client: client.ask(CHAT, content, "queued"), clients))
-        for client in clients:
-            client.close()
+        answers = list(pool.map(lambda _: patient.client().ask(CHAT, content, "queued"), range(10)))
     assert [str(answer) for answer in answers if answer.fate != WHOLE or answer.attempts != 1] == []
     assert max(answer.first - answer.began for answer in answers) > BUDGET
     assert patient.sum_of(EJECTED) == before
