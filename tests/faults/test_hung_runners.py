@@ -16,7 +16,7 @@ from support.fleet import MODEL, SIMULATION, SINGLE, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
 from support.gateway import END, HEAD, LAST, LINE, Behaviour, FakeNode, chunk, gateway, says, well
 from support.held import leading, placed
-from support.load import CHAT, WHOLE, Answer, Client, body_of
+from support.load import CHAT, WHOLE, Answer, Client, Load, body_of
 from support.process import until
 
 from corral.gateway.health import CANARY
@@ -218,12 +218,14 @@ def test_long_prefills_beside_short_streams_eject_nothing(
 ) -> None:
     before, frozen = batching.sum_of(EJECTED), batching.sum_of(FROZEN)
     # 1500 tokens at 120 tokens/s: 12.5 s in which nobody gets a token, those of short streams neither.
-    # No two begin alike: a gateway knows of its own prompts alone, and is to have some of them on each node.
+    # No two begin alike, so that both nodes have some. Why they stand still the other gateway knows by this one alone.
     bodies = [body_of(CHAT, MODEL, 2, prompt=f"{at} " + "river " * 1500) for at in range(100)]
-    with batching.load(clients=4, paths=[CHAT], tokens=[4], name="short") as load, ThreadPoolExecutor(100) as pool:
+    long, short = (gateway["url"] for gateway in batching.stack.corral("status")["gateways"])
+    beside = Load(short, batching.stack.key, MODEL, clients=4, paths=[CHAT], tokens=[4], name="short", fresh=True)
+    with beside as load, ThreadPoolExecutor(100) as pool:
         for name in batching.nodes:
             load.more(2, name)
-        clients = [batching.client() for _ in range(100)]
+        clients = [Client(long, batching.stack.key) for _ in range(100)]
         asked = [pool.submit(clients[at].ask, CHAT, body, f"long-{at}") for at, body in enumerate(bodies)]
         answers = [each.result() for each in asked]
         for client in clients:

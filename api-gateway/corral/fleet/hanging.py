@@ -26,6 +26,8 @@ STEP_MAX: Final = 1.0
 """A look that comes later than so many seconds after the last one says that the gateway stood still, not the runner."""
 IDLE: Final = 60.0
 """After so many seconds without work, what was before it is forgotten."""
+APART: Final = 0.25
+"""So many seconds later than the last one a token is a new one, of those that other gateways tell of."""
 LOADS: Final = 15.0
 """Seconds that a load of another model on the same node excuses, at least: as many as one that was never timed."""
 
@@ -68,17 +70,18 @@ class Rates:
 class Runner:
     """A runner as the requests that were sent to it show it. Times are monotonic seconds.
 
-    ``token`` is when it last gave one, to whomever; ``waited`` for how many seconds it has had work since then, and
-    ``budget`` for how many it may: as the longest prompt needs that it has, or had a moment ago. ``excused`` are those
-    that loads of other models took beside it, and no part of ``waited``.
+    ``token`` is when it last gave one to a request of this gateway, ``heard`` to another's, as that says; ``waited`` is
+    for how many seconds it has had work since then, and ``budget`` for how many it may: as the longest prompt needs
+    that it has, or had a moment ago. ``excused`` are those that loads of other models took beside it, and no part of
+    ``waited``.
 
-    At each look, `works` is called for each request that it has, then `look`.
+    At each look, `works` is called for each request that it has, `beside` where other gateways have some, then `look`.
     """
 
     def __init__(self, node: str, model: str, now: float) -> None:
         self.node = node
         self.model = model
-        self.token = 0.0
+        self.token = self.heard = 0.0
         self.waited = 0.0
         self.excused = 0.0
         self.budget = SILENCE
@@ -95,6 +98,19 @@ class Runner:
             self._sent = sent
         self._needs = max(self._needs, need)
         self._has = True
+
+    def beside(self, need: float, token: float) -> None:
+        """Another gateway has prompts there that `need` so many seconds, and got a token last at `token`."""
+        self._needs = max(self._needs, need)
+        # The clocks of two gateways are compared by way of the store: what is hardly later is the same token.
+        if token > self.last + APART:
+            self.heard = token
+            self.anew()
+
+    @property
+    def last(self) -> float:
+        """When it last gave anybody a token, as far as is known here."""
+        return max(self.token, self.heard)
 
     def look(self, now: float, loaded: bool = True, patience: float = 0.0) -> bool:
         """Whether it has given no token for longer than it may, and has work now.

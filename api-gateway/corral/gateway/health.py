@@ -21,6 +21,7 @@ from corral.gateway.crowding import Crowding
 from corral.gateway.decode import SHOW
 from corral.gateway.recover import holds
 from corral.gateway.upstream import Handler, UpstreamConnection
+from corral.store.reading import Reading
 from corral.store.slots import Wanted
 from corral.wire.common import Decoded, decode_line, encode
 from corral.wire.continuation import Rendering
@@ -143,6 +144,7 @@ class Health:
         self.canaries: dict[tuple[str, str], Canary] = {}
         self._asked_for: set[tuple[str, str]] = set()
         self.crowding = Crowding()
+        self.reading = Reading()
         self.ejections = self.frozen = 0
 
     def sent(self, exchange: Exchange, node: Node, now: float) -> None:
@@ -184,6 +186,7 @@ class Health:
         gateway = self._gateway
         nodes = gateway.snapshot.nodes
         used: dict[Runner, list[Exchange]] = {}
+        reads: dict[tuple[str, str], tuple[float, float]] = {}
         for exchange in gateway.running:
             runner = exchange.runner
             if runner is None:
@@ -198,6 +201,13 @@ class Health:
                 if decoded.upstream_path not in EMBEDS and now - exchange.sent > need and now - runner.token < GOES_ON:
                     self.crowding.note((runner.node, runner.model), exchange.record_id, now)
             runner.works(exchange.sent, need)
+            if need > SILENCE:
+                key = runner.node, runner.model
+                reads[key] = max(need, reads[key][0] if key in reads else 0.0), runner.token
+        self.reading.own = reads
+        for key, (need, token) in self.reading.others(now).items():
+            if key in self._runners:
+                self._runners[key].beside(need, token)
         # Where nobody leads, nodes load what requests ask of them, and control has not begun it.
         self._asked_for = {
             (runner.node, runner.model)
@@ -272,7 +282,7 @@ class Health:
         elif not canary.until:
             if now >= canary.due:
                 canary.ask(now)
-        elif runner is not None and runner.token > canary.asked:
+        elif runner is not None and runner.last > canary.asked:
             self._clear(key, canary, now)  # a stream went on: the token waits in a queue
         elif now >= canary.until and not canary.ejected and canary.open and canary.excused < self._patience(key, now):
             canary.excused += CANARY  # its token may come late for the same reason: it stays asked

@@ -15,7 +15,7 @@ from typing import Any
 
 from corral.gateway.listen import ClientConnection
 from corral.gateway.server import Gateway
-from corral.store import keeper, leases, share, suspects
+from corral.store import keeper, leases, reading, share, suspects
 from corral.store.valkey import encode
 from corral.wire.errors import ApiError, jittered
 
@@ -98,6 +98,8 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
     await gateway.recall.first()
     tasks.append(loop.create_task(leases.keep(gateway.limits), name="leases"))
     tasks.append(loop.create_task(keeper.keep(gateway.queue.slots), name="slots"))
+    telling = reading.keep(gateway.health.reading, gateway.store, gateway.name)
+    tasks.append(loop.create_task(telling, name="reading"))
     recalling = loop.create_task(gateway.recall.again())
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)

@@ -35,7 +35,7 @@ from corral.gateway.shipper import Shipper
 from corral.gateway.snapshot import Snapshot
 from corral.gateway.throughput import Throughput
 from corral.gateway.upstream import Upstreams
-from corral.store import keeper, keys, leases, share, suspects
+from corral.store import keeper, keys, leases, reading, share, suspects
 from corral.store.budget import Budget
 from corral.store.content import Hashes
 from corral.store.limits import Limits
@@ -84,7 +84,8 @@ class Gateway:
         self.exposition = Exposition(self, gateway.metrics)
         self.report = Report(self)
         self.probe = Probe(self.snapshot, gateway.nodes_url)
-        self.store = Valkey(settings.valkey_address(), scripts=(*leases.SCRIPTS, *keeper.SCRIPTS, suspects.TEXT))
+        scripts = (*leases.SCRIPTS, *keeper.SCRIPTS, suspects.TEXT, reading.TEXT)
+        self.store = Valkey(settings.valkey_address(), scripts=scripts)
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         control = gateway.control_url, token, self.name, cache, self.limits.sharing
