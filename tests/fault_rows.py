@@ -1,14 +1,9 @@
-"""Which rows of docs/faults.md have no row in the table that a run of the tests of faults wrote.
-
-Usage: fault_rows.py TABLE. It prints them, and its status is 1 where there is one, as of a lane that was not run, on a
-machine that can make all faults.
-"""
+"""Which rows of docs/faults.md have no row in the tables that runs of the tests of faults wrote."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,19 +44,6 @@ def _anything(cell: str) -> re.Pattern[str]:
     return re.compile(".+".join(map(re.escape, WORDS.split(cell))))
 
 
-def main(table: str) -> int:
-    """Print what is missing; 1 where something is."""
-    file = Path(table)
-    found = missing(PAGE.read_text(), file.read_text() if file.exists() else "")
-    for row in found:
-        print(f"not in the table of faults: {row}")
-    return int(bool(found) and able())
-
-
 def able() -> bool:
     """Whether no test is skipped here: links are cut and slowed by root, through a tunnel."""
     return os.geteuid() == 0 and Path("/dev/net/tun").exists()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

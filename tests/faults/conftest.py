@@ -1,6 +1,7 @@
 """The fleet that these tests hurt: one for all of them, since each leaves it whole.
 
-CORRAL_FAULTS_RUNS (1) is how often each test runs, one run after the other on the same fleet.
+CORRAL_FAULTS_RUNS (1) is how often each test runs, one run after the other on the same fleet. CORRAL_FAULTS_BEFORE is a
+file with the tables of all other tests of faults that were run: what is on the page, and in no table, is named.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fault_rows
 import pytest
 from support.fleet import MODEL, QUICK, SIMULATION, SINGLE, Fleet, SimulatedNode
 from support.fleet import fleet as run_fleet
@@ -32,6 +34,8 @@ class Noted:
 
 
 _rows: list[Noted] = []
+_missing: list[str] = []
+"""Rows of docs/faults.md that are in no table."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -80,10 +84,7 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table, also to the file that CORRAL_FAULTS_TABLE names."""
-    if not _rows:
-        return
+def _table() -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for row in _rows:
         found.setdefault((row.fault, row.bar), []).append(row.measured)
@@ -94,6 +95,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for cells in table:
         padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
         lines.append("  ".join((*padded, cells[3])))
+    return lines
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A row of the page that no table has is a failure, where all faults can be made."""
+    if before := os.environ.get("CORRAL_FAULTS_BEFORE"):
+        found = fault_rows.missing(fault_rows.PAGE.read_text(), "\n".join([Path(before).read_text(), *_table()]))
+        _missing.extend(found)
+        if found and not session.exitstatus and fault_rows.able():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table, also to the file that CORRAL_FAULTS_TABLE names."""
+    for row in _missing:
+        terminalreporter.write_line(f"not in the table of faults: {row}")
+    if not _rows:
+        return
+    lines = _table()
     terminalreporter.section("faults")
     for line in lines:
         terminalreporter.write_line(line)

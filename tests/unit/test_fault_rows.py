@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import fault_rows
 import pytest
-from fault_rows import PAGE, WORDS, main, missing, printed, rows
+from fault_rows import PAGE, WORDS, able, missing, printed, rows
 
 TEXT = PAGE.read_text()
 ROWS = rows(TEXT)
@@ -49,21 +51,28 @@ def test_words_in_capitals_are_known() -> None:
     assert found <= NAMES
 
 
-def test_without_a_table_all_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fault_rows, "able", lambda: True)
-    assert main(str(tmp_path / "none")) == 1
-    assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
-    (tmp_path / "table").write_text(table(PAIRS))
-    assert main(str(tmp_path / "table")) == 0
-    assert capsys.readouterr().out == ""
+def test_without_a_table_all_is_missing() -> None:
+    assert len(missing(TEXT, "")) == len(ROWS)
 
 
-def test_what_a_machine_cannot_make_is_named_and_no_failure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fault_rows, "able", lambda: False)
-    (tmp_path / "table").write_text(table(PAIRS[1:]))
-    assert main(str(tmp_path / "table")) == 0
-    assert PAIRS[0][0] in capsys.readouterr().out
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_run_that_is_the_last_one_fails_where_a_row_is_missing(tmp_path: Path, lacks: int) -> None:
+    tests = PAGE.parents[1] / "tests"
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults/conftest.py").write_text((tests / "faults/conftest.py").read_text())
+    (tmp_path / "faults/test_one.py").write_text(
+        f"def test_one(matrix):\n    matrix({PAIRS[1][0]!r}, {PAIRS[1][1]!r}, '0')\n"
+    )
+    (tmp_path / "before").write_text(table(PAIRS[2:] if lacks else [PAIRS[0], *PAIRS[2:]]))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "api-gateway")]),
+        "CORRAL_FAULTS_TABLE": str(tmp_path / "table"),
+        "CORRAL_FAULTS_BEFORE": str(tmp_path / "before"),
+    }
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "faults"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    named = [line for line in done.stdout.splitlines() if line.startswith("not in the table of faults: ")]
+    assert len(named) == lacks, done.stdout
+    assert done.returncode == int(lacks and able()), done.stdout
+    assert "1 passed" in done.stdout.splitlines()[-1]

@@ -286,6 +286,17 @@ def test_a_runner_stays_that_no_other_could_stand_in_for() -> None:
     assert stays(nodes["node-0"], "m", {*out, ("node-1", "m")}, nodes, {})
 
 
+def test_what_is_down_in_another_group_is_not_missed_in_this_one() -> None:
+    nodes = fleet("m" * 7)
+    theirs = {f"node-{at}": "theirs" for at in range(3, 7)}
+    for name in theirs:
+        nodes[name].state = NodeState.DOWN
+    out = {("node-0", "m")}
+    assert not stays(nodes["node-0"], "m", out, nodes, theirs)
+    nodes["node-1"].state = NodeState.DOWN
+    assert stays(nodes["node-0"], "m", out, nodes, theirs), "two of its three"
+
+
 def test_what_is_down_is_out_too_and_what_is_drained_is_missed_by_nobody() -> None:
     nodes = fleet("m" * 6)
     for name in ("node-3", "node-4", "node-5"):

@@ -84,15 +84,98 @@ def test_more_than_was_reserved_is_told_when_it_is_settled(store: Server) -> Non
 
 def test_what_comes_and_goes_is_told_so_often_at_most(store: Server) -> None:
     async def work(made: list[Gateway]) -> None:
-        mine = made[0].budget(unused(), concurrency=1)
-        heard, began = _messages(made[1]), monotonic()
-        for number in range(200):
-            assert not (await made[0].ask(mine, f"r{number}")).refused
-            await made[0].settle(mine, f"r{number}")
-        await _settled(made[1])
-        assert 20 <= len(heard) - 1 < 20 + 10 * (monotonic() - began) + 1
+        for at_once, tokens, most, a_second in ((1, 0, 0, 0), (2, 0, 4, 2), (1, 500, 20, 10)):
+            name, limits = unused(), {"daily_tokens": 10_000} if tokens else {}
+            mine = made[0].budget(name, concurrency=8, **limits)
+            heard, began = _messages(made[1]), monotonic()
+            for number in range(100):
+                names = [f"{name}-{number}-{at}" for at in range(at_once)]
+                for each in names:
+                    assert not (await made[0].ask(mine, each, tokens)).refused
+                for each in names:
+                    await made[0].settle(mine, each)
+            await _settled(made[1])
+            assert most <= len(heard) - 1 <= most + a_second * (monotonic() - began)
 
     run(store, 2, work)
+
+
+def test_a_clock_of_the_store_that_was_set_back_silences_nothing(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        mine = made[0].budget(unused(), concurrency=4)
+        theirs = made[1].budget(mine.key_id, concurrency=4)
+        seconds, _ = await made[0].store.request(b"TIME")
+        key = b"corral:1:told:leases:" + mine.key_id.encode()
+        await made[0].store.request(b"SET", key, b"%d 4" % ((int(seconds) + 3600) * 1_000_000))
+        for number in range(4):
+            await made[0].ask(mine, f"r{number}")
+        await _settled(made[1])
+        assert theirs.others == 4
+
+    run(store, 2, work)
+
+
+def test_what_was_spent_without_the_store_is_not_given_back_by_what_it_tells(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = unused()
+        mine, theirs = (one.budget(name, rpm=100) for one in made)
+        made[0].store.connected = False  # its other connection is there
+        admitted = 0
+        for number in range(4):
+            for at in range(100):
+                admitted += not (await made[0].ask(mine, f"{number}-{at}")).refused
+            said = mine.said_arrival
+            for at in range(5):
+                await made[1].ask(theirs, f"other-{number}-{at}")
+            await eventually(lambda said=said: mine.said_arrival > said)  # type: ignore[misc]
+        assert 50 <= admitted <= 53
+
+    run(store, 2, work)
+
+
+def test_requests_that_are_on_their_way_are_no_others(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        name = unused()
+        mine = made[0].budget(name, concurrency=40, tpm=10**6)
+        said: list[int] = []
+
+        def told(message: list[bytes]) -> None:
+            share.told(made[0].limits.sharing, made[0].limits.find, message[2], monotonic())
+            said.append(mine.others)
+
+        made[0].ears.on_message = told
+        for number in range(30):
+            asked = [asyncio.create_task(made[0].ask(mine, f"{number}-{at}", 10)) for at in range(8)]
+            await asyncio.sleep(0)
+            # What the store has counted of them by now, before it has answered.
+            share.told(made[0].limits.sharing, made[0].limits.find, b"0 8 0 0 0 0 0 %b" % name.encode(), monotonic())
+            said.append(mine.others)
+            await asyncio.gather(*asked)
+            for at in range(8):
+                made[0].limits.release(mine, f"{number}-{at}", 10)
+            share.told(made[0].limits.sharing, made[0].limits.find, b"0 8 0 0 0 0 0 %b" % name.encode(), monotonic())
+            said.append(mine.others)
+            await made[0].store.request(b"PING")
+        assert not any(said) and mine.unanswered == 0 and len(said) > 60
+
+    run(store, 1, work)
+
+
+def test_calls_that_nobody_answers_are_not_on_their_way_for_ever(store: Server) -> None:
+    async def work(made: list[Gateway]) -> None:
+        for limits in ({"concurrency": 9}, {"concurrency": 9, "tpm": 1000}):
+            mine = made[0].budget(unused(), **limits)
+            await made[0].ask(mine, "a", 1)
+            asked = asyncio.create_task(made[0].ask(mine, "b", 1))
+            made[0].limits.release(mine, "a", 1)
+            await asyncio.sleep(0)
+            assert mine.unanswered == 2
+            made[0].store.lose()
+            await asked
+            assert mine.unanswered == 0
+            await eventually(lambda: made[0].store.connected)
+
+    run(store, 1, work)
 
 
 @pytest.mark.parametrize("limits", [{"daily_tokens": 12_000}, {"tpm": 12_000}, {"concurrency": 40}])

@@ -194,3 +194,18 @@ def test_files_that_no_node_holds_are_forgotten_and_what_is_no_digest_is_not_kep
     assert write({TWO}, later) == {TWO: found}
     newer = replace(found, said=PASSED, at=later)
     assert write({TWO}, later, **{TWO.replace(":", "_"): newer}) == {TWO: newer}
+
+
+def test_what_was_found_later_stays_unless_it_is_of_the_future(database: Database) -> None:
+    def entered(at: float, said: str) -> str:
+        def work(connection: Connection) -> str:
+            verdicts.enter(connection, {ONE: Verdict(said, at, "v")}, [ONE], 1000.0)
+            return verdicts.read(connection)[ONE].said
+
+        return asyncio.run(database.write(work))
+
+    assert entered(900.0, PASSED) == PASSED
+    assert entered(950.0, WHY) == WHY
+    assert entered(940.0, PASSED) == WHY, "of a control that stood still"
+    assert entered(5000.0, PASSED) == PASSED
+    assert entered(960.0, WHY) == WHY, "the clock was set back"

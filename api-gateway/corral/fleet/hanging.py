@@ -162,19 +162,21 @@ def stays(
 ) -> bool:
     """Whether a runner stays in use though it hangs. `out`: what is suspect, itself too (names of node and model).
 
-    So it does where no other node of its group would take its streams: they have nowhere else to go. And where more
-    than half of the nodes would be out with it, those that are down among them: they are dead by other eyes than these,
-    but their work is on the rest, and what is slow for that must not go too, one after the other. What is drained or
-    removed is missed by nobody, so an operator who gives up a dead node has the hung one of three go.
+    So it does where no other node of its group would take its streams: they have nowhere else to go. Where more than
+    half of all nodes hang: then it is who looks that sees wrongly. And where with it more than half of its group would
+    be out, those that are down among them: they are dead by other eyes than these, but their work is on the rest, and
+    what is slow for that must not go too, one after the other. What is drained or removed is missed by nobody, so an
+    operator who gives up a dead node has the hung one of three go.
 
     A suspect that stays gets no new work while another node takes it (`choose`): only its streams wait.
     """
     serving = {name for name, one in nodes.items() if one.state is not NodeState.DRAINING}
-    lost = {name for name in serving if nodes[name].state is NodeState.DOWN}
-    lost |= {name for name, _ in out if name in serving}
-    if len(lost) * 2 > len(serving):
-        return True
+    hang = {name for name, _ in out if name in serving}
     group = groups.get(node.name, "")
+    alike = {name for name in serving if groups.get(name, "") == group}
+    lost = {name for name in alike if name in hang or nodes[name].state is NodeState.DOWN}
+    if len(hang) * 2 > len(serving) or len(lost) * 2 > len(alike):
+        return True
     for other in nodes.values():
         if other is node or groups.get(other.name, "") != group:
             continue

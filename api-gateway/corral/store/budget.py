@@ -27,6 +27,8 @@ HELD_MS: Final = 86_400_000
 """How long a reservation is known that nobody settles."""
 SETTLED_MS: Final = 60_000
 """How long a settled request is known: it may be settled again, or admitted by a call that was late."""
+WHOLE_MAX: Final = 3600.0
+"""No rate is whole later than in so many seconds, whoever says so: one a minute at the least is a minute's."""
 PAUSE_MAX: Final = 60.0
 """The longest wait for a request's end that is told (seconds)."""
 WEIGHT: Final = 0.125
@@ -72,8 +74,9 @@ class Budget:
     for it, or -1 less what was reserved here without it. ``arrival`` and ``tokens_arrival`` are when the rates are
     whole again (monotonic seconds) as seen from here; ``said_arrival``, ``window`` (tokens of the minute), ``day_used``
     and ``month_used`` are what the store last said; ``…_spent`` is what was admitted here since, without the store.
-    ``own`` and ``others`` are the requests that this gateway and others ran when the store was last asked; ``lasting``
-    is the mean time (seconds) that requests hold their lease, by those that ended here.
+    ``own`` and ``others`` are the requests that this gateway and others ran when the store was last asked, or told of
+    them; ``unanswered`` those that it is asked for, or told the end of, just now; ``lasting`` is the mean time
+    (seconds) that requests hold their lease, by those that ended here.
     """
 
     key_id: str
@@ -115,6 +118,7 @@ class Budget:
     month_spent: int = 0
     own: int = 0
     others: int = 0
+    unanswered: int = 0
     lasting: float = 0.0
 
     def __post_init__(self) -> None:
@@ -215,15 +219,22 @@ class Budget:
         self.own, self.others = own, max(0, leases - own)
 
     def told(self, now: float, message: Sequence[bytes]) -> None:
-        """Note the numbers of `told.lua`. They may be from before what was read here: what is less says nothing."""
+        """Note the numbers of `told.lua`. They may be from before what was read here, or spent: less says nothing."""
         whole, leases, window, *sums = map(int, message)
-        self.arrival = self.said_arrival = max(self.said_arrival, now + whole / 1e6)
+        self.said_arrival = max(self.said_arrival, now + min(whole / 1e6, WHOLE_MAX))
+        self.arrival = max(self.arrival, self.said_arrival)
         if leases:
-            self.own = len(self.in_flight)
+            # What the store was told or asked may be in it, whether or not it has answered that.
+            self.own = len(self.in_flight) + self.unanswered
             self.others = max(self.others, leases - self.own)
         if self.tpm and (arrival := now + MINUTE * window / self.tpm) > self.tokens_arrival:
             self.window, self.tokens_arrival = window, arrival
         self.recall(*sums)
+
+    def counts(self, by: int) -> None:
+        """So many calls more, or less, of the key are on their way to the store and back."""
+        for scope in self.scopes:
+            scope.unanswered += by
 
     def ended(self, took: float) -> None:
         """Note how long a request has held its lease (seconds)."""

@@ -265,8 +265,9 @@ async def _read_use(limits: Limits, store: Valkey, known: _Known) -> None:
     await store.request(b"ZREMRANGEBYSCORE", ACTIVE, b"-inf", b"(%d" % (latest - 60_000_000))
     names = await store.request(b"ZREVRANGEBYSCORE", ACTIVE, b"+inf", since, b"LIMIT", b"0", b"%d" % ACTIVE_MAX)
     # Nobody says that a request ended, or that its gateway did.
-    wanted = dict.fromkeys([*(name.decode() for name in names), *known.held, *limits.sharing.told])
-    limits.sharing.told.clear()
+    told = list(limits.sharing.told)[:ACTIVE_MAX]
+    limits.sharing.told.difference_update(told)
+    wanted = dict.fromkeys([*(name.decode() for name in names), *known.held, *told])
     scopes = [scope for name in wanted if (scope := limits.find(name)) is not None]
     known.held = []
     for first in range(0, len(scopes), AT_ONCE):

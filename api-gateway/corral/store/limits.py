@@ -64,10 +64,9 @@ class Limits:
         """Requests of keys that are not metered which the store is still to count."""
         self._unadopted: dict[Budget, None] = {}
         """Metered keys with requests that run and were admitted without the store."""
-        self.on_lost: Callable[[], None] = _nothing
-        """Called when the store says that it has lost what it knew."""
-        self.on_moved: Callable[[], None] = _nothing
-        """Called when another server has taken the store's place."""
+        self.on_lost: Callable[[], None] = lambda: None
+        self.on_moved: Callable[[], None] = lambda: None
+        """Called when the store says that it has lost what it knew, and when another server has taken its place."""
         self.budgets: Callable[[], Iterable[Budget]] = self.busy.values
         """All budgets, and ``find`` one by its name: for what the store is asked and told of them."""
         self.find: Callable[[str], Budget | None] = self.busy.get
@@ -101,6 +100,7 @@ class Limits:
             self._charge(store, budget, self._unsaid[budget])
 
         def replied(reply: Any) -> None:
+            budget.counts(-1)
             if wanted is not None and heard is not None:
                 reply = self._apart(reply, wanted, heard)
             if type(reply) is list:
@@ -116,6 +116,7 @@ class Limits:
                 done(self._unheard(budget, request_id, now, 0, reply))
 
         identity = request_id.encode()
+        budget.counts(1)
         store.call(b"%b$%d\r\n%b\r\n" % (self._beginning(budget, wanted), len(identity), identity), replied)
 
     def release(self, budget: Budget, request_id: str, used: int = 0, took: float = 0.0) -> None:
@@ -147,6 +148,7 @@ class Limits:
         if not budget.leaving:
             store.soon(self._leave, store, budget)
         budget.leaving += ended
+        budget.counts(1)
 
     def give_back(self) -> None:
         """Tell of what was admitted, and of what ended, while nobody knew what the store had heard.
@@ -216,6 +218,7 @@ class Limits:
             self._adopt(store, budget)
 
         def replied(reply: Any) -> None:
+            budget.counts(-1)
             if wanted is not None and heard is not None:
                 reply = self._apart(reply, wanted, heard)
             if type(reply) is list:
@@ -226,6 +229,7 @@ class Limits:
             else:
                 done(self._unheard(budget, request_id, now, tokens, reply))
 
+        budget.counts(1)
         store.call(reservation(self._beginning(budget, wanted), request_id, b"%d" % tokens), replied)
 
     def _unheard(self, budget: Budget, request_id: str, now: float, tokens: int, reply: Any) -> Verdict:
@@ -258,9 +262,8 @@ class Limits:
                 self._unsaid[budget] = self._unsaid.get(budget, 0) + count
 
         del self._unsaid[budget]
-        numbers = b"%d" % (budget.rpm or 0), b"%d" % count
-        keys = budget.rate, EPOCH, ACTIVE
-        store.call(encode(b"EVALSHA", _CHARGE, b"3", *keys, *numbers, budget.key_id.encode()), heard)
+        told = budget.rate, EPOCH, ACTIVE, b"%d" % (budget.rpm or 0), b"%d" % count, budget.key_id.encode()
+        store.call(encode(b"EVALSHA", _CHARGE, b"3", *told), heard)
 
     def _adopt(self, store: Valkey, budget: Budget) -> None:
         # What runs and was admitted without the store is counted as if it had been asked.
@@ -322,6 +325,7 @@ class Limits:
         leaving, budget.leaving = budget.leaving, []
 
         def heard(reply: Any) -> None:
+            budget.counts(-len(leaving) // (3 if budget.metered else 1))
             if isinstance(reply, ValkeyDown):
                 self._owe(budget, leaving)
             elif budget.metered and reply != 1:
@@ -394,7 +398,3 @@ class Limits:
                 share.spend(scope, gateways, now, tokens)
             self._enter(budget, request_id, -1 - tokens if budget.metered else 0)
         return share.verdict(budget, gateways, now, wall, refused, retry)
-
-
-def _nothing() -> None:
-    """What happens where nobody listens."""

@@ -42,7 +42,9 @@ def enter(connection: Connection, found: Mapping[str, Verdict], held: Collection
             continue
         row = {"digest": digest, "said": verdict.said, "at": verdict.at, "versions": verdict.versions}
         entered = insert(connection, verdicts).values(row)
-        connection.execute(entered.on_conflict_do_update(index_elements=["digest"], set_=row))
+        # A control that stood still has found it before another one did. What is of the future is of a clock set back.
+        newer = (verdicts.c.at <= verdict.at) | (verdicts.c.at > now)
+        connection.execute(entered.on_conflict_do_update(index_elements=["digest"], set_=row, where=newer))
     old = connection.execute(select(verdicts.c.digest).where(verdicts.c.at < now - FORGOTTEN)).scalars().all()
     gone = [digest for digest in old if digest not in held]
     connection.execute(delete(verdicts).where(verdicts.c.digest.in_(gone)))

@@ -50,7 +50,7 @@ if rpm > 0 then
     return {0, 1, 0, arrival - now, math.ceil(after - now - MINUTE)}
   end
   redis.call('SET', KEYS[1], string.format('%.0f', after), 'PX', math.ceil((after - now) / 1000) + 1000)
-  quickly = grown(arrival, after, MINUTE, PARTS)
+  quickly = grown(arrival, after, MINUTE / PARTS)
   arrival = after
 end
 if concurrency > 0 then
@@ -58,7 +58,7 @@ if concurrency > 0 then
   redis.call('PEXPIRE', KEYS[2], math.ceil(lease / 1000) * 2)
 end
 if rpm > 0 or concurrency > 0 then redis.call('ZADD', KEYS[4], now, ARGV[4]) end
-if news(now, 'leases', ARGV[4], running, running + 1, concurrency, PARTS_AT_ONCE) or quickly then
+if at_once(now, ARGV[4], running, concurrency) or quickly then
   tell(ARGV[4], arrival - now, running + 1, 0, 0, 0, 0, 0)
 end
 return {1, 0, left(arrival), arrival - now, 0}

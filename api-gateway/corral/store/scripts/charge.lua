@@ -15,5 +15,5 @@ local before = math.max(now, arrival)
 arrival = math.min(before + ARGV[2] * MINUTE / ARGV[1], now + MINUTE)
 redis.call('SET', KEYS[1], string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
 redis.call('ZADD', KEYS[3], now, ARGV[3])
-if grown(before, arrival, MINUTE, PARTS) then tell(ARGV[3], arrival - now, 0, 0, 0, 0, 0, 0) end
+if grown(before, arrival, MINUTE / PARTS) then tell(ARGV[3], arrival - now, 0, 0, 0, 0, 0, 0) end
 return 1

@@ -72,7 +72,7 @@ if refused == 0 and not repeated then
   for _, scope in ipairs(scopes) do
     local use, more = scope.use, false
     if scope.rpm > 0 then
-      more = grown(scope.arrival, scope.arrival + scope.interval, MINUTE, PARTS)
+      more = grown(scope.arrival, scope.arrival + scope.interval, MINUTE / PARTS)
       scope.arrival = scope.arrival + scope.interval
       local kept = math.ceil((scope.arrival - now) / 1000) + 1000
       redis.call('SET', scope.rate, string.format('%.0f', scope.arrival), 'PX', kept)
@@ -80,15 +80,15 @@ if refused == 0 and not repeated then
     if scope.concurrency > 0 then
       redis.call('ZADD', scope.leases, now + lease, id)
       redis.call('PEXPIRE', scope.leases, math.ceil(lease / 1000) * 2)
-      more = news(now, 'leases', scope.name, scope.running, scope.running + 1, scope.concurrency, PARTS_AT_ONCE) or more
+      more = at_once(now, scope.name, scope.running, scope.concurrency) or more
       scope.running = scope.running + 1
     end
     if cost > 0 then
       local place = 7 + slice % SLICES
       local sum = scope.tpm > 0 and window(use) or 0
-      more = news(now, 'window', scope.name, sum, sum + cost, scope.tpm, PARTS) or more
-      more = news(now, 'day', scope.name, use[2], use[2] + cost, scope.daily, PARTS) or more
-      more = news(now, 'month', scope.name, use[4], use[4] + cost, scope.monthly, PARTS) or more
+      more = news(now, 'window', scope.name, sum, sum + cost, scope.tpm / PARTS, OF_SUM) or more
+      more = news(now, 'day', scope.name, use[2], use[2] + cost, scope.daily / PARTS, OF_SUM) or more
+      more = news(now, 'month', scope.name, use[4], use[4] + cost, scope.monthly / PARTS, OF_SUM) or more
       use[2], use[4], use[place] = use[2] + cost, use[4] + cost, use[place] + cost
       save(scope.tokens, use, scope.daily, scope.monthly)
     end

@@ -49,7 +49,7 @@ for _, scope in ipairs(scopes) do
   if requests > 0 and scope.rpm > 0 then
     local before = arrival_of(scope.rate)
     arrival = math.min(before + requests * MINUTE / scope.rpm, now + MINUTE)
-    more = grown(before, arrival, MINUTE, PARTS)
+    more = grown(before, arrival, MINUTE / PARTS)
     redis.call('SET', scope.rate, string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
   end
   if #changes > 0 then
@@ -72,9 +72,9 @@ for _, scope in ipairs(scopes) do
     end
     use[6] = math.floor(use[6])
     save(scope.tokens, use, scope.daily, scope.monthly)
-    more = news(now, 'window', scope.name, in_window, window(use), scope.tpm, PARTS) or more
-    more = news(now, 'day', scope.name, of_day, use[2], scope.daily, PARTS) or more
-    more = news(now, 'month', scope.name, of_month, use[4], scope.monthly, PARTS) or more
+    more = news(now, 'window', scope.name, in_window, window(use), scope.tpm / PARTS, OF_SUM) or more
+    more = news(now, 'day', scope.name, of_day, use[2], scope.daily / PARTS, OF_SUM) or more
+    more = news(now, 'month', scope.name, of_month, use[4], scope.monthly / PARTS, OF_SUM) or more
     if more then tell(scope.name, arrival - now, 0, window(use), use[1], use[2], use[3], use[4]) end
   elseif more then
     tell(scope.name, arrival - now, 0, 0, 0, 0, 0, 0)
