@@ -257,8 +257,7 @@ def test_what_ended_since_the_store_was_asked_may_run_elsewhere_by_now(store: Se
         budgets = keys(made, "plain", concurrency=30)
         assert await in_turn(made, budgets, 10, "before") == [10, 10, 10]
         # What ran when it was lost the last time says nothing.
-        for gateway in made:
-            gateway.store.connected = False
+        await read_and_lose(made)
         assert await in_turn(made, budgets, 1, "lost") == [0, 0, 0]
         for gateway in made:
             gateway.store.connected = True
