@@ -103,6 +103,7 @@ def test_why_a_model_is_disabled_is_in_the_table(control: Running) -> None:
     listed = json.loads(run(control, "models", "list", "--json").stdout)
     assert [one["disabled_reason"] for one in listed] == ["it leaks", None]
     assert "leaks" not in control.snapshot().text, "it is for operators alone"
+    assert run(control, "models", "why", "m").stdout.splitlines()[0].startswith("disabled: it leaks (")
     run(control, "models", "enable", "m")
     assert "leaks" not in run(control, "models", "list").stdout
 

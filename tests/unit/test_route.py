@@ -88,6 +88,16 @@ def test_the_model_of_a_target() -> None:
     assert model_of(b"/v1/models/a b") == ""
 
 
+def test_the_query_of_anthropics_clients_is_the_only_one() -> None:
+    assert resolve(b"POST", b"/v1/messages?beta=true").path == "/v1/messages"
+    for target in (b"/v1/messages?beta=false", b"/v1/messages?beta=true&x=1", b"/v1/messages?", b"/api/chat?beta=true"):
+        with pytest.raises(ApiError, match=r"no route POST /.*: it takes no query") as caught:
+            resolve(b"POST", target)
+        assert caught.value.status == 404
+    with pytest.raises(ApiError):
+        resolve(b"GET", b"/v1/messages?beta=true")
+
+
 @pytest.mark.parametrize("target", [b"/api/chat?key=crl_abc", b"/api/crl_abc", b"/v1/models/crl_abc", b"/x?token=abc"])
 def test_a_key_in_a_path_is_not_repeated(target: bytes) -> None:
     with pytest.raises(ApiError) as caught:

@@ -9,6 +9,9 @@ from corral.stack import doctor
 from corral.stack.doctor import Finding
 from corral.stack.state import StackError
 
+PATIENCE = 10.0
+"""Seconds in which control answers, or something is wrong."""
+
 
 @click.command("doctor")
 @common.options
@@ -20,7 +23,7 @@ def command(as_json: bool, state: str | None) -> None:
     except StackError:
         found = doctor.examine(folder, None)
     else:
-        found = doctor.examine(folder, lambda path: admin("GET", path))
+        found = doctor.examine(folder, lambda path: admin("GET", path, timeout=PATIENCE))
     failed = any(item.level == "problem" for item in found)
     common.emit(
         {"healthy": not failed, "findings": [item.as_dict() for item in found]},

@@ -56,9 +56,16 @@ def why(name: str, as_json: bool, state: str | None) -> None:
 
 
 def _why(told: dict[str, Any]) -> str:
+    lines = []
+    if told.get("disabled"):
+        reason = told.get("disabled_reason")
+        lines.append(f"disabled: {reason or 'nobody said why'} (`corral models enable` has callers use it again)")
     if not told["leader"]:
-        return "this control does not lead: nodes load models by themselves, or another control says what stands where"
-    lines = [f"{place['state']} on {place['node']} for {place['seconds']:.0f} s" for place in told["places"]]
+        lines.append("this control does not lead: nodes load models by themselves, or another says what stands where")
+        return "\n".join(lines)
+    if not told.get("held", True):
+        lines.append("no node holds it: `corral models apply` or `pull` brings it")
+    lines += [f"{place['state']} on {place['node']} for {place['seconds']:.0f} s" for place in told["places"]]
     if told["waits"] is not None:
         lines.append(f"its oldest request waits for {told['waits']:.0f} s")
     lines += [f"  {one['ago']:.0f} s ago: {one['what']}" for one in told["decisions"]]

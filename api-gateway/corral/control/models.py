@@ -125,7 +125,9 @@ async def explain_model(control: Here, model: Annotated[ModelName, Query()]) -> 
         raise Problem(404, "model_not_found", f"no node holds {name}, and the catalogue does not name it{near}")
     now = asyncio.get_running_loop().time()
     known = {"places": [], "waits": None, "decisions": []} if placement is None else placement.about(name, now)
-    return {"model": name, "leader": placement is not None, **known}
+    hub = control.hub
+    off = {"disabled": name in hub.disabled, "disabled_reason": hub.disabled.get(name), "held": name in held}
+    return {"model": name, "leader": placement is not None, **off, **known}
 
 
 @router.post("/admin/models/apply", status_code=202)

@@ -51,6 +51,8 @@ _ROUTES: Final[dict[tuple[bytes, bytes], Route]] = {
         ("GET", "/health/ready", "native", Kind.HEALTH),
     ]
 }
+_BETA: Final = b"/v1/messages?beta=true"
+"""So Anthropic's clients ask for what is new there. No other query is taken; none is passed on."""
 _INSTEAD: Final = {
     (b"GET", b"/"): "/docs has those that there are",
     (b"POST", b"/api/pull"): "models are the operator's: `corral models pull`",
@@ -64,11 +66,13 @@ def resolve(method: bytes, target: bytes) -> Route:
     """The route of a request line; the target is compared as the bytes that were sent.
 
     Raises:
-        ApiError: 404 for whatever is not on the list, a query string included (no route takes one).
+        ApiError: 404 for whatever is not on the list, a query string included.
     """
     route = _ROUTES.get((method, target))
     if route is None and method == b"GET" and target.startswith(MODEL_PREFIX) and model_of(target):
         route = _MODEL
+    if route is None and method == b"POST" and target == _BETA:
+        route = _ROUTES[method, b"/v1/messages"]
     if route is None:
         # Without its query: programs put keys there, and errors end up in logs.
         shown = target.partition(b"?")[0][:80].decode("ascii", "backslashreplace")
@@ -87,6 +91,8 @@ def _near(method: bytes, target: bytes) -> str:
         return f": {_INSTEAD[method, target]}"
     if (method, b"/v1" + target) in _ROUTES:
         return f": did you mean /v1{target.decode()}? A base URL for OpenAI's clients ends in /v1"
+    if (method, target.partition(b"?")[0]) in _ROUTES:
+        return ": it takes no query (what follows the question mark)"
     methods = [known.decode() for known, path in _ROUTES if path == target]
     return f": it takes {methods[0]}" if methods else ""
 

@@ -46,6 +46,7 @@ def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Findin
     What is asked and does not run with the state folder runs elsewhere (in containers, say): of that, only what its
     control tells can be looked at.
     """
+    ask = _once(ask) if ask is not None else None
     if ask is not None and not running(state):
         return [*_parts(ask), *_nodes(None, ask), *_catalogue(ask)]
     found = [*_versions(), *_folder(state), *_disk(state)]
@@ -53,6 +54,22 @@ def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Findin
         return [*found, *_not_running(state)]
     rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state), *_alerts(ask))
     return [*found, *_processes(state), *_ports(state), *rest]
+
+
+def _once(ask: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same, which waits once for an edge that does not answer."""
+    away: list[http.Unreachable] = []
+
+    def asked(path: str) -> Any:
+        if away:
+            raise away[0]
+        try:
+            return ask(path)
+        except http.Unreachable as error:
+            away.append(error)
+            raise
+
+    return asked
 
 
 def _versions() -> Iterator[Finding]:
@@ -106,8 +123,12 @@ def _processes(state: StateFolder) -> Iterator[Finding]:
         option = state.option(os.environ)
         advice = f"`corral down{option}`, then `corral up{option}`"
         yield Finding("supervisor", "problem", "it does not answer", advice)
+    gateways = {one["name"]: one["url"] for one in (state.stack() or {}).get("gateways", [])}
     for name, process in sorted(known.items()):
-        if process["statename"] == "RUNNING":
+        if process["statename"] == "RUNNING" and name in gateways and not status.http_ok(gateways[name], "/health"):
+            advice = f"`corral logs --program {name}`; `kill -9 {process['pid']}` has it started again"
+            yield Finding(name, "problem", f"pid {process['pid']} runs and does not answer", advice)
+        elif process["statename"] == "RUNNING":
             seconds = int(process["now"] - process["start"])
             yield Finding(name, "ok", f"pid {process['pid']}, for {seconds} s")
         elif process["statename"] == "STARTING":
