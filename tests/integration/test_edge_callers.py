@@ -84,6 +84,17 @@ def test_an_underscore_alias_is_refused(gw: Gateway, name: str) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
 
 
+def test_the_query_of_anthropics_beta_clients_is_served_and_no_other(gw: Gateway) -> None:
+    request_id = f"beta-{next(_numbers)}"
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+    headers = gw.auth | {"X-Request-ID": request_id}
+    answer = httpx.post(gw.edge + "/v1/messages?beta=true", json=body, headers=headers)
+    assert (answer.status_code, answer.json()["type"]) == (200, "message")
+    assert gw.control.settled(request_id)["route"] == "/v1/messages"
+    refused = httpx.post(gw.edge + "/v1/messages?beta=1", json=body, headers=gw.auth)
+    assert refused.status_code == 404 and "it takes no query" in refused.json()["error"]["message"]
+
+
 def test_the_edge_names_requests_in_the_order_of_time(gw: Gateway) -> None:
     """By a UUIDv7, which is the request's one name where its caller gives none."""
     names = []
