@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -33,6 +34,8 @@ from corral.wire.errors import UpstreamNonsense
 from corral.wire.options import NO_POLICY, ModelPolicy, check
 
 TICK = 1.0
+SHARED = 5.0
+"""The pause between two looks at what other controls found (seconds): seldom is there anything."""
 AGAIN = 600.0
 """Seconds after which a file that did not pass is tried again: batches of others can change a greedy answer."""
 PATIENCE = 60.0
@@ -71,6 +74,7 @@ class SelfTest:
         self._database, self._judges = database, judges
         self.verdicts: dict[str, Verdict] = {}
         self._unsaved: dict[str, Verdict] = {}
+        self._fresh = asyncio.Event()
 
     async def load(self) -> None:
         """Read what was found before, and tell of it."""
@@ -90,7 +94,10 @@ class SelfTest:
         """Keep what is found in the database, and read what other controls find, until cancelled."""
         silent = False
         while True:
-            await asyncio.sleep(TICK)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SHARED):
+                    await self._fresh.wait()
+            self._fresh.clear()
             try:
                 await self.exchange()
                 silent = False
@@ -173,6 +180,7 @@ class SelfTest:
 
     def _found(self, digest: str, said: str, versions: str) -> None:
         self.verdicts[digest] = self._unsaved[digest] = Verdict(fit(said), time.time(), versions)
+        self._fresh.set()
 
 
 def _again(known: Verdict, now: float) -> bool:
