@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,5 +46,5 @@ def _anything(cell: str) -> re.Pattern[str]:
 
 
 def able() -> bool:
-    """Whether no test is skipped here: links are cut and slowed by root, through a tunnel."""
-    return os.geteuid() == 0 and Path("/dev/net/tun").exists()
+    """Whether no test is skipped here: links are cut and slowed by root, by a tunnel, and the clock is compiled."""
+    return os.geteuid() == 0 and Path("/dev/net/tun").exists() and shutil.which("cc") is not None
