@@ -11,6 +11,7 @@ from support.results import result
 from support.servers import STORES, Server, valkey
 
 from corral.loadtest.result import Result
+from corral.store.database import Database, resolve
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,15 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A real Valkey and a real Redis."""
     with valkey(tmp_path_factory.mktemp(request.param), program=request.param) as server:
         yield server
+
+
+@pytest.fixture
+def database(tmp_path: Path, database_url: str) -> Iterator[Database]:
+    """An empty one of this schema, of either kind."""
+    made = Database(resolve(database_url, tmp_path))
+    made.migrate()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from corral.control.errors import Problem
 from corral.control.snapshot import _altered
 from corral.store import seal, trail
 from corral.store.content import Hashes
-from corral.store.database import Database, resolve
+from corral.store.database import Database
 from corral.store.tables import (
     audit,
     audit_streams,
@@ -27,14 +26,6 @@ from corral.store.trail import Wanted, listed
 
 ADMIN = Principal("a", "admin", "::1", "")
 OPERATOR = Principal("o", "operator", "::1", "", "team-1")
-
-
-@pytest.fixture
-def database(tmp_path: Path, database_url: str) -> Iterator[Database]:
-    made = Database(resolve(database_url, tmp_path))
-    made.migrate()
-    yield made
-    made.close()
 
 
 # -- what they find

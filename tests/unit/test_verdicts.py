@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +14,11 @@ from sqlalchemy import Connection
 from corral.control.prober import Member
 from corral.control.selftest import AGAIN, PASSED, SelfTest
 from corral.store import verdicts
-from corral.store.database import Database, resolve
+from corral.store.database import Database
 from corral.store.verdicts import FORGOTTEN, Verdict, fit
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 WHY = "its answers are more than text"
-
-
-@pytest.fixture
-def database(tmp_path: Path, database_url: str) -> Iterator[Database]:
-    made = Database(resolve(database_url, tmp_path))
-    made.migrate()
-    yield made
-    made.close()
 
 
 class Broken(Database):
