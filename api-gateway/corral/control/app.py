@@ -166,7 +166,11 @@ def _assemble(settings: Settings) -> Control:
         catalogue=catalogue,
         operations=operations,
         selftest=SelfTest(
-            *(fleet, catalogue.policies, _streams(haproxy), hub.continues, database),
+            fleet,
+            catalogue.policies,
+            _streams(haproxy),
+            hub.continues,
+            database,
             judges=lambda: not leading.missing,
         ),
         preloader=Preloader(fleet, catalogue, operations, settings.preload.timeout),
