@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
+from support.cut_off import behind_a_line
 from support.fleet import MODEL, QUICK, Fleet
 from support.late import lateness
 from support.leader import Leader
@@ -24,6 +25,8 @@ Matrix = Callable[[str, str, str], None]
 
 ADDED = 0.050
 OVER = 1.1
+EXACT = 5.0
+GATEWAY = "gateway-2"
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +154,41 @@ def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet, matrix: Matrix) -> None:
     assert max(during) <= ADDED + max(before) + 0.01 + max(late)
     assert statistics.median(during) <= statistics.median(before) + 0.01, "each request pays, not only the first"
     until(fleet.store_used, "both gateways are back in the store", every=0.1)
+
+
+def test_a_gateway_that_alone_has_lost_the_store_is_sent_nobody(fleet: Fleet, matrix: Matrix) -> None:
+    limit = 60
+    keys = [fleet.key(f"cut-off-{number}", "--rpm", str(limit)) for number in range(2)]
+    with behind_a_line(fleet, GATEWAY) as way:
+        fleet.all_ready()
+        until(lambda: fleet.gateway_says(GATEWAY, "corral_limit_store_up"), "it has the store", every=0.1)
+        with lateness() as woken, fleet.load(name="cut-off") as load:
+            load.more(20)
+            woken.clear()
+            way.cut()
+            cut = time.monotonic()
+            load.until(lambda _: fleet.edge_says(GATEWAY) == "NOLB", "it is sent nobody")
+            took, late = time.monotonic() - cut, max(woken)
+            assert fleet.gateway_says(GATEWAY, "corral_cut_off") == 1.0
+            load.more(20)
+            began = time.monotonic()
+            passed = admitted(burst(fleet, keys[0], 2 * limit))
+            refilled = (time.monotonic() - began) * limit / 60
+            load.more(20)
+            # From here on nobody has it.
+            kill(fleet)
+            until(lambda: fleet.edge_says(GATEWAY) == "UP", "all have lost it, and none is left out", every=0.1)
+            load.more(20)
+            during = admitted(burst(fleet, keys[1], 2 * limit))
+            way.mend()
+            revive(fleet)
+            until(lambda: fleet.gateway_says(GATEWAY, "corral_cut_off") == 0.0, "it is not left out", every=0.1)
+            until(lambda: fleet.edge_says(GATEWAY) == "UP", "it is sent callers", every=0.1)
+            load.more(20)
+    assert load.unlike(WHOLE) == []
+    assert took <= EXACT + late
+    assert limit <= passed <= limit * OVER + refilled
+    assert limit * 0.5 <= during <= limit * OVER
+    bar = "0 lost, sent nobody <= 5 s later (and how late its caller is woken at most), over-admission <= 10% then"
+    measured = f"0 of {len(load.answers)}, {took:.1f} s, {passed} of {limit} admitted"
+    matrix("one gateway cut off from Valkey", bar, measured)

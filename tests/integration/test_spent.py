@@ -106,3 +106,17 @@ def test_a_gateway_hears_which_others_share_the_limits(control: Running) -> None
     assert {"gateway-11", "gateway-12"} <= set(said.headers["x-corral-gateways"].split(","))
     control.internal.get("/internal/snapshot", headers={"X-Corral-Gateway": "gateway-11", "X-Corral-Leaving": "1"})
     assert "gateway-11" not in control.snapshot("gateway-12").headers["x-corral-gateways"].split(",")
+
+
+def test_a_gateway_hears_how_many_others_have_the_store(control: Running) -> None:
+    def asks(gateway: str, **headers: str) -> str:
+        told = {"X-Corral-Gateway": gateway} | headers
+        return control.internal.get("/internal/snapshot", headers=told).headers["x-corral-with-store"]
+
+    # Others have asked as well, but said nothing of the store.
+    asks("gateway-21", **{"X-Corral-Store": "1"})
+    assert asks("gateway-22") == "1"
+    assert asks("gateway-21", **{"X-Corral-Store": "1"}) == "0", "itself is no other"
+    assert asks("gateway-22", **{"X-Corral-Store": "1"}) == "1"
+    asks("gateway-21")
+    assert asks("gateway-22", **{"X-Corral-Store": "1"}) == "0"

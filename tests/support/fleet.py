@@ -237,6 +237,11 @@ class Fleet:
         rows = self._servers()
         return {row["pxname"] for row in rows} - {row["pxname"] for row in rows if row["status"] != "UP"}
 
+    def edge_says(self, gateway: str) -> str:
+        """HAProxy's word on a gateway: UP, DOWN, or NOLB where it is sent nobody, with a count while it may change."""
+        (status,) = [row["status"] for row in self._servers() if row["svname"] == gateway]
+        return status
+
     def sessions(self) -> dict[str, int]:
         """How many requests HAProxy has with each gateway: the next one goes where there are fewest."""
         return {row["svname"]: int(row["scur"]) for row in self._servers() if row["pxname"] == "gateways"}

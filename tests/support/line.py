@@ -20,11 +20,13 @@ class Line:
         self.port, self.to = free_port(), port
         self.open = asyncio.Event()
         self.open.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
         server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         try:
             yield
@@ -38,6 +40,16 @@ class Line:
             for writer in self._writers:
                 writer.close()
             await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
+    def cut(self) -> None:
+        """From now on nothing passes; said from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.open.clear)
+
+    def mend(self) -> None:
+        """It is as it was; said from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.open.set)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -71,7 +83,7 @@ class Line:
 
 @contextmanager
 def line(port: int) -> Iterator[Line]:
-    """A line that runs in a thread of its own, for processes; ``to`` may be set from here, ``open`` may not."""
+    """A line that runs in a thread of its own, for processes; ``to`` may be set from here."""
     made = Line(port)
     ready, over = threading.Event(), asyncio.Event()
     loops: list[asyncio.AbstractEventLoop] = []

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from corral.control.gateways import LATELY, PRESENT, Gateway
 from corral.control.pages import lags_of
-from corral.control.snapshot import LATELY, PRESENT, Gateway, Hub, _altered, _changes
+from corral.control.snapshot import Hub, _altered, _changes
 from corral.store.actions import enter
 from corral.store.database import Database, resolve
 

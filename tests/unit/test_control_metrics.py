@@ -21,9 +21,9 @@ from corral.control import alerts as control_alerts
 from corral.control import discovery, measure, pages
 from corral.control.alerts import ANSWER_MAX, FORGET, KEPT_MAX, Alerts, BadNotification
 from corral.control.canary import due, policies, stays
+from corral.control.gateways import Gateway
 from corral.control.measured import Measured, Residence
 from corral.control.prober import Member
-from corral.control.snapshot import Gateway
 from corral.store.spool import SpoolReader, SpoolWriter, opened
 from corral.wire.options import ModelPolicy
 

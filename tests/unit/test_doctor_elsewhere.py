@@ -42,6 +42,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     ("changes", "check", "level"),
     [
         ({"gateways": [{"name": "g1", "state": "down"}]}, "g1", "problem"),
+        ({"gateways": [{"name": "g1", "state": "ready", "store": False}]}, "g1", "warning"),
         ({"gateways": []}, "gateways", "problem"),
         ({"store": {"valkey": {"state": "down"}, "database": {"state": "ready"}}}, "valkey", "problem"),
         ({"gateways": [aside("1.corrupt", "2.torn")]}, "spool of g1", "problem"),

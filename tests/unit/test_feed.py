@@ -105,3 +105,14 @@ def test_while_the_only_control_has_no_database_nodes_are_told_of_on(snapshot: S
     assert asks(feed, "1", **{"x-corral-age": "300"})
     assert asks(feed, "2", **{"x-corral-age": "300.5"})
     assert time.monotonic() - snapshot.confirmed >= 300
+
+
+def test_a_gateway_hears_how_many_others_have_the_store(snapshot: Snapshot, tmp_path: Path) -> None:
+    heard: list[tuple[int, float]] = []
+    sharing = Sharing("g")
+    feed = Feed(snapshot, "http://control", "token", "g", tmp_path, sharing, others=lambda *said: heard.append(said))
+    before = time.monotonic()
+    assert asks(feed, "1", **{"x-corral-with-store": "2"})
+    assert not asks(feed, "1"), "a control of before says nothing of it"
+    assert [others for others, _ in heard] == [2, 0]
+    assert before <= heard[0][1] <= heard[1][1] <= time.monotonic()

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from corral.control.gateways import Told
 from corral.control.prober import Fleet, Member
 from corral.control.reached import TIMEOUT
-from corral.control.snapshot import Hub, Told
+from corral.control.snapshot import Hub
 from corral.fleet.catalogue import aside
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from corral.control.gateways import Gateway
 from corral.control.questions import Questions, Told
 from corral.control.requests import understood, waits
-from corral.control.snapshot import Gateway
 
 
 class Serving:

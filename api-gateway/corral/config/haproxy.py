@@ -244,6 +244,8 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
         "    option httpchk",
         "    http-check send meth GET uri /health hdr X-Corral-Check edge",
         "    http-check expect status 200",
+        "    # One that alone has lost the store says 404: nobody new is sent there.",
+        "    http-check disable-on-404",
         "    # Once more, elsewhere, and only when the first gateway cannot have done anything with it.",
         "    retries 1",
         "    option redispatch 1",

@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from corral.config.values import WILDCARDS, host_port, joined
+from corral.control.gateways import Gateway
 from corral.control.prober import Member
-from corral.control.snapshot import Gateway
 
 
 def group(target: str, **labels: str) -> dict[str, Any]:

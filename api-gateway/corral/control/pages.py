@@ -16,9 +16,9 @@ from prometheus_client.registry import Collector
 from corral import __version__
 from corral.control import audit, measure
 from corral.control.context import Control
+from corral.control.gateways import LATELY, Gateway
 from corral.control.measured import number
 from corral.control.prober import Member
-from corral.control.snapshot import LATELY, Gateway
 from corral.store.valkey import ValkeyDown
 
 STATES = ("ready", "suspect", "draining", "down")

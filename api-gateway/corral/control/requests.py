@@ -16,8 +16,8 @@ from corral.control.audit import of_key, record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
+from corral.control.gateways import Gateway
 from corral.control.questions import Told
-from corral.control.snapshot import Gateway
 from corral.fleet.node import canonical_name
 from corral.fleet.tickets import estimate
 from corral.store.demand import order

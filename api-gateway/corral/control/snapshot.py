@@ -9,15 +9,14 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import hiredis
 import msgspec
 from sqlalchemy import Connection, select
 
 from corral.config.settings import ModelSettings
+from corral.control.gateways import JUST_NOW, LATELY, NOTHING, PRESENT, Gateway, Told
 from corral.control.prober import Fleet
 from corral.store.database import Database
 from corral.store.progress import Shipped
@@ -27,8 +26,6 @@ from corral.store.verify import CONTROL
 
 CHANNEL = b"corral:snapshot"
 ACKNOWLEDGE = 1.0
-PRESENT = 3.0
-LATELY = 30.0
 FORGOTTEN = 3600.0
 VERSIONS_KEPT = 4096
 LOOK = 0.25
@@ -40,53 +37,6 @@ FIELDS = (
 )
 
 log = logging.getLogger(__name__)
-
-
-class Told(NamedTuple):
-    """What a gateway says of itself: see `Gateway`; ``suspects`` are runners that it suspects, ``crowded`` those that
-    run fewer requests at once than they have slots, models by node."""
-
-    metrics: str = ""
-    behind: float = 0.0
-    as_of: float = 0.0
-    suspects: Mapping[str, frozenset[str]] = MappingProxyType({})
-    crowded: Mapping[str, frozenset[str]] = MappingProxyType({})
-    queues: Mapping[str, list[float]] = MappingProxyType({})
-    aside: int = 0
-    aside_names: tuple[str, ...] = ()
-
-
-NOTHING = Told()
-
-
-@dataclass
-class Gateway:
-    """A gateway that asks for snapshots. ``seen`` is epoch seconds, ``at`` the same in monotonic ones, ``version`` what
-    it said it has, ``left`` whether it said that it ends.
-
-    ``metrics`` is where its metrics are ("": nowhere), ``behind`` how long its oldest unshipped record waits (seconds),
-    ``as_of`` control's time (epoch seconds) in the last answer that it had by then, 0 where it had none: its words held
-    then, however long its question has waited since. ``queues`` who waits there, by model: how many, the oldest's wait
-    (seconds), slots, seconds of a load, seconds that a request takes. ``aside`` damaged segments lie in its spool, of
-    which ``aside_names`` has the first, those with a corrupt frame before torn ones.
-    """
-
-    name: str
-    seen: float
-    version: str
-    metrics: str = ""
-    behind: float = 0.0
-    as_of: float = 0.0
-    queues: Mapping[str, list[float]] = field(default_factory=dict)
-    left: bool = False
-    aside: int = 0
-    aside_names: tuple[str, ...] = ()
-    at: float = field(default_factory=time.monotonic)
-
-    @property
-    def present(self) -> bool:
-        """Whether it was heard lately."""
-        return time.monotonic() - self.at < PRESENT
 
 
 class Hub:
@@ -251,6 +201,7 @@ class Hub:
             *(name, now, version, told.metrics, told.behind, as_of, told.queues, left),
             aside=told.aside,
             aside_names=told.aside_names,
+            store=told.store,
         )
         async with self._arrived:
             self._arrived.notify_all()
@@ -276,6 +227,12 @@ class Hub:
     def sharing(self) -> list[str]:
         """Names of gateways that were heard lately: they share the limits, as far as is known here."""
         return self._serving(LATELY)
+
+    def with_store(self, but: str) -> int:
+        """How many gateways beside `but` said just now that they reach Valkey."""
+        since = time.monotonic() - JUST_NOW
+        others = [one for name, one in self.gateways.items() if name != but]
+        return sum(one.store and not one.left and one.at >= since for one in others)
 
     def shipped(self) -> dict[str, Shipped]:
         """What gateways that were heard lately have shipped, as they said."""

@@ -43,6 +43,7 @@ async def status(control: Here) -> dict[str, Any]:
                 "last_seen": gateway.seen,
                 "state": "ready" if gateway.present else "down",
                 "current": gateway.version == control.hub.version,
+                "store": gateway.store,
                 "aside": {"count": gateway.aside, "names": gateway.aside_names},
             }
             for gateway in control.hub.known()

@@ -1,4 +1,4 @@
-"""HAProxy hears that this gateway goes before it does, and sends it nobody any more.
+"""HAProxy hears that this gateway goes before it does, and sends it nobody any more; the same of one that is cut off.
 
 Else what is on its way while the listener and the idle connections close is refused or lost. HAProxy tries it once more
 elsewhere, which is too little where another gateway went a moment ago, and has not been found up again. Its own checks
@@ -26,6 +26,7 @@ MOST: Final = 3.0
 CHECK: Final = b"x-corral-check"
 """The header of HAProxy's checks; of what a caller sends, HAProxy takes out all that begin so."""
 HEALTHY: Final = b'{"status":"healthy"}'
+CUT_OFF: Final = b'{"status":"unhealthy","reason":"of all gateways it alone cannot reach the store"}'
 STOPPING: Final = b'{"status":"unhealthy","reason":"it is being stopped"}'
 
 
@@ -60,7 +61,10 @@ class Checks:
 def answer(gateway: Gateway, path: str, peer: str, headers: Mapping[bytes, bytes], now: float) -> tuple[int, bytes]:
     """Status and body of `/health`, and of `/health/ready`. ``now`` is monotonic seconds."""
     if CHECK in headers and path == "/health":
-        return (200, HEALTHY) if gateway.checks.ask(peer, now) else (503, STOPPING)
+        if not gateway.checks.ask(peer, now):
+            return 503, STOPPING
+        # To HAProxy 404 is no failure: it sends nobody new, until this is 200 again (http-check disable-on-404).
+        return (404, CUT_OFF) if gateway.cut_off.alone(now) else (200, HEALTHY)
     if path == "/health":
         return 200, HEALTHY
     if gateway.stopping:

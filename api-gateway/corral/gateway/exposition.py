@@ -159,6 +159,7 @@ class Page:
         age = time.monotonic() - max(gateway.snapshot.confirmed, self._started)
         local, health, queue = gateway.limits.local, gateway.health, gateway.queue
         ejected = sum(canary.ejected for canary in health.canaries.values())
+        cut_off = gateway.cut_off.alone(time.monotonic())
         for name, kind, text, value in (
             ("corral_requests_waiting", GAUGE, "Requests that wait for their first token.", waiting),
             ("corral_queue_length", GAUGE, "Requests that wait for a slot.", len(queue.waiting)),
@@ -175,6 +176,7 @@ class Page:
             ("corral_spool_shed_total", COUNTER, "Requests refused, as none can be recorded.", gateway.journal.shed),
             ("corral_spool_failing", GAUGE, "1 while the disk takes no records.", int(gateway.journal.failing)),
             ("corral_limit_store_up", GAUGE, "1 while this gateway reaches Valkey.", int(gateway.store.connected)),
+            ("corral_cut_off", GAUGE, "1 while it alone has lost Valkey: HAProxy sends it nobody.", int(cut_off)),
             ("corral_gateways_sharing", GAUGE, "Gateways that share limits and slots.", gateway.limits.sharing.count),
             ("corral_limit_store_connections_total", COUNTER, "Connections made to Valkey.", gateway.store.connections),
             ("corral_local_admissions_total", COUNTER, "Requests admitted on the local share of a limit.", local),

@@ -35,6 +35,8 @@ Without its database control answers on, of nodes above all: that confirms no ke
 """
 SHARING = "x-corral-gateways"
 """The header by which control names the gateways that it hears."""
+WITH_STORE = "x-corral-with-store"
+"""The header by which control says how many other gateways, which it heard just now, have the store."""
 OLDER = 2.0
 """Seconds by which what is confirmed may be older than before. Of two controls one may be without its database."""
 ROUNDS = 5
@@ -46,6 +48,10 @@ def _nothing(question: dict[str, Any]) -> None:
     """The answer of who has none."""
 
 
+def _nobody(others: int, now: float) -> None:
+    """What hears of others' store where that makes no difference."""
+
+
 def _undated(file: Path) -> None:
     """A file whose age says nothing."""
 
@@ -54,7 +60,8 @@ class Feed:
     """Keeps a snapshot current from control's internal address, and answers what control asks.
 
     Control says too which gateways it hears: ``sharing`` hears it, and what that holds then is kept for the next start.
-    ``tell`` gives more headers for each question, ``answer`` the answer to one of control's.
+    ``tell`` gives more headers for each question, ``answer`` the answer to one of control's, ``others`` hears how many
+    other gateways have the store, and when control was asked (monotonic seconds).
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Feed:
         sharing: Sharing,
         tell: Callable[[], dict[str, str]] = dict,
         answer: Callable[[dict[str, Any]], Any] = _nothing,
+        others: Callable[[int, float], None] = _nobody,
     ) -> None:
         self._snapshot = snapshot
         self._file = cache / "snapshot.json"
@@ -74,7 +82,7 @@ class Feed:
         self._sharing_kept: list[str] = []
         self._url = f"{control_url}/internal/snapshot"
         self._headers = {"Authorization": f"Bearer {token}", "X-Corral-Gateway": gateway}
-        self._tell, self._answer = tell, answer
+        self._tell, self._answer, self._others = tell, answer, others
         self._answers_url = f"{control_url}/internal/requests/{gateway}"
         self._answers: list[dict[str, Any]] = []
         self._wake = asyncio.Event()
@@ -158,6 +166,7 @@ class Feed:
             raise ValueError(f"status {response.status_code}")
         self._snapshot.heard = now
         self._snapshot.confirmed = now - age
+        self._others(int(response.headers.get(WITH_STORE, "0")), now)
         self._sharing.heard(filter(None, response.headers.get(SHARING, "").split(",")))
         if ASKED in response.headers:
             await self._reply(client)

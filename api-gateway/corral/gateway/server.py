@@ -17,6 +17,7 @@ from corral.gateway.authenticate import Key, authenticate
 from corral.gateway.checks import Checks
 from corral.gateway.content import Keeper
 from corral.gateway.crashing import Crashing
+from corral.gateway.cut_off import CutOff
 from corral.gateway.exchange import Exchange
 from corral.gateway.exposition import Exposition
 from corral.gateway.feed import Feed
@@ -88,8 +89,9 @@ class Gateway:
         self.store = Valkey(settings.valkey_address(), scripts=scripts)
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
+        self.cut_off = CutOff(lambda: self.store.connected, lambda: self.store.connections)
         control = gateway.control_url, token, self.name, cache, self.limits.sharing
-        self.feed = Feed(self.snapshot, *control, self._tell, self.report.answer)
+        self.feed = Feed(self.snapshot, *control, self._tell, self.report.answer, self.cut_off.heard)
         self.limits.on_moved = self.changes.reset  # it only listens: nothing else would tell it
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.queue = Queue(self, self.name, gateway.queue.length, gateway.queue.wait)
@@ -267,14 +269,17 @@ class Gateway:
         return self.shipper.put_aside() + self.adopter.put_aside()
 
     def _tell(self) -> dict[str, str]:
-        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, what was
-        put aside, which runners are suspect or run fewer at once than they have slots, and who waits."""
+        """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, whether
+        the store is there, what was put aside, which runners are suspect or run fewer at once than they have slots, and
+        who waits."""
         told = {"X-Corral-Metrics": self.exposition.address, "X-Corral-Backlog": f"{self.shipper.behind():.3f}"}
         crowded = self.health.crowding.crowded(time.monotonic())
         for header, runners in (("Suspects", list(self.health.canaries)), ("Crowded", crowded)):
             if runners:
                 names = [f"{quote(node, '')}/{quote(model, '')}" for node, model in runners[:SUSPECTS_TOLD]]
                 told[f"X-Corral-{header}"] = ",".join(names)
+        if self.store.connected:
+            told["X-Corral-Store"] = "1"
         aside = self.put_aside()
         if aside:
             told["X-Corral-Aside"] = str(len(aside))

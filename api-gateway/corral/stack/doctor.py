@@ -171,7 +171,10 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
     if not told["gateways"]:
         yield Finding("gateways", "problem", "control knows none", "read the logs of the gateways")
     for gateway in told["gateways"]:
-        yield from _aside(str(gateway["name"]), gateway.get("aside") or {"count": 0})
+        name = str(gateway["name"])
+        yield from _aside(name, gateway.get("aside") or {"count": 0})
+        if gateway["state"] == "ready" and not gateway.get("store", True):  # a control of before says nothing of it
+            yield Finding(name, "warning", "it does not reach Valkey", "docs/runbooks/LimitStoreDown.md")
     if stranger := told.get("audit", {}).get("stranger"):
         seen = f"this control signs nothing: the last checkpoint is of another key ({stranger})"
         yield Finding("audit", "problem", seen, "docs/runbooks/CheckpointLate.md")

@@ -1,0 +1,46 @@
+"""Of all gateways this one alone has lost the store: HAProxy is to send it nobody until it is back.
+
+It would admit its share of each limit beside the whole, which the others go on to admit, and give away slots that they
+give too. Where all of them have lost the store nobody leaves: each has its share then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+LASTING: Final = 2.0
+"""So long (seconds) others have had the store, by each word of control's, before this gateway leaves.
+
+Who asks little sees after half a second that the store is gone, and tells control of it within another: for a second
+others seem to have what is lost for all.
+"""
+CURRENT: Final = 1.5
+"""For so long (seconds) control's word holds; gateways ask for it each half second."""
+
+
+class CutOff:
+    """What control says of the others' store, beside this gateway's own; times are monotonic seconds.
+
+    ``connected`` says whether this one has it, ``connections`` how often it had it anew.
+    """
+
+    def __init__(self, connected: Callable[[], bool], connections: Callable[[], int]) -> None:
+        self._connected, self._connections = connected, connections
+        self._since = 0.0
+        self._said = 0.0
+        self._then = 0
+
+    def heard(self, others: int, now: float) -> None:
+        """Control says of how many other gateways it heard just now that they have the store; it was asked at `now`."""
+        if not others or self._connected():
+            self._since = 0.0
+            return
+        if not self._since or self._connections() != self._then or now - self._said > CURRENT:
+            self._since, self._then = now, self._connections()
+        self._said = now
+
+    def alone(self, now: float) -> bool:
+        """Whether others have had the store for a while, and have it, and this one has not."""
+        lasting = self._since > 0.0 and self._said - self._since >= LASTING and now - self._said <= CURRENT
+        return lasting and not self._connected() and self._connections() == self._then
