@@ -230,7 +230,8 @@ class StoreSettings(Section):
         None, description="Has PostgreSQL's password; a relative file is in control.state."
     )
     valkey: RedisUrl = Field(
-        "redis://127.0.0.1:6390/0", description="Valkey or Redis 7; a name is looked up anew for each connection."
+        "redis://127.0.0.1:6390/0",
+        description="Valkey or Redis 7, of this installation alone; a name is looked up anew for each connection.",
     )
     valkey_password_file: Path | None = Field(
         None, description="Has its password, read at the start; a relative file is in control.state."
