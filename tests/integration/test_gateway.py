@@ -439,6 +439,19 @@ def test_the_callers_error_is_not_retried(gw: Gateway) -> None:
     assert len(requests(gw)) == 2
 
 
+def test_an_image_that_cannot_be_read_is_tried_on_one_node_and_counts_against_none(gw: Gateway) -> None:
+    """One that breaks off is told of as a crash is: nobody could use the nodes of a model if that were believed."""
+    everywhere(gw, says(500, {"error": "Failed to create new sequence: unexpected EOF"}), 4)
+    image = {"role": "user", "content": "what is it?", "images": ["iVBORw0KGgo="]}
+    for number in range(4):
+        response = gw.post(body=gw.chat(messages=[image]))
+        assert (response.status_code, len(requests(gw))) == (400, number + 1)
+        assert response.json() == {"error": "Failed to create new sequence: unexpected EOF"}
+    everywhere(gw, says(500, {"error": "Failed to create new sequence: unexpected EOF"}), 4)
+    assert gw.post().status_code == 502, "without an image it is a crash"
+    assert len(requests(gw)) > 5
+
+
 @pytest.mark.parametrize(
     ("path", "last"),
     [

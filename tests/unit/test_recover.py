@@ -53,6 +53,7 @@ class History:
         (500, False, "the input length exceeds the context length", Failure.CALLER),
         (500, False, "invalid JSON schema in format", Failure.CALLER),
         (500, False, "Failed to create new sequence: no input provided", Failure.CALLER),
+        (500, False, "this model only supports one image while more than one image requested", Failure.CALLER),
         (404, False, "model 'x' not found", Failure.MISSING),
         *((status, False, "", Failure.NODE) for status in (201, 204, 206, 302, 304, 401, 403, 407, 413, 429, 999)),
         (401, False, "option of mine", Failure.NODE),
@@ -67,6 +68,17 @@ def test_a_wrong_template_is_the_fault_of_who_brought_it() -> None:
     assert classify(500, False, said, template=True) is Failure.CALLER
     assert classify(500, False, said) is Failure.NODE, "the model's own, on a node that is too old for it"
     assert classify(500, False, "boom", template=True) is Failure.NODE
+
+
+@pytest.mark.parametrize("said", ["image: unknown format", "unexpected EOF", "unable to tokenize mtmd embedding"])
+def test_an_image_that_no_node_can_read_is_the_fault_of_who_brought_it(said: str) -> None:
+    message = f"Failed to create new sequence: {said}"
+    assert classify(500, False, message, images=True) is Failure.CALLER
+    assert classify(500, False, message) is not Failure.CALLER
+    assert classify(500, False, "boom", images=True) is Failure.NODE
+    assert classify(500, False, said, images=True) is not Failure.CALLER
+    unable = "Failed to create new sequence: unable to encode mtmd image chunk"
+    assert classify(500, False, unable, images=True) is Failure.NODE, "it was read"
 
 
 def test_the_callers_errors_are_never_retried() -> None:

@@ -193,13 +193,21 @@ _CALLERS = (
     "the input length exceeds the context length",
     "invalid JSON schema in format",
     "Failed to create new sequence: no input provided",
+    "this model only supports one image",
 )
 """Under a 500 Ollama says so of the request, on whichever node: tried anew, it would have all of them left alone."""
 
 
-def classify(status: int, proxied: bool, message: str, template: bool = False) -> Failure:
+_SEQUENCE = "Failed to create new sequence: "
+"""So a runner begins where it cannot read a prompt, such as an image that is damaged or of no known format. Behind it
+comes its decoder's word, which may be the "unexpected EOF" that elsewhere tells of a crash."""
+_ENCODE = "unable to encode"
+"""That it follows where the image was read, and the runner cannot compute it."""
+
+
+def classify(status: int, proxied: bool, message: str, template: bool = False, images: bool = False) -> Failure:
     """The kind of an answer that is not a 200. `proxied`: HAProxy made it, no node did; `template`: the request has
-    one of its own.
+    one of its own; `images`: it has some.
 
     A template that is wrong and is not the request's own is the model's: damaged, or too new for its node.
     """
@@ -215,5 +223,7 @@ def classify(status: int, proxied: bool, message: str, template: bool = False) -
     if status == 400 or (status >= 500 and message.startswith(_CALLERS)):
         return Failure.CALLER
     if template and status >= 500 and message.startswith("template: "):
+        return Failure.CALLER
+    if images and status >= 500 and message.startswith(_SEQUENCE) and _ENCODE not in message:
         return Failure.CALLER
     return Failure.CRASH if status >= 500 and crashed(message) else Failure.NODE

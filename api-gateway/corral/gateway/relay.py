@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ERROR_BODY_MAX: Final = 64 << 10
 NO_SUCH_NODE: Final = b"no-such-node"
 TEMPLATE: Final = b'"template":'
+IMAGES: Final = b'"images":'
 """As a field: a quote within a JSON string is escaped."""
 
 
@@ -142,8 +143,9 @@ class Attempt(Handler):
                 gateway.upstreams.connect(gateway.nodes_address, self._connected)
                 return
             message = upstream_message(self._error_body)
-            template = self._decoded.body.find(TEMPLATE) >= 0
-            failure = classify(self._status, bool(self._proxied), message, template)
+            body = self._decoded.body
+            own = body.find(TEMPLATE) >= 0, body.find(IMAGES) >= 0
+            failure = classify(self._status, bool(self._proxied), message, *own)
             status = 400 if failure is Failure.CALLER and self._status >= 500 else self._status
             code = {400: "bad_request", 404: "model_not_found"}.get(status, "upstream_error")
             self._fail(failure, ApiError(status, code, message))
