@@ -7,11 +7,13 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, func, select, update
 
 from corral.config.settings import Settings
+from corral.control.scope import LIMITS, Scope, narrowed
 from corral.store import actions, tenants
 from corral.store import keys as keytext
 from corral.store.database import configured, insert
@@ -37,8 +39,9 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False, command
     """Bring the database up to date, and make pepper, internal token, signing and admin key where there are none.
 
     Can be called at any time and by two at once: what is there stays as it is. A pepper that is gone is replaced
-    only if no key depends on it, or with `new_pepper`, which then revokes them all. The trail has which keys were
-    revoked or made, and by which `command`.
+    only if no key depends on it, or with `new_pepper`, which then revokes them all. Where `limits.default` was raised,
+    a key without a limit of its own gets its maker's, if that is less. The trail has which keys were revoked, made or
+    narrowed, and by which `command`.
 
     Raises:
         BootstrapError, PepperError, DatabaseError: what is there cannot be used; says what to do.
@@ -68,6 +71,8 @@ def bootstrap(state: Path, settings: Settings, new_pepper: bool = False, command
         if older := database.write_now(_enter, key_id, keytext.verifier(pepper, text), command):
             said = "%s has a new admin key, %s. Those of before still work; revoke what nobody has: %s"
             log.warning(said, state / ADMIN_KEY, key_id, ", ".join(older))
+        if less := database.write_now(_narrow, settings.limits.default.model_dump(), command):
+            log.warning("limits.default is more than their makers have, so they got limits: %s", ", ".join(less))
     finally:
         database.close()
 
@@ -104,6 +109,34 @@ def _revoke_all(connection: Connection, command: str) -> None:
     revoked = connection.execute(update(keys).where(_alive()).values(revoked=now).returning(keys.c.id)).scalars()
     if ids := sorted(revoked):
         actions.ran(connection, command, {"revoked": ids})
+
+
+def _narrow(connection: Connection, defaults: Mapping[str, int | None], command: str) -> list[str]:
+    """Have no key more of a limit than the key that made it, whatever the defaults are now; ids of those changed.
+
+    Of revoked ones nothing is said.
+    """
+    known = {row.id: row._asdict() for row in connection.execute(select(keys).order_by(keys.c.id))}
+    before: dict[str, dict[str, int | None]] = {}
+    again = True
+    while again:  # until those below have lost it too: a limit only falls, and to that of another key
+        again = False
+        for key_id, row in known.items():
+            if (maker := known.get(row["maker"])) is None:
+                continue
+            changes = narrowed(Scope.of(row), Scope.of(maker), defaults)
+            if changes := {name: most for name, most in changes.items() if name in LIMITS}:
+                before[key_id] = {name: row[name] for name in changes} | before.get(key_id, {})
+                row.update(changes)
+                again = True
+    for key_id, had in before.items():
+        row = known[key_id]
+        has = {name: row[name] for name in had}
+        connection.execute(update(keys).where(keys.c.id == key_id).values(has))
+        if row["revoked"] is None:
+            after = {"key": key_id, **has, "by": actions.by()}
+            actions.enter(connection, actions.COMMAND, command, {"key": key_id, **had}, after, tenant=row["tenant"])
+    return [key_id for key_id in before if known[key_id]["revoked"] is None]
 
 
 def _enter(connection: Connection, key_id: str, verifier: str, command: str) -> list[str]:
