@@ -50,7 +50,7 @@ def _shown(model: dict[str, Any]) -> dict[str, Any]:
 @click.argument("name")
 @common.options
 def why(name: str, as_json: bool, state: str | None) -> None:
-    """Show where a model stands, and the leader's last decisions about it with their reasons."""
+    """Show where a model stands, and the leader's last decisions about it with their reasons, newest first."""
     told = Admin(common.folder(state))("GET", f"/models/why?model={common.segment(name)}")
     common.emit(told, as_json, lambda: _why(told))
 

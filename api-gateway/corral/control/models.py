@@ -116,7 +116,7 @@ async def plan_models(control: Here) -> dict[str, Any]:
 
 @router.get("/admin/models/why")
 async def explain_model(control: Here, model: Annotated[ModelName, Query()]) -> dict[str, Any]:
-    """Why a model stands where it does: the leader's last decisions. Ages in seconds; `leader`: this control leads."""
+    """Why a model stands where it does: the leader's last decisions, newest first. Ages in seconds; `leader`: it leads."""
     name = canonical_name(model)
     placement = control.leading.placement if control.leading.leads else None
     held = {entry["name"] for node in control.fleet.members.values() for entry in node.tags}

@@ -102,9 +102,11 @@ class Placement:
         self._rebuilt = Rebuilt()
 
     def why(self, model: str) -> list[tuple[float, str]]:
-        """The last decisions about a model and the times of them, the newest last."""
-        found = [reason for name, known in self.known.items() if model_of(name) == model for reason in known.reasons]
-        return sorted(found)
+        """The last decisions about a model and the times of them, the newest first; of one look at the fleet, what is
+        done before what waits."""
+        pools = (known for name, known in self.known.items() if model_of(name) == model)
+        found = [reason for known in pools for reason in reversed(known.reasons)]
+        return sorted(found, key=lambda reason: -reason[0])
 
     def about(self, model: str, now: float) -> dict[str, Any]:
         """Where a model stands, how long its oldest request has waited, and the last decisions; ages in seconds."""
