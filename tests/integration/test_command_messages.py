@@ -94,6 +94,16 @@ def test_the_last_copy_of_a_model_is_not_removed_unasked(control: Running, node:
     assert [step["node"] for step in begun["steps"]] == ["node-2"]
 
 
+def test_what_loads_an_unloaded_model_again_is_said(control: Running) -> None:
+    until("the node is known", lambda: control.node()["state"] == "ready")
+    unloaded = run(control, "models", "unload", "m")
+    assert (unloaded.exit_code, unloaded.stdout) == (0, "done\n")
+    again = "m:latest is loaded again for the next request that asks for it"
+    assert f"note: {again}: `corral models disable m:latest` refuses those\n" in unloaded.stderr
+    run(control, "models", "disable", "m")
+    assert "note:" not in run(control, "models", "unload", "m").stderr
+
+
 def test_why_a_model_is_disabled_is_in_the_table(control: Running) -> None:
     until("the node is known", lambda: control.node()["state"] == "ready")
     assert run(control, "models", "disable", "m", "--reason", "it leaks").exit_code == 0

@@ -21,6 +21,8 @@ def test_a_disabled_model_is_in_the_snapshot_until_it_is_enabled(
         assert (done["unknown"], done["gateways"]) == (["tpyo:latest"], {"acknowledged": [], "pending": []})
         told = control.snapshot(since=version).json()
         assert told["disabled"] == ["m:latest", "tpyo:latest"]
+        placement = control._server.config.app.api.state.control.leading._make(1)
+        assert [placement._catalogue(name).disabled for name in ("m:latest", "other")] == [True, False]
         listed = control.admin.get("/admin/models").json()["models"]
         assert [(one["name"], one["disabled"], one["nodes"]) for one in listed] == [
             ("m:latest", True, ["node-1"]),

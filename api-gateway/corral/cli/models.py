@@ -147,7 +147,7 @@ def load(names: tuple[str, ...], nodes: tuple[str, ...], as_json: bool, state: s
 @click.option("--force", is_flag=True, help="Pinned models too.")
 @common.options
 def unload(names: tuple[str, ...], nodes: tuple[str, ...], force: bool, as_json: bool, state: str | None) -> None:
-    """Take models out of memory, once their requests have ended."""
+    """Take models out of memory, once their requests have ended; says what loads them again."""
     body = {"models": names, "nodes": nodes or None, "force": force}
     _operate(Admin(common.folder(state)), "unload", body, as_json)
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -146,7 +147,8 @@ def _assemble(settings: Settings) -> Control:
 
     def placement(term: int) -> Placement:
         ollama = lambda member: Ollama(fleet.client, member.url)  # noqa: E731
-        wait, options, demand = settings.gateway.queue.wait, catalogue.options, catalogue.demand
+        wait, options = settings.gateway.queue.wait, catalogue.options
+        demand = lambda name: replace(catalogue.demand(name), disabled=name in hub.disabled)  # noqa: E731
         return Placement(
             valkey, ollama, options, demand, term, groups, fleet.speeds, queue_wait=wait, working=operations.working
         )

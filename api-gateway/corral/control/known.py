@@ -44,13 +44,19 @@ class Known:
             self.busy.note(float(sum(seen.used.values())))
         self.waits_since = (self.waits_since or now) if seen.waiting else None
 
+    def wanted(self, now: float) -> bool:
+        """Whether callers wait for it, or came so lately that it is loaded for those to come."""
+        return self.waits_since is not None or self.rate.value(now) > 0.0
+
     def tell(self, demand: Demand, waiting: int, now: float) -> None:
-        """Write down what is asked of it."""
+        """Write down what is asked of it; of a disabled model nothing is, whoever came before."""
+        demand.load = self.load.value
+        if demand.disabled:
+            return
         demand.rate, demand.waiting = self.rate.value(now), waiting
         demand.oldest = now - self.waits_since if self.waits_since is not None else 0.0
         # Little's law: so many run at once as come in the time that one takes.
         demand.seconds = min(600.0, max(0.1, self.busy.value / demand.rate)) if demand.rate > 0.001 else SECONDS
-        demand.load = self.load.value
 
     def copies(self, wanted: int, standing: int, able: int, working: bool, now: float) -> int:
         """How many copies it is to have now, of those that the catalogue wants; ``able``: nodes that could have one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
@@ -23,6 +23,7 @@ from corral.control.operations import CANCELLED, Besides, Operation, Work
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import LOAD, PULL, REMOVE, UNLOAD, Step, digest_of
 from corral.fleet.node import canonical_name
+from corral.fleet.pools import model_of
 
 LONGEST = 30.0
 
@@ -116,7 +117,10 @@ async def plan_models(control: Here) -> dict[str, Any]:
 
 @router.get("/admin/models/why")
 async def explain_model(control: Here, model: Annotated[ModelName, Query()]) -> dict[str, Any]:
-    """Why a model stands where it does: the leader's last decisions, newest first. Ages in seconds; `leader`: it leads."""
+    """Why a model stands where it does: the leader's last decisions, newest first.
+
+    Ages in seconds; `leader`: this control leads.
+    """
     name = canonical_name(model)
     placement = control.leading.placement if control.leading.leads else None
     held = {entry["name"] for node in control.fleet.members.values() for entry in node.tags}
@@ -212,13 +216,28 @@ async def preload_models(control: Here, caller: Caller, wanted: Choice) -> dict[
 
 @router.post("/admin/models/unload", status_code=202)
 async def unload_models(control: Here, caller: Caller, wanted: Choice) -> dict[str, Any]:
-    """Take models out of memory, once their requests have ended."""
+    """Take models out of memory, once their requests have ended; `notes` say what loads them again."""
     names = _names(wanted)
     for name in names:
         if control.catalogue.want(name).pin and not wanted.force:
             raise Problem(409, "pinned", f"{name} is pinned in the catalogue: --force (force) unloads it all the same")
     steps = [Step(UNLOAD, node, name, "asked for") for node in _nodes(control, wanted) for name in names]
-    return await _begin(control, caller, "unload", steps)
+    return await _begin(control, caller, "unload", steps, notes=tuple(_returns(control, names)))
+
+
+def _returns(control: Control, names: list[str]) -> Iterator[str]:
+    """What loads models again that are unloaded, and how they are kept out of memory."""
+    now, placement = asyncio.get_running_loop().time(), control.leading.placement
+    known = placement.known if placement is not None and control.leading.leads else {}
+    for name in names:
+        if name not in control.hub.disabled:
+            wanted = any(one.wanted(now) for counted, one in known.items() if model_of(counted) == name)
+            when = "at once, as callers ask for it" if wanted else "for the next request that asks for it"
+            yield f"{name} is loaded again {when}: `corral models disable {name}` refuses those"
+        if (entry := control.catalogue.entries.get(name)) is not None:
+            where = "1 node" if entry.copies == 1 else f"{entry.copies} nodes"
+            loads = "`corral models apply`, a node that comes back and control's next start load it again"
+            yield f"the catalogue has {name} in memory on {where}: {loads}, unless corral.yaml names it no more"
 
 
 @router.post("/admin/models/remove", status_code=202)
@@ -275,9 +294,10 @@ async def _begin(
     problems: list[str] | None = None,
     accept: bool = False,
     besides: Besides | None = None,
+    notes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     works = [Work(step) for step in steps]
-    operation = Operation(kind, who, works, tuple(problems or ()), accept=accept)
+    operation = Operation(kind, who, works, tuple(problems or ()), notes, accept)
     return (await control.operations.start(operation, f"/admin/models/{kind}", besides)).describe()
 
 

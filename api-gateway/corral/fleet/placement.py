@@ -65,6 +65,8 @@ class Demand:
     """How many copies it has at least, demand or not."""
     pins: frozenset[str] = frozenset()
     """Nodes that it must not leave."""
+    disabled: bool = False
+    """Its callers are refused: it is loaded for nobody."""
 
 
 @dataclass(slots=True)
