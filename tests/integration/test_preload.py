@@ -103,6 +103,7 @@ def test_preloading_has_a_bound(here: Site, source: Source) -> None:
         ready(control, "node-2")
         assert "preload.timeout (1 s) is over" in control.node("node-2")["reason"]
     until(lambda: digests(second.url) == {MODEL: source.first}, "the pull goes on", SECONDS)
+    until(lambda: control.node("node-2")["reason"] is None, "its models are there", SECONDS)
 
 
 def test_a_node_that_cannot_be_preloaded_is_used_with_a_warning(here: Site, source: Source) -> None:
@@ -153,6 +154,32 @@ def test_without_a_catalogue_nothing_is_held_back(tmp_path: Path) -> None:
         assert control.admin.post("/admin/nodes/node-2/resume").json()["state"] == "ready"
         assert control.admin.get("/admin/operations").json() == {"operations": []}
         assert control.admin.get("/admin/models/plan").json()["catalogue"] == 0
+    finally:
+        control.close()
+        for node in nodes:
+            node.close()
+
+
+def test_what_failed_is_said_until_it_is_there_or_not_asked_for(tmp_path: Path) -> None:
+    nodes = [FakeNode(), FakeNode()]
+    names = [{"name": name} for name in ("x", "y", "z")]
+    control = Running(tmp_path, nodes=[{"url": nodes[0].url}], models=names)
+
+    def failed() -> str:
+        return control.node("node-2")["reason"] or ""
+
+    try:
+        control.admin.post("/admin/nodes", json={"url": nodes[1].url}).raise_for_status()
+        until(lambda: failed().startswith("preloading failed: node-2: x:latest"), "it says so", SECONDS)
+        assert all(f"node-2: {name}:latest: " in failed() for name in "xyz")
+        control.admin.put("/admin/models/catalogue", json=names[1:]).raise_for_status()
+        assert failed().startswith("preloading failed: node-2: y:latest: ") and "node-2: z:latest: " in failed()
+        nodes[1].obedient = True
+        control.admin.post("/admin/models/preload", json={"models": ["y"], "nodes": ["node-2"]}).raise_for_status()
+        until(lambda: "y:latest" not in failed(), "it is there", SECONDS)
+        assert failed().startswith("preloading failed: node-2: z:latest: ")
+        control.admin.put("/admin/models/catalogue", json=[]).raise_for_status()
+        assert failed() == ""
     finally:
         control.close()
         for node in nodes:

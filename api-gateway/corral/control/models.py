@@ -270,6 +270,7 @@ async def replace_catalogue(
     stated = control.catalogue.stated(models)
     control.catalogue.recorded |= await control.database.write(_replaced, caller, before, after, stated)
     control.catalogue.replace(models)
+    control.preloader.look()
     control.hub.replace(models)
     control.hub.refresh()
     return {"models": after}

@@ -88,8 +88,15 @@ class Operation:
     @property
     def errors(self) -> list[str]:
         """What failed, each naming node and model."""
-        failed = [f"{work.step.node}: {work.step.model}: {work.error}" for work in self.works if work.error]
-        return [*self.problems, *failed]
+        return [text for _, text in self.failed]
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        """The same, each with its model ("" where it is not one model's)."""
+        failed = [
+            (work.step.model, f"{work.step.node}: {work.step.model}: {work.error}") for work in self.works if work.error
+        ]
+        return [*(("", problem) for problem in self.problems), *failed]
 
     def touch(self) -> None:
         """Tell those who wait that something has changed."""
@@ -139,13 +146,14 @@ class Operations:
     """What runs, and the last KEPT that have ended. A node is worked on by one operation at a time.
 
     A caller's operation is refused where another caller's works on the same node; those that control starts by itself
-    wait for each other and for callers', and callers' for them.
+    wait for each other and for callers', and callers' for them. ``on_end`` is called whenever one has ended.
     """
 
     def __init__(self, database: Database, perform: Perform, look: Look) -> None:
         self._database, self._perform, self._look = database, perform, look
         self._known: dict[str, Operation] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self.on_end: Callable[[], None] = lambda: None
 
     def all(self) -> list[Operation]:
         """Every operation, oldest first."""
@@ -235,6 +243,7 @@ class Operations:
             await asyncio.shield(self._database.write(_ended, operation, self._look(operation)))
         except SQLAlchemyError as error:
             log.warning("the end of %s is not in the audit trail: %s", operation.id, error)
+        self.on_end()
         operation.touch()
         self._prune()
 

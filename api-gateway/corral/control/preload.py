@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from corral.control.catalogue import Catalogue
 from corral.control.errors import Problem
-from corral.control.operations import NOBODY, Operation, Operations, Work
+from corral.control.operations import DONE, NOBODY, Operation, Operations, Work
 from corral.control.prober import Fleet, Member
 from corral.fleet import catalogue as decide
 from corral.fleet.catalogue import Step
@@ -35,11 +35,14 @@ class Preloader:
         self._timeout = timeout
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._started = 0.0
+        self._failed: dict[str, list[tuple[str, str]]] = {}
+        """By node, the models that it did not get, and why; "" where that is not one model's."""
 
     def start(self) -> None:
         """Begin with the nodes there are, and go on with those that come back."""
         self._started = asyncio.get_running_loop().time()
         self._fleet.on_up = self._returned
+        self._operations.on_end = self.look
         for member in self._fleet.members.values():
             self._begin(member, self._to_load(member), hold=False)
 
@@ -49,6 +52,21 @@ class Preloader:
         Before this returns, the node is held back if it has to be.
         """
         self._begin(member, self._catalogue.plan([member.name])[0].steps)
+
+    def look(self) -> None:
+        """Take back what was said of models that are there by now, or that the catalogue asks for no more."""
+        for name, failed in list(self._failed.items()):
+            lacking = {step.model for step in self._catalogue.plan([name])[0].steps}
+            kept = [(model, text) for model, text in failed if model in lacking or (lacking and not model)]
+            if (member := self._fleet.members.get(name)) is not None:  # else it is just being removed
+                self._say(member, kept)
+
+    def _say(self, member: Member, failed: list[tuple[str, str]]) -> None:
+        member.warning = f"preloading failed: {'; '.join(text for _, text in failed)}" if failed else None
+        if failed:
+            self._failed[member.name] = failed
+        else:
+            self._failed.pop(member.name, None)
 
     def _returned(self, member: Member) -> None:
         if not member.answered and asyncio.get_running_loop().time() - self._started < STARTING:
@@ -65,7 +83,7 @@ class Preloader:
         return decide.without({step.model for step in steps if step.action in FETCH}, steps)
 
     def _begin(self, member: Member, steps: tuple[Step, ...], hold: bool = True) -> None:
-        member.warning = None
+        self._say(member, [])
         running = self._tasks.get(member.name)
         if not member.up or member.draining or (running is not None and not running.done()):
             return
@@ -80,7 +98,8 @@ class Preloader:
         if (task := self._tasks.pop(member.name, None)) is not None:
             task.cancel()
         self._operations.abandon(member.name)
-        member.preloading = member.warning = None
+        member.preloading = None
+        self._say(member, [])
 
     async def close(self) -> None:
         """Stop everything."""
@@ -95,23 +114,24 @@ class Preloader:
 
     async def _run(self, member: Member, steps: tuple[Step, ...]) -> None:
         until = asyncio.get_running_loop().time() + self._timeout
-        failed: list[str] = []
+        failed: list[tuple[str, str]] = []
+        operation = Operation("preload", NOBODY, [Work(step) for step in steps])
         try:
-            operation = Operation("preload", NOBODY, [Work(step) for step in steps])
             try:
                 await self._operations.start(operation, f"/admin/nodes/{member.name}/preload")
             except (Problem, SQLAlchemyError) as error:
-                failed = [f"cannot be preloaded: {error}"]
+                failed = [("", f"cannot be preloaded: {error}")]
                 return
             while operation.ended is None:
                 if member.preloading is not None:
                     self._hold(member, operation, until)
                 await operation.changed(operation.version, LOOK)
-            failed = operation.errors
+            failed = operation.failed
         finally:
             if self._tasks.get(member.name) is asyncio.current_task():
                 member.preloading = None
-                member.warning = f"preloading failed: {'; '.join(failed)}" if failed else member.warning
+                if failed or operation.state == DONE:
+                    self._say(member, failed)
                 self._fleet.on_change()
 
     def _hold(self, member: Member, operation: Operation, until: float) -> None:
