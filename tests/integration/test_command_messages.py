@@ -67,6 +67,22 @@ def test_usage_of_a_tenant_that_is_not_there_is_an_error(control: Running) -> No
     assert run(control, "usage", "report", "--tenant", "team").stdout.splitlines()[1:], "what it used stays"
 
 
+def test_a_key_whose_texts_are_not_kept_is_made_and_that_is_said(control: Running, tmp_path: Path) -> None:
+    told = "note: content: its prompts and answers are not kept"
+    assert f"{told}, though audit.content is full: that takes --content\n" in run(control, "keys", "create", "x").stderr
+    made = run(control, "keys", "create", "y", "--content")
+    assert (made.exit_code, "note:" in made.stderr) == (0, False)
+    for setting in ("hash", "none"):
+        other = Running(tmp_path / setting, audit={"content": setting})
+        try:
+            made = run(other, "keys", "create", "x", "--content")
+            assert made.stdout.startswith("crl_") and made.stdout.count("\n") == 1
+            assert f"{told}: audit.content is {setting}, and that takes full\n" in made.stderr
+            assert "note:" not in run(other, "keys", "create", "y").stderr
+        finally:
+            other.close()
+
+
 # -- models
 
 

@@ -99,7 +99,9 @@ def command() -> None:
 @common.limits()
 @click.option("--class", "class_", type=click.Choice(["interactive", "batch"]), help="Who goes first in a queue.")
 @click.option("--expires", type=Span(unit=True, some=True), help="After how long it ends, such as 30d.")
-@click.option("--content", is_flag=True, default=None, help="Keep its prompts and answers, with audit.content: full.")
+@click.option(
+    "--content", is_flag=True, default=None, help="Keep its prompts and answers, where audit.content is full."
+)
 @click.option(
     "--deadline",
     type=Span(unit=True, some=True),
@@ -121,6 +123,8 @@ def create(as_json: bool, state: str | None, **given: Any) -> None:
     admin = Admin(common.folder(state))
     made = admin("POST", "/keys", body)
     _show_once(made, as_json, "")
+    for note in made.get("notes") or ():
+        click.echo(f"note: {note}", err=True)
     live = [key for key in rows(admin("GET", "/keys"), "keys") if not key["revoked"]]
     if others := [key["id"] for key in live if key["name"] == made["name"] and key["id"] != made["id"]]:
         click.echo(f"note: other keys have this name too: {', '.join(others)}. Commands want the id then", err=True)

@@ -20,7 +20,7 @@ from corral.control.audit import record
 from corral.control.auth import Caller, Principal
 from corral.control.context import Control, Here
 from corral.control.errors import Problem
-from corral.control.scope import ROLES, Scope, excess, narrowed
+from corral.control.scope import ROLES, Scope, excess, kept, narrowed
 from corral.store import keys as keytext
 from corral.store import tenants
 from corral.store.tables import key_verifiers, keys
@@ -146,7 +146,7 @@ async def create_key(control: Here, caller: Caller, wanted: NewKey, response: Re
     made = await control.database.write(_create, caller, wanted, _defaults(control), key_id, proof)
     await control.hub.spread()
     response.headers["Cache-Control"] = "no-store"
-    return {**made, "key": text}
+    return {**made, "key": text, "notes": kept(wanted.content, control.settings.audit.content)}
 
 
 @router.get("/admin/keys/{key}")

@@ -148,3 +148,13 @@ def _limit(scope: Scope, name: str, defaults: Mapping[str, int | None]) -> float
 
 def _joined(networks: Sequence[Network]) -> str:
     return ",".join(str(one) for one in networks)
+
+
+def kept(wanted: bool, setting: str) -> list[str]:
+    """What the maker of a key should know of its prompts and answers: it takes `audit.content: full` and the key's own
+    wish to keep them, and a key is not changed in that."""
+    if wanted and setting != "full":
+        return [f"content: its prompts and answers are not kept: audit.content is {setting}, and that takes full"]
+    if setting == "full" and not wanted:
+        return ["content: its prompts and answers are not kept, though audit.content is full: that takes --content"]
+    return []
