@@ -259,6 +259,8 @@ def test_a_fault_of_the_gateways_own_is_told_and_recorded(gw: Gateway) -> None:
         ("/api/chat", b'{"model": "m", "messages": [{"role": 3}]}', 400, "messages[0].role"),
         ("/api/chat", b'{"model": "m", "options": {"temperature": "hot"}}', 400, "temperature"),
         ("/api/chat", b'{"model": "nobody", "messages": []}', 404, "nobody"),
+        ("/api/chat", b'{"model": "M", "messages": []}', 404, "model 'M' not found; did you mean 'm'?"),
+        ("/api/show", b'{"model": "M:Latest"}', 404, "model 'M:Latest' not found; did you mean 'm'?"),
         ("/api/chat", b'{"model": "m", "api_base": "http://evil"}', 400, "api_base"),
         ("/api/chat", b'{"model": "../m"}', 404, "../m"),
         ("/api/chat", b'{"model": "m m"}', 400, "m m"),

@@ -169,9 +169,12 @@ def test_a_disabled_model_is_refused_by_name_and_no_node_hears_of_it(gw: Gateway
         other = {"Authorization": f"Bearer {gw.new_key(models=['x*'])}"}
         assert gw.post(path, gw.chat(stream=False, max_tokens=5), headers=other).status_code == 404
         assert httpx.get(gw.url + "/v1/models/m", headers=other).status_code == 404
+        upper = httpx.get(gw.url + "/v1/models/M", headers=gw.auth)
+        assert (upper.status_code, "did you mean" in upper.text) == (404, False), "it is not there for anybody"
         assert asked(gw) == 0
     finally:
         disable(gw)
+    assert "model 'M' not found; did you mean 'm'?" in httpx.get(gw.url + "/v1/models/M", headers=gw.auth).text
     assert gw.post(path, gw.chat(stream=False, max_tokens=5)).status_code == 200
     assert httpx.get(gw.url + "/v1/models/m", headers=gw.auth).status_code == 200
 

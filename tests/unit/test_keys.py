@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from corral.control.keys import Cidr
-from corral.gateway.authenticate import authorize, build_key
+from corral.gateway.authenticate import authorize, build_key, not_found
 from corral.store import keys
 from corral.wire.errors import ApiError
 
@@ -105,6 +105,30 @@ def test_a_key_is_for_the_models_that_its_globs_match(globs: list[str] | None, m
     with pytest.raises(ApiError, match=f"model '{model}' not found") as refused:
         authorize(key, model)
     assert refused.value.status == 404, "as one that nobody has"
+
+
+@pytest.mark.parametrize(
+    ("globs", "model", "more"),
+    [
+        (None, "Llama3", "; did you mean 'llama3'?"),
+        (["llama*"], "LLAMA3:latest", "; did you mean 'llama3'?"),
+        (["llama*"], "lLaMa3:70b-q4", "; did you mean 'llama3:70B-Q4'?"),
+        (["llama*"], "Secret", ""),
+        (["llama*"], "llama4", ""),
+        (None, "llama3:71b", ""),
+    ],
+)
+def test_a_name_that_differs_in_its_case_alone_is_told_of_to_those_who_may_use_it(
+    globs: list[str] | None, model: str, more: str
+) -> None:
+    key = build_key({"id": "k", "verifiers": [], "models": globs}, {})
+    held = {"llama3:latest", "llama3:70B-Q4", "secret:latest"}
+    error = not_found(key, model, held)
+    assert (error.status, error.code, error.message) == (404, "model_not_found", f"model '{model}' not found{more}")
+    if not key.may_use(model):
+        with pytest.raises(ApiError) as refused:
+            authorize(key, model, held)
+        assert refused.value.message == error.message
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import msgspec
 
 from corral.fleet.node import Node, NodeState, canonical_name
 from corral.gateway import heads
-from corral.gateway.authenticate import Key, disabled
+from corral.gateway.authenticate import Key, disabled, not_found
 from corral.gateway.route import model_of
 from corral.gateway.schedule import looked_at_in
 from corral.gateway.snapshot import Snapshot
@@ -48,7 +48,7 @@ def answer(path: str, name: str, snapshot: Snapshot, key: Key) -> bytes:
             return _encode(_openai(tag) | {"id": name})
     if wanted in snapshot.disabled and key.may_use(wanted):
         raise disabled(name)
-    raise ApiError(404, "model_not_found", f"model '{name}' not found", param="model")
+    raise not_found(key, name, [tag["name"] for tag in tags])
 
 
 def serve(exchange: Exchange) -> None:

@@ -6,7 +6,7 @@ from time import time
 from typing import TYPE_CHECKING, Final
 
 from corral.fleet.node import canonical_name
-from corral.gateway.authenticate import Key, authorize, check, disabled
+from corral.gateway.authenticate import Key, authorize, check, disabled, not_found
 from corral.gateway.settle import outcome_of
 from corral.gateway.snapshot import Snapshot
 from corral.wire.decode import DECODERS, Decoded
@@ -26,13 +26,13 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
             not use; 507 for one that no node has the memory for.
     """
     decoded = DECODERS[route](body, request_id, snapshot.policy, snapshot.caps)
-    authorize(key, decoded.model)
-    _enabled(decoded.model, snapshot)
     pool, name = snapshot.pool(key.tenant), canonical_name(decoded.model)
+    authorize(key, decoded.model, pool.held)
+    _enabled(decoded.model, snapshot)
     if name in pool.too_large and decoded.upstream_path != SHOW:
         raise ApiError(507, "insufficient_memory", f"model '{decoded.model}' fits on no node: {pool.too_large[name]}")
     if snapshot.known and name not in pool.held:
-        raise ApiError(404, "model_not_found", f"model '{decoded.model}' not found", param="model")
+        raise not_found(key, decoded.model, pool.held)
     return decoded
 
 
