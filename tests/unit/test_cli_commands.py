@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -223,6 +224,28 @@ def test_a_record_with_what_is_no_time_hides_no_other(run: Runner, told: dict[st
     shown = run("audit", "list").stdout
     assert [line.split()[0] for line in shown.splitlines()[1:3]] == ["1e+300", "soon"]
     assert "r3" in shown
+
+
+def test_a_row_that_stands_for_others_says_so(run: Runner, told: dict[str, Any]) -> None:
+    admin, read = {"api": "admin", "ts": 1.0}, {"route": "/admin/audit", "status": 200}
+    told["/keys"] = {"keys": []}
+    told["/audit"] = {
+        "audit": [
+            {**admin, **read, "method": "GET", "after": {"query": "limit=5"}},
+            {**admin, **read, "method": "GET", "after": {"query": "limit=5", "counting": True}},
+            {**admin, **read, "method": "", "after": {"more_read": 29}},
+            {**admin, "route": "/admin", "method": "", "status": 429, "after": {"more_refused": 7}},
+            {**admin, "route": "/admin/keys", "method": "POST", "after": {"more_read": 1}},
+            {**admin, "route": "/admin/keys", "method": "", "after": "more_read"},
+        ]
+    }
+    shown = [re.split(r"  +", line)[2:] for line in run("audit", "list").stdout.splitlines()[1:]]
+    routes = [next(cell for cell in row if "/admin" in cell).partition("/")[2] for row in shown]
+    assert routes == [
+        *("admin/audit", "admin/audit (those behind it are counted)", "admin/audit (29 more read)"),
+        *("admin (7 more refused)", "admin/keys", "admin/keys"),
+    ]
+    assert "after.more_read" in run("audit", "list", "--help").stdout
 
 
 def test_an_audit_record_is_whole_in_the_json(run: Runner, told: dict[str, Any]) -> None:

@@ -55,7 +55,11 @@ def command() -> None:
 @click.option("--since", type=Span(unit=True), help="Of the last 10m, 24h, …")
 @common.options
 def list_records(as_json: bool, state: str | None, since: float | None, **given: Any) -> None:
-    """List audit records, oldest first."""
+    """List audit records, oldest first.
+
+    Of calls of the admin API that only read or were refused, 20 of each a minute and caller have a record. One without
+    a method stands for the rest: its route says how many (in the JSON `after.more_read` or `after.more_refused`).
+    """
     query = {name: value for name, value in given.items() if value is not None}
     if since is not None:
         query["since"] = time.time() - since
@@ -314,4 +318,17 @@ def _shown(record: dict[str, Any], names: dict[Any, str]) -> dict[str, Any]:
     except (TypeError, ValueError, OverflowError, OSError):
         shown = ts  # what somebody has written there hides no other record
     one = {"request_id": record.get("request_id") or record.get("id"), "key": names.get(key, key)}
+    if counted := _counted(record):
+        one["route"] = f"{record.get('route')}{counted}"
     return {**record, **one, "time": shown, "digest": (record.get("model_digest") or "")[:DIGEST_SHOWN]}
+
+
+def _counted(record: dict[str, Any]) -> str:
+    """Of a record of the admin API that stands for calls without one of their own: how many, or that they follow."""
+    told = record.get("after")
+    if record.get("api") != "admin" or not isinstance(told, dict):
+        return ""
+    if told.get("counting") is True:
+        return " (those behind it are counted)"
+    counts = [f"{count} more {kind}" for kind in ("read", "refused") if (count := told.get(f"more_{kind}")) is not None]
+    return f" ({', '.join(counts)})" if counts and not record.get("method") else ""
