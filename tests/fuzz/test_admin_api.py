@@ -44,6 +44,8 @@ def test_no_call_of_the_admin_api_is_a_fault_of_controls(control: Running) -> No
         answer = case.call(base_url=control.url, headers={"Authorization": key}, timeout=20)
         asked[case.operation.label] += 1
         seen[answer.status_code] += 1
+        told = described.raw_schema["paths"][case.operation.path][case.operation.method.lower()]["responses"]
+        assert str(answer.status_code) in told, f"{answer.status_code}: {answer.text}\n{case.as_curl_command()}"
         assert answer.status_code < 500, f"{answer.status_code}: {answer.text}\n{case.as_curl_command()}"
 
     each = [

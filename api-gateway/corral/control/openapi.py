@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 
 from corral import __version__
+from corral.control import refusals
 
 _ERROR = {
     "type": "object",
@@ -106,12 +107,10 @@ def build(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     schemas["Error"] = _ERROR
     described["security"] = [{"key": []}]
-    for path in described["paths"].values():
-        for operation in path.values():
-            responses = operation["responses"]
-            responses.pop("422", None)
-            responses |= {status: _refusal(_REFUSALS[status]) for status in ("400", "401")}
-            responses["403"] = _refusal("The key's role may not do this.")
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            operation["responses"].pop("422", None)
+            operation["responses"] |= {status: _refusal(text) for status, text in refusals.of(method, path).items()}
     for method, path, api, summary, fields, required in _INFERENCE:
         described["paths"].setdefault(path, {})[method] = _inference(path, api, summary, fields, required)
     return described
