@@ -26,7 +26,7 @@ Matrix = Callable[[str, str, str], None]
 ADDED = 0.050
 OVER = 1.1
 EXACT = 5.0
-GATEWAY = "gateway-2"
+GATEWAY, OTHER = "gateway-2", "gateway-1"
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +175,10 @@ def test_a_gateway_that_alone_has_lost_the_store_is_sent_nobody(fleet: Fleet, ma
             passed = admitted(burst(fleet, keys[0], 2 * limit))
             refilled = (time.monotonic() - began) * limit / 60
             load.more(20)
+            fleet.edge_does(f"set server gateways/{OTHER} state maint")
+            load.more(20)  # it serves where it is the only one, and nobody is lost on the way
+            fleet.edge_does(f"set server gateways/{OTHER} state ready")
+            until(lambda: fleet.edge_says(OTHER) == "UP", "the other one is back", every=0.1)
             # From here on nobody has it.
             kill(fleet)
             until(lambda: fleet.edge_says(GATEWAY) == "UP", "all have lost it, and none is left out", every=0.1)

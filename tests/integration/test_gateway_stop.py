@@ -29,7 +29,10 @@ def test_a_drained_gateway_ends_its_streams_first(tmp_path: Path) -> None:
         with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth) as response:
             lines = response.iter_lines()
             next(lines)
+            assert gw.control.stores[0] is None, "who does not listen yet serves nobody"
+            until(lambda: gw.control.stores[-1] == "1", "it has the store")
             os.kill(gw.process.pid, signal.SIGTERM)
+            until(lambda: gw.control.stores[-1] is None, "nobody is to leave on its account")
             held.set()
             assert json.loads(next(lines))["done"] is True
         assert gw.process.end() == 0

@@ -108,15 +108,15 @@ def test_a_gateway_hears_which_others_share_the_limits(control: Running) -> None
     assert "gateway-11" not in control.snapshot("gateway-12").headers["x-corral-gateways"].split(",")
 
 
-def test_a_gateway_hears_how_many_others_have_the_store(control: Running) -> None:
-    def asks(gateway: str, **headers: str) -> str:
-        told = {"X-Corral-Gateway": gateway} | headers
-        return control.internal.get("/internal/snapshot", headers=told).headers["x-corral-with-store"]
+def test_a_gateway_hears_whether_others_have_the_store(control: Running) -> None:
+    def asks(gateway: str, store: str = "") -> bool:
+        told = {"X-Corral-Gateway": gateway} | ({"X-Corral-Store": store} if store else {})
+        return "x-corral-store-elsewhere" in control.internal.get("/internal/snapshot", headers=told).headers
 
-    # Others have asked as well, but said nothing of the store.
-    asks("gateway-21", **{"X-Corral-Store": "1"})
-    assert asks("gateway-22") == "1"
-    assert asks("gateway-21", **{"X-Corral-Store": "1"}) == "0", "itself is no other"
-    assert asks("gateway-22", **{"X-Corral-Store": "1"}) == "1"
-    asks("gateway-21")
-    assert asks("gateway-22", **{"X-Corral-Store": "1"}) == "0"
+    # Others have asked as well, but said nothing of the store: they serve nobody.
+    assert not asks("gateway-21", "1"), "itself is no other"
+    assert asks("gateway-22", "0")
+    assert not asks("gateway-23", "0"), "two of three have not"
+    assert asks("gateway-22", "1") and asks("gateway-23", "0")
+    asks("gateway-21"), asks("gateway-22")
+    assert not asks("gateway-23", "0"), "those that end count no more"

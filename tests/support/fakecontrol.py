@@ -24,6 +24,8 @@ class FakeControl:
         self.offsets: dict[str, int] = {}
         self.known_to: dict[str, str] = {}
         """The version of the snapshot that each gateway said to have when it last asked."""
+        self.stores: list[str | None] = []
+        """What the gateway under test said of the store, each time that it asked."""
         self.stopped = False
         self.busy = False
         """Takes no records for now."""
@@ -55,6 +57,8 @@ class FakeControl:
                     return
                 known = self.path.partition("since=")[2]
                 control.known_to[self.headers["X-Corral-Gateway"]] = known
+                if self.headers["X-Corral-Gateway"] == NAME:
+                    control.stores.append(self.headers["X-Corral-Store"])
                 if known == control.snapshot["version"]:
                     self._send(304, b"")
                 else:

@@ -242,6 +242,13 @@ class Fleet:
         (status,) = [row["status"] for row in self._servers() if row["svname"] == gateway]
         return status
 
+    def edge_does(self, command: str) -> None:
+        """A command of HAProxy's own, by its socket."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(StateFolder(self.folder / "state").socket("haproxy.sock")))
+            connection.sendall(command.encode() + b"\n")
+            assert connection.recv(1024).strip() == b""
+
     def sessions(self) -> dict[str, int]:
         """How many requests HAProxy has with each gateway: the next one goes where there are fewest."""
         return {row["svname"]: int(row["scur"]) for row in self._servers() if row["pxname"] == "gateways"}

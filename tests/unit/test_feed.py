@@ -107,12 +107,12 @@ def test_while_the_only_control_has_no_database_nodes_are_told_of_on(snapshot: S
     assert time.monotonic() - snapshot.confirmed >= 300
 
 
-def test_a_gateway_hears_how_many_others_have_the_store(snapshot: Snapshot, tmp_path: Path) -> None:
-    heard: list[tuple[int, float]] = []
+def test_a_gateway_hears_whether_others_have_the_store(snapshot: Snapshot, tmp_path: Path) -> None:
+    heard: list[tuple[bool, float]] = []
     sharing = Sharing("g")
     feed = Feed(snapshot, "http://control", "token", "g", tmp_path, sharing, others=lambda *said: heard.append(said))
     before = time.monotonic()
-    assert asks(feed, "1", **{"x-corral-with-store": "2"})
+    assert asks(feed, "1", **{"x-corral-store-elsewhere": "1"})
     assert not asks(feed, "1"), "a control of before says nothing of it"
-    assert [others for others, _ in heard] == [2, 0]
+    assert [elsewhere for elsewhere, _ in heard] == [True, False]
     assert before <= heard[0][1] <= heard[1][1] <= time.monotonic()

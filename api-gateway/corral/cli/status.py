@@ -24,11 +24,15 @@ def command(as_json: bool, state: str | None) -> None:
     common.emit(known, as_json, lambda: _text(known))
 
 
+def _gateway(gateway: dict[str, Any]) -> str:
+    return f"{gateway['state']}, without valkey" if gateway["store"] is False else str(gateway["state"])
+
+
 def _text(known: dict[str, Any]) -> str:
     valkey, database = known["store"]["valkey"], known["store"]["database"]
     parts = [
         {"part": "edge", "state": known["edge"]["state"], "pid": known["edge"]["pid"], "url": known["url"]},
-        *({"part": gateway["name"], **gateway} for gateway in known["gateways"]),
+        *({**gateway, "part": gateway["name"], "state": _gateway(gateway)} for gateway in known["gateways"]),
         {"part": "control", **known["control"]},
         {"part": "valkey", **valkey},
         {"part": "database", **database},

@@ -259,7 +259,9 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
     servers = [
         f"    server {_word(name)} {_address(host, port)}{_resolved(host)}" for name, host, port in plan.gateways
     ]
-    return [*lines, *servers, ""]
+    last = [f"    use-server {_word(name)} if {{ nbsrv(gateways) eq 0 }}" for name, _, _ in plan.gateways]
+    said = "    # Where none is left but gateways that are sent nobody, those serve; one that is down is passed over."
+    return [*lines, *servers, said, *last, ""]
 
 
 def _control(plan: HaproxyPlan) -> list[str]:

@@ -14,7 +14,7 @@ JUST_NOW, PRESENT, LATELY = 1.5, 3.0, 30.0
 
 class Told(NamedTuple):
     """What a gateway says of itself: see `Gateway`; ``suspects`` are runners that it suspects, ``crowded`` those that
-    run fewer requests at once than they have slots, models by node, ``store`` whether it reaches Valkey."""
+    run fewer requests at once than they have slots, models by node."""
 
     metrics: str = ""
     behind: float = 0.0
@@ -24,7 +24,7 @@ class Told(NamedTuple):
     queues: Mapping[str, list[float]] = MappingProxyType({})
     aside: int = 0
     aside_names: tuple[str, ...] = ()
-    store: bool = False
+    store: bool | None = None
 
 
 NOTHING = Told()
@@ -39,7 +39,8 @@ class Gateway:
     ``as_of`` control's time (epoch seconds) in the last answer that it had by then, 0 where it had none: its words held
     then, however long its question has waited since. ``queues`` who waits there, by model: how many, the oldest's wait
     (seconds), slots, seconds of a load, seconds that a request takes. ``aside`` damaged segments lie in its spool, of
-    which ``aside_names`` has the first, those with a corrupt frame before torn ones. ``store``: it reaches Valkey.
+    which ``aside_names`` has the first, those with a corrupt frame before torn ones. ``store``: whether it
+    reaches Valkey; None where it serves nobody, not yet or no more.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Gateway:
     left: bool = False
     aside: int = 0
     aside_names: tuple[str, ...] = ()
-    store: bool = False
+    store: bool | None = None
     at: float = field(default_factory=time.monotonic)
 
     @property

@@ -34,7 +34,7 @@ router = APIRouter(include_in_schema=False)
 @router.get("/internal/snapshot")
 async def snapshot(control: Here, request: Request, since: str = "") -> Response:
     """The snapshot, or 304 where `since` is its version; for how long its keys were not read again (seconds), which
-    gateways are heard, and how many others of them have the store."""
+    gateways are heard, and whether others of them have the store."""
     hub = control.hub
     hub.refresh()
     name = request.headers.get("x-corral-gateway", "")
@@ -45,7 +45,8 @@ async def snapshot(control: Here, request: Request, since: str = "") -> Response
             await control.ledger.note_shipped()
     headers = {"X-Corral-Now": f"{time.time():.3f}", "X-Corral-Age": f"{hub.age:.3f}"}
     headers["X-Corral-Gateways"] = ",".join(hub.sharing())
-    headers["X-Corral-With-Store"] = str(hub.with_store(name))
+    if hub.elsewhere(name):
+        headers["X-Corral-Store-Elsewhere"] = "1"
     if control.questions.of(name):
         headers["X-Corral-Asked"] = "1"
     if since == hub.version:
@@ -115,7 +116,7 @@ def _told(request: Request) -> Told:
         {model: list(row) for model, row in queues.items()},
         int(_number(request, "x-corral-aside")),
         tuple(filter(_ASIDE.fullmatch, request.headers.get("x-corral-aside-names", "").split(",")[:ASIDE_MAX])),
-        request.headers.get("x-corral-store") == "1",
+        {"1": True, "0": False}.get(request.headers.get("x-corral-store", "")),
     )
 
 

@@ -228,11 +228,15 @@ class Hub:
         """Names of gateways that were heard lately: they share the limits, as far as is known here."""
         return self._serving(LATELY)
 
-    def with_store(self, but: str) -> int:
-        """How many gateways beside `but` said just now that they reach Valkey."""
+    def elsewhere(self, gateway: str) -> bool:
+        """Whether of those that serve others than `gateway` reach Valkey, as many as do not, or more.
+
+        Where fewer do, they could not serve for all; and it may be Valkey that fails, each of them sees it in its turn.
+        """
         since = time.monotonic() - JUST_NOW
-        others = [one for name, one in self.gateways.items() if name != but]
-        return sum(one.store and not one.left and one.at >= since for one in others)
+        serving = [one for one in self.gateways.values() if one.store is not None and one.at >= since and not one.left]
+        having = [one for one in serving if one.store]
+        return any(one.name != gateway for one in having) and len(having) * 2 >= len(serving)
 
     def shipped(self) -> dict[str, Shipped]:
         """What gateways that were heard lately have shipped, as they said."""

@@ -26,7 +26,7 @@ MOST: Final = 3.0
 CHECK: Final = b"x-corral-check"
 """The header of HAProxy's checks; of what a caller sends, HAProxy takes out all that begin so."""
 HEALTHY: Final = b'{"status":"healthy"}'
-CUT_OFF: Final = b'{"status":"unhealthy","reason":"of all gateways it alone cannot reach the store"}'
+CUT_OFF: Final = b'{"status":"unhealthy","reason":"others reach the store, and it does not"}'
 STOPPING: Final = b'{"status":"unhealthy","reason":"it is being stopped"}'
 
 

@@ -1,7 +1,7 @@
-"""Of all gateways this one alone has lost the store: HAProxy is to send it nobody until it is back.
+"""This gateway has lost the store, and others have it: HAProxy is to send it nobody until it is back.
 
 It would admit its share of each limit beside the whole, which the others go on to admit, and give away slots that they
-give too. Where all of them have lost the store nobody leaves: each has its share then.
+give too. Where most have lost the store nobody leaves: each has its share then, and callers who serves them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 LASTING: Final = 2.0
-"""So long (seconds) others have had the store, by each word of control's, before this gateway leaves.
+"""So long (seconds) it is elsewhere, by each word of control's, before this gateway leaves.
 
 Who asks little sees after half a second that the store is gone, and tells control of it within another: for a second
 others seem to have what is lost for all.
@@ -31,9 +31,9 @@ class CutOff:
         self._said = 0.0
         self._then = 0
 
-    def heard(self, others: int, now: float) -> None:
-        """Control says of how many other gateways it heard just now that they have the store; it was asked at `now`."""
-        if not others or self._connected():
+    def heard(self, elsewhere: bool, now: float) -> None:
+        """Control says whether of the gateways that it heard just now as many have the store as have not."""
+        if not elsewhere or self._connected():
             self._since = 0.0
             return
         if not self._since or self._connections() != self._then or now - self._said > CURRENT:
@@ -41,6 +41,6 @@ class CutOff:
         self._said = now
 
     def alone(self, now: float) -> bool:
-        """Whether others have had the store for a while, and have it, and this one has not."""
+        """Whether others have had the store for a while, and have it, and this one has not: it is to be left alone."""
         lasting = self._since > 0.0 and self._said - self._since >= LASTING and now - self._said <= CURRENT
         return lasting and not self._connected() and self._connections() == self._then

@@ -176,7 +176,12 @@ class Page:
             ("corral_spool_shed_total", COUNTER, "Requests refused, as none can be recorded.", gateway.journal.shed),
             ("corral_spool_failing", GAUGE, "1 while the disk takes no records.", int(gateway.journal.failing)),
             ("corral_limit_store_up", GAUGE, "1 while this gateway reaches Valkey.", int(gateway.store.connected)),
-            ("corral_cut_off", GAUGE, "1 while it alone has lost Valkey: HAProxy sends it nobody.", int(cut_off)),
+            (
+                "corral_cut_off",
+                GAUGE,
+                "1 while others have Valkey: HAProxy sends it nobody.",
+                int(cut_off),
+            ),
             ("corral_gateways_sharing", GAUGE, "Gateways that share limits and slots.", gateway.limits.sharing.count),
             ("corral_limit_store_connections_total", COUNTER, "Connections made to Valkey.", gateway.store.connections),
             ("corral_local_admissions_total", COUNTER, "Requests admitted on the local share of a limit.", local),

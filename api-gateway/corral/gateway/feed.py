@@ -35,8 +35,8 @@ Without its database control answers on, of nodes above all: that confirms no ke
 """
 SHARING = "x-corral-gateways"
 """The header by which control names the gateways that it hears."""
-WITH_STORE = "x-corral-with-store"
-"""The header by which control says how many other gateways, which it heard just now, have the store."""
+ELSEWHERE = "x-corral-store-elsewhere"
+"""The header by which control says that of the gateways which it heard just now as many have the store as have not."""
 OLDER = 2.0
 """Seconds by which what is confirmed may be older than before. Of two controls one may be without its database."""
 ROUNDS = 5
@@ -48,7 +48,7 @@ def _nothing(question: dict[str, Any]) -> None:
     """The answer of who has none."""
 
 
-def _nobody(others: int, now: float) -> None:
+def _nobody(elsewhere: bool, now: float) -> None:
     """What hears of others' store where that makes no difference."""
 
 
@@ -60,8 +60,8 @@ class Feed:
     """Keeps a snapshot current from control's internal address, and answers what control asks.
 
     Control says too which gateways it hears: ``sharing`` hears it, and what that holds then is kept for the next start.
-    ``tell`` gives more headers for each question, ``answer`` the answer to one of control's, ``others`` hears how many
-    other gateways have the store, and when control was asked (monotonic seconds).
+    ``tell`` gives more headers for each question, ``answer`` the answer to one of control's, ``others`` hears
+    whether other gateways have the store, and when that was said (monotonic seconds).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Feed:
         sharing: Sharing,
         tell: Callable[[], dict[str, str]] = dict,
         answer: Callable[[dict[str, Any]], Any] = _nothing,
-        others: Callable[[int, float], None] = _nobody,
+        others: Callable[[bool, float], None] = _nobody,
     ) -> None:
         self._snapshot = snapshot
         self._file = cache / "snapshot.json"
@@ -166,7 +166,7 @@ class Feed:
             raise ValueError(f"status {response.status_code}")
         self._snapshot.heard = now
         self._snapshot.confirmed = now - age
-        self._others(int(response.headers.get(WITH_STORE, "0")), now)
+        self._others(ELSEWHERE in response.headers, time.monotonic())
         self._sharing.heard(filter(None, response.headers.get(SHARING, "").split(",")))
         if ASKED in response.headers:
             await self._reply(client)

@@ -103,6 +103,7 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
     recalling = loop.create_task(gateway.recall.again())
     accept: Callable[[], Any] = lambda: ClientConnection(gateway)  # noqa: E731
     server = await loop.create_server(accept, host, port, backlog=4096)
+    gateway.listening = True
     log.info("%s listens on %s:%d", gateway.name, host, port)
     stop = Stop(drain)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,6 +117,7 @@ async def serve(gateway: Gateway, host: str, port: int, drain: float) -> None:
             log.critical("%s drains and ends, as a part of it has ended: %s: %s", gateway.name, task.get_name(), why)
             stop.hurry()
     gateway.stopping = True
+    gateway.feed.poke()
     waiting.cancel()
     try:
         await _leave(gateway)

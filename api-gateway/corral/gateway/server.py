@@ -114,6 +114,7 @@ class Gateway:
         self.finished = Throughput()  # bytes of those that became so
         self.running: set[Exchange] = set()
         self.cooling: dict[str, tuple[Budget, int, float]] = {}
+        self.listening = False  # whether callers can come
         self.stopping = False  # from then on each answer closes its connection
         self.checks = Checks()
         self.idle = asyncio.Event()
@@ -278,8 +279,8 @@ class Gateway:
             if runners:
                 names = [f"{quote(node, '')}/{quote(model, '')}" for node, model in runners[:SUSPECTS_TOLD]]
                 told[f"X-Corral-{header}"] = ",".join(names)
-        if self.store.connected:
-            told["X-Corral-Store"] = "1"
+        if self.listening and not self.stopping:  # who does not serve counts for none of those who could
+            told["X-Corral-Store"] = "1" if self.store.connected else "0"
         aside = self.put_aside()
         if aside:
             told["X-Corral-Aside"] = str(len(aside))

@@ -52,7 +52,7 @@ def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Findin
     found = [*_versions(), *_folder(state), *_disk(state)]
     if ask is None:
         return [*found, *_not_running(state)]
-    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state), *_alerts(ask))
+    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state), *_stores(ask), *_alerts(ask))
     return [*found, *_processes(state), *_ports(state), *rest]
 
 
@@ -173,12 +173,23 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
     for gateway in told["gateways"]:
         name = str(gateway["name"])
         yield from _aside(name, gateway.get("aside") or {"count": 0})
-        if gateway["state"] == "ready" and not gateway.get("store", True):  # a control of before says nothing of it
-            yield Finding(name, "warning", "it does not reach Valkey", "docs/runbooks/LimitStoreDown.md")
+        yield from _without_store(gateway)
     if stranger := told.get("audit", {}).get("stranger"):
         seen = f"this control signs nothing: the last checkpoint is of another key ({stranger})"
         yield Finding("audit", "problem", seen, "docs/runbooks/CheckpointLate.md")
     yield from _firing(told["alerts"])
+
+
+def _without_store(gateway: dict[str, Any]) -> Iterator[Finding]:
+    """What a gateway says of its store: nothing where it serves nobody yet, or is of a version before."""
+    if gateway["state"] == "ready" and gateway.get("store") is False:
+        yield Finding(str(gateway["name"]), "warning", "it does not reach Valkey", "docs/runbooks/LimitStoreDown.md")
+
+
+def _stores(ask: Callable[[str], Any]) -> Iterator[Finding]:
+    with contextlib.suppress(StackError, http.Unreachable):  # that control does not answer is said elsewhere
+        for gateway in ask("/status")["gateways"]:
+            yield from _without_store(gateway)
 
 
 def _aside(gateway: str, told: dict[str, Any]) -> Iterator[Finding]:

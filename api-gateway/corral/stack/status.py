@@ -125,7 +125,8 @@ def _gateways(
         url = local.get(name, {}).get("url") or remote.get(name, {}).get("url")
         known = remote.get(name, {}).get("state") if name not in local else None
         state = known or (_state(http_ok(url, "/health")) if url else "unknown")
-        shown.append({"name": name, "pid": pid(name), "url": url, "state": state})
+        store = remote.get(name, {}).get("store")
+        shown.append({"name": name, "pid": pid(name), "url": url, "state": state, "store": store})
     return shown
 
 
