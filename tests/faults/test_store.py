@@ -134,25 +134,59 @@ def test_concurrency_is_held_in_shares(fleet: Fleet) -> None:
     assert admitted(burst(fleet, key, 16, tokens=120, model=MODEL)) == limit
 
 
-def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet, matrix: Matrix) -> None:
-    def waits(count: int) -> list[float]:
-        client = fleet.client()
-        answers = [client.ask(CHAT, body_of(CHAT, QUICK, 1), f"hung-{number}") for number in range(count)]
-        client.close()
-        assert {answer.status for answer in answers} == {200}
-        return [float(answer.headers["x-corral-queue-ms"]) / 1e3 for answer in answers]
+def waits(fleet: Fleet, key: str, count: int) -> list[float]:
+    """Seconds that each of so many requests waited before a node had it."""
+    client = fleet.client(key)
+    answers = [client.ask(CHAT, body_of(CHAT, QUICK, 1), f"waits-{number}") for number in range(count)]
+    client.close()
+    assert {answer.status for answer in answers} == {200}
+    return [float(answer.headers["x-corral-queue-ms"]) / 1e3 for answer in answers]
 
-    before = waits(100)
+
+def adds_little(matrix: Matrix, fault: str, before: list[float], during: list[float], late: list[float]) -> None:
+    measured = f"longest wait {max(during) * 1e3:.0f} ms, {max(before) * 1e3:.0f} ms before"
+    matrix(fault, f"<= {ADDED * 1e3:.0f} ms added", measured)
+    assert max(during) <= ADDED + max(before) + 0.01 + max(late)
+    assert statistics.median(during) <= statistics.median(before) + 0.01, "each request pays, not only the first"
+
+
+def test_a_hung_store_adds_50_ms_at_most(fleet: Fleet, matrix: Matrix) -> None:
+    before = waits(fleet, "", 100)
     fleet.valkey.process.send(signal.SIGSTOP)
     try:
         with lateness() as late:
-            during = waits(200)
+            during = waits(fleet, "", 200)
     finally:
         fleet.valkey.process.send(signal.SIGCONT)
-    measured = f"longest wait {max(during) * 1e3:.0f} ms, {max(before) * 1e3:.0f} ms before"
-    matrix("Valkey hangs (-STOP)", f"<= {ADDED * 1e3:.0f} ms added", measured)
-    assert max(during) <= ADDED + max(before) + 0.01 + max(late)
-    assert statistics.median(during) <= statistics.median(before) + 0.01, "each request pays, not only the first"
+    adds_little(matrix, "Valkey hangs (-STOP)", before, during, late)
+    until(fleet.store_used, "both gateways are back in the store", every=0.1)
+
+
+@pytest.mark.parametrize(
+    ("why", "begins", "ends"),
+    [
+        ("it became a replica", b"REPLICAOF 127.0.0.1 1", b"REPLICAOF NO ONE"),
+        ("it is full", b"CONFIG SET maxmemory 1", b"CONFIG SET maxmemory 0"),
+    ],
+)
+def test_a_store_that_takes_no_writes_adds_50_ms_at_most(
+    fleet: Fleet, matrix: Matrix, why: str, begins: bytes, ends: bytes
+) -> None:
+    key = fleet.key(f"wide: {why}", "--rpm", "60000", "--tpm", "10000000", "--concurrency", "100")
+    before = waits(fleet, key, 100)
+    with fleet.valkey_client() as store:
+
+        def does(command: bytes) -> None:
+            store.sendall(command + b"\r\n")
+            assert store.recv(64) == b"+OK\r\n"
+
+        does(begins)
+        try:
+            with lateness() as late:
+                during = waits(fleet, key, 100) + waits(fleet, "", 100)
+        finally:
+            does(ends)
+    adds_little(matrix, f"Valkey takes no writes: {why}", before, during, late)
     until(fleet.store_used, "both gateways are back in the store", every=0.1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import Callable
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 CONNECT = 1.0
 RECONNECT_MIN, RECONNECT_MAX = 0.1, 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Refused(ConnectionError):
+    """The server is there, and takes nothing from this client; in its own words."""
 
 
 async def request(store: Valkey, command: bytes) -> Any:
@@ -32,14 +39,19 @@ async def run(store: Valkey) -> None:
     """`Valkey.run`."""
     store.loop = asyncio.get_running_loop()
     pause = RECONNECT_MIN
+    said = ""
     while True:
         lost: asyncio.Event = asyncio.Event()
         try:
             # Not wait_for: in Python 3.11 it may swallow a cancellation that meets its end.
             async with asyncio.timeout(CONNECT):
                 await _connect(store, lost)
-            pause = 0.0
+            pause, said = 0.0, ""
             await lost.wait()
+        except Refused as error:
+            if str(error) != said:  # once, however often it is tried
+                said = str(error)
+                log.error("the store at %s:%d is not used: it says %s", store.host, store.port, said)
         except (OSError, TimeoutError, hiredis.HiredisError):
             pass
         finally:
@@ -65,6 +77,8 @@ async def _connect(store: Valkey, lost: asyncio.Event) -> None:
 
     for command in store.greeting():
         reply = await ask(command)
+        if isinstance(reply, hiredis.ReplyError):
+            raise Refused(str(reply))
         if isinstance(reply, Exception):
             raise ConnectionError(str(reply))
     # A user that may not ask has no run id, which is no reason not to be served.

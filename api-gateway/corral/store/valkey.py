@@ -48,6 +48,10 @@ _SIZES: Final = [b"$%d\r\n" % size for size in range(256)]
 """What stands before a word of so many bytes."""
 
 
+PROBE: Final = b"corral:1:probe"
+"""What is written to see that a server takes writes."""
+
+
 class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
@@ -172,6 +176,9 @@ class Valkey:
         if self.database != "0":
             commands.append((b"SELECT", self.database.encode()))
         commands.append((b"PING",))
+        if self.scripts:
+            # A replica, a server that is full or whose disk is, takes scripts to load, and refuses each call of them.
+            commands.append((b"SET", PROBE, b"1", b"PX", b"1000"))
         commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in self.scripts]
         return [encode(*parts) for parts in commands]
 
