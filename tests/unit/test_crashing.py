@@ -142,6 +142,22 @@ def test_a_prompt_at_two_crashes_is_refused_by_every_gateway_for_ten_minutes(sto
     over(store, work)
 
 
+def test_a_gateway_refuses_what_it_is_told_is_refused_before_the_channel_says_so(store: Server) -> None:
+    async def work(one: Gateway, other: Gateway) -> None:
+        one.ears.on_message = lambda message: None
+        assert await one.crash("killer", monotonic()) == (False, 1)
+        known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def judged(is_refused: bool, crashes: int) -> None:
+            known.set_result(is_refused and one.suspects.known and list(one.suspects.refused) == ["killer"])
+
+        one.suspects.crashed("killer", "m:latest", "node-2", 0.0, False, judged)
+        assert await known, "by then its caller hears of it"
+        assert one.suspects.suspects == {}
+
+    over(store, work)
+
+
 def test_who_was_beside_it_at_one_crash_each_is_not_refused_though_the_killer_is_never_alone(store: Server) -> None:
     async def work(one: Gateway, other: Gateway) -> None:
         began = monotonic()

@@ -71,10 +71,11 @@ class Suspects:
             self.suspects.pop(name, None)
         elif what in ("refused", "suspect"):
             self.suspects.pop(name, None)
-            _note(self.refused if what == "refused" else self.suspects, name, monotonic() + seconds)
-            self.known = True
-            if what == "refused":
+            known = self.refused if what == "refused" else self.suspects
+            if what == "refused" and name not in known:
                 log.warning("a prompt was present at two crashes of its model: refused for ten minutes (%s)", name)
+            _note(known, name, monotonic() + seconds)
+            self.known = True
 
     def _told(self, reply: Any) -> None:
         if type(reply) is list:
@@ -93,6 +94,9 @@ class Suspects:
 
         def verdict(reply: Any) -> None:
             if type(reply) is list:
+                if reply[0] and name not in self.refused:
+                    # Its caller hears of it now, and may ask again before the channel has told.
+                    self.heard(b"refused " + name.encode())
                 judged(bool(reply[0]), reply[1])
             else:
                 judged(False, 0)
