@@ -58,14 +58,16 @@ def test_what_others_use_is_known_without_reading_it(
         ]
         one, other = made
         theirs = budgets[1].scopes[-1]
+        began = monotonic()
         for number in range(requests):
             assert not (await one.ask(budgets[0], f"{name}-{number}", tokens)).refused
         await _settled(other)
-        now = asyncio.get_running_loop().time()
         limit = next(iter(limits.values())) // max(1, tokens)
         parts = 20 if "concurrency" in limits else 40
-        seen = known(theirs, now)  # type: ignore[operator]
-        assert requests - max(1, 2 * limit / parts) - 0.2 < seen <= requests + 0.001
+        # A rate goes on: what has come free since is known as well.
+        before, now = known(theirs, began), known(theirs, monotonic())  # type: ignore[operator]
+        assert before > requests - max(1, 2 * limit / parts) - 0.2
+        assert now <= requests + 0.001
 
     run(store, 2, work)
 
@@ -120,7 +122,7 @@ def test_what_was_spent_without_the_store_is_not_given_back_by_what_it_tells(sto
         name = unused()
         mine, theirs = (one.budget(name, rpm=100) for one in made)
         made[0].store.connected = False  # its other connection is there
-        admitted = 0
+        admitted, began = 0, monotonic()
         for number in range(4):
             for at in range(100):
                 admitted += not (await made[0].ask(mine, f"{number}-{at}")).refused
@@ -128,7 +130,7 @@ def test_what_was_spent_without_the_store_is_not_given_back_by_what_it_tells(sto
             for at in range(5):
                 await made[1].ask(theirs, f"other-{number}-{at}")
             await eventually(lambda said=said: mine.said_arrival > said)  # type: ignore[misc]
-        assert 50 <= admitted <= 53
+        assert 50 <= admitted <= 50 + 50 * (monotonic() - began) / 60, "its share, and what comes free of it meanwhile"
 
     run(store, 2, work)
 
