@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 from support import monitoring
@@ -134,21 +133,24 @@ def test_what_is_broken_fires_and_what_is_mended_is_over(whole_stage: Stage, tab
     pid(stage, "control")
     until(stage.quiet, "nothing else is wrong", PATIENCE, every=0.3)
 
-    def heard(status: str, since: float, doing: Callable[[Stage], object]) -> Callable[[], object]:
+    def hear(status: str, since: float, doing: Callable[[Stage], object], what: str) -> None:
         def look() -> object:
             doing(stage)
             return stage.heard.told(fault.alert, status, since, **fault.labels)
 
-        return look
+        try:
+            until(look, f"{fault.alert} {what}", PATIENCE, every=0.1)
+        except NotReady as error:
+            raise NotReady(f"{error}: {stage.alerts()}") from None
 
     began = time.monotonic()
-    fault.do(stage)
     try:
-        until(heard("firing", began, fault.meanwhile), f"{fault.alert} fires", PATIENCE, every=0.1)
+        fault.do(stage)
+        hear("firing", began, fault.meanwhile, "fires")
     finally:
         mended = time.monotonic()
         fault.undo(stage)
-    until(heard("resolved", mended, fault.after), f"{fault.alert} is over", PATIENCE, every=0.1)
+    hear("resolved", mended, fault.after, "is over")
     fired = stage.heard.told(fault.alert, "firing", began, **fault.labels) - began
     over = stage.heard.told(fault.alert, "resolved", mended, **fault.labels) - mended
     table.append(Fired(fault.alert, fault.done, fired, over))
@@ -164,8 +166,7 @@ def test_what_is_broken_fires_and_what_is_mended_is_over(whole_stage: Stage, tab
 
 def suppressed(stage: Stage) -> set[str]:
     """Alerts that Alertmanager has and does not tell."""
-    listed = httpx.get(f"{stage.manager.url}/api/v2/alerts", timeout=60).json()
-    return {alert["labels"]["alertname"] for alert in listed if alert["status"]["state"] == "suppressed"}
+    return {alert for alert, state in stage.alerts()["Alertmanager"] if state == "suppressed"}
 
 
 Doing = Callable[[Stage], object]

@@ -255,6 +255,7 @@ class Stage:
         self.session.execute("BEGIN")
         self.session.execute("LOCK TABLE spool_watermarks IN EXCLUSIVE MODE")
         self.record(4)
+        until(lambda: self.query("corral_spool_bytes > 0"), "a gateway has records that wait", every=0.3)
 
     def release_records(self) -> None:
         """End it."""
@@ -323,6 +324,15 @@ class Stage:
             path.unlink()
         else:
             path.write_text(json.dumps({"last_success": time.time() - age}))
+
+    def alerts(self) -> dict[str, list[tuple[str, str]]]:
+        """Each alert that there is, and how it stands: by Prometheus, and by Alertmanager, who may hold it back."""
+        here = [(one["metric"]["alertname"], one["metric"]["alertstate"]) for one in self.query("ALERTS")]
+        told = httpx.get(f"{self.manager.url}/api/v2/alerts", timeout=60).json()
+        return {
+            "Prometheus": sorted(here),
+            "Alertmanager": sorted((one["labels"]["alertname"], one["status"]["state"]) for one in told),
+        }
 
     def quiet(self) -> bool:
         """Whether nothing fires or is about to."""
