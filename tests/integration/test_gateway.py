@@ -449,9 +449,9 @@ def test_an_image_that_cannot_be_read_is_tried_on_one_node_and_counts_against_no
         response = gw.post(body=gw.chat(messages=[image]))
         assert (response.status_code, len(requests(gw))) == (400, number + 1)
         assert response.json() == {"error": "Failed to create new sequence: unexpected EOF"}
-    everywhere(gw, says(500, {"error": "Failed to create new sequence: unexpected EOF"}), 4)
-    assert gw.post().status_code == 502, "without an image it is a crash"
-    assert len(requests(gw)) > 5
+    for node in gw.nodes:
+        node.script.clear()
+    assert gw.post(body=gw.chat(messages=[image])).status_code == 200, "it is not refused either"
 
 
 @pytest.mark.parametrize(

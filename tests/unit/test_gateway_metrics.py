@@ -50,6 +50,7 @@ def page(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float
         put_aside=lambda: ["a.torn"] * 3,
         journal=SimpleNamespace(failing=True, shed=2),
         store=SimpleNamespace(connected=False, connections=2),
+        cut_off=SimpleNamespace(alone=lambda now: True),
         health=SimpleNamespace(canaries={}, ejections=2, frozen=1),
         queue=SimpleNamespace(waiting={"a": 1}, full=4, overdue=5, slots=SimpleNamespace(counts=True)),
     )
