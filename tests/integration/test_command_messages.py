@@ -77,7 +77,7 @@ def test_a_key_whose_texts_are_not_kept_is_made_and_that_is_said(control: Runnin
         try:
             made = run(other, "keys", "create", "x", "--content")
             assert made.stdout.startswith("crl_") and made.stdout.count("\n") == 1
-            assert f"{told}: audit.content is {setting}, and that takes full\n" in made.stderr
+            assert f"{told}: audit.content is {setting}. That takes full, and audit.content_recipient" in made.stderr
             assert "note:" not in run(other, "keys", "create", "y").stderr
         finally:
             other.close()

@@ -143,3 +143,23 @@ def test_what_is_on_its_way_when_a_gateway_is_stopped_arrives_and_is_answered(tm
             caller.sendall(body[100_000:])
             assert caller.recv(12) == b"HTTP/1.1 200"
         assert gw.process.end() == 0
+
+
+def test_haproxy_is_told_that_a_gateway_is_cut_off_from_the_store_and_nobody_else(tmp_path: Path) -> None:
+    def told(**headers: str) -> int:
+        return httpx.get(gw.url + "/health", headers=headers).status_code
+
+    check = {"X-Corral-Check": "edge"}
+    with gateway(tmp_path) as gw:
+        until(lambda: gw.control.stores[-1] == "1", "it has the store")
+        gw.control.elsewhere = True
+        asked = len(gw.control.stores)
+        until(lambda: len(gw.control.stores) > asked + 5, "others have it too, for some seconds")
+        assert told(**check) == 200
+        gw.valkey.process.end(signal.SIGKILL)
+        # Asked as HAProxy asks: who was silent for long has it down, and is to find it first.
+        until(lambda: told(**check) == 404, "it is cut off", every=0.2)
+        assert told() == 200 and gw.control.stores[-1] == "0"
+        assert gw.post().status_code == 200, "who comes all the same is served"
+        gw.control.elsewhere = False
+        until(lambda: told(**check) == 200, "nobody has it", every=0.2)

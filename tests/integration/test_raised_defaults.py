@@ -40,12 +40,16 @@ def test_no_key_gets_more_than_its_maker_where_the_defaults_are_raised(tmp_path:
             enter(one, "child", "operator", role="operator")
             enter(one, "less", "operator", rpm=50)
             enter(one, "revoked", "operator", revoked=2.0)
+            enter(one, "over", "of-nobody", rpm=1000)
+            enter(one, "ended", "operator", role="operator", rpm=10, revoked=2.0)
+            enter(one, "left", "ended")
             enter(one, "of-admin", admin)
             enter(one, "of-nobody", None)
 
         database.write_now(make)
         before = start(60)
         assert (before["child"], before["less"], recorded()) == (None, 50, {}), "none has more"
+        assert (before["over"], before["left"]) == (1000, None), "given by somebody; made by one that was revoked"
         after = start(600)
         assert after == before | {"child": 60, "a-third": 60, "revoked": 60}
         assert recorded() == {"child": (None, 60), "a-third": (None, 60)}

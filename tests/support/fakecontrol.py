@@ -26,6 +26,8 @@ class FakeControl:
         """The version of the snapshot that each gateway said to have when it last asked."""
         self.stores: list[str | None] = []
         """What the gateway under test said of the store, each time that it asked."""
+        self.elsewhere = False
+        """Says that other gateways have the store."""
         self.stopped = False
         self.busy = False
         """Takes no records for now."""
@@ -40,6 +42,8 @@ class FakeControl:
             def _send(self, status: int, body: bytes) -> None:
                 self.send_response(status)
                 self.send_header("X-Corral-Gateways", ",".join(control.known_to))
+                if control.elsewhere:
+                    self.send_header("X-Corral-Store-Elsewhere", "1")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

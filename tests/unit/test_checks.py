@@ -20,6 +20,14 @@ def test_nobody_who_asks_is_waited_for_who_has_heard_it_twice() -> None:
     assert checks.heard(11.0 + LEAST)
 
 
+def test_who_did_not_ask_for_a_while_asks_anew() -> None:
+    checks = Checks()
+    assert checks.anew("a", 10.0)
+    checks.ask("a", 10.0)
+    assert not checks.anew("a", 10.0 + SILENT) and checks.anew("a", 10.1 + SILENT)
+    assert checks.anew("b", 10.0)
+
+
 def test_who_asks_no_more_is_not_waited_for_and_nobody_for_ever() -> None:
     checks = Checks()
     checks.leave(10.0)

@@ -53,6 +53,7 @@ class History:
         (500, False, "the input length exceeds the context length", Failure.CALLER),
         (500, False, "invalid JSON schema in format", Failure.CALLER),
         (500, False, "Failed to create new sequence: no input provided", Failure.CALLER),
+        (500, False, "Failed to create new sequence: invalid image index: 7", Failure.CALLER),
         (500, False, "this model only supports one image while more than one image requested", Failure.CALLER),
         (404, False, "model 'x' not found", Failure.MISSING),
         *((status, False, "", Failure.NODE) for status in (201, 204, 206, 302, 304, 401, 403, 407, 413, 429, 999)),
@@ -77,8 +78,8 @@ def test_an_image_that_no_node_can_read_is_the_fault_of_who_brought_it(said: str
     assert classify(500, False, message) is not Failure.CALLER
     assert classify(500, False, "boom", images=True) is Failure.NODE
     assert classify(500, False, said, images=True) is not Failure.CALLER
-    unable = "Failed to create new sequence: unable to encode mtmd image chunk"
-    assert classify(500, False, unable, images=True) is Failure.NODE, "it was read"
+    for read in ("unable to encode mtmd image chunk", "no mtmd image embedding"):
+        assert classify(500, False, f"Failed to create new sequence: {read}", images=True) is Failure.NODE
 
 
 def test_the_callers_errors_are_never_retried() -> None:

@@ -36,7 +36,7 @@ def test_a_server_that_takes_no_writes_is_not_used(server: Server, how: str, cap
     begins, ends, word = WAYS[how]
 
     async def work() -> None:
-        store, listener = Valkey(server.url, scripts=leases.SCRIPTS, timeout=5.0), Valkey(server.url, timeout=5.0)
+        store, listener = Valkey(server.url, leases.SCRIPTS, 5.0, b"probe"), Valkey(server.url, timeout=5.0)
         tasks = [asyncio.create_task(one.run()) for one in (store, listener)]
         try:
             await until(lambda: store.connected and listener.connected)

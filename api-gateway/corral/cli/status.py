@@ -25,7 +25,8 @@ def command(as_json: bool, state: str | None) -> None:
 
 
 def _gateway(gateway: dict[str, Any]) -> str:
-    return f"{gateway['state']}, without valkey" if gateway["store"] is False else str(gateway["state"])
+    serves = gateway["state"] in ("up", "ready")
+    return f"{gateway['state']}, without valkey" if serves and gateway["store"] is False else str(gateway["state"])
 
 
 def _text(known: dict[str, Any]) -> str:

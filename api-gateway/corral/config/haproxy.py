@@ -260,7 +260,7 @@ def _gateways(plan: HaproxyPlan) -> list[str]:
         f"    server {_word(name)} {_address(host, port)}{_resolved(host)}" for name, host, port in plan.gateways
     ]
     last = [f"    use-server {_word(name)} if {{ nbsrv(gateways) eq 0 }}" for name, _, _ in plan.gateways]
-    said = "    # Where none is left but gateways that are sent nobody, those serve; one that is down is passed over."
+    said = "    # Where none is left but gateways that are sent nobody, the first that is not down serves."
     return [*lines, *servers, said, *last, ""]
 
 

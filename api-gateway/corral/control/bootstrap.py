@@ -112,21 +112,24 @@ def _revoke_all(connection: Connection, command: str) -> None:
 
 
 def _narrow(connection: Connection, defaults: Mapping[str, int | None], command: str) -> list[str]:
-    """Have no key more of a limit than the key that made it, whatever the defaults are now; ids of those changed.
+    """Have no key without a limit of its own more than the key that made it, should the defaults have been raised; ids
+    of those that got one.
 
-    Of revoked ones nothing is said.
+    A limit that somebody gave is not taken away by a default. What a maker made that is revoked or has expired stays.
     """
+    now = time.time()
     known = {row.id: row._asdict() for row in connection.execute(select(keys).order_by(keys.c.id))}
     before: dict[str, dict[str, int | None]] = {}
     again = True
     while again:  # until those below have lost it too: a limit only falls, and to that of another key
         again = False
         for key_id, row in known.items():
-            if (maker := known.get(row["maker"])) is None:
+            maker = known.get(row["maker"])
+            if maker is None or maker["revoked"] is not None or (maker["expires"] or now) < now:
                 continue
             changes = narrowed(Scope.of(row), Scope.of(maker), defaults)
-            if changes := {name: most for name, most in changes.items() if name in LIMITS}:
-                before[key_id] = {name: row[name] for name in changes} | before.get(key_id, {})
+            if changes := {name: most for name, most in changes.items() if name in LIMITS and row[name] is None}:
+                before[key_id] = dict.fromkeys(changes) | before.get(key_id, {})
                 row.update(changes)
                 again = True
     for key_id, had in before.items():

@@ -221,18 +221,27 @@ async def unload_models(control: Here, caller: Caller, wanted: Choice) -> dict[s
     for name in names:
         if control.catalogue.want(name).pin and not wanted.force:
             raise Problem(409, "pinned", f"{name} is pinned in the catalogue: --force (force) unloads it all the same")
-    steps = [Step(UNLOAD, node, name, "asked for") for node in _nodes(control, wanted) for name in names]
+    chosen = _nodes(control, wanted)
+    await _held(control, [name for name in names if not _resident(control, name)], chosen)
+    steps = [Step(UNLOAD, node, name, "asked for") for node in chosen for name in names]
     return await _begin(control, caller, "unload", steps, notes=tuple(_returns(control, names)))
+
+
+def _resident(control: Control, name: str) -> bool:
+    """Whether a node has it in memory, be its file there or not."""
+    return any(name in view(member).resident for member in control.fleet.members.values())
 
 
 def _returns(control: Control, names: list[str]) -> Iterator[str]:
     """What loads models again that are unloaded, and how they are kept out of memory."""
     now, placement = asyncio.get_running_loop().time(), control.leading.placement
-    known = placement.known if placement is not None and control.leading.leads else {}
+    known = placement.known if placement is not None and control.leading.leads else None
     for name in names:
         if name not in control.hub.disabled:
-            wanted = any(one.wanted(now) for counted, one in known.items() if model_of(counted) == name)
-            when = "at once, as callers ask for it" if wanted else "for the next request that asks for it"
+            wanted = known and any(one.wanted(now) for counted, one in known.items() if model_of(counted) == name)
+            when = "at once, as it was asked for lately" if wanted else "for the next request that asks for it"
+            if known is None:
+                when = "where it was asked for lately, or is"
             yield f"{name} is loaded again {when}: `corral models disable {name}` refuses those"
         if (entry := control.catalogue.entries.get(name)) is not None:
             where = "1 node" if entry.copies == 1 else f"{entry.copies} nodes"

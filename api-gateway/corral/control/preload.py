@@ -20,6 +20,8 @@ STARTING = 60.0
 
 FETCH = (decide.PULL, decide.COPY)
 
+FAILED, EARLY = "preloading failed: ", "in service before its models are there: "
+
 log = logging.getLogger(__name__)
 
 
@@ -35,8 +37,8 @@ class Preloader:
         self._timeout = timeout
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._started = 0.0
-        self._failed: dict[str, list[tuple[str, str]]] = {}
-        """By node, the models that it did not get, and why; "" where that is not one model's."""
+        self._failed: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        """By node, what is said of it: models that it did not get, and why; "" where that is not one model's."""
 
     def start(self) -> None:
         """Begin with the nodes there are, and go on with those that come back."""
@@ -55,16 +57,16 @@ class Preloader:
 
     def look(self) -> None:
         """Take back what was said of models that are there by now, or that the catalogue asks for no more."""
-        for name, failed in list(self._failed.items()):
+        for name, (what, failed) in list(self._failed.items()):
             lacking = {step.model for step in self._catalogue.plan([name])[0].steps}
             kept = [(model, text) for model, text in failed if model in lacking or (lacking and not model)]
             if (member := self._fleet.members.get(name)) is not None:  # else it is just being removed
-                self._say(member, kept)
+                self._say(member, kept, what)
 
-    def _say(self, member: Member, failed: list[tuple[str, str]]) -> None:
-        member.warning = f"preloading failed: {'; '.join(text for _, text in failed)}" if failed else None
+    def _say(self, member: Member, failed: list[tuple[str, str]], what: str = FAILED) -> None:
+        member.warning = what + "; ".join(text for _, text in failed) if failed else None
         if failed:
-            self._failed[member.name] = failed
+            self._failed[member.name] = what, failed
         else:
             self._failed.pop(member.name, None)
 
@@ -144,7 +146,7 @@ class Preloader:
             return
         log.warning("%s goes into service before its models are there: %s", member.name, why)
         member.preloading = None
-        member.warning = f"in service before its models are there: {why}"
+        self._say(member, [("", why)], EARLY)
         self._fleet.on_change()
 
 

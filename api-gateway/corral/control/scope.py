@@ -154,7 +154,10 @@ def kept(wanted: bool, setting: str) -> list[str]:
     """What the maker of a key should know of its prompts and answers: it takes `audit.content: full` and the key's own
     wish to keep them, and a key is not changed in that."""
     if wanted and setting != "full":
-        return [f"content: its prompts and answers are not kept: audit.content is {setting}, and that takes full"]
+        return [
+            f"content: its prompts and answers are not kept: audit.content is {setting}. That takes full, and "
+            "audit.content_recipient, in corral.yaml (docs/audit.md)"
+        ]
     if setting == "full" and not wanted:
         return ["content: its prompts and answers are not kept, though audit.content is full: that takes --content"]
     return []

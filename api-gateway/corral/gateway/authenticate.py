@@ -171,17 +171,18 @@ def locate(key: Key, address: str) -> None:
     key.places.add(address)
 
 
-def authorize(key: Key, model: str, held: Collection[str] = ()) -> None:
+def authorize(key: Key, model: str, held: Collection[str] = (), disabled: Collection[str] = ()) -> None:
     """Refuse a model that the key may not use, with the same words as for one that nobody has."""
     if key.patterns is not None and not key.may_use(canonical_name(model)):
-        raise not_found(key, model, held)
+        raise not_found(key, model, held, disabled)
 
 
-def not_found(key: Key, model: str, held: Collection[str]) -> ApiError:
-    """What is said of a model that nobody has. Of those that are held, it names the one whose name differs in upper and
-    lower case alone, where the key may use it: Ollama takes both for the same."""
+def not_found(key: Key, model: str, held: Collection[str], disabled: Collection[str] = ()) -> ApiError:
+    """What is said of a model that nobody has. Of those that are held, and not disabled, it names the one whose name
+    differs in upper and lower case alone, where the key may use it: Ollama takes both for the same."""
     wanted = canonical_name(model).casefold()
-    near = sorted(name for name in held if name.casefold() == wanted and key.may_use(name))
+    alike = sorted(name for name in held if name.casefold() == wanted)
+    near = [name for name in alike if key.may_use(name) and name not in disabled]
     hint = f"; did you mean '{near[0].removesuffix(':latest')}'?" if near else ""
     return ApiError(404, "model_not_found", f"model '{model}' not found{hint}", param="model")
 

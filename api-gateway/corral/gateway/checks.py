@@ -46,6 +46,10 @@ class Checks:
         self._told[peer] = self._told.get(peer, 0) + 1
         return False
 
+    def anew(self, peer: str, now: float) -> bool:
+        """Whether somebody who asks now did not do so for a while: a server that does not answer it has down."""
+        return now - self._asked.get(peer, float("-inf")) > SILENT
+
     def leave(self, now: float) -> None:
         """From now on whoever asks is told that this gateway goes."""
         self._until = now + MOST
@@ -61,10 +65,12 @@ class Checks:
 def answer(gateway: Gateway, path: str, peer: str, headers: Mapping[bytes, bytes], now: float) -> tuple[int, bytes]:
     """Status and body of `/health`, and of `/health/ready`. ``now`` is monotonic seconds."""
     if CHECK in headers and path == "/health":
+        anew = gateway.checks.anew(peer, now)
         if not gateway.checks.ask(peer, now):
             return 503, STOPPING
-        # To HAProxy 404 is no failure: it sends nobody new, until this is 200 again (http-check disable-on-404).
-        return (404, CUT_OFF) if gateway.cut_off.alone(now) else (200, HEALTHY)
+        # To HAProxy 404 is no failure: it sends nobody new, until this is 200 again (http-check disable-on-404). But
+        # to one that has this down, as its way was broken, it would be none that is found again.
+        return (404, CUT_OFF) if gateway.cut_off.alone(now) and not anew else (200, HEALTHY)
     if path == "/health":
         return 200, HEALTHY
     if gateway.stopping:

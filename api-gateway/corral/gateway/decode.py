@@ -27,12 +27,12 @@ def decode(route: str, body: bytes, request_id: str, key: Key, snapshot: Snapsho
     """
     decoded = DECODERS[route](body, request_id, snapshot.policy, snapshot.caps)
     pool, name = snapshot.pool(key.tenant), canonical_name(decoded.model)
-    authorize(key, decoded.model, pool.held)
+    authorize(key, decoded.model, pool.held, snapshot.disabled)
     _enabled(decoded.model, snapshot)
     if name in pool.too_large and decoded.upstream_path != SHOW:
         raise ApiError(507, "insufficient_memory", f"model '{decoded.model}' fits on no node: {pool.too_large[name]}")
     if snapshot.known and name not in pool.held:
-        raise not_found(key, decoded.model, pool.held)
+        raise not_found(key, decoded.model, pool.held, snapshot.disabled)
     return decoded
 
 

@@ -179,7 +179,7 @@ class Page:
             (
                 "corral_cut_off",
                 GAUGE,
-                "1 while others have Valkey: HAProxy sends it nobody.",
+                "1 while it lacks Valkey and others do not: it is sent nobody.",
                 int(cut_off),
             ),
             ("corral_gateways_sharing", GAUGE, "Gateways that share limits and slots.", gateway.limits.sharing.count),

@@ -61,7 +61,7 @@ class Feed:
 
     Control says too which gateways it hears: ``sharing`` hears it, and what that holds then is kept for the next start.
     ``tell`` gives more headers for each question, ``answer`` the answer to one of control's, ``others`` hears
-    whether other gateways have the store, and when that was said (monotonic seconds).
+    whether other gateways have the store, and when control was asked (monotonic seconds).
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Feed:
             raise ValueError(f"status {response.status_code}")
         self._snapshot.heard = now
         self._snapshot.confirmed = now - age
-        self._others(ELSEWHERE in response.headers, time.monotonic())
+        self._others(ELSEWHERE in response.headers, now)
         self._sharing.heard(filter(None, response.headers.get(SHARING, "").split(",")))
         if ASKED in response.headers:
             await self._reply(client)

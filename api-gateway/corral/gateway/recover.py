@@ -193,6 +193,7 @@ _CALLERS = (
     "the input length exceeds the context length",
     "invalid JSON schema in format",
     "Failed to create new sequence: no input provided",
+    "Failed to create new sequence: invalid image index",
     "this model only supports one image",
 )
 """Under a 500 Ollama says so of the request, on whichever node: tried anew, it would have all of them left alone."""
@@ -201,8 +202,8 @@ _CALLERS = (
 _SEQUENCE = "Failed to create new sequence: "
 """So a runner begins where it cannot read a prompt, such as an image that is damaged or of no known format. Behind it
 comes its decoder's word, which may be the "unexpected EOF" that elsewhere tells of a crash."""
-_ENCODE = "unable to encode"
-"""That it follows where the image was read, and the runner cannot compute it."""
+_COMPUTED = ("unable to encode", "no mtmd image embedding")
+"""Such follows where the image was read, and the runner cannot compute it."""
 
 
 def classify(status: int, proxied: bool, message: str, template: bool = False, images: bool = False) -> Failure:
@@ -224,6 +225,7 @@ def classify(status: int, proxied: bool, message: str, template: bool = False, i
         return Failure.CALLER
     if template and status >= 500 and message.startswith("template: "):
         return Failure.CALLER
-    if images and status >= 500 and message.startswith(_SEQUENCE) and _ENCODE not in message:
+    unread = message.startswith(_SEQUENCE) and not any(words in message for words in _COMPUTED)
+    if images and status >= 500 and unread:
         return Failure.CALLER
     return Failure.CRASH if status >= 500 and crashed(message) else Failure.NODE

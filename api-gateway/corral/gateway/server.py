@@ -40,6 +40,7 @@ from corral.store import keeper, keys, leases, reading, share, suspects
 from corral.store.budget import Budget
 from corral.store.content import Hashes
 from corral.store.limits import Limits
+from corral.store.lua import PREFIX
 from corral.store.valkey import Valkey
 from corral.wire.common import Caps
 from corral.wire.errors import ApiError, overloaded
@@ -86,12 +87,12 @@ class Gateway:
         self.report = Report(self)
         self.probe = Probe(self.snapshot, gateway.nodes_url)
         scripts = (*leases.SCRIPTS, *keeper.SCRIPTS, suspects.TEXT, reading.TEXT)
-        self.store = Valkey(settings.valkey_address(), scripts=scripts)
+        self.store = Valkey(settings.valkey_address(), scripts=scripts, probe=PREFIX + b"probe")
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
         self.cut_off = CutOff(lambda: self.store.connected, lambda: self.store.connections)
         control = gateway.control_url, token, self.name, cache, self.limits.sharing
-        self.feed = Feed(self.snapshot, *control, self._tell, self.report.answer, self.cut_off.heard)
+        self.feed = Feed(self.snapshot, *control, self._tell, self.report.answer, self._elsewhere)
         self.limits.on_moved = self.changes.reset  # it only listens: nothing else would tell it
         self.limits.budgets, self.limits.find = self.snapshot.budgets, self.snapshot.budget
         self.queue = Queue(self, self.name, gateway.queue.length, gateway.queue.wait)
@@ -268,6 +269,10 @@ class Gateway:
     def put_aside(self) -> list[str]:
         """Damaged segments of this gateway's spool, and of those that it adopted, which nobody has removed yet."""
         return self.shipper.put_aside() + self.adopter.put_aside()
+
+    def _elsewhere(self, others: bool, now: float) -> None:
+        """Whether others have the store: who does not listen yet is sent nobody as it is, and is to be found first."""
+        self.cut_off.heard(others and self.listening, now)
 
     def _tell(self) -> dict[str, str]:
         """What control hears with each question for a snapshot: where the metrics are, how old the backlog is, whether

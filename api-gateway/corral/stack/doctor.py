@@ -183,7 +183,7 @@ def _parts(ask: Callable[[str], Any]) -> Iterator[Finding]:
 def _without_store(gateway: dict[str, Any]) -> Iterator[Finding]:
     """What a gateway says of its store: nothing where it serves nobody yet, or is of a version before."""
     if gateway["state"] == "ready" and gateway.get("store") is False:
-        yield Finding(str(gateway["name"]), "warning", "it does not reach Valkey", "docs/runbooks/LimitStoreDown.md")
+        yield Finding(str(gateway["name"]), "warning", "it has no use of Valkey", "docs/runbooks/LimitStoreDown.md")
 
 
 def _stores(ask: Callable[[str], Any]) -> Iterator[Finding]:

@@ -49,7 +49,8 @@ async def run(store: Valkey) -> None:
             pause, said = 0.0, ""
             await lost.wait()
         except Refused as error:
-            if str(error) != said:  # once, however often it is tried
+            # Once, however often it is tried; one that reads its file has only begun.
+            if str(error) != said and not str(error).startswith("LOADING"):
                 said = str(error)
                 log.error("the store at %s:%d is not used: it says %s", store.host, store.port, said)
         except (OSError, TimeoutError, hiredis.HiredisError):

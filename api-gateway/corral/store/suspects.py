@@ -94,7 +94,7 @@ class Suspects:
 
         def verdict(reply: Any) -> None:
             if type(reply) is list:
-                if reply[0] and name not in self.refused:
+                if reply[0]:
                     # Its caller hears of it now, and may ask again before the channel has told.
                     self.heard(b"refused " + name.encode())
                 judged(bool(reply[0]), reply[1])

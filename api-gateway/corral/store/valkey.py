@@ -48,24 +48,21 @@ _SIZES: Final = [b"$%d\r\n" % size for size in range(256)]
 """What stands before a word of so many bytes."""
 
 
-PROBE: Final = b"corral:1:probe"
-"""What is written to see that a server takes writes."""
-
-
 class Valkey:
     """One pipelined connection; ``call`` hands the reply, a ReplyError or ValkeyDown to a callback.
 
-    ``scripts`` are loaded whenever a connection is made; ``connected`` tells whether calls are taken now,
+    ``scripts`` are loaded whenever a connection is made, and a key called ``probe`` is written, where one is given: a
+    server that refuses that is not used. ``connected`` tells whether calls are taken now,
     ``connections`` counts those that were made, ``lost`` is when the last one was, ``due`` when the next one is tried
     (monotonic seconds). ``server`` is the run id of its server, or b"".
     """
 
-    def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT) -> None:
+    def __init__(self, url: str, scripts: tuple[str, ...] = (), timeout: float = TIMEOUT, probe: bytes = b"") -> None:
         parts = urlsplit(url)
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 6379
         self.user, self.password = parts.username, parts.password
         self.database = parts.path.strip("/") or "0"
-        self.scripts = scripts
+        self.scripts, self._probe = scripts, probe
         self.loop: asyncio.AbstractEventLoop | None = None
         self.transport: asyncio.Transport | None = None
         self.reader: Any = None
@@ -176,9 +173,9 @@ class Valkey:
         if self.database != "0":
             commands.append((b"SELECT", self.database.encode()))
         commands.append((b"PING",))
-        if self.scripts:
+        if self._probe:
             # A replica, a server that is full or whose disk is, takes scripts to load, and refuses each call of them.
-            commands.append((b"SET", PROBE, b"1", b"PX", b"1000"))
+            commands.append((b"SET", self._probe, b"1", b"PX", b"1000"))
         commands += [(b"SCRIPT", b"LOAD", script.encode()) for script in self.scripts]
         return [encode(*parts) for parts in commands]
 
