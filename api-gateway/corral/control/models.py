@@ -238,10 +238,12 @@ def _returns(control: Control, names: list[str]) -> Iterator[str]:
     known = placement.known if placement is not None and control.leading.leads else None
     for name in names:
         if name not in control.hub.disabled:
-            wanted = known and any(one.wanted(now) for counted, one in known.items() if model_of(counted) == name)
-            when = "at once, as it was asked for lately" if wanted else "for the next request that asks for it"
             if known is None:
                 when = "where it was asked for lately, or is"
+            elif any(one.wanted(now) for counted, one in known.items() if model_of(counted) == name):
+                when = "at once, as it was asked for lately"
+            else:
+                when = "for the next request that asks for it"
             yield f"{name} is loaded again {when}: `corral models disable {name}` refuses those"
         if (entry := control.catalogue.entries.get(name)) is not None:
             where = "1 node" if entry.copies == 1 else f"{entry.copies} nodes"
