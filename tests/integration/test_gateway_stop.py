@@ -62,7 +62,7 @@ def test_answers_end_with_an_error_at_a_second_signal_or_after_the_drain(
             node.script = [for_ever]
         with httpx.stream("POST", gw.url + "/api/chat", json=gw.chat(), headers=gw.auth, timeout=60) as response:
             lines = response.iter_lines()
-            next(lines)
+            assert "error" not in json.loads(next(lines)), "it has begun"
             first, *further = signals
             os.kill(gw.process.pid, first)
             until(lambda: not ready(gw.url), "it is told to end", every=0)
