@@ -30,8 +30,9 @@ ADDED = 0.010
 BAR = f"others' p99 <= {ADDED * 1e3:.0f} ms more, and how late their process is woken at most"
 MEMORY = 64 << 10
 """KiB that a gateway may grow by, and HAProxy by four times that for its buffers."""
-PER_READER = 400
-"""KiB: what is written before a caller counts as slow, and one read of a node's answer (uvloop's 256 KiB)."""
+PER_READER, OF_HAPROXY = 512, 800
+"""KiB: in a gateway what is written before a caller counts as slow, one read of a node's answer (uvloop's 256 KiB), and
+what these take with them, 390 to 430 in all where the process is new; and in HAProxy."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,7 +230,7 @@ def test_callers_that_take_nothing(gw: Gateway, through: str, matrix: Matrix) ->
     matrix(f"{READERS} callers take nothing, {through}", BAR, seen(quiet, busy, late, before, after))
     assert busy <= quiet + ADDED + late
     assert after[0] - before[0] < READERS * PER_READER
-    assert after[1] - before[1] < 2 * READERS * PER_READER
+    assert after[1] - before[1] < READERS * OF_HAPROXY
 
 
 @pytest.mark.parametrize("through", ["edge", "gateway"])
@@ -247,7 +248,7 @@ def test_slow_callers_and_slow_readers_together(gw: Gateway, through: str, matri
     matrix(fault, BAR, seen(quiet, busy, late, before, after))
     assert busy <= quiet + ADDED + late
     assert after[0] - before[0] < READERS * PER_READER + MEMORY
-    assert after[1] - before[1] < 2 * READERS * PER_READER + 4 * MEMORY
+    assert after[1] - before[1] < READERS * OF_HAPROXY + 4 * MEMORY
 
 
 @pytest.mark.parametrize("key", ["no key", "a key"])
