@@ -52,7 +52,10 @@ OF_ROUTE: dict[tuple[str, str], dict[str, str]] = {
     },
     ("post", "/admin/models/load"): {"404": _NODE, "409": f"{_BUSY}, or there is no node."},
     ("post", "/admin/models/preload"): {"404": _NODE, "409": f"{_BUSY}, or there is no node."},
-    ("post", "/admin/models/unload"): {"404": _NODE, "409": f"{_BUSY}, there is no node, or the model is pinned."},
+    ("post", "/admin/models/unload"): {
+        "404": "There is no such node, or none of them has the model.",
+        "409": f"{_BUSY}, there is no node, or the model is pinned.",
+    },
     ("post", "/admin/models/remove"): {
         "404": "There is no such node, or none of them holds the model.",
         "409": f"{_BUSY}, there is no node, or the catalogue names the model.",
