@@ -86,11 +86,9 @@ def line(port: int) -> Iterator[Line]:
     """A line that runs in a thread of its own, for processes; ``to`` may be set from here."""
     made = Line(port)
     ready, over = threading.Event(), asyncio.Event()
-    loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
         async with made.running():
-            loops.append(asyncio.get_running_loop())
             ready.set()
             await over.wait()
 
@@ -100,5 +98,6 @@ def line(port: int) -> Iterator[Line]:
         assert ready.wait(60)
         yield made
     finally:
-        loops[0].call_soon_threadsafe(over.set)
+        assert made._loop is not None
+        made._loop.call_soon_threadsafe(over.set)
         thread.join()

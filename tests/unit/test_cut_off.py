@@ -26,7 +26,7 @@ def store() -> Store:
 
 
 def made(store: Store) -> CutOff:
-    return CutOff(lambda: store.connected, lambda: store.connections)
+    return CutOff(store)  # type: ignore[arg-type]
 
 
 def polls(cut_off: CutOff, elsewhere: Callable[[float], bool], start: float, end: float) -> float | None:

@@ -222,14 +222,11 @@ async def unload_models(control: Here, caller: Caller, wanted: Choice) -> dict[s
         if control.catalogue.want(name).pin and not wanted.force:
             raise Problem(409, "pinned", f"{name} is pinned in the catalogue: --force (force) unloads it all the same")
     chosen = _nodes(control, wanted)
-    await _held(control, [name for name in names if not _resident(control, name)], chosen)
+    # In memory it may be without its file.
+    resident = {name for member in control.fleet.members.values() for name in view(member).resident}
+    await _held(control, [name for name in names if name not in resident], chosen)
     steps = [Step(UNLOAD, node, name, "asked for") for node in chosen for name in names]
     return await _begin(control, caller, "unload", steps, notes=tuple(_returns(control, names)))
-
-
-def _resident(control: Control, name: str) -> bool:
-    """Whether a node has it in memory, be its file there or not."""
-    return any(name in view(member).resident for member in control.fleet.members.values())
 
 
 def _returns(control: Control, names: list[str]) -> Iterator[str]:

@@ -90,7 +90,7 @@ class Gateway:
         self.store = Valkey(settings.valkey_address(), scripts=scripts, probe=PREFIX + b"probe")
         self.changes = Valkey(settings.valkey_address())
         self.limits = Limits(self.store, self.name, settings.limits.denied())
-        self.cut_off = CutOff(lambda: self.store.connected, lambda: self.store.connections)
+        self.cut_off = CutOff(self.store)
         control = gateway.control_url, token, self.name, cache, self.limits.sharing
         self.feed = Feed(self.snapshot, *control, self._tell, self.report.answer, self._elsewhere)
         self.limits.on_moved = self.changes.reset  # it only listens: nothing else would tell it

@@ -52,7 +52,7 @@ def examine(state: StateFolder, ask: Callable[[str], Any] | None) -> list[Findin
     found = [*_versions(), *_folder(state), *_disk(state)]
     if ask is None:
         return [*found, *_not_running(state)]
-    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state), *_stores(ask), *_alerts(ask))
+    rest = (*_nodes(state, ask), *_catalogue(ask), *_backlog(state), *_clock(state), *_told(ask))
     return [*found, *_processes(state), *_ports(state), *rest]
 
 
@@ -186,12 +186,6 @@ def _without_store(gateway: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(str(gateway["name"]), "warning", "it has no use of Valkey", "docs/runbooks/LimitStoreDown.md")
 
 
-def _stores(ask: Callable[[str], Any]) -> Iterator[Finding]:
-    with contextlib.suppress(StackError, http.Unreachable):  # that control does not answer is said elsewhere
-        for gateway in ask("/status")["gateways"]:
-            yield from _without_store(gateway)
-
-
 def _aside(gateway: str, told: dict[str, Any]) -> Iterator[Finding]:
     """What a gateway says that it put aside. A control of before says nothing of it."""
     if told["count"]:
@@ -209,9 +203,13 @@ def _firing(alerts: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("alert", "warning", seen, f"docs/runbooks/{alert['name']}.md")
 
 
-def _alerts(ask: Callable[[str], Any]) -> Iterator[Finding]:
+def _told(ask: Callable[[str], Any]) -> Iterator[Finding]:
+    """What control alone says of a stack that runs here: gateways without their store, alerts that fire."""
     with contextlib.suppress(StackError, http.Unreachable):  # that control does not answer is said elsewhere
-        yield from _firing(ask("/status")["alerts"])
+        told = ask("/status")
+        for gateway in told["gateways"]:
+            yield from _without_store(gateway)
+        yield from _firing(told["alerts"])
 
 
 def _nodes(state: StateFolder | None, ask: Callable[[str], Any]) -> Iterator[Finding]:
